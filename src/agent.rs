@@ -1,0 +1,1 @@
+//! The one event loop: snapshot, kernel event, timer or signal → plan → apply.

@@ -1,0 +1,1 @@
+//! Computes the changes that turn the observed state into the desired one.

@@ -1,0 +1,1 @@
+//! Reads and changes the kernel: the only caller of netlink, nft and sysctl.

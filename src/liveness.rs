@@ -1,0 +1,1 @@
+//! Decides from probes which leaders carry traffic. Pure: time is passed in.

@@ -1,0 +1,176 @@
+//! Derives what this node's kernel and tunnel should look like from the topology.
+//!
+//! Pure: no clock, no I/O. [`State`] is one type for what is observed and what is desired, keyed as
+//! the kernel keys it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
+
+use ipnet::IpNet;
+
+use crate::wireguard::key::{PresharedKey, PublicKey};
+
+/// The protocol number (`RTPROT`) of every route and rule the agent installs.
+pub const PROTOCOL: u8 = 118;
+/// The metric of `unreachable` backstops: the largest the kernel's own routes use.
+pub const BACKSTOP_METRIC: u32 = 4_278_198_272;
+
+/// The agent's own routing tables.
+///
+/// | table | selected by | holds |
+/// |---|---|---|
+/// | `Mesh` | every packet | remote pod CIDRs, node addresses, WireGuard addresses |
+/// | `Pods` | source in the cluster network | remote node addresses that the host itself must reach directly: tunnel endpoints, the API server |
+/// | `Members` | arriving from the tunnel, or reverse-path checks of what is sent back into it | node addresses of the own region behind flannel's device |
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Table {
+    /// 5130
+    Mesh,
+    /// 5131
+    Pods,
+    /// 5132
+    Members,
+}
+
+impl Table {
+    /// The kernel's number of the table.
+    pub const fn id(self) -> u32 {
+        match self {
+            Self::Mesh => 5130,
+            Self::Pods => 5131,
+            Self::Members => 5132,
+        }
+    }
+}
+
+/// The kernel's key of a route (dst, table, metric; tos is always 0).
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct RouteKey {
+    /// The table.
+    pub table: Table,
+    /// The destination, truncated.
+    pub dst: IpNet,
+    /// The metric; IPv6 routes never use 0, which the kernel reads as 1024.
+    pub metric: u32,
+}
+
+/// What a route does with a packet.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Route {
+    /// Sends it on.
+    Unicast {
+        /// The next hops; more than one is a multipath route, hashed by flow.
+        next_hops: BTreeSet<NextHop>,
+        /// The preferred source address for packets of the host itself.
+        src: Option<IpAddr>,
+        /// RTAX_MTU in bytes: the sender is told by its own node what fits into the tunnel.
+        mtu: Option<u32>,
+    },
+    /// Refuses it with ICMP unreachable: no packet between regions leaves in clear.
+    Unreachable,
+    /// Ends the look-up in this table: flannel decides.
+    Throw,
+}
+
+/// A next hop of a route.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct NextHop {
+    /// The gateway, if any.
+    pub via: Option<IpAddr>,
+    /// The name of the device.
+    pub dev: String,
+    /// Whether the gateway is taken to be on the link.
+    pub onlink: bool,
+}
+
+/// A routing policy rule, of one address family.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Rule {
+    /// The priority (`pref`).
+    pub priority: u32,
+    /// The family: true for IPv6.
+    pub v6: bool,
+    /// The source prefix; `None` is every source.
+    pub from: Option<IpNet>,
+    /// The incoming device; `lo` matches packets of the host and the kernel's reverse-path checks.
+    pub iif: Option<String>,
+    /// The firewall mark, compared whole.
+    pub fwmark: Option<u32>,
+    /// The table to look in: one of ours, or main (254).
+    pub table: u32,
+}
+
+/// The tunnel's link.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Link {
+    /// Its name, `kilo0` unless `--interface` says otherwise.
+    pub name: String,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// Whether it is up.
+    pub up: bool,
+}
+
+/// A peer of the tunnel device, as the plan wants it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Peer {
+    /// Where to send until the peer is heard from elsewhere.
+    pub endpoint: Option<SocketAddr>,
+    /// The preshared key.
+    pub preshared_key: Option<PresharedKey>,
+    /// Seconds between keepalives; `None` is off.
+    pub persistent_keepalive: Option<NonZeroU16>,
+    /// What may come from it and is sent to it.
+    pub allowed_ips: BTreeSet<IpNet>,
+}
+
+/// The values of the agent's own nft table `inet selvedge`; `kernel::nft` renders them.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Firewall {
+    /// The tunnel's device.
+    pub tunnel: String,
+    /// The tunnel's UDP port, accepted on input.
+    pub port: u16,
+    /// flannel's vxlan devices and their UDP ports on this node.
+    pub vxlan: BTreeMap<String, u16>,
+    /// Underlay addresses VXLAN may go to: the nodes of the own region.
+    pub region_underlay: BTreeSet<IpAddr>,
+    /// Pod CIDRs of other regions. A leader never sends them by flannel's device.
+    pub remote_pods: BTreeSet<IpNet>,
+    /// Node, WireGuard and allowed-location addresses of other regions.
+    pub remote_nodes: BTreeSet<IpNet>,
+    /// Pod CIDRs of the own region without this node's.
+    pub region_pods: BTreeSet<IpNet>,
+    /// Node addresses of the own region without this node's.
+    pub region_nodes: BTreeSet<IpNet>,
+    /// This node's own pod CIDRs.
+    pub local_pods: BTreeSet<IpNet>,
+    /// Whether this node forwards for its region: transit is not tracked, SYNs are clamped.
+    pub leader: bool,
+    /// Whether VXLAN to other regions is dropped (`--on-tunnel-down=closed`, the default).
+    pub fail_closed: bool,
+    /// Sources (VPN peers) masqueraded where they leave to destinations outside [`Self::known`].
+    pub masquerade_sources: BTreeSet<IpNet>,
+    /// Destinations that are never masqueraded.
+    pub known: BTreeSet<IpNet>,
+}
+
+/// Everything the agent owns on this node, and nothing else.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct State {
+    /// The tunnel's link; `None` where there is none.
+    pub link: Option<Link>,
+    /// The addresses of the tunnel's link.
+    pub addresses: BTreeSet<IpNet>,
+    /// The peers of the tunnel device.
+    pub peers: BTreeMap<PublicKey, Peer>,
+    /// Routes in the agent's own tables.
+    pub routes: BTreeMap<RouteKey, Route>,
+    /// Rules that lead there.
+    pub rules: BTreeSet<Rule>,
+    /// The nft table; `None` where there is none.
+    pub firewall: Option<Firewall>,
+    /// Sysctls of the tunnel's link, by path below `/proc/sys`.
+    pub sysctls: BTreeMap<String, String>,
+}

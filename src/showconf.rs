@@ -1,0 +1,1 @@
+//! `selvedge showconf`: WireGuard configuration of a node or peer, as Kilo prints it.

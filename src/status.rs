@@ -1,0 +1,1 @@
+//! `selvedge status`: what this node's agent sees and does.

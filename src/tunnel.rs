@@ -1,0 +1,1 @@
+//! `selvedge tunnel`: a plain WireGuard device, driven by `wg`.

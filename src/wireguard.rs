@@ -1,0 +1,3 @@
+//! A WireGuard device in userspace.
+
+pub mod key;
