@@ -1,3 +1,4 @@
 //! A WireGuard device in userspace.
 
 pub mod key;
+pub mod uapi;

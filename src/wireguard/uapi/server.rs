@@ -1,0 +1,201 @@
+//! The socket under which `wg` finds a device.
+//!
+//! Its directory and its mode keep everybody but root out; the limits here keep a confused client
+//! from costing more than a bounded amount of memory and threads.
+
+use std::fs::{self, DirBuilder};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use nix::sys::stat::{Mode, fchmod};
+use socket2::{Domain, SockAddr, Socket, Type};
+use zeroize::Zeroizing;
+
+use super::{Control, Parser, Request, errno_text};
+
+/// Where `wg` looks for sockets, one per device, `NAME.sock`.
+pub const DIRECTORY: &str = "/var/run/wireguard";
+
+/// Connections served at once; one more is closed at once.
+const MAX_CONNECTIONS: usize = 100;
+
+/// How long a client may say nothing, or not take its answer, before it loses its connection.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A connection's thread parses and formats, and calls into the device for a table of peers.
+const STACK: usize = 256 << 10;
+
+/// A socket being served. Dropping it removes the socket and ends the accepting thread;
+/// connections that are open end with their clients.
+pub struct Server {
+    path: PathBuf,
+    /// Device and inode of our socket, so that only ours is ever removed.
+    identity: (u64, u64),
+    listener: UnixListener,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Serves the device `name` in [`DIRECTORY`].
+///
+/// # Errors
+/// See [`serve_in`].
+pub fn serve(name: &str, control: Arc<dyn Control>) -> anyhow::Result<Server> {
+    serve_in(Path::new(DIRECTORY), name, control)
+}
+
+/// Serves the device `name` in a directory, which is made (mode 0700) where there is none.
+///
+/// # Errors
+/// A name that is no interface's, a socket that a living process serves, and what the file system
+/// says.
+pub fn serve_in(directory: &Path, name: &str, control: Arc<dyn Control>) -> anyhow::Result<Server> {
+    ensure!(
+        !name.is_empty() && name.len() < 16 && !name.starts_with('.') && !name.contains('/'),
+        "{name:?} cannot be the name of an interface"
+    );
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .with_context(|| format!("making the directory {}", directory.display()))?;
+    let path = directory.join(format!("{name}.sock"));
+    let listener = listen(&path)?;
+    let metadata = fs::symlink_metadata(&path)
+        .with_context(|| format!("looking at the socket {}", path.display()))?;
+    let acceptor = listener.try_clone().context("cloning the socket")?;
+    let thread = thread::Builder::new()
+        .name("uapi".to_owned())
+        .stack_size(STACK)
+        .spawn(move || accept(&acceptor, &control))
+        .context("starting the thread that serves the socket")?;
+    Ok(Server {
+        path,
+        identity: (metadata.dev(), metadata.ino()),
+        listener,
+        thread: Some(thread),
+    })
+}
+
+impl Server {
+    /// The path of the socket.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let ours = fs::symlink_metadata(&self.path)
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+        if ours && let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "the socket stays behind");
+        }
+        // Wakes the thread: accepting from a socket that is shut down fails.
+        if let Err(error) =
+            socket2::SockRef::from(&self.listener).shutdown(std::net::Shutdown::Both)
+        {
+            tracing::warn!(%error, "the socket's thread stays behind");
+        } else if let Some(thread) = self.thread.take() {
+            // It has nothing to hand back, and a panic in it has been reported.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    let bind = || -> io::Result<UnixListener> {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        // The mode of the file is that of the socket, and nobody gets in between the two calls.
+        fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        socket.bind(&SockAddr::unix(path)?)?;
+        socket.listen(128)?;
+        Ok(socket.into())
+    };
+    let context = || format!("listening on {}", path.display());
+    match bind() {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+        result => return result.with_context(context),
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => bail!("another process serves {}: stop it first", path.display()),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path)
+                .with_context(|| format!("removing the stale socket {}", path.display()))?;
+            bind().with_context(context)
+        }
+        Err(error) => Err(error).with_context(context),
+    }
+}
+
+fn accept(listener: &UnixListener, control: &Arc<dyn Control>) {
+    let connections = Arc::new(AtomicUsize::new(0));
+    loop {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            // EINVAL: shut down. The others pass, but not at once when files have run out.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
+            Err(error) => {
+                tracing::debug!(%error, "accepting a connection");
+                thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+        };
+        let slot = Slot(Arc::clone(&connections));
+        if slot.0.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
+            continue;
+        }
+        let control = Arc::clone(control);
+        let spawned = thread::Builder::new()
+            .name("uapi-client".to_owned())
+            .stack_size(STACK)
+            .spawn(move || {
+                let _slot = slot;
+                if let Err(error) = converse(&stream, &*control) {
+                    tracing::debug!(%error, "a client of the configuration socket is gone");
+                }
+            });
+        if let Err(error) = spawned {
+            tracing::warn!(%error, "no thread for a client of the configuration socket");
+        }
+    }
+}
+
+struct Slot(Arc<AtomicUsize>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn converse(mut stream: &UnixStream, control: &dyn Control) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut parser = Parser::default();
+    let mut buffer = Zeroizing::new([0; 16 << 10]);
+    loop {
+        let length = match stream.read(&mut *buffer) {
+            Ok(0) => return Ok(()),
+            Ok(length) => length,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        let mut input = buffer.get(..length).unwrap_or_default();
+        while let Some(request) = parser.feed(&mut input) {
+            match request {
+                Ok(Request::Get) => stream.write_all(control.get().to_text().as_bytes())?,
+                Ok(Request::Set(set)) => {
+                    stream.write_all(errno_text(control.set(set)).as_bytes())?;
+                }
+                Err(errno) => stream.write_all(errno_text(Err(errno)).as_bytes())?,
+            }
+        }
+    }
+}
