@@ -1,1 +1,310 @@
-//! Flags and environment, validated.
+//! Flags, environment and `--config` file → one validated [`Config`].
+//!
+//! Reads the command line and the named file and nothing else; what the node, flannel and the
+//! cluster are like is found out later.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::refusal::Refusal;
+use crate::telemetry::{LogFormat, LogLevel};
+use crate::topology::{Granularity, NodeName};
+
+mod flags;
+mod layers;
+mod values;
+
+pub use flags::Flags;
+pub use layers::{parse, sentence};
+pub use values::{Listen, Mtu};
+
+/// Where the agent answers `selvedge status`, `doctor` and `graph`.
+pub const CONTROL_SOCKET: &str = "/run/selvedge/selvedge.sock";
+
+/// `--encapsulate`: how the nodes of a region reach their leader.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Encapsulation {
+    /// As flannel itself reaches it: VXLAN across subnets, directly where flannel goes directly.
+    CrossSubnet,
+    /// By flannel's VXLAN device. Kilo's default.
+    #[default]
+    Always,
+    /// By the leader's own address, which must be on the same subnet.
+    Never,
+}
+
+impl FromStr for Encapsulation {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "crosssubnet" => Ok(Self::CrossSubnet),
+            "always" => Ok(Self::Always),
+            "never" => Ok(Self::Never),
+            _ => Err("unknown; possible values are: never, crosssubnet, always".into()),
+        }
+    }
+}
+
+/// `--on-tunnel-down`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum OnTunnelDown {
+    /// Traffic between regions is refused; none leaves in clear.
+    #[default]
+    Closed,
+    /// flannel carries it, in clear.
+    Open,
+}
+
+impl FromStr for OnTunnelDown {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "closed" => Ok(Self::Closed),
+            "open" => Ok(Self::Open),
+            _ => Err("unknown; possible values are: closed, open".into()),
+        }
+    }
+}
+
+/// `--compatibility`: Selvedge works beside flannel only.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Compatibility;
+
+impl FromStr for Compatibility {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "" | "flannel" => Ok(Self),
+            _ => Err("unknown; the only possible value is: flannel".into()),
+        }
+    }
+}
+
+/// What the operator asked of this agent; every value is valid on its own and beside the others.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `--hostname`: this machine's Node.
+    pub node: NodeName,
+    /// `--kubeconfig`.
+    pub kubeconfig: Option<PathBuf>,
+    /// `--master`: the API server's URL.
+    pub master: Option<String>,
+    /// `--topology-label`.
+    pub topology_label: String,
+    /// `--mesh-granularity`.
+    pub granularity: Granularity,
+    /// `--subnet`: the pools of WireGuard addresses, truncated, at most one of each family.
+    pub subnets: Vec<IpNet>,
+    /// `--encapsulate`.
+    pub encapsulation: Encapsulation,
+    /// `--service-cidr`, truncated.
+    pub service_cidrs: Vec<IpNet>,
+    /// `--on-tunnel-down`.
+    pub on_tunnel_down: OnTunnelDown,
+    /// `--interface`: the name of the tunnel's link.
+    pub interface: String,
+    /// `--port`: of the endpoint this node finds for itself.
+    pub port: u16,
+    /// `--mtu`.
+    pub mtu: Mtu,
+    /// `--internal-cidr`, truncated; where given, only these hold private addresses.
+    pub internal_cidrs: Vec<IpNet>,
+    /// `--prioritise-private-addresses`.
+    pub prioritise_private_addresses: bool,
+    /// `--resync-period`.
+    pub resync_period: Duration,
+    /// `--rule-priority`: the first of five.
+    pub rule_priority: u32,
+    /// `--fwmark`: of the tunnel's own datagrams, compared whole.
+    pub fwmark: u32,
+    /// `--state-dir`.
+    pub state_dir: PathBuf,
+    /// `--control-socket`.
+    pub control_socket: PathBuf,
+    /// `--clean-up`: whether being told to stop removes what the agent installed.
+    pub clean_up: bool,
+    /// `--clean-up-interface`: and the tunnel's link.
+    pub clean_up_interface: bool,
+    /// `--flannel-conf`.
+    pub flannel_conf: Option<PathBuf>,
+    /// `--subnet-file`.
+    pub subnet_file: PathBuf,
+    /// `--listen`.
+    pub listen: Listen,
+    /// `--log-level`.
+    pub log_level: LogLevel,
+    /// `--log-format`.
+    pub log_format: LogFormat,
+    /// What to tell the user once about flags that were given and change nothing here.
+    pub notes: Vec<String>,
+}
+
+impl Config {
+    /// Checks the flags against each other.
+    pub fn new(flags: Flags) -> Result<Self, Refusal> {
+        let notes = notes(&flags);
+        let subnets = subnets(flags.subnet.0)?;
+        let service_cidrs = Flags::nets(&flags.service_cidr);
+        for (pool, service) in subnets
+            .iter()
+            .flat_map(|pool| service_cidrs.iter().map(move |service| (pool, service)))
+        {
+            if overlap(pool, service) {
+                return Err(Refusal::usage(format!(
+                    "--subnet {pool} overlaps --service-cidr {service}: choose a pool that nothing else uses"
+                )));
+            }
+        }
+        if let Some(url) = &flags.master
+            && !(url.starts_with("https://") || url.starts_with("http://"))
+        {
+            return Err(Refusal::usage(format!(
+                "--master {url:?} is not a URL such as https://10.0.0.1:6443"
+            )));
+        }
+        if flags.topology_label.is_empty() {
+            return Err(Refusal::usage(
+                "--topology-label is empty: name a Node label",
+            ));
+        }
+
+        Ok(Self {
+            node: NodeName(match flags.hostname {
+                Some(name) => name,
+                None => own_name()?,
+            }),
+            kubeconfig: flags.kubeconfig.filter(|path| !path.as_os_str().is_empty()),
+            master: flags.master,
+            topology_label: flags.topology_label,
+            granularity: flags.mesh_granularity,
+            subnets,
+            encapsulation: flags.encapsulate,
+            service_cidrs,
+            on_tunnel_down: flags.on_tunnel_down,
+            interface: flags.interface,
+            port: flags.port,
+            mtu: flags.mtu,
+            internal_cidrs: Flags::nets(&flags.internal_cidr),
+            prioritise_private_addresses: flags.prioritise_private_addresses,
+            resync_period: flags.resync_period,
+            rule_priority: flags.rule_priority,
+            fwmark: flags.fwmark,
+            state_dir: flags.state_dir,
+            control_socket: flags.control_socket,
+            clean_up: flags.clean_up.unwrap_or(false),
+            clean_up_interface: flags.clean_up_interface,
+            flannel_conf: flags.flannel_conf,
+            subnet_file: flags.subnet_file,
+            listen: flags.listen,
+            log_level: flags.log_level,
+            log_format: flags.log_format,
+            notes,
+        })
+    }
+
+    /// Refuses pools of WireGuard addresses that flannel's networks already use.
+    pub fn check_against_flannel(&self, networks: &[IpNet]) -> Result<(), Refusal> {
+        for pool in &self.subnets {
+            if let Some(network) = networks.iter().find(|network| overlap(pool, network)) {
+                return Err(Refusal::configuration(format!(
+                    "--subnet {pool} overlaps the cluster network {network}: choose a pool that nothing else uses"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The pool of one family.
+    pub fn subnet(&self, v6: bool) -> Option<IpNet> {
+        self.subnets
+            .iter()
+            .copied()
+            .find(|net| matches!(net, IpNet::V6(_)) == v6)
+    }
+}
+
+/// Whether two networks of one family have an address in common.
+pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
+    a.contains(&b.network()) || b.contains(&a.network())
+}
+
+fn subnets(pools: Vec<IpNet>) -> Result<Vec<IpNet>, Refusal> {
+    let of_family = |v6| {
+        pools
+            .iter()
+            .filter(|net| net.addr().is_ipv6() == v6)
+            .count()
+    };
+    if pools.is_empty() || of_family(false) > 1 || of_family(true) > 1 {
+        return Err(Refusal::usage(
+            "--subnet takes one CIDR, or one of each family separated by a comma",
+        ));
+    }
+    for pool in &pools {
+        let host_bits = pool.max_prefix_len() - pool.prefix_len();
+        if host_bits < 2 {
+            return Err(Refusal::usage(format!(
+                "--subnet {pool} is too small: it must hold an address for each region"
+            )));
+        }
+        if matches!(pool.network(), IpAddr::V4(net) if net.is_loopback() || net.is_multicast())
+            || pool.prefix_len() == 0
+        {
+            return Err(Refusal::usage(format!(
+                "--subnet {pool} is no network of unicast addresses"
+            )));
+        }
+    }
+    Ok(pools)
+}
+
+/// The Node this machine is, where nobody said: the downward API's usual variable, else the host.
+fn own_name() -> Result<String, Refusal> {
+    let name = match std::env::var("NODE_NAME") {
+        Ok(name) if !name.is_empty() => name,
+        Ok(_) | Err(_) => nix::unistd::gethostname()
+            .ok()
+            .and_then(|name| name.into_string().ok())
+            .unwrap_or_default()
+            .to_ascii_lowercase(),
+    };
+    values::node_name(&name).map_err(|_| {
+        Refusal::usage(format!(
+            "this host is called {name:?}, which is no Node's name: give --hostname"
+        ))
+    })
+}
+
+/// Sentences on flags that were given and mean nothing beside flannel.
+fn notes(flags: &Flags) -> Vec<String> {
+    let mut notes = Vec::new();
+    let mut note = |given: bool, sentence: &str| {
+        if given {
+            notes.push(sentence.to_owned());
+        }
+    };
+    note(
+        flags.cni == Some(true) || flags.cni_path.is_some(),
+        "--cni and --cni-path change nothing: flannel manages the CNI configuration",
+    );
+    note(
+        flags.local.is_some(),
+        "--local changes nothing: inside a region flannel does the routing",
+    );
+    note(
+        flags.create_interface == Some(false),
+        "--create-interface=false changes nothing: the agent carries its own data path and makes its link; remove a userspace WireGuard sidecar",
+    );
+    note(
+        flags.iptables_forward_rules.is_some(),
+        "--iptables-forward-rules changes nothing: the agent's own nft table accepts what it carries",
+    );
+    notes
+}

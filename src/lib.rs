@@ -6,6 +6,7 @@
 //! ([`wireguard`]).
 
 pub mod agent;
+pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod connect;
@@ -16,6 +17,7 @@ pub mod graph;
 pub mod kernel;
 pub mod liveness;
 pub mod plan;
+pub mod refusal;
 pub mod showconf;
 pub mod status;
 pub mod telemetry;

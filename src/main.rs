@@ -1,3 +1,7 @@
-//! The command line.
+//! The program: arguments in, exit code out.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    selvedge::cli::main(std::env::args_os())
+}

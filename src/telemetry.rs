@@ -1,1 +1,111 @@
 //! Logs, metrics and the HTTP pages for probes and people.
+
+use std::str::FromStr;
+
+use tracing_subscriber::filter::{EnvFilter, LevelFilter};
+
+/// `--log-level`, in Kilo's words.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum LogLevel {
+    /// Everything, packets included.
+    All,
+    /// What helps to find a fault.
+    Debug,
+    /// Changes: one line each, none while nothing happens.
+    #[default]
+    Info,
+    /// What someone should look at.
+    Warn,
+    /// What failed.
+    Error,
+    /// Nothing.
+    None,
+}
+
+impl FromStr for LogLevel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "all" => Ok(Self::All),
+            "debug" => Ok(Self::Debug),
+            "info" => Ok(Self::Info),
+            "warn" => Ok(Self::Warn),
+            "error" => Ok(Self::Error),
+            "none" => Ok(Self::None),
+            _ => Err("unknown; possible values are: all, debug, info, warn, error, none".into()),
+        }
+    }
+}
+
+/// `--log-format`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl FromStr for LogFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err("unknown; possible values are: text, json".into()),
+        }
+    }
+}
+
+/// Starts logging to stderr; later calls change nothing.
+pub fn start_logging(level: LogLevel, format: LogFormat) {
+    let level = match level {
+        LogLevel::All => LevelFilter::TRACE,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::None => LevelFilter::OFF,
+    };
+    // Libraries speak up only when something is wrong with them.
+    let others = level.min(LevelFilter::WARN);
+    let filter = EnvFilter::new(format!("{others},selvedge={level}"));
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false);
+    // An error means that a subscriber is there already, as in tests.
+    let _ = match format {
+        LogFormat::Text => subscriber.with_ansi(false).try_init(),
+        LogFormat::Json => subscriber.json().flatten_event(true).try_init(),
+    };
+}
+
+/// Text of others (annotations, flags, files), made fit for a log line: escaped, at most 256 bytes.
+pub fn escaped(text: &str) -> String {
+    let mut escaped = String::new();
+    for c in text.chars() {
+        let piece = c.escape_debug();
+        if escaped.len() + piece.len() > 253 {
+            escaped.push('…');
+            break;
+        }
+        escaped.extend(piece);
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn foreign_text_can_neither_break_nor_flood_a_log_line() {
+        assert_eq!(escaped("a\n\u{1b}[31mb"), "a\\n\\u{1b}[31mb");
+        assert!(escaped(&"\u{0}".repeat(10_000)).len() <= 256);
+        assert_eq!(escaped(&"x".repeat(250)), "x".repeat(250));
+    }
+}

@@ -1,0 +1,108 @@
+//! The command line: which subcommand runs, and how its end is told.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{Args as _, Command, FromArgMatches as _};
+
+use crate::config::{self, Config, Flags};
+use crate::refusal::{self, Refusal};
+
+/// Runs what the arguments ask for; says in one sentence on stderr why it could not.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args = args.into_iter().collect::<Vec<_>>();
+    match run(args) {
+        Ok(code) => code,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "selvedge: {error:#}");
+            ExitCode::from(refusal::exit_code(&error))
+        }
+    }
+}
+
+fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
+    let environment = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect::<BTreeMap<_, _>>();
+    let matches = match config::parse(command(), &with_subcommand(args), &environment)? {
+        Ok(matches) => matches,
+        Err(asked_for) => {
+            // A reader that closed the pipe has read enough.
+            let _ = write!(std::io::stdout(), "{}", asked_for.render());
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
+
+    let Some((name, matches)) = matches.subcommand() else {
+        return Err(Refusal::usage("no command given; see selvedge --help").into());
+    };
+    match name {
+        "agent" => crate::agent::run(agent_config(matches)?),
+        other => unreachable!("clap knows no command {other}"),
+    }
+}
+
+fn agent_config(matches: &clap::ArgMatches) -> Result<Config, Refusal> {
+    let flags = Flags::from_arg_matches(matches)
+        .map_err(|error| Refusal::usage(config::sentence(&error)))?;
+    Config::new(flags)
+}
+
+fn command() -> Command {
+    Command::new("selvedge")
+        .about("Joins the regions of a flannel cluster through WireGuard tunnels between leaders")
+        .version(env!("CARGO_PKG_VERSION"))
+        .subcommand_required(true)
+        .args_override_self(true)
+        .infer_long_args(false)
+        .subcommand(Flags::augment_args(
+            Command::new("agent").about("Run this node's part of the mesh"),
+        ))
+}
+
+/// Flags without a command are the agent's, as with Kilo's `kg`; so an image can be swapped without
+/// touching its arguments. `kubectl selvedge …` calls the program `kubectl-selvedge`.
+fn with_subcommand(mut args: Vec<OsString>) -> Vec<OsString> {
+    let named_kg = args
+        .first()
+        .and_then(|program| Path::new(program).file_name())
+        .is_some_and(|name| name == "kg");
+    let first = args.get(1).and_then(|arg| arg.to_str()).unwrap_or_default();
+    let starts_with_flag =
+        first.starts_with('-') && !matches!(first, "-h" | "--help" | "-V" | "--version");
+    if starts_with_flag || (named_kg && args.len() == 1) {
+        args.insert(1, "agent".into());
+    }
+    args
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_alone_are_the_agents() {
+        let args = |args: &[&str]| args.iter().map(OsString::from).collect::<Vec<_>>();
+        assert_eq!(
+            with_subcommand(args(&["kg", "--cni=false"])),
+            args(&["kg", "agent", "--cni=false"])
+        );
+        assert_eq!(
+            with_subcommand(args(&["/opt/bin/kg"])),
+            args(&["/opt/bin/kg", "agent"])
+        );
+        assert_eq!(
+            with_subcommand(args(&["selvedge", "--help"])),
+            args(&["selvedge", "--help"])
+        );
+        assert_eq!(with_subcommand(args(&["selvedge"])), args(&["selvedge"]));
+    }
+
+    #[test]
+    fn every_command_is_well_formed() {
+        command().debug_assert();
+    }
+}

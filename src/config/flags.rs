@@ -1,0 +1,166 @@
+//! The agent's flags as users write them: Kilo's `kg` first, by the same names and defaults.
+//!
+//! What the values mean together is decided in [`super::Config`].
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use ipnet::IpNet;
+
+use super::values::{self, Cidrs, Listen, Mtu};
+use super::{Compatibility, Encapsulation, OnTunnelDown};
+use crate::telemetry::{LogFormat, LogLevel};
+use crate::topology::Granularity;
+
+const KUBERNETES: &str = "Kubernetes";
+const MESH: &str = "Mesh";
+const NODE: &str = "This node";
+const FLANNEL: &str = "flannel";
+const WATCHING: &str = "Logs and pages";
+const KILO: &str = "Accepted because Kilo has them";
+
+/// Flags of `selvedge agent` and `selvedge cleanup`.
+///
+/// Each is also read from the environment (`SELVEDGE_LOG_LEVEL` for `--log-level`) and from the file
+/// of `--config` (lines such as `log-level: debug`); a flag wins over the environment, and the
+/// environment over the file.
+#[derive(Args, Clone, Debug)]
+pub struct Flags {
+    /// Read flags from FILE: one `name: value` a line, `#` starts a comment
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+
+    // Kubernetes
+    /// Kubeconfig to reach the API server with [default: this node's own ways, see the guide]
+    #[arg(long, value_name = "FILE", help_heading = KUBERNETES)]
+    pub(super) kubeconfig: Option<PathBuf>,
+    /// URL of the API server, instead of the kubeconfig's
+    #[arg(long, value_name = "URL", help_heading = KUBERNETES)]
+    pub(super) master: Option<String>,
+    /// Name of this machine's Node object [default: NODE_NAME, else the host's name]
+    #[arg(long, value_name = "NODE", help_heading = KUBERNETES, value_parser = values::node_name)]
+    pub(super) hostname: Option<String>,
+    /// Node label that names the region
+    #[arg(long, value_name = "LABEL", help_heading = KUBERNETES,
+          default_value = "topology.kubernetes.io/region")]
+    pub(super) topology_label: String,
+
+    // Mesh
+    /// What gets tunnels: `location`, a leader of each region; `cross`, every node, to the nodes of
+    /// other regions; `full`, every node, to all others
+    #[arg(long, help_heading = MESH, default_value = "location", value_parser = values::granularity)]
+    pub(super) mesh_granularity: Granularity,
+    /// Pool of the leaders' WireGuard addresses; one CIDR, or one of each family
+    #[arg(long, value_name = "CIDR", help_heading = MESH, default_value = "10.4.0.0/16")]
+    pub(super) subnet: Cidrs,
+    /// Inside a region: `crosssubnet` follows flannel, `always` sends by VXLAN, `never` directly
+    #[arg(long, help_heading = MESH, default_value = "always")]
+    pub(super) encapsulate: Encapsulation,
+    /// Service CIDRs: never masqueraded for VPN peers (repeatable)
+    #[arg(long, value_name = "CIDR", help_heading = MESH)]
+    pub(super) service_cidr: Vec<Cidrs>,
+    /// What happens to traffic for a region whose tunnel is down: `closed` refuses it, `open` leaves
+    /// it to flannel, in clear
+    #[arg(long, help_heading = MESH, default_value = "closed")]
+    pub(super) on_tunnel_down: OnTunnelDown,
+
+    // This node
+    /// Name of the tunnel's link
+    #[arg(long, value_name = "LINK", help_heading = NODE, default_value = "kilo0",
+          value_parser = values::link_name)]
+    pub(super) interface: String,
+    /// UDP port of the tunnel, where no endpoint annotation gives another
+    #[arg(long, help_heading = NODE, default_value = "51820", value_parser = values::port)]
+    pub(super) port: u16,
+    /// MTU of the tunnel's link: `auto`, or bytes
+    #[arg(long, help_heading = NODE, default_value = "auto")]
+    pub(super) mtu: Mtu,
+    /// Take the private address from these CIDRs only (repeatable)
+    #[arg(long, value_name = "CIDR", help_heading = NODE)]
+    pub(super) internal_cidr: Vec<Cidrs>,
+    /// Publish the private address as the endpoint, where there is one
+    #[arg(long, help_heading = NODE, default_value = "false", value_parser = values::boolean,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(super) prioritise_private_addresses: bool,
+    /// How often everything is looked at again, besides at every change
+    #[arg(long, value_name = "DURATION", help_heading = NODE, default_value = "30s",
+          value_parser = values::resync_period)]
+    pub(super) resync_period: Duration,
+    /// First priority of the agent's routing policy rules, which take this and the next four
+    #[arg(long, value_name = "NUMBER", help_heading = NODE, default_value = "5190",
+          value_parser = values::rule_priority)]
+    pub(super) rule_priority: u32,
+    /// Firewall mark of the tunnel's own datagrams
+    #[arg(long, value_name = "MARK", help_heading = NODE, default_value = "0x51e00000",
+          value_parser = values::fwmark)]
+    pub(super) fwmark: u32,
+    /// Directory of the private key and the cached state
+    #[arg(long, value_name = "DIR", help_heading = NODE, default_value = "/var/lib/selvedge")]
+    pub(super) state_dir: PathBuf,
+    /// Socket that `selvedge status` and `doctor` ask
+    #[arg(long, value_name = "PATH", help_heading = NODE, default_value = super::CONTROL_SOCKET)]
+    pub(super) control_socket: PathBuf,
+    /// Remove rules, routes, the nft table and own annotations when told to stop; without it they
+    /// stay, so that a restart interrupts nothing
+    #[arg(long, value_name = "BOOL", help_heading = NODE, value_parser = values::boolean,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(super) clean_up: Option<bool>,
+    /// With --clean-up, remove the tunnel's link too
+    #[arg(long, help_heading = NODE, default_value = "false", value_parser = values::boolean,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(super) clean_up_interface: bool,
+
+    // flannel
+    /// flannel's net-conf.json [default: where k3s and kube-flannel put it, else the live system]
+    #[arg(long, value_name = "FILE", help_heading = FLANNEL)]
+    pub(super) flannel_conf: Option<PathBuf>,
+    /// flannel's subnet.env
+    #[arg(long, value_name = "FILE", help_heading = FLANNEL, default_value = "/run/flannel/subnet.env")]
+    pub(super) subnet_file: PathBuf,
+
+    // Logs and pages
+    /// Address of /health, /ready, /metrics and /graph; empty turns them off
+    #[arg(long, value_name = "ADDRESS", help_heading = WATCHING, default_value = "127.0.0.1:1107")]
+    pub(super) listen: Listen,
+    /// What is logged: all, debug, info, warn, error or none
+    #[arg(long, value_name = "LEVEL", help_heading = WATCHING, default_value = "info")]
+    pub(super) log_level: LogLevel,
+    /// How it is logged: text or json
+    #[arg(long, value_name = "FORMAT", help_heading = WATCHING, default_value = "text")]
+    pub(super) log_format: LogFormat,
+
+    // Accepted because Kilo has them
+    /// Only `kubernetes`
+    #[arg(long, help_heading = KILO, default_value = "kubernetes", value_parser = ["kubernetes"])]
+    pub(super) backend: String,
+    /// Only `flannel`, the default
+    #[arg(long, help_heading = KILO, default_value = "flannel")]
+    pub(super) compatibility: Compatibility,
+    /// flannel manages the CNI configuration
+    #[arg(long, value_name = "BOOL", help_heading = KILO, value_parser = values::boolean,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(super) cni: Option<bool>,
+    /// flannel manages the CNI configuration
+    #[arg(long, value_name = "FILE", help_heading = KILO)]
+    pub(super) cni_path: Option<PathBuf>,
+    /// The agent always makes its own link
+    #[arg(long, value_name = "BOOL", help_heading = KILO, value_parser = values::boolean,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(super) create_interface: Option<bool>,
+    /// The agent's nft table accepts what it carries in any case
+    #[arg(long, value_name = "BOOL", help_heading = KILO, value_parser = values::boolean,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(super) iptables_forward_rules: Option<bool>,
+    /// Inside a region flannel does the routing
+    #[arg(long, value_name = "BOOL", help_heading = KILO, value_parser = values::boolean,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(super) local: Option<bool>,
+}
+
+impl Flags {
+    /// All of a repeatable list.
+    pub(super) fn nets(lists: &[Cidrs]) -> Vec<IpNet> {
+        lists.iter().flat_map(|Cidrs(nets)| nets.clone()).collect()
+    }
+}

@@ -1,0 +1,305 @@
+//! The forms flag values come in: Go's booleans and durations, CIDR lists, names of links.
+//!
+//! Each parser answers with what is wrong in a few words; the caller names the flag.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::str::FromStr;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::topology::Granularity;
+
+/// Go's `strconv.ParseBool`, which every flag of Kilo's goes through.
+pub(super) fn boolean(text: &str) -> Result<bool, String> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err("must be true or false".into()),
+    }
+}
+
+/// Go's `time.ParseDuration` for whole and fractional numbers with units, such as `1m30s`.
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || "must be a duration such as 30s or 1m30s".to_owned();
+    let mut rest = text;
+    let mut total = Duration::ZERO;
+    if rest.is_empty() {
+        return Err(wrong());
+    }
+    while !rest.is_empty() {
+        let digits = rest
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .ok_or_else(wrong)?;
+        let (number, tail) = rest.split_at(digits);
+        let end = tail
+            .find(|c: char| c.is_ascii_digit() || c == '.')
+            .unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(end);
+        let number = f64::from_str(number).map_err(|_| wrong())?;
+        let seconds = match unit {
+            "ns" => 1e-9,
+            "us" | "µs" | "μs" => 1e-6,
+            "ms" => 1e-3,
+            "s" => 1.0,
+            "m" => 60.0,
+            "h" => 3600.0,
+            _ => return Err(wrong()),
+        };
+        let part = Duration::try_from_secs_f64(number * seconds).map_err(|_| wrong())?;
+        total = total.checked_add(part).ok_or_else(wrong)?;
+        rest = tail;
+    }
+    Ok(total)
+}
+
+/// How often everything is looked at again.
+pub(super) fn resync_period(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        period if period < Duration::from_secs(1) => Err("must be at least 1s".into()),
+        period if period > Duration::from_secs(86_400) => Err("must be at most 24h".into()),
+        period => Ok(period),
+    }
+}
+
+/// A UDP port; Kilo's wording without its misspelling.
+pub(super) fn port(text: &str) -> Result<u16, String> {
+    match u16::from_str(text) {
+        Ok(port) if port != 0 => Ok(port),
+        Ok(_) | Err(_) => Err("must be a port in the range 1 to 65535".into()),
+    }
+}
+
+/// `--mtu`: `auto`, or the MTU of the tunnel's link.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Mtu {
+    /// The MTU of the link that leads to the other regions, without the tunnel's overhead.
+    Auto,
+    /// So many bytes.
+    Bytes(u32),
+}
+
+impl FromStr for Mtu {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, u32::from_str(text)) {
+            ("auto", _) => Ok(Self::Auto),
+            // 576 is what every IPv4 host must take (RFC 791); above, a datagram could not hold it.
+            (_, Ok(bytes @ 576..=65_455)) => Ok(Self::Bytes(bytes)),
+            _ => Err("must be auto or a number of bytes in the range 576 to 65455".into()),
+        }
+    }
+}
+
+/// CIDRs, separated by commas; host bits are masked as Kilo masks them.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(super) struct Cidrs(pub(super) Vec<IpNet>);
+
+impl FromStr for Cidrs {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.split(',')
+            .map(str::trim)
+            .filter(|item| !item.is_empty())
+            .map(|item| match item.parse::<IpNet>() {
+                Ok(net) => Ok(net.trunc()),
+                Err(_) => Err(format!("{item:?} is not a CIDR such as 10.43.0.0/16")),
+            })
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+}
+
+/// The name of a link, as the kernel takes it (`dev_valid_name`).
+pub(super) fn link_name(text: &str) -> Result<String, String> {
+    let valid = !text.is_empty()
+        && text.len() <= 15
+        && text != "."
+        && text != ".."
+        && text
+            .chars()
+            .all(|c| c.is_ascii_graphic() && c != '/' && c != ':');
+    if valid {
+        Ok(text.into())
+    } else {
+        Err("must be a link name of 1 to 15 letters, digits, dots or dashes".into())
+    }
+}
+
+/// A Node's name: a DNS subdomain (RFC 1123), as the API server demands.
+pub(super) fn node_name(text: &str) -> Result<String, String> {
+    let label = |label: &str| {
+        let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+        edge(label.chars().next())
+            && edge(label.chars().last())
+            && label
+                .chars()
+                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+    };
+    if text.len() <= 253 && text.split('.').all(label) {
+        Ok(text.into())
+    } else {
+        Err("must be the name of a Kubernetes Node, in lower case".into())
+    }
+}
+
+/// `--mesh-granularity`.
+pub(super) fn granularity(text: &str) -> Result<Granularity, String> {
+    match text {
+        "location" => Ok(Granularity::Location),
+        "full" => Ok(Granularity::Full),
+        "cross" => Ok(Granularity::Cross),
+        _ => Err("unknown; possible values are: location, full, cross".into()),
+    }
+}
+
+/// Where HTTP is served.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Listen {
+    /// On one address.
+    Address(SocketAddr),
+    /// On every address of this node, of both families (Kilo's `:1107`).
+    Everywhere(u16),
+    /// Nowhere (an empty value).
+    Off,
+}
+
+impl FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || "must be ADDRESS:PORT, such as 127.0.0.1:1107, or :PORT".to_owned();
+        if text.is_empty() {
+            return Ok(Self::Off);
+        }
+        if let Some(port) = text.strip_prefix(':') {
+            return self::port(port).map(Self::Everywhere).map_err(|_| wrong());
+        }
+        let text = text
+            .strip_prefix("localhost:")
+            .map_or_else(|| text.to_owned(), |port| format!("127.0.0.1:{port}"));
+        match text.parse::<SocketAddr>() {
+            Ok(address) if address.port() != 0 => Ok(Self::Address(address)),
+            Ok(_) | Err(_) => Err(wrong()),
+        }
+    }
+}
+
+impl Listen {
+    /// The addresses to try, first that can be bound wins.
+    pub fn addresses(self) -> Vec<SocketAddr> {
+        match self {
+            Self::Address(address) => vec![address],
+            // A machine without IPv6 refuses the first.
+            Self::Everywhere(port) => vec![
+                SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port),
+                SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port),
+            ],
+            Self::Off => Vec::new(),
+        }
+    }
+}
+
+/// `--rule-priority`: the first of the agent's rules; all of them come before Tailscale's at 5210
+/// and before `main` at 32766.
+pub(super) fn rule_priority(text: &str) -> Result<u32, String> {
+    match u32::from_str(text) {
+        Ok(priority @ 1..=5204) => Ok(priority),
+        Ok(_) | Err(_) => Err("must be a number in the range 1 to 5204".into()),
+    }
+}
+
+/// `--fwmark`: a whole mark, so any value but the ones other programs put into packets.
+pub(super) fn fwmark(text: &str) -> Result<u32, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u32::from_str_radix(hex, 16),
+        None => u32::from_str(text),
+    };
+    match parsed {
+        Ok(0) | Err(_) => Err("must be a number other than 0, such as 0x51e00000".into()),
+        // kube-proxy's masquerade and drop bits: it would act on the tunnel's own datagrams.
+        Ok(mark) if mark & 0xc000 != 0 => {
+            Err("must not contain 0x4000 or 0x8000, which kube-proxy acts on".into())
+        }
+        Ok(mark) => Ok(mark),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_written_as_in_go() {
+        assert_eq!(duration("30s"), Ok(Duration::from_secs(30)));
+        assert_eq!(duration("1m30s"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("1.5h"), Ok(Duration::from_secs(5400)));
+        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
+        for wrong in ["", "30", "s", "-1s", "1d", "1..2s", "9e99h", "1s "] {
+            assert!(duration(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn cidr_lists_lose_host_bits_and_keep_their_order() {
+        let Cidrs(list) = "10.43.0.1/16, fd00::1/64,".parse().unwrap();
+        assert_eq!(
+            list,
+            ["10.43.0.0/16", "fd00::/64"].map(|n| n.parse().unwrap())
+        );
+        assert!("10.43.0.0".parse::<Cidrs>().is_err());
+        assert!("10.43.0.0/33".parse::<Cidrs>().is_err());
+    }
+
+    #[test]
+    fn a_port_alone_listens_on_both_families() {
+        let listen = ":1107".parse::<Listen>().unwrap();
+        assert_eq!(listen, Listen::Everywhere(1107));
+        assert_eq!(listen.addresses().len(), 2);
+        assert_eq!("".parse::<Listen>(), Ok(Listen::Off));
+        for wrong in [
+            "1107",
+            ":0",
+            "127.0.0.1",
+            "127.0.0.1:65536",
+            "example.com:80",
+        ] {
+            assert!(wrong.parse::<Listen>().is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn marks_that_kube_proxy_reads_are_refused() {
+        assert_eq!(fwmark("0x51e00000"), Ok(0x51e0_0000));
+        assert!(
+            fwmark("0xca6c").is_err(),
+            "wg-quick's mark holds kube-proxy's bits"
+        );
+        assert!(fwmark("0").is_err());
+    }
+
+    #[test]
+    fn link_names_are_the_kernels() {
+        assert!(link_name("kilo0").is_ok());
+        for wrong in [
+            "",
+            "..",
+            "a/b",
+            "sixteen-letters-",
+            "with space",
+            "with:colon",
+        ] {
+            assert!(link_name(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn node_names_are_dns_subdomains() {
+        assert!(node_name("node-agent-01.example.com").is_ok());
+        for wrong in ["", "Node", "-a", "a-", "a..b", "a_b", &"a".repeat(254)] {
+            assert!(node_name(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}
