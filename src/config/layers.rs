@@ -243,7 +243,8 @@ mod tests {
             .iter()
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect();
-        let matches = parse(command, &args, &environment)?.expect("no help was asked for");
+        let matches =
+            parse(command, &args, &environment)?.map_err(|_| Refusal::usage("help was shown"))?;
         let flags = clap::FromArgMatches::from_arg_matches(&matches)
             .map_err(|error| Refusal::usage(sentence(&error)))?;
         Config::new(flags)

@@ -1,0 +1,132 @@
+//! flannel's files on this node: where they are, and what to tell the user when they are bad.
+
+use std::io::{ErrorKind, Read as _};
+use std::path::{Path, PathBuf};
+
+use super::{NetConf, SubnetEnv};
+use crate::refusal::Refusal;
+
+/// Where k3s and kube-flannel put `net-conf.json`.
+const PLACES: [&str; 2] = [
+    "/var/lib/rancher/k3s/agent/etc/flannel/net-conf.json",
+    "/etc/kube-flannel/net-conf.json",
+];
+
+/// No file of flannel's is a hundredth of this; a path that leads to a device must not fill memory.
+const MAX_SIZE: u64 = 1 << 20;
+
+/// flannel's files, as far as they are there.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Files {
+    /// `net-conf.json`; only a hint, many clusters have none on the node.
+    pub conf: Option<NetConf>,
+    /// `subnet.env`; `None` until flannel is up.
+    pub env: Option<SubnetEnv>,
+    /// Where that is awaited.
+    pub env_path: PathBuf,
+}
+
+impl Files {
+    /// Reads them. A `net-conf.json` that the user named must be there; elsewhere it may be missing.
+    pub fn read(conf: Option<&Path>, env: &Path) -> Result<Self, Refusal> {
+        let conf = match conf {
+            Some(path) => match read(path, "--flannel-conf")? {
+                Some(bytes) => Some(net_conf(path, &bytes)?),
+                None => {
+                    return Err(Refusal::configuration(format!(
+                        "--flannel-conf {} does not exist: name flannel's net-conf.json or leave the flag out",
+                        path.display()
+                    )));
+                }
+            },
+            None => {
+                let mut found = None;
+                for place in PLACES.map(Path::new) {
+                    if let Some(bytes) = read(place, "flannel's configuration")? {
+                        found = Some(net_conf(place, &bytes)?);
+                        break;
+                    }
+                }
+                found
+            }
+        };
+        let subnet_env = match read(env, "--subnet-file")? {
+            Some(bytes) => Some(SubnetEnv::parse(&bytes).map_err(|error| {
+                Refusal::configuration(format!(
+                    "{} {error}: it is flannel's to write, so look at flannel's log",
+                    env.display()
+                ))
+            })?),
+            None => None,
+        };
+        Ok(Self {
+            conf,
+            env: subnet_env,
+            env_path: env.to_owned(),
+        })
+    }
+}
+
+fn net_conf(path: &Path, bytes: &[u8]) -> Result<NetConf, Refusal> {
+    NetConf::parse(bytes)
+        .map_err(|error| Refusal::configuration(format!("flannel's {} {error}", path.display())))
+}
+
+/// The content of a file; `None` where there is no such file.
+fn read(path: &Path, what: &str) -> Result<Option<Vec<u8>>, Refusal> {
+    let bytes = std::fs::File::open(path).and_then(|file| {
+        let mut bytes = Vec::new();
+        file.take(MAX_SIZE).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    });
+    match bytes {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            Ok(None)
+        }
+        Err(error) => Err(Refusal::configuration(format!(
+            "cannot read {what} {}: {error}",
+            path.display()
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_subnet_file_is_awaited_and_a_missing_named_configuration_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let env = dir.path().join("subnet.env");
+        assert_eq!(Files::read(None, &env).unwrap().env, None);
+
+        let conf = dir.path().join("net-conf.json");
+        let error = Files::read(Some(&conf), &env).unwrap_err();
+        assert!(error.sentence.contains("does not exist"), "{error}");
+    }
+
+    #[test]
+    fn refusals_name_the_file_and_the_field() {
+        let dir = tempfile::tempdir().unwrap();
+        let conf = dir.path().join("net-conf.json");
+        let env = dir.path().join("subnet.env");
+        std::fs::write(
+            &conf,
+            r#"{"Network":"10.42.0.0/16","Backend":{"Type":"wireguard"}}"#,
+        )
+        .unwrap();
+        let error = Files::read(Some(&conf), &env).unwrap_err().sentence;
+        assert!(
+            error.contains("net-conf.json sets Backend.Type to \"wireguard\""),
+            "{error}"
+        );
+
+        std::fs::write(&env, "FLANNEL_NETWORK=x\n").unwrap();
+        let error = Files::read(None, &env).unwrap_err().sentence;
+        assert!(
+            error.contains("subnet.env has a FLANNEL_NETWORK"),
+            "{error}"
+        );
+    }
+}
