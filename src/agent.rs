@@ -1,5 +1,7 @@
 //! The one event loop: snapshot, kernel event, timer or signal → plan → apply.
 
+pub mod keyfile;
+
 use std::process::ExitCode;
 
 use crate::config::Config;
