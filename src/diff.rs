@@ -1,1 +1,431 @@
 //! Computes the changes that turn the observed state into the desired one.
+//!
+//! Pure. What a change does to the kernel or the tunnel device is the shell's business; here is only
+//! which changes are needed and in which order.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+
+use ipnet::IpNet;
+
+use crate::plan::{Firewall, Link, PROTOCOL, Peer, Route, RouteKey, Rule, Scope, State};
+use crate::wireguard::key::PublicKey;
+
+/// One idempotent operation on the kernel or the tunnel device.
+///
+/// `Display` prints what an operator would type.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Change {
+    /// Creates the tunnel's link, down.
+    CreateLink {
+        /// Its name.
+        name: String,
+        /// Its MTU in bytes.
+        mtu: u32,
+    },
+    /// Changes the MTU of the tunnel's link.
+    SetMtu {
+        /// The link.
+        name: String,
+        /// In bytes.
+        mtu: u32,
+    },
+    /// Writes a sysctl of the tunnel's link.
+    SetSysctl {
+        /// Below `/proc/sys`.
+        path: String,
+        /// What to write.
+        value: String,
+    },
+    /// Sets the tunnel's link up.
+    SetUp {
+        /// The link.
+        name: String,
+    },
+    /// Adds an address to the tunnel's link.
+    AddAddress {
+        /// The link.
+        dev: String,
+        /// The address.
+        address: IpNet,
+        /// Its scope (IPv4 only).
+        scope: Scope,
+    },
+    /// Makes the tunnel device listen on another UDP port.
+    SetListenPort {
+        /// The link.
+        dev: String,
+        /// The port.
+        port: NonZeroU16,
+    },
+    /// Adds a peer to the tunnel device, or changes it.
+    SetPeer {
+        /// The link.
+        dev: String,
+        /// Whose.
+        key: PublicKey,
+        /// What it should be.
+        peer: Peer,
+    },
+    /// Replaces the whole nft table in one transaction.
+    ReplaceFirewall(Box<Firewall>),
+    /// Adds a route, or replaces the one with the same key in place.
+    ReplaceRoute {
+        /// The kernel's key.
+        key: RouteKey,
+        /// What it should be.
+        route: Route,
+    },
+    /// Adds a rule.
+    AddRule(Rule),
+    /// Deletes a rule.
+    DeleteRule(Rule),
+    /// Deletes a route.
+    DeleteRoute(RouteKey),
+    /// Removes a peer from the tunnel device.
+    RemovePeer {
+        /// The link.
+        dev: String,
+        /// Whose.
+        key: PublicKey,
+    },
+    /// Deletes an address of the tunnel's link.
+    DeleteAddress {
+        /// The link.
+        dev: String,
+        /// The address.
+        address: IpNet,
+    },
+    /// Sets the tunnel's link down.
+    SetDown {
+        /// The link.
+        name: String,
+    },
+    /// Deletes the tunnel's link.
+    DeleteLink {
+        /// The link.
+        name: String,
+    },
+    /// Deletes the nft table.
+    DeleteFirewall,
+}
+
+/// Returns the changes in the order they must be applied.
+///
+/// Additions precede deletions, so that no destination is without a route in between:
+///
+/// 1. The link, its addresses and peers come before the routes that need them. The kernel refuses a
+///    route through a link that is down and a preferred source that is not an address of the host;
+///    an IPv6 address is only usable once its link is up.
+/// 2. The firewall comes before the first route, so nothing that a new route carries is translated
+///    or leaks in between.
+/// 3. A route whose key stays is replaced in place: followers move to a new leader without a hole.
+/// 4. Routes come before the rules that lead to them: the look-up never sees half a table.
+/// 5. What is deleted goes in the opposite order. A link is set down only when no route that stays
+///    leads through it (the kernel flushes the others), and the last IPv4 address is never deleted
+///    while such a route exists (the kernel would flush it, in every table).
+pub fn diff(observed: &State, desired: &State) -> Vec<Change> {
+    let mut changes = Vec::new();
+    add(observed, desired, &mut changes);
+    delete(observed, desired, &mut changes);
+    changes
+}
+
+fn add(observed: &State, desired: &State, changes: &mut Vec<Change>) {
+    // A link of another name is another link: nothing of the old one's carries over.
+    let same_link = same_link(observed, desired);
+    if let Some(link) = &desired.link {
+        let name = || link.name.clone();
+        match &observed.link {
+            Some(old) if same_link => {
+                if old.mtu != link.mtu {
+                    changes.push(Change::SetMtu {
+                        name: name(),
+                        mtu: link.mtu,
+                    });
+                }
+            }
+            Some(_) | None => changes.push(Change::CreateLink {
+                name: name(),
+                mtu: link.mtu,
+            }),
+        }
+        let sysctls = desired.sysctls.iter();
+        changes.extend(
+            sysctls
+                .filter(|(path, value)| observed.sysctls.get(*path) != Some(value))
+                .map(|(path, value)| Change::SetSysctl {
+                    path: path.clone(),
+                    value: value.clone(),
+                }),
+        );
+        if link.up && !(same_link && observed.link.as_ref().is_some_and(|old| old.up)) {
+            changes.push(Change::SetUp { name: name() });
+        }
+        for (&address, &scope) in &desired.addresses {
+            let old = observed.addresses.get(&address).filter(|_| same_link);
+            if old == Some(&scope) {
+                continue;
+            }
+            if old.is_some() {
+                changes.push(Change::DeleteAddress {
+                    dev: name(),
+                    address,
+                });
+            }
+            changes.push(Change::AddAddress {
+                dev: name(),
+                address,
+                scope,
+            });
+        }
+        if let Some(port) = desired.listen_port
+            && observed.listen_port != desired.listen_port
+        {
+            changes.push(Change::SetListenPort { dev: name(), port });
+        }
+        changes.extend(
+            desired
+                .peers
+                .iter()
+                .filter(|(key, peer)| observed.peers.get(*key) != Some(peer))
+                .map(|(&key, peer)| Change::SetPeer {
+                    dev: name(),
+                    key,
+                    peer: peer.clone(),
+                }),
+        );
+    }
+    if let Some(firewall) = &desired.firewall
+        && observed.firewall.as_ref() != Some(firewall)
+    {
+        changes.push(Change::ReplaceFirewall(Box::new(firewall.clone())));
+    }
+    changes.extend(
+        desired
+            .routes
+            .iter()
+            .filter(|(key, route)| observed.routes.get(*key) != Some(route))
+            .map(|(&key, route)| Change::ReplaceRoute {
+                key,
+                route: route.clone(),
+            }),
+    );
+    let rules = desired.rules.difference(&observed.rules);
+    changes.extend(rules.cloned().map(Change::AddRule));
+}
+
+fn delete(observed: &State, desired: &State, changes: &mut Vec<Change>) {
+    let rules = observed.rules.difference(&desired.rules);
+    changes.extend(rules.cloned().map(Change::DeleteRule));
+    changes.extend(
+        observed
+            .routes
+            .keys()
+            .filter(|key| !desired.routes.contains_key(*key))
+            .copied()
+            .map(Change::DeleteRoute),
+    );
+    if let Some(link) = &observed.link {
+        let name = || link.name.clone();
+        let removed = observed.peers.keys();
+        changes.extend(
+            removed
+                .filter(|key| !desired.peers.contains_key(*key))
+                .map(|&key| Change::RemovePeer { dev: name(), key }),
+        );
+        if same_link(observed, desired) {
+            changes.extend(
+                observed
+                    .addresses
+                    .keys()
+                    .filter(|address| !desired.addresses.contains_key(*address))
+                    .map(|&address| Change::DeleteAddress {
+                        dev: name(),
+                        address,
+                    }),
+            );
+            if link.up && desired.link.as_ref().is_some_and(|new| !new.up) {
+                changes.push(Change::SetDown { name: name() });
+            }
+        } else {
+            // Its addresses go with it.
+            changes.push(Change::DeleteLink { name: name() });
+        }
+    }
+    if observed.firewall.is_some() && desired.firewall.is_none() {
+        changes.push(Change::DeleteFirewall);
+    }
+}
+
+fn same_link(observed: &State, desired: &State) -> bool {
+    match (&observed.link, &desired.link) {
+        (Some(old), Some(new)) => old.name == new.name,
+        (Some(Link { .. }), None) | (None, _) => false,
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::CreateLink { name, mtu } => {
+                write!(
+                    f,
+                    "ip tuntap add {name} mode tun; ip link set {name} mtu {mtu}"
+                )
+            }
+            Self::SetMtu { name, mtu } => write!(f, "ip link set {name} mtu {mtu}"),
+            Self::SetSysctl { path, value } => write!(f, "sysctl -w {path}={value}"),
+            Self::SetUp { name } => write!(f, "ip link set {name} up"),
+            Self::AddAddress {
+                dev,
+                address,
+                scope,
+            } => {
+                write!(f, "ip addr add {address} dev {dev}")?;
+                match scope {
+                    Scope::Global => Ok(()),
+                    Scope::Link => f.write_str(" scope link"),
+                }
+            }
+            Self::SetListenPort { dev, port } => write!(f, "wg set {dev} listen-port {port}"),
+            Self::SetPeer { dev, key, peer } => write!(f, "wg set {dev} peer {key}{peer}"),
+            Self::ReplaceFirewall(_) => f.write_str("nft -f -"),
+            Self::ReplaceRoute { key, route } => {
+                write!(f, "{}", RouteCommand("replace", key, Some(route)))
+            }
+            Self::AddRule(rule) => write!(f, "ip {}rule add {rule}", family(rule.v6)),
+            Self::DeleteRule(rule) => write!(f, "ip {}rule del {rule}", family(rule.v6)),
+            Self::DeleteRoute(key) => write!(f, "{}", RouteCommand("del", key, None)),
+            Self::RemovePeer { dev, key } => write!(f, "wg set {dev} peer {key} remove"),
+            Self::DeleteAddress { dev, address } => write!(f, "ip addr del {address} dev {dev}"),
+            Self::SetDown { name } => write!(f, "ip link set {name} down"),
+            Self::DeleteLink { name } => write!(f, "ip link del {name}"),
+            Self::DeleteFirewall => f.write_str("nft delete table inet selvedge"),
+        }
+    }
+}
+
+/// `ip route VERB …`, with the kind of route between the verb and the destination as `ip` wants it.
+struct RouteCommand<'a>(&'static str, &'a RouteKey, Option<&'a Route>);
+
+impl fmt::Display for RouteCommand<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(verb, key, route) = self;
+        let kind = match route {
+            Some(Route::Unreachable) => "unreachable ",
+            Some(Route::Throw) => "throw ",
+            Some(Route::Unicast { .. }) | None => "",
+        };
+        let family = family(key.dst.addr().is_ipv6());
+        write!(
+            f,
+            "ip {family}route {verb} table {} {kind}{}",
+            key.table.id(),
+            Destination(key.dst)
+        )?;
+        if let Some(route) = route {
+            write!(f, "{route}")?;
+        }
+        if key.metric != 0 {
+            write!(f, " metric {}", key.metric)?;
+        }
+        write!(f, " proto {PROTOCOL}")
+    }
+}
+
+/// A prefix as `ip` prints it: a host has no length.
+struct Destination(IpNet);
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.prefix_len() == self.0.max_prefix_len() {
+            write!(f, "{}", self.0.addr())
+        } else {
+            write!(f, "{}", self.0)
+        }
+    }
+}
+
+impl fmt::Display for Route {
+    /// What follows the destination.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::Unicast {
+            next_hops,
+            src,
+            mtu,
+        } = self
+        else {
+            return Ok(());
+        };
+        let multipath = next_hops.len() > 1;
+        for hop in next_hops {
+            if multipath {
+                f.write_str(" nexthop")?;
+            }
+            match hop.via {
+                Some(IpAddr::V4(via)) => write!(f, " via {via}")?,
+                Some(IpAddr::V6(via)) => write!(f, " via {via}")?,
+                None => {}
+            }
+            write!(f, " dev {}", hop.dev)?;
+            if hop.onlink {
+                f.write_str(" onlink")?;
+            }
+        }
+        if let Some(src) = src {
+            write!(f, " src {src}")?;
+        }
+        if let Some(mtu) = mtu {
+            write!(f, " mtu {mtu}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pref {}", self.priority)?;
+        match self.from {
+            Some(from) => write!(f, " from {from}")?,
+            None => f.write_str(" from all")?,
+        }
+        if let Some(iif) = &self.iif {
+            write!(f, " iif {iif}")?;
+        }
+        if let Some(mark) = self.fwmark {
+            write!(f, " fwmark {mark:#x}")?;
+        }
+        match self.table {
+            254 => f.write_str(" lookup main")?,
+            table => write!(f, " lookup {table}")?,
+        }
+        write!(f, " proto {PROTOCOL}")
+    }
+}
+
+impl fmt::Display for Peer {
+    /// What follows the key. A preshared key is only mentioned.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.preshared_key.is_some() {
+            f.write_str(" preshared-key (hidden)")?;
+        }
+        if let Some(endpoint) = self.endpoint {
+            write!(f, " endpoint {endpoint}")?;
+        }
+        if let Some(seconds) = self.persistent_keepalive {
+            write!(f, " persistent-keepalive {seconds}")?;
+        }
+        f.write_str(" allowed-ips ")?;
+        for (index, net) in self.allowed_ips.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{net}")?;
+        }
+        Ok(())
+    }
+}
+
+fn family(v6: bool) -> &'static str {
+    if v6 { "-6 " } else { "" }
+}

@@ -66,6 +66,8 @@ pub struct Vtep {
     pub mtu: u32,
     /// The underlay address it sends from.
     pub local: Option<IpAddr>,
+    /// The underlay device it sends through.
+    pub parent: Option<String>,
     /// Its addresses (`10.42.N.0/32`).
     pub addresses: Vec<IpNet>,
 }

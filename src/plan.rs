@@ -9,6 +9,9 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 
+use crate::config::{Encapsulation, OnTunnelDown};
+use crate::flannel::Flannel;
+use crate::topology::{NodeName, Topology};
 use crate::wireguard::key::{PresharedKey, PublicKey};
 
 /// The protocol number (`RTPROT`) of every route and rule the agent installs.
@@ -22,7 +25,8 @@ pub const BACKSTOP_METRIC: u32 = 4_278_198_272;
 /// |---|---|---|
 /// | `Mesh` | every packet | remote pod CIDRs, node addresses, WireGuard addresses |
 /// | `Pods` | source in the cluster network | remote node addresses that the host itself must reach directly: tunnel endpoints, the API server |
-/// | `Members` | arriving from the tunnel, or reverse-path checks of what is sent back into it | node addresses of the own region behind flannel's device |
+/// | `Members` | arriving from the tunnel | node addresses of the own region behind flannel's device |
+/// | `Back` | reverse-path checks of what is sent into the tunnel | the same addresses, through either device |
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Table {
     /// 5130
@@ -31,15 +35,21 @@ pub enum Table {
     Pods,
     /// 5132
     Members,
+    /// 5133
+    Back,
 }
 
 impl Table {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Mesh, Self::Pods, Self::Members, Self::Back];
+
     /// The kernel's number of the table.
     pub const fn id(self) -> u32 {
         match self {
             Self::Mesh => 5130,
             Self::Pods => 5131,
             Self::Members => 5132,
+            Self::Back => 5133,
         }
     }
 }
@@ -112,6 +122,19 @@ pub struct Link {
     pub up: bool,
 }
 
+/// How far an address of the tunnel's link goes (`ip address … scope`).
+///
+/// Masquerading takes a link's first address of global scope. The WireGuard address has the scope of
+/// the link, so whatever the order in which the two were added, what is masqueraded into the tunnel
+/// carries an address of this node's pod CIDR and comes back to this node. IPv6 knows no such scope.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Scope {
+    /// May be a source for any destination.
+    Global,
+    /// Never chosen as a source for what leaves the link.
+    Link,
+}
+
 /// A peer of the tunnel device, as the plan wants it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Peer {
@@ -152,6 +175,9 @@ pub struct Firewall {
     pub fail_closed: bool,
     /// Sources (VPN peers) masqueraded where they leave to destinations outside [`Self::known`].
     pub masquerade_sources: BTreeSet<IpNet>,
+    /// Destinations (the own region's `allowed-location-ips`) towards which everything is masqueraded
+    /// unless it goes to [`Self::known`]: hosts there have no route back to pods.
+    pub masquerade_destinations: BTreeSet<IpNet>,
     /// Destinations that are never masqueraded.
     pub known: BTreeSet<IpNet>,
 }
@@ -161,8 +187,10 @@ pub struct Firewall {
 pub struct State {
     /// The tunnel's link; `None` where there is none.
     pub link: Option<Link>,
-    /// The addresses of the tunnel's link.
-    pub addresses: BTreeSet<IpNet>,
+    /// The addresses of the tunnel's link, without link-local ones.
+    pub addresses: BTreeMap<IpNet, Scope>,
+    /// The UDP port the tunnel listens on.
+    pub listen_port: Option<NonZeroU16>,
     /// The peers of the tunnel device.
     pub peers: BTreeMap<PublicKey, Peer>,
     /// Routes in the agent's own tables.
@@ -173,4 +201,49 @@ pub struct State {
     pub firewall: Option<Firewall>,
     /// Sysctls of the tunnel's link, by path below `/proc/sys`.
     pub sysctls: BTreeMap<String, String>,
+}
+
+/// What this node's operator asked of it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Settings {
+    /// `--interface`.
+    pub interface: String,
+    /// The tunnel's MTU in bytes: `--mtu`, or what the shell found for `auto`.
+    pub mtu: u32,
+    /// `--port`: listened on unless the node's endpoint names another.
+    pub port: NonZeroU16,
+    /// `--fwmark` of the tunnel's own datagrams, compared whole.
+    pub fwmark: u32,
+    /// `--rule-priority`: the first of five.
+    pub rule_priority: u32,
+    /// `--encapsulate`.
+    pub encapsulation: Encapsulation,
+    /// `--on-tunnel-down`.
+    pub on_tunnel_down: OnTunnelDown,
+    /// `--service-cidr`.
+    pub service_cidrs: Vec<IpNet>,
+}
+
+/// Everything [`plan`] looks at.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// Who is where.
+    pub topology: &'a Topology,
+    /// The node to plan for.
+    pub me: &'a NodeName,
+    /// flannel on this node.
+    pub flannel: &'a Flannel,
+    /// What this node's operator asked of it.
+    pub settings: &'a Settings,
+    /// The addresses of the API servers this node's kubelet and agent use.
+    pub api_servers: &'a BTreeSet<IpAddr>,
+    /// Where the tunnel device itself last heard each peer from, if the session with it is alive.
+    pub observed: &'a BTreeMap<PublicKey, SocketAddr>,
+}
+
+/// Returns the state this node should have; `None` to leave everything as it is, because the
+/// cluster does not (or no longer) know the node.
+pub fn plan(inputs: &Inputs<'_>) -> Option<State> {
+    inputs.topology.segment_of(inputs.me)?;
+    Some(State::default())
 }

@@ -1,14 +1,20 @@
 //! Groups nodes into regions, elects each region's leader and assigns WireGuard addresses.
 //!
 //! Every agent computes the same [`Topology`] from the same [`Snapshot`], so leaders need no
-//! coordination. Nothing here reads a clock, a socket or a file.
+//! coordination. Nothing here reads a clock, a socket or a file, and what one node or peer says can
+//! cost no other anything: what is not believed is left out and named in [`Topology::excluded`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
 use crate::wireguard::key::PublicKey;
+
+mod excluded;
+
+pub use excluded::{Excluded, Field, Overlap, Reason, Subject};
 
 /// The name of a Kubernetes Node.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -74,8 +80,8 @@ pub struct Node {
     pub leader: bool,
     /// Whether the Node's `Ready` condition is true.
     pub ready: bool,
-    /// `kilo.squat.ai/persistent-keepalive` in seconds; 0 is off.
-    pub persistent_keepalive: u16,
+    /// `kilo.squat.ai/persistent-keepalive` in seconds; 0 is off, `None` leaves it to the agent.
+    pub persistent_keepalive: Option<u16>,
     /// `kilo.squat.ai/allowed-location-ips`, truncated.
     pub allowed_location_ips: Vec<IpNet>,
     /// `kilo.squat.ai/discovered-endpoints`: where this node saw the others.
@@ -128,4 +134,211 @@ pub struct Snapshot {
     pub nodes: BTreeMap<NodeName, Node>,
     /// All valid peers by name.
     pub peers: BTreeMap<String, ExternalPeer>,
+    /// The last good address of every name in an [`Endpoint::Dns`]; the shell keeps it.
+    pub resolved: BTreeMap<String, IpAddr>,
+    /// The shell's clock in Unix seconds. Only Kilo's algorithm looks at it.
+    pub now: i64,
+}
+
+/// What every agent of the cluster must be told alike, or they would disagree on the topology.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Settings {
+    /// `--mesh-granularity`.
+    pub granularity: Granularity,
+    /// `--subnet`: the pools of WireGuard addresses, at most one a family.
+    pub subnets: Vec<IpNet>,
+    /// `--service-cidr`: never routed into the tunnel.
+    pub service_cidrs: Vec<IpNet>,
+    /// `--internal-cidr`: a node's private address in here is believed though its status does not
+    /// name it.
+    pub internal_cidrs: Vec<IpNet>,
+    /// flannel's networks; a pod CIDR outside of them is not believed. Empty where unknown.
+    pub cluster_networks: Vec<IpNet>,
+}
+
+/// Whose algorithm decides.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub enum Mode {
+    /// Ours.
+    #[default]
+    Native,
+    /// Kilo's, to the letter, because these nodes run a real `kg`.
+    Kilo(Vec<NodeName>),
+}
+
+/// A node of a [`Segment`].
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Member {
+    /// The node.
+    pub name: NodeName,
+    /// The pod CIDRs that are carried for it.
+    pub pod_cidrs: Vec<IpNet>,
+    /// The node addresses that are carried for it.
+    pub addresses: Vec<IpAddr>,
+    /// All its addresses in its region, carried or not: where VXLAN may go.
+    pub underlay: BTreeSet<IpAddr>,
+    /// The private address with its subnet.
+    pub private_ip: Option<InterfaceAddr>,
+}
+
+/// What shares one leader and one WireGuard key.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Segment {
+    /// Its name.
+    pub name: SegmentName,
+    /// Segments of one group reach each other without the tunnel. Differs from the name only with
+    /// [`Granularity::Cross`].
+    pub group: SegmentName,
+    /// The node that carries its traffic.
+    pub leader: NodeName,
+    /// The leader's key.
+    pub public_key: PublicKey,
+    /// The leader's endpoint as annotated.
+    pub endpoint: Option<Endpoint>,
+    /// [`Self::endpoint`], resolved.
+    pub address: Option<SocketAddr>,
+    /// Where the others send: the address, or for a leader behind NAT where somebody saw it.
+    pub discovered: Option<SocketAddr>,
+    /// Whether the leader is behind NAT, so that it must speak first.
+    pub behind_nat: bool,
+    /// Seconds between the keepalives that the leader sends to each of its peers; 0 is off.
+    pub persistent_keepalive: u16,
+    /// The leader's WireGuard addresses, at most one a family, IPv4 first.
+    pub wireguard_ips: Vec<IpAddr>,
+    /// Its nodes by name, the leader among them.
+    pub nodes: Vec<Member>,
+    /// What of its nodes' `allowed-location-ips` is carried, in the order Kilo prints it.
+    pub allowed_location_ips: Vec<IpNet>,
+}
+
+/// A node that takes no part: it has no key yet, or was excluded.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Outsider {
+    /// The node.
+    pub name: NodeName,
+    /// The group it would be in.
+    pub group: SegmentName,
+    /// Its pod CIDRs: refused where they are in another region.
+    pub pod_cidrs: Vec<IpNet>,
+    /// All its addresses: VXLAN may go there inside the region.
+    pub underlay: BTreeSet<IpAddr>,
+}
+
+/// Who is where, who leads, and what is carried for whom.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Topology {
+    /// Whose algorithm decided.
+    pub mode: Mode,
+    /// The granularity in force.
+    pub granularity: Granularity,
+    /// The pools of WireGuard addresses.
+    pub subnets: Vec<IpNet>,
+    /// All segments, in Kilo's order.
+    pub segments: Vec<Segment>,
+    /// Nodes that take no part, by name.
+    pub outsiders: Vec<Outsider>,
+    /// The external peers, by name, with the allowed IPs that are carried.
+    pub peers: Vec<ExternalPeer>,
+    /// What was left out, and why.
+    pub excluded: Vec<Excluded>,
+    /// Node addresses that are not carried because others have them too.
+    pub overlaps: Vec<Overlap>,
+}
+
+impl Topology {
+    /// Computes the topology.
+    pub fn new(snapshot: &Snapshot, settings: &Settings) -> Self {
+        let _ = snapshot;
+        Self {
+            granularity: settings.granularity,
+            subnets: settings.subnets.clone(),
+            ..Self::default()
+        }
+    }
+
+    /// The segment a node is in; `None` for an [`Outsider`].
+    pub fn segment_of(&self, node: &NodeName) -> Option<&Segment> {
+        self.segments
+            .iter()
+            .find(|segment| segment.nodes.iter().any(|member| member.name == *node))
+    }
+
+    /// Whether a node leads its segment.
+    pub fn is_leader(&self, node: &NodeName) -> bool {
+        self.segment_of(node)
+            .is_some_and(|segment| segment.leader == *node)
+    }
+
+    /// What a node's agent should have in its `wireguard-ip` annotation; `None` to leave it alone.
+    ///
+    /// A node that does not lead keeps what it has, so that its address is still its own when it
+    /// leads again; Kilo empties it.
+    pub fn wireguard_annotation(&self, node: &NodeName) -> Option<Vec<InterfaceAddr>> {
+        let segment = self.segment_of(node)?;
+        if segment.leader != *node {
+            return matches!(self.mode, Mode::Kilo(_)).then(Vec::new);
+        }
+        let with_mesh_mask = |ip: &IpAddr| {
+            let pool = self.subnets.iter().find(|pool| pool.contains(ip))?;
+            IpNet::new(*ip, pool.prefix_len()).ok()
+        };
+        Some(
+            segment
+                .wireguard_ips
+                .iter()
+                .filter_map(with_mesh_mask)
+                .collect(),
+        )
+    }
+}
+
+impl Segment {
+    /// What may come from this segment and is sent to it, in the order Kilo prints it (contract
+    /// 3.4): by node its pod CIDRs and addresses, then the WireGuard addresses, then the
+    /// `allowed-location-ips`.
+    pub fn allowed_ips(&self) -> impl Iterator<Item = IpNet> + '_ {
+        self.node_allowed_ips()
+            .chain(self.allowed_location_ips.iter().copied())
+    }
+
+    /// [`Self::allowed_ips`] without the `allowed-location-ips`, as `showconf --as-peer` has it.
+    pub fn node_allowed_ips(&self) -> impl Iterator<Item = IpNet> + '_ {
+        self.nodes
+            .iter()
+            .flat_map(|node| {
+                let pods = node.pod_cidrs.iter().copied();
+                pods.chain(node.addresses.iter().copied().map(IpNet::from))
+            })
+            .chain(self.wireguard_ips.iter().copied().map(IpNet::from))
+    }
+}
+
+impl fmt::Display for NodeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Display for RegionName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Display for SegmentName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Location(region) => write!(f, "location:{region}"),
+            Self::Node(node) => write!(f, "node:{node}"),
+        }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Addr(address) => write!(f, "{address}"),
+            Self::Dns { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
 }
