@@ -207,6 +207,7 @@ mod tests {
             mac: Mac([2; 6]),
             mtu: 1450,
             local: None,
+            parent: None,
             addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
         }
     }
