@@ -19,6 +19,8 @@ pub use env::{SubnetEnv, SubnetEnvError};
 pub use files::Files;
 pub use netconf::{NetConf, NetConfError};
 
+mod lease;
+
 /// A flannel backend that Selvedge works beside.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Backend {

@@ -1,0 +1,468 @@
+//! A Node object → [`Node`] of the mesh: parse, don't validate.
+//!
+//! A value that makes no sense costs the field it stands in and is reported; it never costs another
+//! field, let alone another node. Whether claims of several nodes agree with each other is the
+//! topology's business: nothing here looks at more than one object.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use ipnet::IpNet;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::Deserialize;
+
+use super::annotation::{self, Malformed};
+use super::rejected::{Object, Refusals, Rejected};
+use crate::flannel::Lease;
+use crate::topology::{Endpoint, InterfaceAddr, Node, NodeName, RegionName};
+use crate::wireguard::key::PublicKey;
+
+const POD_CIDRS: &str = "spec.podCIDRs";
+const ADDRESSES: &str = "status.addresses";
+
+/// What is read of a Node; images, capacities and all the rest are skipped while decoding.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct NodeObject {
+    /// `metadata`.
+    #[serde(default)]
+    pub metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Option<Spec>,
+    #[serde(default)]
+    status: Option<Status>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Spec {
+    #[serde(default, rename = "podCIDR")]
+    pod_cidr: Option<String>,
+    #[serde(default, rename = "podCIDRs")]
+    pod_cidrs: Option<Vec<String>>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Status {
+    #[serde(default)]
+    addresses: Option<Vec<Address>>,
+    #[serde(default)]
+    conditions: Option<Vec<Condition>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Address {
+    #[serde(rename = "type")]
+    kind: String,
+    address: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Condition {
+    #[serde(rename = "type")]
+    kind: String,
+    status: String,
+}
+
+super::object::cluster_scoped!(NodeObject, kind: "Node", group: "", version: "v1", plural: "nodes");
+
+/// What the operator's flags say about reading Nodes.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ParseSettings {
+    /// The label whose value is the region (`--topology-label`).
+    pub topology_label: String,
+}
+
+impl Default for ParseSettings {
+    fn default() -> Self {
+        Self {
+            topology_label: "topology.kubernetes.io/region".to_owned(),
+        }
+    }
+}
+
+/// Reads a Node object.
+///
+/// No node results only from an object without a name. A node that cannot take part yet, for want
+/// of a key or a pod CIDR, is a node all the same.
+pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Vec<Rejected>) {
+    let name = NodeName(object.metadata.name.clone().unwrap_or_default());
+    let mut refusals = Refusals::new(Object::Node(name.clone()));
+    if name.0.is_empty() {
+        refusals.add(
+            "metadata.name",
+            "",
+            "a node without a name cannot be told from others",
+        );
+        return (None, refusals.into_rejected());
+    }
+
+    let none = BTreeMap::new();
+    let mut reader = Reader {
+        annotations: object.metadata.annotations.as_ref().unwrap_or(&none),
+        refusals,
+    };
+    let node = Node {
+        name,
+        created: super::object::created(&object.metadata),
+        region: reader.region(&object.metadata, settings),
+        public_key: reader.public_key(),
+        endpoint: reader.endpoint(),
+        internal_ips: reader.internal_ips(object.status.as_ref()),
+        private_ip: reader.private_ip(),
+        pod_cidrs: reader.pod_cidrs(object.spec.as_ref()),
+        wireguard_ips: reader
+            .read(annotation::WIREGUARD_IP, annotation::wireguard_ips)
+            .unwrap_or_default(),
+        leader: reader.leader(),
+        ready: is_ready(object.status.as_ref()),
+        persistent_keepalive: reader.read(annotation::PERSISTENT_KEEPALIVE, annotation::keepalive),
+        allowed_location_ips: reader.allowed_location_ips(),
+        discovered_endpoints: reader.discovered_endpoints(),
+        granularity: reader.granularity(),
+        last_seen: reader.read(annotation::LAST_SEEN, |text| {
+            i64::from_str(text).map_err(|_| Malformed("this is not a count of seconds"))
+        }),
+        ours: reader.annotations.contains_key(annotation::AGENT),
+        lease: reader.lease(),
+    };
+    (Some(node), reader.refusals.into_rejected())
+}
+
+/// The annotations of one Node and what was refused of them.
+struct Reader<'a> {
+    annotations: &'a BTreeMap<String, String>,
+    refusals: Refusals,
+}
+
+impl<'a> Reader<'a> {
+    fn text(&self, key: &str) -> Option<&'a str> {
+        self.annotations.get(key).map(String::as_str)
+    }
+
+    fn read<T>(
+        &mut self,
+        key: &'static str,
+        read: impl FnOnce(&'a str) -> Result<T, Malformed>,
+    ) -> Option<T> {
+        let text = self.text(key)?;
+        self.refusals.take(key, text, read(text))
+    }
+
+    /// The annotation decides even when it is empty; one that is malformed counts as absent.
+    fn region(&mut self, metadata: &ObjectMeta, settings: &ParseSettings) -> RegionName {
+        let label = metadata
+            .labels
+            .as_ref()
+            .and_then(|labels| labels.get(&settings.topology_label));
+        let name = self
+            .read(annotation::LOCATION, annotation::region)
+            .or_else(|| label.map(|label| label.trim()))
+            .unwrap_or_default();
+        RegionName(name.to_owned())
+    }
+
+    fn public_key(&mut self) -> Option<PublicKey> {
+        let text = self.text(annotation::KEY)?;
+        self.refusals
+            .take(annotation::KEY, text, text.parse::<PublicKey>())
+    }
+
+    /// Both are read, so that a mistake in the one that is not used is reported too.
+    fn endpoint(&mut self) -> Option<Endpoint> {
+        let forced = self.read(annotation::FORCE_ENDPOINT, annotation::endpoint);
+        let published = self.read(annotation::ENDPOINT, annotation::endpoint);
+        forced.or(published)
+    }
+
+    /// `force-internal-ip` wins where it can be read; empty and `-` say that there is none.
+    fn private_ip(&mut self) -> Option<InterfaceAddr> {
+        let published = match self.text(annotation::INTERNAL_IP) {
+            Some("") => None,
+            Some(_) | None => self.read(annotation::INTERNAL_IP, annotation::interface_addr),
+        };
+        match self.text(annotation::FORCE_INTERNAL_IP) {
+            Some("" | "-") => None,
+            Some(_) | None => self
+                .read(annotation::FORCE_INTERNAL_IP, annotation::interface_addr)
+                .or(published),
+        }
+    }
+
+    fn internal_ips(&mut self, status: Option<&Status>) -> Vec<IpAddr> {
+        let mut ips = Vec::new();
+        for entry in status.iter().flat_map(|s| s.addresses.iter().flatten()) {
+            if entry.kind != "InternalIP" {
+                continue;
+            }
+            let read = annotation::address(&entry.address);
+            if let Some(ip) = self.refusals.take(ADDRESSES, &entry.address, read)
+                && !ips.contains(&ip)
+            {
+                ips.push(ip);
+            }
+        }
+        ips
+    }
+
+    fn pod_cidrs(&mut self, spec: Option<&Spec>) -> Vec<IpNet> {
+        let Some(spec) = spec else {
+            return Vec::new();
+        };
+        // The singular field is what servers before dual-stack clusters filled alone.
+        let texts = match &spec.pod_cidrs {
+            Some(texts) if !texts.is_empty() => texts.as_slice(),
+            Some(_) | None => spec.pod_cidr.as_slice(),
+        };
+        let mut cidrs = Vec::<IpNet>::new();
+        for text in texts.iter().filter(|text| !text.is_empty()) {
+            let read = annotation::prefix(text).and_then(|cidr| {
+                let of_family = |have: &IpNet| have.addr().is_ipv4() == cidr.addr().is_ipv4();
+                if cidrs.iter().any(of_family) {
+                    return Err(Malformed("a node has one pod CIDR of each family"));
+                }
+                Ok(cidr)
+            });
+            cidrs.extend(self.refusals.take(POD_CIDRS, text, read));
+        }
+        cidrs
+    }
+
+    fn leader(&mut self) -> bool {
+        let Some(text) = self.text(annotation::LEADER) else {
+            return false;
+        };
+        if text.eq_ignore_ascii_case("false") {
+            self.refusals.add(
+                annotation::LEADER,
+                text,
+                "any value counts as true; remove the annotation to withdraw the wish",
+            );
+        }
+        true
+    }
+
+    fn allowed_location_ips(&mut self) -> Vec<IpNet> {
+        let key = annotation::ALLOWED_LOCATION_IPS;
+        let mut ips = Vec::new();
+        let items = self.text(key).unwrap_or_default().split(',').map(str::trim);
+        for item in items.filter(|item| !item.is_empty()) {
+            let Some(net) = self.refusals.take(key, item, annotation::prefix(item)) else {
+                continue;
+            };
+            if ips.contains(&net) {
+                continue;
+            }
+            if ips.len() == annotation::MAX_ALLOWED_LOCATION_IPS {
+                let reason =
+                    "a node has at most 256 of them; this one and what follows is left out";
+                self.refusals.add(key, item, reason);
+                break;
+            }
+            ips.push(net);
+        }
+        ips
+    }
+
+    fn discovered_endpoints(&mut self) -> BTreeMap<PublicKey, std::net::SocketAddr> {
+        let key = annotation::DISCOVERED_ENDPOINTS;
+        let read = self.read(key, annotation::discovered).unwrap_or_default();
+        if read.skipped > 0 {
+            let text = self.text(key).unwrap_or_default();
+            let reason = format!("{} of its entries make no sense", read.skipped);
+            self.refusals.add(key, text, reason);
+        }
+        read.endpoints
+    }
+
+    fn granularity(&mut self) -> Option<crate::topology::Granularity> {
+        match self.text(annotation::GRANULARITY) {
+            Some("") => None,
+            Some(_) | None => self.read(annotation::GRANULARITY, annotation::granularity),
+        }
+    }
+
+    fn lease(&mut self) -> Option<Lease> {
+        let refusals = &mut self.refusals;
+        Lease::parse(self.annotations, |field, value, reason| {
+            refusals.add(field, value, reason);
+        })
+    }
+}
+
+/// A Node without the condition has never been heard of by its kubelet: not ready.
+fn is_ready(status: Option<&Status>) -> bool {
+    status
+        .iter()
+        .flat_map(|s| s.conditions.iter().flatten())
+        .any(|condition| condition.kind == "Ready" && condition.status == "True")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse_json(object: serde_json::Value) -> (Node, Vec<String>) {
+        let object = serde_json::from_value(object).unwrap();
+        let (node, rejected) = parse(&object, &ParseSettings::default());
+        (
+            node.unwrap(),
+            rejected.iter().map(ToString::to_string).collect(),
+        )
+    }
+
+    fn annotated(pairs: &[(&str, &str)]) -> (Node, Vec<String>) {
+        let annotations: BTreeMap<_, _> = pairs.iter().copied().collect();
+        parse_json(json!({"metadata": {"name": "a1", "annotations": annotations}}))
+    }
+
+    #[test]
+    fn a_node_is_read_from_what_kubernetes_flannel_and_the_agent_say() {
+        let (node, rejected) = parse_json(json!({
+            "metadata": {
+                "name": "a1",
+                "creationTimestamp": "2026-01-01T00:00:00Z",
+                "labels": {"topology.kubernetes.io/region": "nd"},
+                "annotations": {
+                    "flannel.alpha.coreos.com/backend-data": "{\"VNI\":1,\"VtepMAC\":\"9e:94:f2:d4:ca:3a\"}",
+                    "flannel.alpha.coreos.com/backend-type": "vxlan",
+                    "flannel.alpha.coreos.com/kube-subnet-manager": "true",
+                    "flannel.alpha.coreos.com/public-ip": "192.168.50.11",
+                    "kilo.squat.ai/endpoint": "192.168.50.11:51820",
+                    "kilo.squat.ai/internal-ip": "192.168.50.11/24",
+                    "kilo.squat.ai/key": "jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w=",
+                    "kilo.squat.ai/leader": "",
+                    "kilo.squat.ai/persistent-keepalive": "25",
+                    "kilo.squat.ai/wireguard-ip": "10.4.0.2/16",
+                    "selvedge.dev/agent": "0.1.0",
+                },
+            },
+            "spec": {"podCIDR": "10.42.1.0/24", "podCIDRs": ["10.42.1.0/24", "2001:db8:42:1::/64"]},
+            "status": {
+                "addresses": [
+                    {"type": "InternalIP", "address": "192.168.50.11"},
+                    {"type": "Hostname", "address": "a1"},
+                ],
+                "conditions": [{"type": "Ready", "status": "True"}],
+                "images": [{"names": ["skipped"]}],
+            },
+        }));
+        assert!(rejected.is_empty(), "{rejected:?}");
+        assert_eq!(node.region.0, "nd");
+        assert!(node.leader && node.ready && node.ours && node.public_key.is_some());
+        assert_eq!(node.persistent_keepalive, Some(25));
+        assert_eq!(node.pod_cidrs.len(), 2);
+        assert_eq!(
+            node.internal_ips,
+            ["192.168.50.11".parse::<IpAddr>().unwrap()]
+        );
+        assert_eq!(node.private_ip, Some("192.168.50.11/24".parse().unwrap()));
+        assert_eq!(node.created, 1_767_225_600);
+        assert!(node.lease.is_some());
+    }
+
+    #[test]
+    fn a_node_that_nobody_annotated_is_a_node() {
+        let (node, rejected) = parse_json(json!({"metadata": {"name": "a1"}}));
+        assert!(rejected.is_empty());
+        assert_eq!(node.region.0, "");
+        assert!(node.public_key.is_none() && node.pod_cidrs.is_empty() && !node.ready);
+    }
+
+    #[test]
+    fn the_location_wins_over_the_label_even_when_empty() {
+        let region = |location: Option<&str>| {
+            let mut object = json!({
+                "metadata": {"name": "a1", "labels": {"topology.kubernetes.io/region": "nd"}},
+            });
+            if let Some(location) = location {
+                object["metadata"]["annotations"] = json!({"kilo.squat.ai/location": location});
+            }
+            parse_json(object).0.region.0
+        };
+        assert_eq!(region(None), "nd");
+        assert_eq!(region(Some(" home ")), "home");
+        assert_eq!(region(Some("")), "");
+        assert_eq!(region(Some(&"x".repeat(64))), "nd");
+    }
+
+    #[test]
+    fn a_forced_endpoint_that_makes_no_sense_leaves_the_published_one() {
+        let (node, rejected) = annotated(&[
+            ("kilo.squat.ai/force-endpoint", "203.0.113.10"),
+            ("kilo.squat.ai/endpoint", "192.168.50.11:51820"),
+        ]);
+        assert_eq!(
+            node.endpoint,
+            annotation::endpoint("192.168.50.11:51820").ok()
+        );
+        assert_eq!(
+            rejected,
+            [
+                "node a1: kilo.squat.ai/force-endpoint \"203.0.113.10\" is refused: an endpoint is written host:port"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_dash_or_nothing_as_forced_internal_address_means_none() {
+        for forced in ["", "-"] {
+            let (node, rejected) = annotated(&[
+                ("kilo.squat.ai/force-internal-ip", forced),
+                ("kilo.squat.ai/internal-ip", "192.168.50.11/24"),
+            ]);
+            assert_eq!(node.private_ip, None);
+            assert!(rejected.is_empty(), "{rejected:?}");
+        }
+        let (node, rejected) = annotated(&[
+            ("kilo.squat.ai/force-internal-ip", "192.168.50.12"),
+            ("kilo.squat.ai/internal-ip", "192.168.50.11/24"),
+        ]);
+        assert_eq!(node.private_ip, Some("192.168.50.11/24".parse().unwrap()));
+        assert_eq!(rejected.len(), 1);
+    }
+
+    #[test]
+    fn leading_is_a_matter_of_presence() {
+        let (node, rejected) = annotated(&[("kilo.squat.ai/leader", "false")]);
+        assert!(node.leader);
+        assert_eq!(rejected.len(), 1);
+        assert!(!annotated(&[]).0.leader);
+    }
+
+    #[test]
+    fn bad_allowed_location_ips_leave_the_good_ones() {
+        let (node, rejected) = annotated(&[(
+            "kilo.squat.ai/allowed-location-ips",
+            "10.6.0.0/24, 0.0.0.0/0,,10.6.0.9/24,10.7.0.1",
+        )]);
+        assert_eq!(
+            node.allowed_location_ips,
+            ["10.6.0.0/24".parse::<IpNet>().unwrap()]
+        );
+        assert_eq!(rejected.len(), 2, "{rejected:?}");
+    }
+
+    #[test]
+    fn no_node_claims_more_than_256_location_ips() {
+        let items: Vec<_> = (0..10_000)
+            .map(|i| format!("10.{}.{}.0/24", i / 256, i % 256))
+            .collect();
+        let (node, rejected) =
+            annotated(&[("kilo.squat.ai/allowed-location-ips", &items.join(","))]);
+        assert_eq!(node.allowed_location_ips.len(), 256);
+        assert_eq!(rejected.len(), 1);
+    }
+
+    #[test]
+    fn a_second_pod_cidr_of_a_family_is_refused() {
+        let (node, rejected) = parse_json(json!({
+            "metadata": {"name": "a1"},
+            "spec": {"podCIDRs": ["10.42.1.0/24", "10.42.2.0/24", "nonsense"]},
+        }));
+        assert_eq!(node.pod_cidrs, ["10.42.1.0/24".parse::<IpNet>().unwrap()]);
+        assert_eq!(rejected.len(), 2, "{rejected:?}");
+    }
+}
