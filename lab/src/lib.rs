@@ -1,1 +1,10 @@
-//! Test bench.
+//! The test bench of Selvedge: network namespaces, the parts of a flannel cluster that run in
+//! them, and the questions a test asks about packets.
+//!
+//! Tests and `examples/lab` share it; the product itself never depends on it.
+
+pub mod netns;
+pub mod process;
+
+pub use netns::Namespace;
+pub use process::{Process, wait_for};
