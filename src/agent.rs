@@ -1,5 +1,6 @@
 //! The one event loop: snapshot, kernel event, timer or signal → plan → apply.
 
+pub mod control;
 pub mod keyfile;
 
 use std::process::ExitCode;

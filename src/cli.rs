@@ -6,10 +6,11 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{Args as _, Command, FromArgMatches as _};
+use clap::{ArgMatches, Args as _, Command, FromArgMatches};
 
 use crate::config::{self, Config, Flags};
 use crate::refusal::{self, Refusal};
+use crate::status;
 
 /// Runs what the arguments ask for; says in one sentence on stderr why it could not.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -41,14 +42,17 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     };
     match name {
         "agent" => crate::agent::run(agent_config(matches)?),
+        "status" => status::run(arguments(matches)?),
         other => unreachable!("clap knows no command {other}"),
     }
 }
 
-fn agent_config(matches: &clap::ArgMatches) -> Result<Config, Refusal> {
-    let flags = Flags::from_arg_matches(matches)
-        .map_err(|error| Refusal::usage(config::sentence(&error)))?;
-    Config::new(flags)
+fn agent_config(matches: &ArgMatches) -> Result<Config, Refusal> {
+    Config::new(arguments::<Flags>(matches)?)
+}
+
+fn arguments<T: FromArgMatches>(matches: &ArgMatches) -> Result<T, Refusal> {
+    T::from_arg_matches(matches).map_err(|error| Refusal::usage(config::sentence(&error)))
 }
 
 fn command() -> Command {
@@ -60,6 +64,9 @@ fn command() -> Command {
         .infer_long_args(false)
         .subcommand(Flags::augment_args(
             Command::new("agent").about("Run this node's part of the mesh"),
+        ))
+        .subcommand(status::Args::augment_args(
+            Command::new("status").about("Show what this node's agent sees and does"),
         ))
 }
 

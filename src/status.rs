@@ -1,1 +1,466 @@
 //! `selvedge status`: what this node's agent sees and does.
+//!
+//! The agent answers with a [`Report`] on its control socket; everything that people or programs
+//! look at (this command, `doctor`, `/metrics`) is made from one.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::config::CONTROL_SOCKET;
+use crate::refusal::Refusal;
+
+/// How long an agent may take to answer; it answers from memory.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What an agent knows of itself and the mesh.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Report {
+    /// The agent's version.
+    pub version: String,
+    /// This node.
+    pub node: String,
+    /// Whether the last pass left the node as it should be.
+    pub ready: bool,
+    /// What keeps it from being so, in sentences.
+    pub problems: Vec<String>,
+    /// What the node does in the mesh.
+    pub role: Role,
+    /// The node's segment, as Kilo names it.
+    pub segment: Option<String>,
+    /// Who leads that.
+    pub leader: Option<String>,
+    /// Whose algorithm is in force, and why.
+    pub mode: String,
+    /// `location`, `full` or `cross`.
+    pub granularity: String,
+    /// The tunnel's link.
+    pub tunnel: Tunnel,
+    /// flannel on this node; `None` while it is awaited.
+    pub flannel: Option<Flannel>,
+    /// The API server.
+    pub api: Api,
+    /// All segments, in Kilo's order.
+    pub segments: Vec<Segment>,
+    /// The peers of the tunnel.
+    pub peers: Vec<Peer>,
+    /// Nodes that take no part, by name.
+    pub outsiders: Vec<String>,
+    /// What was left out of the mesh, and why.
+    pub excluded: Vec<String>,
+    /// Nodes known to be Ready for the mesh (Kilo's `kilo_nodes`).
+    pub ready_nodes: usize,
+    /// External peers in force.
+    pub external_peers: usize,
+    /// Routes that should be there.
+    pub routes: usize,
+    /// Whether `--on-tunnel-down=open` lets traffic between regions leave in clear.
+    pub fail_open: bool,
+    /// Packets the tunnel dropped since it was started, by reason.
+    pub drops: BTreeMap<String, u64>,
+    /// VXLAN packets to other regions that the firewall dropped; `None` where it could not be asked.
+    pub leak_drops: Option<u64>,
+}
+
+/// What a node does in the mesh.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Nothing: the cluster does not know it, or it has no key there yet.
+    #[default]
+    Outside,
+    /// Sends what is for other regions to its leader.
+    Follower,
+    /// Has tunnels.
+    Leader,
+}
+
+/// The tunnel's link, as it should be.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Tunnel {
+    /// Its name.
+    pub interface: String,
+    /// This node's public key.
+    pub public_key: String,
+    /// The UDP port it listens on.
+    pub listen_port: Option<u16>,
+    /// Its MTU in bytes.
+    pub mtu: Option<u32>,
+    /// Its addresses.
+    pub addresses: Vec<String>,
+    /// Where others are told to send.
+    pub endpoint: Option<String>,
+}
+
+/// flannel on this node.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Flannel {
+    /// `vxlan` or `host-gw`.
+    pub backend: String,
+    /// Whether nodes of one subnet are reached without VXLAN.
+    pub direct_routing: bool,
+    /// The cluster networks.
+    pub networks: Vec<String>,
+    /// This node's pod CIDRs.
+    pub subnets: Vec<String>,
+    /// The MTU of its devices in bytes.
+    pub mtu: u32,
+    /// Its vxlan devices.
+    pub links: Vec<String>,
+}
+
+/// The API server.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Api {
+    /// Where it is reached; `None` while it is not.
+    pub server: Option<String>,
+    /// Whether what is known comes from the cache on disk.
+    pub cached: bool,
+    /// What went wrong last; `None` while all is well.
+    pub error: Option<String>,
+}
+
+/// A segment of the topology.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Segment {
+    /// Its name, as Kilo has it.
+    pub name: String,
+    /// Its leader.
+    pub leader: String,
+    /// Where the others send.
+    pub endpoint: Option<String>,
+    /// The leader's WireGuard addresses.
+    pub wireguard_ips: Vec<String>,
+    /// Its nodes.
+    pub nodes: Vec<String>,
+}
+
+/// A peer of the tunnel.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Peer {
+    /// The segment or the external peer.
+    pub name: String,
+    /// Its public key.
+    pub public_key: String,
+    /// Where the tunnel sends.
+    pub endpoint: Option<String>,
+    /// What may come from it.
+    pub allowed_ips: Vec<String>,
+    /// Seconds since the last handshake; `None` where there was none.
+    pub handshake_age: Option<u64>,
+    /// Bytes received.
+    pub received: u64,
+    /// Bytes sent.
+    pub sent: u64,
+    /// Seconds between keepalives; 0 is off.
+    pub persistent_keepalive: u16,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Outside => "outside the mesh",
+            Self::Follower => "follower",
+            Self::Leader => "leader",
+        })
+    }
+}
+
+/// How `selvedge status` prints.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// Arguments of `selvedge status`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// The agent's control socket
+    #[arg(long, value_name = "PATH", default_value = CONTROL_SOCKET)]
+    control_socket: PathBuf,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// Prints what the agent of this node reports. The exit code is 0 where it is ready, else 1.
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let report = ask(&args.control_socket)?;
+    let text = match args.output {
+        Output::Text => render(&report),
+        Output::Json => serde_json::to_string_pretty(&report)? + "\n",
+    };
+    // A reader that closed the pipe has read enough.
+    let _ = io::stdout().write_all(text.as_bytes());
+    Ok(if report.ready {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Asks the agent behind a control socket.
+pub fn ask(socket: &Path) -> anyhow::Result<Report> {
+    let shown = socket.display();
+    let mut stream = UnixStream::connect(socket).map_err(|error| {
+        let kind = error.kind();
+        Refusal::configuration(if matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) {
+            format!("no agent answers on {shown}: run this on a node of the mesh, in the agent's container or as root")
+        } else if kind == io::ErrorKind::PermissionDenied {
+            format!("no right to ask the agent on {shown}: run this as root")
+        } else {
+            format!("cannot ask the agent on {shown}: {error}")
+        })
+    })?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut answer = Vec::new();
+    stream
+        .read_to_end(&mut answer)
+        .map_err(|error| anyhow::anyhow!("the agent on {shown} does not answer: {error}"))?;
+    serde_json::from_slice(&answer).map_err(|error| {
+        anyhow::anyhow!("the agent on {shown} answers in another language: {error}")
+    })
+}
+
+/// The report for a terminal, in the manner of `wg show`.
+pub fn render(report: &Report) -> String {
+    let mut text = String::new();
+    write_report(&mut text, report).expect("a String takes all that is written to it");
+    text
+}
+
+fn write_report(out: &mut String, report: &Report) -> fmt::Result {
+    let none = || "none".to_owned();
+    let ready = if report.ready { "ready" } else { "NOT ready" };
+    writeln!(out, "node: {} ({ready}, {})", report.node, report.role)?;
+    for problem in &report.problems {
+        writeln!(out, "  problem: {problem}")?;
+    }
+    writeln!(out, "  version: {}", report.version)?;
+    if let Some(segment) = &report.segment {
+        writeln!(
+            out,
+            "  segment: {segment}, led by {}",
+            report.leader.as_deref().unwrap_or("nobody")
+        )?;
+    }
+    writeln!(
+        out,
+        "  mesh: granularity {}, {}",
+        report.granularity, report.mode
+    )?;
+    let server = report
+        .api
+        .server
+        .clone()
+        .unwrap_or_else(|| "not reached".into());
+    let cached = if report.api.cached {
+        ", working from the cache"
+    } else {
+        ""
+    };
+    writeln!(out, "  api server: {server}{cached}")?;
+    if let Some(error) = &report.api.error {
+        writeln!(out, "  api error: {error}")?;
+    }
+    match &report.flannel {
+        Some(flannel) => {
+            let direct = if flannel.direct_routing {
+                " with DirectRouting"
+            } else {
+                ""
+            };
+            writeln!(
+                out,
+                "  flannel: {}{direct}, network {}, this node {}, mtu {}, {}",
+                flannel.backend,
+                flannel.networks.join(" "),
+                flannel.subnets.join(" "),
+                flannel.mtu,
+                if flannel.links.is_empty() {
+                    none()
+                } else {
+                    flannel.links.join(" ")
+                },
+            )?;
+        }
+        None => writeln!(out, "  flannel: awaited")?,
+    }
+    if report.fail_open {
+        writeln!(
+            out,
+            "  traffic of a region whose tunnel is down leaves IN CLEAR (--on-tunnel-down=open)"
+        )?;
+    }
+
+    let tunnel = &report.tunnel;
+    writeln!(out, "\ninterface: {}", tunnel.interface)?;
+    writeln!(out, "  public key: {}", tunnel.public_key)?;
+    if let Some(port) = tunnel.listen_port {
+        writeln!(out, "  listening port: {port}")?;
+    }
+    if let Some(mtu) = tunnel.mtu {
+        writeln!(out, "  mtu: {mtu}")?;
+    }
+    if !tunnel.addresses.is_empty() {
+        writeln!(out, "  addresses: {}", tunnel.addresses.join(", "))?;
+    }
+    writeln!(
+        out,
+        "  own endpoint: {}",
+        tunnel.endpoint.clone().unwrap_or_else(none)
+    )?;
+
+    for peer in &report.peers {
+        writeln!(out, "\npeer: {} ({})", peer.name, peer.public_key)?;
+        writeln!(
+            out,
+            "  endpoint: {}",
+            peer.endpoint.clone().unwrap_or_else(none)
+        )?;
+        writeln!(out, "  allowed ips: {}", peer.allowed_ips.join(", "))?;
+        match peer.handshake_age {
+            Some(age) => writeln!(out, "  latest handshake: {age} s ago")?,
+            None => writeln!(out, "  latest handshake: never")?,
+        }
+        writeln!(
+            out,
+            "  transfer: {} B received, {} B sent",
+            peer.received, peer.sent
+        )?;
+        if peer.persistent_keepalive > 0 {
+            writeln!(
+                out,
+                "  persistent keepalive: every {} s",
+                peer.persistent_keepalive
+            )?;
+        }
+    }
+
+    if !report.segments.is_empty() {
+        writeln!(out, "\nsegments:")?;
+    }
+    for segment in &report.segments {
+        writeln!(
+            out,
+            "  {}: led by {} ({}), endpoint {}, nodes {}",
+            segment.name,
+            segment.leader,
+            segment.wireguard_ips.join(" "),
+            segment.endpoint.clone().unwrap_or_else(none),
+            segment.nodes.join(" "),
+        )?;
+    }
+    if !report.outsiders.is_empty() {
+        writeln!(out, "\noutside the mesh: {}", report.outsiders.join(" "))?;
+    }
+    if !report.excluded.is_empty() {
+        writeln!(out, "\nleft out:")?;
+    }
+    for excluded in &report.excluded {
+        writeln!(out, "  {excluded}")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_reads_like_wg_show() {
+        let report = Report {
+            version: "1.0.0".into(),
+            node: "node-master".into(),
+            ready: true,
+            role: Role::Leader,
+            segment: Some("location:default".into()),
+            leader: Some("node-master".into()),
+            mode: "Selvedge's own algorithm".into(),
+            granularity: "location".into(),
+            tunnel: Tunnel {
+                interface: "kilo0".into(),
+                public_key: "K=".into(),
+                listen_port: Some(51820),
+                mtu: Some(1420),
+                addresses: vec!["10.42.0.0/32".into(), "10.4.0.1/32".into()],
+                endpoint: Some("203.0.113.10:51820".into()),
+            },
+            api: Api {
+                server: Some("https://127.0.0.1:6444".into()),
+                ..Api::default()
+            },
+            peers: vec![Peer {
+                name: "location:nd".into(),
+                public_key: "P=".into(),
+                endpoint: Some("198.51.100.7:24276".into()),
+                allowed_ips: vec!["10.42.1.0/24".into()],
+                handshake_age: Some(12),
+                received: 5,
+                sent: 6,
+                persistent_keepalive: 25,
+            }],
+            ..Report::default()
+        };
+
+        insta::assert_snapshot!(render(&report), @r"
+        node: node-master (ready, leader)
+          version: 1.0.0
+          segment: location:default, led by node-master
+          mesh: granularity location, Selvedge's own algorithm
+          api server: https://127.0.0.1:6444
+          flannel: awaited
+
+        interface: kilo0
+          public key: K=
+          listening port: 51820
+          mtu: 1420
+          addresses: 10.42.0.0/32, 10.4.0.1/32
+          own endpoint: 203.0.113.10:51820
+
+        peer: location:nd (P=)
+          endpoint: 198.51.100.7:24276
+          allowed ips: 10.42.1.0/24
+          latest handshake: 12 s ago
+          transfer: 5 B received, 6 B sent
+          persistent keepalive: every 25 s
+        ");
+    }
+
+    #[test]
+    fn a_report_of_another_version_is_read_as_far_as_it_goes() {
+        let report = serde_json::from_str::<Report>(r#"{"node":"a","future":1}"#).unwrap();
+        assert_eq!(report.node, "a");
+    }
+
+    #[test]
+    fn no_agent_is_said_in_a_sentence() {
+        let error = ask(Path::new("/nonexistent/selvedge.sock")).unwrap_err();
+        assert_eq!(
+            crate::refusal::exit_code(&error),
+            crate::refusal::CONFIGURATION
+        );
+        assert!(
+            error
+                .to_string()
+                .starts_with("no agent answers on /nonexistent")
+        );
+    }
+}

@@ -1,5 +1,8 @@
 //! Logs, metrics and the HTTP pages for probes and people.
 
+pub mod metrics;
+pub mod pages;
+
 use std::str::FromStr;
 
 use tracing_subscriber::filter::{EnvFilter, LevelFilter};

@@ -1,0 +1,340 @@
+//! Metrics: Kilo's names for its dashboards, and our own.
+//!
+//! What has a present value is read from the agent's latest [`Report`] at each scrape; only what
+//! adds up over time is counted here.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+use crate::status::{Report, Role};
+
+/// What the agent counts, by Kilo's words for what went wrong.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Event {
+    /// Something ended the agent.
+    Run,
+    /// Changes to the kernel or the tunnel failed.
+    Apply,
+    /// The API server did not take what was published.
+    CheckIn,
+    /// This node could not be described.
+    Local,
+    /// Something could not be removed.
+    CleanUp,
+}
+
+impl Event {
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Run => "run",
+            Self::Apply => "apply",
+            Self::CheckIn => "checkin",
+            Self::Local => "local",
+            Self::CleanUp => "cleanUp",
+        }
+    }
+}
+
+/// The registry, and what the agent adds to it.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    errors: Family<[(&'static str, &'static str); 1], Counter>,
+    reconciles: Counter,
+    results: Family<[(&'static str, &'static str); 1], Counter>,
+    seconds: Histogram,
+    changes: Counter,
+    report: Arc<Mutex<Arc<Report>>>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// An empty set.
+    pub fn new() -> Self {
+        let mut registry = Registry::default();
+        let errors = Family::default();
+        let reconciles = Counter::default();
+        let results = Family::default();
+        // From a pass that changes nothing to one that writes thousands of routes.
+        let seconds = Histogram::new([0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0]);
+        let changes = Counter::default();
+        let report = Arc::<Mutex<Arc<Report>>>::default();
+
+        registry.register(
+            "kilo_errors",
+            "Errors while administering the mesh",
+            errors.clone(),
+        );
+        registry.register(
+            "kilo_reconciles",
+            "Passes over the mesh's configuration",
+            reconciles.clone(),
+        );
+        registry.register(
+            "selvedge_reconcile",
+            "Passes by their result",
+            results.clone(),
+        );
+        registry.register(
+            "selvedge_reconcile_seconds",
+            "Duration of a pass",
+            seconds.clone(),
+        );
+        registry.register(
+            "selvedge_changes",
+            "Changes applied to the kernel and the tunnel",
+            changes.clone(),
+        );
+        registry.register_collector(Box::new(Latest(Arc::clone(&report))));
+        Self {
+            registry,
+            errors,
+            reconciles,
+            results,
+            seconds,
+            changes,
+            report,
+        }
+    }
+
+    /// Counts an error.
+    pub fn error(&self, event: Event) {
+        self.errors.get_or_create(&[("event", event.label())]).inc();
+    }
+
+    /// Counts a pass: how long it took, how many changes it made, whether all succeeded.
+    pub fn reconciled(&self, took: Duration, changes: usize, succeeded: bool) {
+        let result = if succeeded { "success" } else { "error" };
+        self.reconciles.inc();
+        self.results.get_or_create(&[("result", result)]).inc();
+        self.seconds.observe(took.as_secs_f64());
+        self.changes.inc_by(changes.try_into().unwrap_or(u64::MAX));
+    }
+
+    /// Shows a new report from now on.
+    pub fn show(&self, report: Arc<Report>) {
+        *self.report.lock().unwrap_or_else(PoisonError::into_inner) = report;
+    }
+
+    /// All metrics in the text form Prometheus reads.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry)
+            .expect("a String takes all that is written to it");
+        text
+    }
+}
+
+/// Reads the latest report.
+#[derive(Debug)]
+struct Latest(Arc<Mutex<Arc<Report>>>);
+
+impl Collector for Latest {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let report = Arc::clone(&self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut gauge = |name, help, value: i64| {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)
+        };
+        let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
+        gauge(
+            "kilo_leader",
+            "Whether this node leads its segment",
+            (report.role == Role::Leader).into(),
+        )?;
+        gauge("kilo_nodes", "Nodes in the mesh", count(report.ready_nodes))?;
+        gauge(
+            "kilo_peers",
+            "External peers in the mesh",
+            count(report.external_peers),
+        )?;
+        gauge(
+            "selvedge_ready",
+            "Whether this node is as it should be",
+            report.ready.into(),
+        )?;
+        gauge(
+            "selvedge_fail_open",
+            "Whether traffic of a region whose tunnel is down leaves in clear",
+            report.fail_open.into(),
+        )?;
+        gauge(
+            "selvedge_desired_routes",
+            "Routes in the agent's own tables",
+            count(report.routes),
+        )?;
+        gauge(
+            "selvedge_invalid_objects",
+            "Nodes, peers and fields of theirs left out of the mesh",
+            count(report.excluded.len()),
+        )?;
+        gauge(
+            "selvedge_api_cached",
+            "Whether the agent works from its cache",
+            report.api.cached.into(),
+        )?;
+
+        let peers = |value: fn(&crate::status::Peer) -> u64| {
+            report.peers.iter().map(move |peer| {
+                (
+                    [
+                        ("peer", peer.name.as_str()),
+                        ("public_key", peer.public_key.as_str()),
+                    ],
+                    value(peer),
+                )
+            })
+        };
+        counters(
+            encoder.encode_descriptor(
+                "selvedge_peer_received_bytes",
+                "Bytes received from a peer",
+                None,
+                MetricType::Counter,
+            )?,
+            peers(|peer| peer.received),
+        )?;
+        counters(
+            encoder.encode_descriptor(
+                "selvedge_peer_sent_bytes",
+                "Bytes sent to a peer",
+                None,
+                MetricType::Counter,
+            )?,
+            peers(|peer| peer.sent),
+        )?;
+        let mut ages = encoder.encode_descriptor(
+            "selvedge_peer_handshake_age_seconds",
+            "Time since the last handshake with a peer",
+            None,
+            MetricType::Gauge,
+        )?;
+        for peer in &report.peers {
+            if let Some(age) = peer.handshake_age {
+                let labels = [
+                    ("peer", peer.name.as_str()),
+                    ("public_key", peer.public_key.as_str()),
+                ];
+                let age = ConstGauge::new(i64::try_from(age).unwrap_or(i64::MAX));
+                age.encode(ages.encode_family(&labels)?)?;
+            }
+        }
+        counters(
+            encoder.encode_descriptor(
+                "selvedge_packets_dropped",
+                "Packets the tunnel dropped",
+                None,
+                MetricType::Counter,
+            )?,
+            report
+                .drops
+                .iter()
+                .map(|(reason, count)| ([("reason", reason.as_str())], *count)),
+        )?;
+        if let Some(drops) = report.leak_drops {
+            let counter = ConstCounter::new(drops);
+            counter.encode(encoder.encode_descriptor(
+                "selvedge_leak_drops",
+                "VXLAN packets to other regions that the firewall dropped",
+                None,
+                MetricType::Counter,
+            )?)?;
+        }
+        let info = [("version", report.version.as_str())];
+        let mut build = encoder.encode_descriptor(
+            "selvedge_build_info",
+            "The agent's version",
+            None,
+            MetricType::Gauge,
+        )?;
+        ConstGauge::new(1_i64).encode(build.encode_family(&info)?)
+    }
+}
+
+fn counters<'a, const N: usize>(
+    mut encoder: MetricEncoder<'_>,
+    values: impl Iterator<Item = ([(&'static str, &'a str); N], u64)>,
+) -> fmt::Result {
+    for (labels, value) in values {
+        ConstCounter::new(value).encode(encoder.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::Peer;
+
+    #[test]
+    fn kilos_five_names_are_there() {
+        let metrics = Metrics::new();
+        metrics.error(Event::Apply);
+        metrics.reconciled(Duration::from_millis(3), 2, true);
+        metrics.show(Arc::new(Report {
+            role: Role::Leader,
+            ready_nodes: 4,
+            external_peers: 2,
+            ..Report::default()
+        }));
+
+        let text = metrics.render();
+
+        for line in [
+            "kilo_errors_total{event=\"apply\"} 1",
+            "kilo_leader 1",
+            "kilo_nodes 4",
+            "kilo_peers 2",
+            "kilo_reconciles_total 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn peers_and_drops_have_lines_of_their_own() {
+        let metrics = Metrics::new();
+        metrics.show(Arc::new(Report {
+            version: "1.2.3".into(),
+            peers: vec![Peer {
+                name: "location:nd".into(),
+                public_key: "K=".into(),
+                handshake_age: Some(9),
+                received: 10,
+                sent: 20,
+                ..Peer::default()
+            }],
+            drops: [("source".to_owned(), 3)].into(),
+            leak_drops: Some(4),
+            ..Report::default()
+        }));
+
+        let text = metrics.render();
+
+        for line in [
+            "selvedge_peer_received_bytes_total{peer=\"location:nd\",public_key=\"K=\"} 10",
+            "selvedge_peer_sent_bytes_total{peer=\"location:nd\",public_key=\"K=\"} 20",
+            "selvedge_peer_handshake_age_seconds{peer=\"location:nd\",public_key=\"K=\"} 9",
+            "selvedge_packets_dropped_total{reason=\"source\"} 3",
+            "selvedge_leak_drops_total 4",
+            "selvedge_build_info{version=\"1.2.3\"} 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! The pages on `--listen`: probes, metrics and the picture of the mesh.
+//!
+//! No TLS and no passwords, so the default address is the node's own; nothing here changes anything.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use super::metrics::Metrics;
+use crate::config::Listen;
+use crate::refusal::Refusal;
+use crate::status::Report;
+
+/// How long a probe waits before it calls the event loop stuck: several resync periods.
+const STUCK: Duration = Duration::from_secs(300);
+
+/// What the pages show.
+#[derive(Clone, Debug)]
+pub struct Pages {
+    /// The metrics.
+    pub metrics: Arc<Metrics>,
+    /// The agent's latest report.
+    pub report: watch::Receiver<Arc<Report>>,
+    /// When the event loop last came round.
+    pub alive: watch::Receiver<tokio::time::Instant>,
+}
+
+/// Binds the first of the addresses that can be.
+pub async fn bind(listen: Listen) -> Result<Option<TcpListener>, Refusal> {
+    let mut failure: Option<(SocketAddr, io::Error)> = None;
+    for address in listen.addresses() {
+        match TcpListener::bind(address).await {
+            Ok(listener) => return Ok(Some(listener)),
+            Err(error) => failure = Some((address, error)),
+        }
+    }
+    match failure {
+        None => Ok(None),
+        Some((address, error)) => Err(Refusal::configuration(format!(
+            "cannot serve pages on {address}: {error}: choose another --listen address, or an empty one"
+        ))),
+    }
+}
+
+/// Serves the pages for as long as the process runs.
+pub async fn serve(listener: TcpListener, pages: Pages) {
+    let router = Router::new()
+        .route("/", get(index))
+        .route("/health", get(health))
+        .route("/ready", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/status", get(status))
+        .with_state(pages);
+    if let Err(error) = axum::serve(listener, router).await {
+        tracing::warn!(%error, "pages");
+    }
+}
+
+async fn index() -> Html<&'static str> {
+    Html(
+        "<!DOCTYPE html><title>Selvedge</title><h1>Selvedge</h1><ul>\
+         <li><a href=\"/health\">/health</a>: whether the agent is alive\
+         <li><a href=\"/ready\">/ready</a>: whether this node is as it should be\
+         <li><a href=\"/metrics\">/metrics</a>: for Prometheus\
+         <li><a href=\"/status\">/status</a>: what the agent sees and does, as JSON</ul>\n",
+    )
+}
+
+async fn health(State(pages): State<Pages>) -> Response {
+    if pages.alive.borrow().elapsed() < STUCK {
+        StatusCode::OK.into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "the event loop is stuck\n").into_response()
+    }
+}
+
+async fn ready(State(pages): State<Pages>) -> Response {
+    let report = Arc::clone(&pages.report.borrow());
+    if report.ready {
+        StatusCode::OK.into_response()
+    } else {
+        let problems = report.problems.join("\n") + "\n";
+        (StatusCode::SERVICE_UNAVAILABLE, problems).into_response()
+    }
+}
+
+async fn metrics(State(pages): State<Pages>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], pages.metrics.render()).into_response()
+}
+
+async fn status(State(pages): State<Pages>) -> Response {
+    let report = Arc::clone(&pages.report.borrow());
+    let json = serde_json::to_string_pretty(&*report).expect("a report is plain data");
+    ([(header::CONTENT_TYPE, "application/json")], json + "\n").into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    async fn fetch(address: SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn probes_see_the_agents_state() {
+        let (report, seen) = watch::channel(Arc::new(Report {
+            problems: vec!["waiting for flannel".into()],
+            ..Report::default()
+        }));
+        let (_alive, alive) = watch::channel(tokio::time::Instant::now());
+        let pages = Pages {
+            metrics: Arc::new(Metrics::new()),
+            report: seen,
+            alive,
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(serve(listener, pages));
+
+        assert!(fetch(address, "/health").await.starts_with("HTTP/1.1 200"));
+        let answer = fetch(address, "/ready").await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("waiting for flannel"));
+        report.send_replace(Arc::new(Report {
+            ready: true,
+            ..Report::default()
+        }));
+        assert!(fetch(address, "/ready").await.starts_with("HTTP/1.1 200"));
+        assert!(fetch(address, "/metrics").await.contains("kilo_leader 0"));
+        assert!(
+            fetch(address, "/debug/pprof/")
+                .await
+                .starts_with("HTTP/1.1 404")
+        );
+        server.abort();
+    }
+
+    #[tokio::test]
+    async fn an_address_in_use_is_named() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = taken.local_addr().unwrap();
+        let error = bind(Listen::Address(address)).await.unwrap_err();
+        assert!(error.sentence.contains(&address.to_string()), "{error}");
+    }
+}
