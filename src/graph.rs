@@ -1,1 +1,155 @@
 //! Draws the mesh: DOT as Kilo's, SVG, and text for a terminal.
+//!
+//! Everything is rendered here, without graphviz, from the [`Topology`] alone. What flows through the
+//! tunnels at the moment is `selvedge status`'s subject, not this module's.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::topology::{Member, Segment, SegmentName, Topology};
+
+mod dot;
+mod svg;
+mod text;
+
+pub use dot::dot;
+pub use svg::svg;
+pub use text::text;
+
+/// The layouts that `/graph` accepts. They were graphviz's engines in Kilo; here all mean the same.
+const LAYOUTS: [&str; 5] = ["circo", "dot", "neato", "twopi", "fdp"];
+
+/// What the mesh can be drawn as.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Format {
+    /// The language of graphviz, byte for byte as Kilo prints it.
+    #[default]
+    Dot,
+    /// A picture.
+    Svg,
+    /// For a terminal.
+    Text,
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "dot" | "gv" => Ok(Self::Dot),
+            "svg" => Ok(Self::Svg),
+            "text" => Ok(Self::Text),
+            _ => Err("unknown; possible values are: dot, svg, text".into()),
+        }
+    }
+}
+
+/// Draws the mesh.
+pub fn render(topology: &Topology, format: Format) -> String {
+    match format {
+        Format::Dot => dot(topology),
+        Format::Svg => svg(topology),
+        Format::Text => text(topology),
+    }
+}
+
+/// An answer to `/graph`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Page {
+    /// The value of `Content-Type`.
+    pub content_type: &'static str,
+    /// The body.
+    pub body: String,
+}
+
+/// Why `/graph` has no answer; its text is the body of a 500, in Kilo's words (contract 5.2).
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum PageError {
+    /// `format` is none of dot, gv, svg and text. Kilo's other formats need graphviz.
+    #[error("unsupported format")]
+    Format,
+    /// `layout` is none that Kilo knows.
+    #[error("unsupported layout")]
+    Layout,
+    /// There is nothing to draw.
+    #[error("did not find any valid Kilo nodes in the cluster")]
+    NoNodes,
+}
+
+/// Answers `/graph?format=&layout=`; without a format it is a picture.
+///
+/// # Errors
+///
+/// For parameters that Kilo refuses too, for formats that only graphviz can make (`format=dot` piped
+/// into it does), and for a mesh without nodes.
+pub fn page(
+    topology: &Topology,
+    format: Option<&str>,
+    layout: Option<&str>,
+) -> Result<Page, PageError> {
+    let format = match format {
+        None | Some("") => Format::Svg,
+        Some(name) => name.parse().map_err(|_| PageError::Format)?,
+    };
+    if let Some(name) = layout
+        && !name.is_empty()
+        && !LAYOUTS.contains(&name)
+    {
+        return Err(PageError::Layout);
+    }
+    if topology.segments.is_empty() {
+        return Err(PageError::NoNodes);
+    }
+    Ok(Page {
+        content_type: match format {
+            Format::Svg => "image/svg+xml",
+            Format::Dot | Format::Text => "text/plain; charset=utf-8",
+        },
+        body: render(topology, format),
+    })
+}
+
+/// Nodes that reach each other without a tunnel: one box of the drawing.
+struct Group<'a> {
+    name: &'a SegmentName,
+    /// Its nodes in order, each with the segment that it leads, if any.
+    nodes: Vec<(&'a Member, Option<&'a Segment>)>,
+}
+
+/// The boxes, in the order of the segments.
+fn groups(topology: &Topology) -> Vec<Group<'_>> {
+    let mut groups: Vec<Group<'_>> = Vec::new();
+    for segment in &topology.segments {
+        let nodes = segment.nodes.iter().map(|member| {
+            let leads = (member.name == segment.leader).then_some(segment);
+            (member, leads)
+        });
+        match groups.iter_mut().find(|group| *group.name == segment.group) {
+            Some(group) => group.nodes.extend(nodes),
+            None => groups.push(Group {
+                name: &segment.group,
+                nodes: nodes.collect(),
+            }),
+        }
+    }
+    groups
+}
+
+/// The tunnels between leaders, each once.
+fn tunnels(topology: &Topology) -> impl Iterator<Item = (&Segment, &Segment)> {
+    let segments = &topology.segments;
+    segments.iter().enumerate().flat_map(|(i, one)| {
+        segments[i + 1..]
+            .iter()
+            .filter(move |other| other.group != one.group)
+            .map(move |other| (one, other))
+    })
+}
+
+fn joined<T: fmt::Display>(items: impl IntoIterator<Item = T>, separator: &str) -> String {
+    let texts: Vec<_> = items.into_iter().map(|item| item.to_string()).collect();
+    texts.join(separator)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,164 @@
+//! The mesh as text for a terminal.
+
+use std::fmt::Write as _;
+
+use super::{groups, joined, tunnels};
+use crate::cluster::annotation::format_granularity;
+use crate::topology::{Mode, Segment, Topology};
+
+/// Draws the mesh as aligned columns: regions with their nodes, peers, tunnels, and who is left out.
+pub fn text(topology: &Topology) -> String {
+    let mut out = format!(
+        "{}, granularity {}{}\n",
+        joined(&topology.subnets, ", "),
+        format_granularity(topology.granularity),
+        match &topology.mode {
+            Mode::Native => String::new(),
+            Mode::Kilo(nodes) => format!(", by Kilo's rules because of {}", joined(nodes, ", ")),
+        }
+    );
+    if topology.segments.is_empty() {
+        out.push_str("\nno node is in the mesh yet\n");
+    }
+    nodes(&mut out, topology);
+    peers(&mut out, topology);
+    links(&mut out, topology);
+    outsiders(&mut out, topology);
+    out
+}
+
+fn nodes(out: &mut String, topology: &Topology) {
+    let groups = groups(topology);
+    let mut table = Table::default();
+    for group in &groups {
+        let last = group.nodes.len() - 1;
+        for (i, (member, leads)) in group.nodes.iter().enumerate() {
+            let mark = match (leads, i == last) {
+                (Some(_), _) => '●',
+                (None, false) => '├',
+                (None, true) => '└',
+            };
+            table.row([
+                format!("{mark} {}", member.name),
+                leads.map_or_else(String::new, |segment| joined(&segment.wireguard_ips, ",")),
+                joined(&member.pod_cidrs, ","),
+                member
+                    .private_ip
+                    .map_or_else(String::new, |net| net.addr().to_string()),
+                leads.map_or_else(String::new, endpoint),
+            ]);
+        }
+    }
+
+    let mut rows = table.lines();
+    for group in &groups {
+        heading(out, &group.name.to_string().escape_debug().to_string());
+        for row in rows.by_ref().take(group.nodes.len()) {
+            writeln!(out, "  {row}").expect(STRING);
+        }
+    }
+}
+
+fn endpoint(segment: &Segment) -> String {
+    let annotated = segment.endpoint.as_ref().map(ToString::to_string);
+    match segment.discovered {
+        Some(seen) if segment.address != Some(seen) => format!("{seen} (seen there, behind NAT)"),
+        Some(_) | None => annotated.unwrap_or_else(|| "no endpoint".into()),
+    }
+}
+
+fn peers(out: &mut String, topology: &Topology) {
+    if topology.peers.is_empty() {
+        return;
+    }
+    heading(out, "peers");
+    let mut table = Table::default();
+    for peer in &topology.peers {
+        table.row([
+            format!("○ {}", peer.name.escape_debug()),
+            joined(&peer.allowed_ips, ","),
+            peer.endpoint
+                .as_ref()
+                .map_or_else(|| "calls by itself".into(), ToString::to_string),
+        ]);
+    }
+    for row in table.lines() {
+        writeln!(out, "  {row}").expect(STRING);
+    }
+}
+
+fn links(out: &mut String, topology: &Topology) {
+    let peers = topology.peers.iter().map(|peer| peer.name.escape_debug());
+    let peers = joined(peers, ", ");
+    let mut lines = Vec::new();
+    for segment in &topology.segments {
+        let others = tunnels(topology)
+            .filter(|(one, _)| one.name == segment.name)
+            .map(|(_, other)| &other.leader);
+        let others = joined(others, ", ");
+        if !others.is_empty() {
+            lines.push(format!("{} ══ {others}", segment.leader));
+        }
+        if !peers.is_empty() {
+            lines.push(format!("{} ┄┄ {peers}", segment.leader));
+        }
+    }
+    if !lines.is_empty() {
+        heading(out, "tunnels");
+        for line in lines {
+            writeln!(out, "  {line}").expect(STRING);
+        }
+    }
+}
+
+fn outsiders(out: &mut String, topology: &Topology) {
+    if topology.outsiders.is_empty() {
+        return;
+    }
+    heading(out, "not in the mesh");
+    let mut table = Table::default();
+    for node in &topology.outsiders {
+        let group = node.group.to_string().escape_debug().to_string();
+        table.row([node.name.to_string(), group, joined(&node.pod_cidrs, ",")]);
+    }
+    for row in table.lines() {
+        writeln!(out, "  {row}").expect(STRING);
+    }
+}
+
+const STRING: &str = "writing to a string does not fail";
+
+fn heading(out: &mut String, text: &str) {
+    writeln!(out, "\n{text}").expect(STRING);
+}
+
+/// Rows whose columns start at the same place.
+#[derive(Default)]
+struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    fn row<const N: usize>(&mut self, cells: [String; N]) {
+        self.rows.push(cells.into());
+    }
+
+    fn lines(&self) -> impl Iterator<Item = String> + '_ {
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or_default();
+        let width = |column| {
+            let cells = self.rows.iter().filter_map(|row| row.get(column));
+            cells
+                .map(|cell: &String| cell.chars().count())
+                .max()
+                .unwrap_or_default()
+        };
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        self.rows.iter().map(move |row| {
+            let cells = row.iter().zip(&widths);
+            let line: String = cells
+                .map(|(cell, &width)| format!("{cell:width$}  "))
+                .collect();
+            line.trim_end().to_owned()
+        })
+    }
+}
