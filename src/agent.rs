@@ -1,7 +1,9 @@
 //! The one event loop: snapshot, kernel event, timer or signal → plan → apply.
 
+pub mod address;
 pub mod control;
 pub mod keyfile;
+pub mod resolve;
 
 use std::process::ExitCode;
 

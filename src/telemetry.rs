@@ -86,29 +86,3 @@ pub fn start_logging(level: LogLevel, format: LogFormat) {
         LogFormat::Json => subscriber.json().flatten_event(true).try_init(),
     };
 }
-
-/// Text of others (annotations, flags, files), made fit for a log line: escaped, at most 256 bytes.
-pub fn escaped(text: &str) -> String {
-    let mut escaped = String::new();
-    for c in text.chars() {
-        let piece = c.escape_debug();
-        if escaped.len() + piece.len() > 253 {
-            escaped.push('…');
-            break;
-        }
-        escaped.extend(piece);
-    }
-    escaped
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn foreign_text_can_neither_break_nor_flood_a_log_line() {
-        assert_eq!(escaped("a\n\u{1b}[31mb"), "a\\n\\u{1b}[31mb");
-        assert!(escaped(&"\u{0}".repeat(10_000)).len() <= 256);
-        assert_eq!(escaped(&"x".repeat(250)), "x".repeat(250));
-    }
-}

@@ -90,7 +90,7 @@ pub fn sentence(error: &clap::Error) -> String {
         if value.is_empty() {
             return format!("{flag} needs a value");
         }
-        let value = crate::telemetry::escaped(value);
+        let value = crate::cluster::quote(value);
         if let Some(reason) = std::error::Error::source(error) {
             return format!("{flag} \"{value}\": {reason}");
         }
@@ -185,7 +185,7 @@ fn read_file(path: &Path, command: &Command) -> Result<BTreeMap<String, String>,
         if name == FILE || !known.iter().any(|known| known == name) {
             return Err(wrong(&format!(
                 "names no flag: \"{}\"",
-                crate::telemetry::escaped(name)
+                crate::cluster::quote(name)
             )));
         }
         values

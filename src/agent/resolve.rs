@@ -1,0 +1,151 @@
+//! Names in endpoints, resolved in the background.
+//!
+//! No name holds anything up: the mesh works with the last good address of each, and a name that
+//! never resolves costs its own peer alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+/// How long an answer is taken for good. Names of home connections change; their TTL is not told by
+/// the system's resolver.
+const AGAIN: Duration = Duration::from_secs(30);
+/// How long a look-up may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Names looked up at once: each may block a thread of the runtime.
+const AT_ONCE: usize = 8;
+
+/// Last good addresses, by name.
+pub type Addresses = BTreeMap<String, IpAddr>;
+
+/// Follows `names` and sends all last good addresses whenever one of them has changed.
+///
+/// Ends when nobody listens any more.
+pub async fn follow(
+    mut names: mpsc::Receiver<BTreeSet<String>>,
+    addresses: mpsc::Sender<Addresses>,
+    mut known: Addresses,
+) {
+    let mut due = BTreeMap::<String, Instant>::new();
+    let mut look_ups = JoinSet::new();
+    let mut under_way = BTreeSet::new();
+    loop {
+        let next = due
+            .iter()
+            .filter(|(name, _)| !under_way.contains(*name))
+            .min_by_key(|(_, at)| **at)
+            .map(|(name, at)| (name.clone(), *at));
+        let wait = async {
+            match next {
+                Some((name, at)) if under_way.len() < AT_ONCE => {
+                    tokio::time::sleep_until(at).await;
+                    name
+                }
+                _ => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            wanted = names.recv() => {
+                let Some(wanted) = wanted else { return };
+                due.retain(|name, _| wanted.contains(name));
+                for name in wanted {
+                    due.entry(name).or_insert_with(now);
+                }
+                let before = known.len();
+                known.retain(|name, _| due.contains_key(name));
+                if known.len() != before && addresses.send(known.clone()).await.is_err() {
+                    return;
+                }
+            }
+            name = wait => {
+                under_way.insert(name.clone());
+                look_ups.spawn(look_up(name));
+            }
+            Some(Ok((name, answer))) = look_ups.join_next() => {
+                under_way.remove(&name);
+                let Some(at) = due.get_mut(&name) else { continue };
+                *at = now() + AGAIN;
+                let Some(address) = choose(&answer, known.get(&name)) else {
+                    tracing::debug!(name = %crate::cluster::quote(&name), "does not resolve");
+                    continue;
+                };
+                if known.insert(name, address) != Some(address)
+                    && addresses.send(known.clone()).await.is_err()
+                {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the shell reads the clock")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+async fn look_up(name: String) -> (String, Vec<IpAddr>) {
+    let look_up = tokio::net::lookup_host((name.clone(), 0));
+    let answer = match tokio::time::timeout(PATIENCE, look_up).await {
+        Ok(Ok(addresses)) => addresses.map(|address| address.ip()).collect(),
+        Ok(Err(_)) | Err(_) => Vec::new(),
+    };
+    (name, answer)
+}
+
+/// The address in use where it is still among the answers, so that a name with several does not make
+/// a peer jump; else the lowest, IPv4 first. An address no other host can have is not an answer.
+fn choose(answer: &[IpAddr], current: Option<&IpAddr>) -> Option<IpAddr> {
+    let usable = answer.iter().copied().filter(|ip| match ip {
+        IpAddr::V4(ip) => {
+            !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast())
+        }
+        IpAddr::V6(ip) => {
+            !(ip.is_loopback()
+                || ip.is_unspecified()
+                || ip.is_multicast()
+                || ip.is_unicast_link_local())
+        }
+    });
+    usable
+        .clone()
+        .find(|ip| Some(ip) == current)
+        .or_else(|| usable.min())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_in_use_is_kept_while_it_is_an_answer() {
+        let ips = ["203.0.113.9", "203.0.113.5", "2001:db8::1"].map(|ip| ip.parse().unwrap());
+        assert_eq!(choose(&ips, Some(&ips[2])), Some(ips[2]));
+        assert_eq!(choose(&ips, None), Some(ips[1]));
+        assert_eq!(choose(&[], Some(&ips[0])), None);
+    }
+
+    #[test]
+    fn an_answer_that_leads_back_to_this_host_is_none() {
+        let ips = ["127.0.0.1", "0.0.0.0", "::1", "fe80::1"].map(|ip| ip.parse().unwrap());
+        assert_eq!(choose(&ips, None), None);
+    }
+
+    #[tokio::test]
+    async fn names_that_are_no_longer_wanted_are_forgotten() {
+        let (names, wanted) = mpsc::channel(1);
+        let (sender, mut addresses) = mpsc::channel(1);
+        let known = [("vpn.example.com".to_owned(), [203, 0, 113, 9].into())].into();
+        let task = tokio::spawn(follow(wanted, sender, known));
+
+        names.send(BTreeSet::new()).await.unwrap();
+
+        assert_eq!(addresses.recv().await, Some(Addresses::new()));
+        drop(names);
+        task.await.unwrap();
+    }
+}
