@@ -4,7 +4,12 @@
 //! Tests and `examples/lab` share it; the product itself never depends on it.
 
 pub mod netns;
+pub mod node;
 pub mod process;
+pub mod scratch;
+pub mod topology;
 
 pub use netns::Namespace;
+pub use node::Node;
 pub use process::{Process, wait_for};
+pub use scratch::{Scratch, scratch};

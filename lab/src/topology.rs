@@ -1,0 +1,451 @@
+//! The network of scenario 000 in namespaces: a master with a public address, a private data centre
+//! behind a NAT router that admits nothing inbound, and, if asked, a third region.
+//!
+//! ```text
+//!     internet (203.0.113.0/24, one segment; drops private destinations like the real one)
+//!      |.10            |.20                         |.30
+//!    node-master     nat1                         nat2            (third region only)
+//!                      | 192.168.50.1/24            | 192.168.60.1/24, or 192.168.50.1/24 again
+//!               +------+------+                 +---+---+
+//!             node-agent-01 -02 -03           node-third-01 -02
+//!               .11   .12   .13                 .11   .12
+//! ```
+//!
+//! With [`Master::ElasticIp`] the master is 172.16.0.10 behind a router that translates all of
+//! 203.0.113.10 to it, one to one, as clouds do.
+//!
+//! This module knows nothing of Kubernetes, flannel or Selvedge.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+
+use crate::netns::Namespace;
+use crate::node::Node;
+
+/// How the master is reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Master {
+    /// Its network card has the public address.
+    #[default]
+    Direct,
+    /// A router translates the public address to its private one, both ways, for all ports.
+    ElasticIp,
+}
+
+/// The region beside the cloud and the data centre.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Third {
+    /// There is none.
+    #[default]
+    None,
+    /// Two nodes behind a NAT of their own, in another subnet.
+    Distinct,
+    /// The same, but in the very subnet the data centre uses, with the same addresses.
+    Overlapping,
+}
+
+/// How the NAT routers choose the external port of a flow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Nat {
+    /// One external port per inner socket, whatever its destination.
+    #[default]
+    Cone,
+    /// A random one per destination: holes cannot be punched.
+    Symmetric,
+}
+
+/// What the network looks like.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// How many nodes the private data centre has.
+    pub agents: u8,
+    /// How the master is reached.
+    pub master: Master,
+    /// The third region.
+    pub third: Third,
+    /// What the NAT routers do.
+    pub nat: Nat,
+    /// Strict reverse path filters and a FORWARD policy of DROP on every node.
+    pub strict: bool,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            agents: 3,
+            master: Master::Direct,
+            third: Third::None,
+            nat: Nat::Cone,
+            strict: true,
+        }
+    }
+}
+
+/// The address under which everybody reaches the master.
+pub const MASTER_PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+
+/// The name of the master.
+pub const MASTER: &str = "node-master";
+
+/// A network that is up; taken down when the value is dropped.
+#[derive(Debug)]
+pub struct Network {
+    prefix: String,
+    nodes: Vec<Node>,
+    sites: Vec<(String, Site)>,
+    routers: Vec<Namespace>,
+    internet: Namespace,
+}
+
+/// A node before it exists.
+struct Blueprint {
+    name: String,
+    site: Site,
+    address: Ipv4Addr,
+}
+
+/// A place where nodes stand: each hangs on a bridge of the router of its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Site {
+    /// Where the master is.
+    Cloud,
+    /// The private data centre.
+    DataCentre,
+    /// The third region.
+    Third,
+}
+
+impl Site {
+    /// The region that scenario 000 labels the site's nodes with.
+    #[must_use]
+    pub fn region(self) -> &'static str {
+        match self {
+            Self::Cloud => "default",
+            Self::DataCentre => "nd",
+            Self::Third => "third",
+        }
+    }
+}
+
+impl Shape {
+    fn blueprints(&self) -> Vec<Blueprint> {
+        let master = match self.master {
+            Master::Direct => MASTER_PUBLIC,
+            Master::ElasticIp => Ipv4Addr::new(172, 16, 0, 10),
+        };
+        let mut all = vec![Blueprint {
+            name: MASTER.to_owned(),
+            site: Site::Cloud,
+            address: master,
+        }];
+        all.extend((1..=self.agents).map(|number| Blueprint {
+            name: format!("node-agent-{number:02}"),
+            site: Site::DataCentre,
+            address: Ipv4Addr::new(192, 168, 50, 10 + number),
+        }));
+        let third = match self.third {
+            Third::None => return all,
+            Third::Distinct => 60,
+            Third::Overlapping => 50,
+        };
+        all.extend((1..=2).map(|number| Blueprint {
+            name: format!("node-third-{number:02}"),
+            site: Site::Third,
+            address: Ipv4Addr::new(192, 168, third, 10 + number),
+        }));
+        all
+    }
+}
+
+impl Network {
+    /// Builds the network; `prefix` starts the name of every namespace.
+    ///
+    /// `directory` receives the nodes' files; see [`Node::new`] for where it may lie.
+    ///
+    /// # Errors
+    ///
+    /// Without root, when a program is missing, or when a namespace of such a name exists.
+    pub fn up(prefix: &str, directory: &Path, shape: Shape) -> anyhow::Result<Self> {
+        let internet = internet(prefix)?;
+        let mut network = Self {
+            prefix: prefix.to_owned(),
+            nodes: Vec::new(),
+            sites: Vec::new(),
+            routers: Vec::new(),
+            internet,
+        };
+        network.add_router("nat1", [203, 0, 113, 20], "192.168.50.1/24")?;
+        network.masquerade("nat1", shape.nat)?;
+        if shape.third != Third::None {
+            let inside = match shape.third {
+                Third::Overlapping => "192.168.50.1/24",
+                Third::Distinct | Third::None => "192.168.60.1/24",
+            };
+            network.add_router("nat2", [203, 0, 113, 30], inside)?;
+            network.masquerade("nat2", shape.nat)?;
+        }
+        if shape.master == Master::ElasticIp {
+            network.add_router("eip", [203, 0, 113, 10], "172.16.0.1/24")?;
+            network.router("eip")?.sh(
+                "iptables -t nat -A PREROUTING -d 203.0.113.10 -j DNAT --to 172.16.0.10
+                 iptables -t nat -A POSTROUTING -o wan -s 172.16.0.10 -j SNAT --to 203.0.113.10
+                 iptables -t nat -A POSTROUTING -o br0 -s 172.16.0.10 -d 172.16.0.10 -j MASQUERADE",
+            )?;
+        }
+        for blueprint in shape.blueprints() {
+            network.add_node(blueprint, directory.to_owned(), shape)?;
+        }
+        Ok(network)
+    }
+
+    /// What the names of all its namespaces start with.
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// The nodes: the master, the data centre's, the third region's.
+    #[must_use]
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The node of that name.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn node(&self, name: &str) -> anyhow::Result<&Node> {
+        self.nodes
+            .iter()
+            .find(|node| node.name() == name)
+            .with_context(|| format!("the lab has no node {name}"))
+    }
+
+    /// Where a node stands.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such node.
+    pub fn site(&self, node: &str) -> anyhow::Result<Site> {
+        self.sites
+            .iter()
+            .find_map(|(name, site)| (name == node).then_some(*site))
+            .with_context(|| format!("the lab has no node {node}"))
+    }
+
+    /// The namespace that everything between the sites passes: the place to listen.
+    #[must_use]
+    pub fn internet(&self) -> &Namespace {
+        &self.internet
+    }
+
+    /// The router `nat1`, `nat2` or `eip`.
+    ///
+    /// # Errors
+    ///
+    /// When this shape has none of that name.
+    pub fn router(&self, name: &str) -> anyhow::Result<&Namespace> {
+        let full = format!("{}-{name}", self.prefix);
+        self.routers
+            .iter()
+            .find(|router| router.name() == full)
+            .with_context(|| format!("the lab has no router {name}"))
+    }
+
+    /// Takes a node's cable out (`false`) or plugs it in again.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such node.
+    pub fn plug(&self, node: &str, connected: bool) -> anyhow::Result<()> {
+        let site = self.site(node)?;
+        let state = if connected { "up" } else { "down" };
+        self.switch(site)?
+            .run(&format!("ip link set {node} {state}"))?;
+        Ok(())
+    }
+
+    /// Leaves all namespaces behind when the value is dropped.
+    pub fn keep(&mut self) {
+        self.internet.keep();
+        self.routers.iter_mut().for_each(Namespace::keep);
+        for node in &mut self.nodes {
+            node.namespace_mut().keep();
+        }
+    }
+
+    /// The namespace whose bridge `br0` the nodes of a site hang on.
+    fn switch(&self, site: Site) -> anyhow::Result<&Namespace> {
+        match site {
+            Site::Cloud => Ok(self.router("eip").unwrap_or(&self.internet)),
+            Site::DataCentre => self.router("nat1"),
+            Site::Third => self.router("nat2"),
+        }
+    }
+
+    fn add_router(&mut self, name: &str, public: [u8; 4], inside: &str) -> anyhow::Result<()> {
+        let router = Namespace::named(format!("{}-{name}", self.prefix))?;
+        relax(&router)?;
+        // What a router must route must not be bridged past it.
+        let _ = router.sysctl("bridge/bridge-nf-call-iptables", "0");
+        self.internet.veth(name, &router, "wan")?;
+        self.internet
+            .run(&format!("ip link set {name} master br0"))?;
+        let public = Ipv4Addr::from(public);
+        router.sh(&format!(
+            "ip address add {public}/24 dev wan
+             ip route add default via 203.0.113.1
+             ip link add br0 type bridge forward_delay 0
+             ip link set br0 up
+             ip address add {inside} dev br0"
+        ))?;
+        router.sysctl("ipv4/ip_forward", "1")?;
+        self.routers.push(router);
+        Ok(())
+    }
+
+    fn masquerade(&self, router: &str, nat: Nat) -> anyhow::Result<()> {
+        let ports = match nat {
+            Nat::Cone => "",
+            Nat::Symmetric => "--random-fully",
+        };
+        self.router(router)?.sh(&format!(
+            "iptables -P FORWARD DROP
+             iptables -A FORWARD -i br0 -j ACCEPT
+             iptables -A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+             iptables -A INPUT -i wan -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+             iptables -A INPUT -i wan -p icmp -j ACCEPT
+             iptables -A INPUT -i wan -j DROP
+             iptables -t nat -A POSTROUTING -o wan -j MASQUERADE {ports}"
+        ))?;
+        Ok(())
+    }
+
+    fn add_node(
+        &mut self,
+        plan: Blueprint,
+        directory: PathBuf,
+        shape: Shape,
+    ) -> anyhow::Result<()> {
+        let Blueprint {
+            name,
+            site,
+            address,
+        } = plan;
+        let namespace = Namespace::named(format!("{}-{name}", self.prefix))?;
+        relax(&namespace)?;
+        let switch = self.switch(site)?;
+        switch.veth(&name, &namespace, "eth0")?;
+        switch.run(&format!("ip link set {name} master br0"))?;
+        let [a, b, c, _] = address.octets();
+        namespace.sh(&format!(
+            "ip address add {address}/24 dev eth0
+             ip route add default via {a}.{b}.{c}.1"
+        ))?;
+        namespace.sysctl("ipv4/ip_forward", "1")?;
+        if shape.strict {
+            namespace.sysctl("ipv4/conf/all/rp_filter", "1")?;
+            namespace.sysctl("ipv4/conf/default/rp_filter", "1")?;
+            namespace.sysctl("ipv4/conf/eth0/rp_filter", "1")?;
+        }
+        let node = Node::new(&name, address, namespace, directory.join(&name))?;
+        self.nodes.push(node);
+        self.sites.push((name, site));
+        Ok(())
+    }
+}
+
+fn internet(prefix: &str) -> anyhow::Result<Namespace> {
+    let internet = Namespace::named(format!("{prefix}-internet"))?;
+    relax(&internet)?;
+    let _ = internet.sysctl("bridge/bridge-nf-call-iptables", "0");
+    internet.sh("ip link add br0 type bridge forward_delay 0
+         ip link set br0 up
+         ip address add 203.0.113.1/24 dev br0
+         for bogon in 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16; do
+             iptables -A FORWARD -d $bogon -j DROP
+         done")?;
+    internet.sysctl("ipv4/ip_forward", "1")?;
+    Ok(internet)
+}
+
+/// New namespaces inherit some sysctls from whoever runs the test; start from known ones.
+fn relax(namespace: &Namespace) -> anyhow::Result<()> {
+    namespace.sysctl("ipv4/conf/all/rp_filter", "0")?;
+    namespace.sysctl("ipv4/conf/default/rp_filter", "0")?;
+    // Absent where the kernel has no IPv6 at all, which is as good.
+    let _ = namespace.sysctl("ipv6/conf/all/disable_ipv6", "0");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netns::unique_prefix;
+
+    fn network(shape: Shape) -> (crate::Scratch, Network) {
+        let directory = crate::scratch("net").unwrap();
+        let network = Network::up(&unique_prefix(), directory.path(), shape).unwrap();
+        (directory, network)
+    }
+
+    #[test]
+    fn a_node_behind_nat_reaches_the_master_and_nobody_reaches_it() {
+        let (_directory, network) = network(Shape {
+            agents: 1,
+            ..Shape::default()
+        });
+        let agent = network.node("node-agent-01").unwrap();
+        let master = network.node(MASTER).unwrap();
+
+        agent.run("ping -c 1 -W 2 203.0.113.10").unwrap();
+
+        assert!(master.run("ping -c 1 -W 1 192.168.50.11").is_err());
+    }
+
+    #[test]
+    fn a_master_behind_an_elastic_address_is_reached_by_it() {
+        let (_directory, network) = network(Shape {
+            agents: 1,
+            master: Master::ElasticIp,
+            ..Shape::default()
+        });
+        let agent = network.node("node-agent-01").unwrap();
+
+        agent.run("ping -c 1 -W 2 203.0.113.10").unwrap();
+
+        let master = network.node(MASTER).unwrap();
+        assert_eq!(master.address().to_string(), "172.16.0.10");
+    }
+
+    #[test]
+    fn two_data_centres_may_use_the_same_subnet() {
+        let (_directory, network) = network(Shape {
+            agents: 1,
+            third: Third::Overlapping,
+            ..Shape::default()
+        });
+        let third = network.node("node-third-01").unwrap();
+
+        third.run("ping -c 1 -W 2 192.168.50.12").unwrap();
+        third.run("ping -c 1 -W 2 203.0.113.10").unwrap();
+    }
+
+    #[test]
+    fn an_unplugged_node_is_silent_until_it_is_plugged_in() {
+        let (_directory, network) = network(Shape {
+            agents: 2,
+            ..Shape::default()
+        });
+        let other = network.node("node-agent-02").unwrap();
+
+        network.plug("node-agent-01", false).unwrap();
+        assert!(other.run("ping -c 1 -W 1 192.168.50.11").is_err());
+
+        network.plug("node-agent-01", true).unwrap();
+        other.run("ping -c 3 -i 0.2 -W 2 192.168.50.11").unwrap();
+    }
+}
