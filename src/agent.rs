@@ -4,6 +4,7 @@ pub mod address;
 pub mod control;
 pub mod keyfile;
 pub mod resolve;
+pub mod schedule;
 
 use std::process::ExitCode;
 

@@ -4,7 +4,7 @@
 //! cluster uses; the links only add the length of the prefix, and a public address the status
 //! does not know.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -123,7 +123,7 @@ pub fn of_links(tunnel: &str) -> Vec<InterfaceAddr> {
                 return IpNet::new(ip.ip().into(), u8::try_from(length).ok()?).ok();
             }
             let (ip, mask) = (address.as_sockaddr_in6()?, mask.as_sockaddr_in6()?);
-            let length = u128::from(Ipv6Addr::from(mask.ip())).count_ones();
+            let length = u128::from(mask.ip()).count_ones();
             IpNet::new(ip.ip().into(), u8::try_from(length).ok()?).ok()
         })
         .collect::<Vec<_>>();

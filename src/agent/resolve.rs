@@ -53,7 +53,7 @@ pub async fn follow(
                 let Some(wanted) = wanted else { return };
                 due.retain(|name, _| wanted.contains(name));
                 for name in wanted {
-                    due.entry(name).or_insert_with(now);
+                    due.entry(name).or_insert_with(Instant::now);
                 }
                 let before = known.len();
                 known.retain(|name, _| due.contains_key(name));
@@ -68,7 +68,7 @@ pub async fn follow(
             Some(Ok((name, answer))) = look_ups.join_next() => {
                 under_way.remove(&name);
                 let Some(at) = due.get_mut(&name) else { continue };
-                *at = now() + AGAIN;
+                *at = Instant::now() + AGAIN;
                 let Some(address) = choose(&answer, known.get(&name)) else {
                     tracing::debug!(name = %crate::cluster::quote(&name), "does not resolve");
                     continue;
@@ -81,11 +81,6 @@ pub async fn follow(
             }
         }
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "the shell reads the clock")]
-fn now() -> Instant {
-    Instant::now()
 }
 
 async fn look_up(name: String) -> (String, Vec<IpAddr>) {

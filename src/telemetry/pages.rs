@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
+use serde::Deserialize;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -19,6 +20,7 @@ use super::metrics::Metrics;
 use crate::config::Listen;
 use crate::refusal::Refusal;
 use crate::status::Report;
+use crate::topology::Topology;
 
 /// How long a probe waits before it calls the event loop stuck: several resync periods.
 const STUCK: Duration = Duration::from_secs(300);
@@ -30,6 +32,8 @@ pub struct Pages {
     pub metrics: Arc<Metrics>,
     /// The agent's latest report.
     pub report: watch::Receiver<Arc<Report>>,
+    /// The mesh, as the agent last saw it.
+    pub topology: watch::Receiver<Arc<Topology>>,
     /// When the event loop last came round.
     pub alive: watch::Receiver<tokio::time::Instant>,
 }
@@ -59,6 +63,7 @@ pub async fn serve(listener: TcpListener, pages: Pages) {
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
         .route("/status", get(status))
+        .route("/graph", get(graph))
         .with_state(pages);
     if let Err(error) = axum::serve(listener, router).await {
         tracing::warn!(%error, "pages");
@@ -71,7 +76,8 @@ async fn index() -> Html<&'static str> {
          <li><a href=\"/health\">/health</a>: whether the agent is alive\
          <li><a href=\"/ready\">/ready</a>: whether this node is as it should be\
          <li><a href=\"/metrics\">/metrics</a>: for Prometheus\
-         <li><a href=\"/status\">/status</a>: what the agent sees and does, as JSON</ul>\n",
+         <li><a href=\"/status\">/status</a>: what the agent sees and does, as JSON\
+         <li><a href=\"/graph\">/graph</a>: the mesh (?format=svg, dot or text)</ul>\n",
     )
 }
 
@@ -104,6 +110,26 @@ async fn status(State(pages): State<Pages>) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], json + "\n").into_response()
 }
 
+/// The query of `/graph`, as Kilo has it.
+#[derive(Debug, Deserialize)]
+struct Picture {
+    format: Option<String>,
+    layout: Option<String>,
+}
+
+async fn graph(State(pages): State<Pages>, Query(picture): Query<Picture>) -> Response {
+    let topology = Arc::clone(&pages.topology.borrow());
+    match crate::graph::page(
+        &topology,
+        picture.format.as_deref(),
+        picture.layout.as_deref(),
+    ) {
+        Ok(page) => ([(header::CONTENT_TYPE, page.content_type)], page.body).into_response(),
+        // Kilo's status for whatever is wrong.
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -127,9 +153,11 @@ mod tests {
             ..Report::default()
         }));
         let (_alive, alive) = watch::channel(tokio::time::Instant::now());
+        let (_topology, topology) = watch::channel(Arc::default());
         let pages = Pages {
             metrics: Arc::new(Metrics::new()),
             report: seen,
+            topology,
             alive,
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
