@@ -67,11 +67,17 @@ pub struct Node {
     pub public_key: Option<PublicKey>,
     /// `force-endpoint`, else `endpoint`.
     pub endpoint: Option<Endpoint>,
+    /// Whether that is `force-endpoint`: the operator's, so the node's agent finds none of its own.
+    pub endpoint_forced: bool,
     /// Every `InternalIP` of `status.addresses`.
     pub internal_ips: Vec<IpAddr>,
+    /// Every `ExternalIP` of `status.addresses`; the node's own agent may publish one as endpoint.
+    pub external_ips: Vec<IpAddr>,
     /// The private address by contract 2.1/2.6: `force-internal-ip`, else `internal-ip`; `None`
     /// where the node has none.
     pub private_ip: Option<InterfaceAddr>,
+    /// Whether that is `force-internal-ip`, which may also say that there is none.
+    pub private_ip_forced: bool,
     /// `spec.podCIDRs`, truncated; at most one of each family.
     pub pod_cidrs: Vec<IpNet>,
     /// The admin's wish or the agent's publication, `kilo.squat.ai/wireguard-ip`.

@@ -102,14 +102,19 @@ pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Ve
         annotations: object.metadata.annotations.as_ref().unwrap_or(&none),
         refusals,
     };
+    let (endpoint, endpoint_forced) = reader.endpoint();
+    let (private_ip, private_ip_forced) = reader.private_ip();
     let node = Node {
         name,
         created: super::object::created(&object.metadata),
         region: reader.region(&object.metadata, settings),
         public_key: reader.public_key(),
-        endpoint: reader.endpoint(),
-        internal_ips: reader.internal_ips(object.status.as_ref()),
-        private_ip: reader.private_ip(),
+        endpoint,
+        endpoint_forced,
+        internal_ips: reader.status_ips(object.status.as_ref(), "InternalIP"),
+        external_ips: reader.status_ips(object.status.as_ref(), "ExternalIP"),
+        private_ip,
+        private_ip_forced,
         pod_cidrs: reader.pod_cidrs(object.spec.as_ref()),
         wireguard_ips: reader
             .read(annotation::WIREGUARD_IP, annotation::wireguard_ips)
@@ -168,31 +173,36 @@ impl<'a> Reader<'a> {
             .take(annotation::KEY, text, text.parse::<PublicKey>())
     }
 
-    /// Both are read, so that a mistake in the one that is not used is reported too.
-    fn endpoint(&mut self) -> Option<Endpoint> {
+    /// The endpoint, and whether it is the operator's. Both annotations are read, so that a mistake
+    /// in the one that is not used is reported too.
+    fn endpoint(&mut self) -> (Option<Endpoint>, bool) {
         let forced = self.read(annotation::FORCE_ENDPOINT, annotation::endpoint);
         let published = self.read(annotation::ENDPOINT, annotation::endpoint);
-        forced.or(published)
+        let is_forced = forced.is_some();
+        (forced.or(published), is_forced)
     }
 
-    /// `force-internal-ip` wins where it can be read; empty and `-` say that there is none.
-    fn private_ip(&mut self) -> Option<InterfaceAddr> {
+    /// The private address, and whether it is the operator's. `force-internal-ip` wins where it can
+    /// be read; empty and `-` say that there is none.
+    fn private_ip(&mut self) -> (Option<InterfaceAddr>, bool) {
         let published = match self.text(annotation::INTERNAL_IP) {
             Some("") => None,
             Some(_) | None => self.read(annotation::INTERNAL_IP, annotation::interface_addr),
         };
         match self.text(annotation::FORCE_INTERNAL_IP) {
-            Some("" | "-") => None,
-            Some(_) | None => self
-                .read(annotation::FORCE_INTERNAL_IP, annotation::interface_addr)
-                .or(published),
+            Some("" | "-") => (None, true),
+            Some(_) | None => {
+                let forced = self.read(annotation::FORCE_INTERNAL_IP, annotation::interface_addr);
+                let is_forced = forced.is_some();
+                (forced.or(published), is_forced)
+            }
         }
     }
 
-    fn internal_ips(&mut self, status: Option<&Status>) -> Vec<IpAddr> {
+    fn status_ips(&mut self, status: Option<&Status>, kind: &str) -> Vec<IpAddr> {
         let mut ips = Vec::new();
         for entry in status.iter().flat_map(|s| s.addresses.iter().flatten()) {
-            if entry.kind != "InternalIP" {
+            if entry.kind != kind {
                 continue;
             }
             let read = annotation::address(&entry.address);
