@@ -9,7 +9,7 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 
-use crate::plan::{Firewall, Link, PROTOCOL, Peer, Route, RouteKey, Rule, Scope, State};
+use crate::plan::{Firewall, Link, PROTOCOL, Peer, Route, RouteKey, Rule, Ruleset, Scope, State};
 use crate::wireguard::key::PublicKey;
 
 /// One idempotent operation on the kernel or the tunnel device.
@@ -197,10 +197,10 @@ fn add(observed: &State, desired: &State, changes: &mut Vec<Change>) {
                 }),
         );
     }
-    if let Some(firewall) = &desired.firewall
-        && observed.firewall.as_ref() != Some(firewall)
+    if let Some(ruleset @ Ruleset::Planned(firewall)) = &desired.firewall
+        && observed.firewall.as_ref() != Some(ruleset)
     {
-        changes.push(Change::ReplaceFirewall(Box::new(firewall.clone())));
+        changes.push(Change::ReplaceFirewall(firewall.clone()));
     }
     changes.extend(
         desired

@@ -182,6 +182,50 @@ pub struct Firewall {
     pub known: BTreeSet<IpNet>,
 }
 
+/// The identity of an nft table's content: a digest of the text `nft` was given.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct FirewallId(pub [u8; 16]);
+
+impl FirewallId {
+    /// A table that is not as the agent left it; no [`Firewall`] has this identity.
+    pub const UNKNOWN: Self = Self([0; 16]);
+}
+
+/// The agent's nft table, as planned or as found.
+///
+/// The plan knows the rules; the kernel only tells which rules it was given, and that nobody has
+/// touched them since. The two are equal when their identities are.
+#[derive(Clone, Debug)]
+pub enum Ruleset {
+    /// What the table should hold.
+    Planned(Box<Firewall>),
+    /// What the table holds.
+    Installed(FirewallId),
+}
+
+impl Ruleset {
+    /// The identity of the content.
+    pub fn id(&self) -> FirewallId {
+        match self {
+            Self::Planned(firewall) => firewall.id(),
+            Self::Installed(id) => *id,
+        }
+    }
+}
+
+impl PartialEq for Ruleset {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Planned(one), Self::Planned(two)) => one == two,
+            (Self::Planned(_), Self::Installed(_)) | (Self::Installed(_), _) => {
+                self.id() == other.id()
+            }
+        }
+    }
+}
+
+impl Eq for Ruleset {}
+
 /// Everything the agent owns on this node, and nothing else.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct State {
@@ -198,7 +242,7 @@ pub struct State {
     /// Rules that lead there.
     pub rules: BTreeSet<Rule>,
     /// The nft table; `None` where there is none.
-    pub firewall: Option<Firewall>,
+    pub firewall: Option<Ruleset>,
     /// Sysctls of the tunnel's link, by path below `/proc/sys`.
     pub sysctls: BTreeMap<String, String>,
 }

@@ -1,0 +1,394 @@
+//! Renders [`Firewall`] into the text that `nft` reads: the agent's own table `inet selvedge`.
+//!
+//! Text and not JSON: it is what an operator reads in `nft list table inet selvedge`.
+//!
+//! Nothing here accepts packets on behalf of others. A verdict of `accept` ends only its own chain,
+//! so it cannot undo a drop in the host's own firewall; `doctor` tells the operator about those.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+
+use ipnet::IpNet;
+use sha2::{Digest as _, Sha256};
+
+use crate::plan::{Firewall, FirewallId};
+
+/// The table's name; its family is `inet`.
+pub const TABLE: &str = "selvedge";
+/// The counter of what would have left the region in clear.
+pub const LEAK_DROPS: &str = "leak_drops";
+/// The counter of what did leave the region in clear, where the operator asked for that.
+pub const LEAKS: &str = "leaks";
+/// The counter of what pods sent to the ports of VXLAN and the tunnel.
+pub const POD_DROPS: &str = "pod_drops";
+/// The chain that sees no packets; the comment of its only rule says what was installed.
+pub(super) const SEAL: &str = "seal";
+
+/// The bridge that flannel's CNI configuration puts pods on, here and in k3s.
+const POD_BRIDGE: &str = "cni0";
+/// The bit of the mark with which kube-proxy asks for its own masquerading.
+const KUBE_MASQUERADE: &str = "0x00004000";
+/// Lowers the segment size that a SYN offers to what the routes both ways carry.
+const CLAMP: &str = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu";
+
+impl Firewall {
+    /// The identity of this content.
+    pub fn id(&self) -> FirewallId {
+        digest(render(self).as_bytes())
+    }
+}
+
+/// The first half of SHA-256: an identity, not a secret.
+pub(super) fn digest(bytes: &[u8]) -> FirewallId {
+    let mut id = [0; 16];
+    id.copy_from_slice(&Sha256::digest(bytes)[..16]);
+    FirewallId(id)
+}
+
+/// The table as `nft -f` reads it, replacing one that is there, in one transaction.
+pub fn render(firewall: &Firewall) -> String {
+    let mut text = Text::new(firewall);
+    // Deleting a table that is not there would fail, so it is added first.
+    text.line(0, format!("table inet {TABLE}"));
+    text.line(0, format!("delete table inet {TABLE}"));
+    text.line(0, format!("table inet {TABLE} {{"));
+    for counter in [LEAK_DROPS, LEAKS, POD_DROPS] {
+        text.line(1, format!("counter {counter} {{ }}"));
+    }
+    text.sets();
+    text.transit();
+    text.translate();
+    text.clamp();
+    text.underlay();
+    text.leave();
+    text.from_pods();
+    text.chain(SEAL, None, |_| ());
+    text.line(0, "}");
+    text.out
+}
+
+/// An address family of the table.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
+    fn of(net: &IpNet) -> Self {
+        match net {
+            IpNet::V4(_) => Self::V4,
+            IpNet::V6(_) => Self::V6,
+        }
+    }
+
+    /// How `nft` calls its header, before `saddr` and `daddr`.
+    fn ip(self) -> &'static str {
+        match self {
+            Self::V4 => "ip",
+            Self::V6 => "ip6",
+        }
+    }
+
+    /// How `nft` calls it after `meta nfproto`.
+    fn protocol(self) -> &'static str {
+        match self {
+            Self::V4 => "ipv4",
+            Self::V6 => "ipv6",
+        }
+    }
+
+    /// What the names of its sets end with.
+    fn digit(self) -> char {
+        match self {
+            Self::V4 => '4',
+            Self::V6 => '6',
+        }
+    }
+}
+
+/// The text in the making.
+struct Text<'a> {
+    firewall: &'a Firewall,
+    /// What the rules look up by name: prefixes that neither overlap nor touch. None is empty.
+    sets: BTreeMap<(&'static str, Family), Vec<IpNet>>,
+    vxlan_ports: BTreeSet<u16>,
+    out: String,
+}
+
+impl<'a> Text<'a> {
+    fn new(firewall: &'a Firewall) -> Self {
+        let underlay = firewall.region_underlay.iter().copied().map(IpNet::from);
+        let named = [
+            ("known", firewall.known.clone()),
+            ("local_pods", firewall.local_pods.clone()),
+            ("masquerade_from", firewall.masquerade_sources.clone()),
+            ("masquerade_to", firewall.masquerade_destinations.clone()),
+            ("region", &firewall.region_pods | &firewall.region_nodes),
+            ("region_underlay", underlay.collect()),
+            ("remote", &firewall.remote_pods | &firewall.remote_nodes),
+            ("remote_pods", firewall.remote_pods.clone()),
+        ];
+        let mut sets: BTreeMap<_, Vec<IpNet>> = BTreeMap::new();
+        for (name, nets) in named {
+            for net in nets {
+                sets.entry((name, Family::of(&net))).or_default().push(net);
+            }
+        }
+        // A set refuses intervals that overlap.
+        for nets in sets.values_mut() {
+            *nets = IpNet::aggregate(nets);
+            nets.sort_unstable();
+        }
+        Self {
+            firewall,
+            sets,
+            vxlan_ports: firewall.vxlan.values().copied().collect(),
+            out: String::new(),
+        }
+    }
+
+    /// `@name4`, or `None` where the set is empty and a rule with it could not match.
+    fn set(&self, name: &'static str, family: Family) -> Option<String> {
+        self.sets
+            .contains_key(&(name, family))
+            .then(|| format!("@{name}{}", family.digit()))
+    }
+
+    fn line(&mut self, depth: usize, line: impl AsRef<str>) {
+        self.out.extend(std::iter::repeat_n('\t', depth));
+        self.out.push_str(line.as_ref());
+        self.out.push('\n');
+    }
+
+    fn rule(&mut self, rule: impl AsRef<str>) {
+        self.line(2, rule);
+    }
+
+    fn chain(&mut self, name: &str, hook: Option<&str>, rules: impl FnOnce(&mut Self)) {
+        self.line(0, "");
+        self.line(1, format!("chain {name} {{"));
+        if let Some(hook) = hook {
+            self.rule(format!("type {hook}; policy accept;"));
+        }
+        rules(self);
+        self.line(1, "}");
+    }
+
+    fn sets(&mut self) {
+        for ((name, family), nets) in std::mem::take(&mut self.sets) {
+            self.line(0, "");
+            self.line(1, format!("set {name}{} {{", family.digit()));
+            self.rule(format!("type {}_addr", family.protocol()));
+            self.rule("flags interval");
+            self.rule(format!("elements = {}", one_of(&nets)));
+            self.line(1, "}");
+            self.sets.insert((name, family), nets);
+        }
+    }
+
+    /// Pure transit is not tracked: flannel would masquerade it, and where the way back leads over
+    /// another leader, kube-proxy would drop it as invalid.
+    fn transit(&mut self) {
+        if !self.firewall.leader {
+            return;
+        }
+        let tunnel = &self.firewall.tunnel;
+        self.chain(
+            "transit",
+            Some("filter hook prerouting priority raw"),
+            |text| {
+                // To an address of this node, or a service's that is translated here.
+                text.rule("fib daddr type local return");
+                for family in Family::BOTH {
+                    let ip = family.ip();
+                    let Some(remote) = text.set("remote", family) else {
+                        continue;
+                    };
+                    if let Some(region) = text.set("region", family) {
+                        text.rule(format!(
+                            "iifname \"{tunnel}\" {ip} saddr {remote} {ip} daddr {region} notrack"
+                        ));
+                        text.rule(format!(
+                        "iifname != \"{tunnel}\" {ip} saddr {region} {ip} daddr {remote} notrack"
+                    ));
+                    }
+                    text.rule(format!(
+                        "iifname \"{tunnel}\" {ip} saddr {remote} {ip} daddr {remote} notrack"
+                    ));
+                }
+            },
+        );
+    }
+
+    /// Decides on translation before flannel's rules at `srcnat` do: a source translated to itself is
+    /// bound for the connection's life, and later chains are not asked. `accept` would not do that.
+    fn translate(&mut self) {
+        let firewall = self.firewall;
+        let tunnel = &firewall.tunnel;
+        let hook = Some("nat hook postrouting priority srcnat - 1");
+        self.chain("translate", hook, |text| {
+            text.rule(format!(
+                "meta mark & {KUBE_MASQUERADE} == {KUBE_MASQUERADE} return comment \"kube-proxy masquerades it\""
+            ));
+            for family in Family::BOTH {
+                let ip = family.ip();
+                let keep = format!("snat {ip} to {ip} saddr");
+                let known = text.set("known", family);
+                if let Some(from) = text.set("masquerade_from", family) {
+                    if let Some(known) = &known {
+                        text.rule(format!("{ip} saddr {from} {ip} daddr {known} {keep}"));
+                    }
+                    text.rule(format!("{ip} saddr {from} masquerade"));
+                }
+                if let Some(to) = text.set("masquerade_to", family) {
+                    let unknown = known.map(|known| format!("{ip} daddr != {known} "));
+                    text.rule(format!(
+                        "{ip} daddr {to} {}masquerade",
+                        unknown.unwrap_or_default()
+                    ));
+                }
+                if let Some(region) = text.set("region", family).filter(|_| firewall.leader) {
+                    text.rule(format!("oifname \"{tunnel}\" {ip} saddr {region} {keep}"));
+                }
+                let Some(pods) = text.set("local_pods", family) else {
+                    continue;
+                };
+                if firewall.leader {
+                    text.rule(format!("oifname \"{tunnel}\" {ip} saddr {pods} {keep}"));
+                }
+                if let Some(remote) = text.set("remote", family) {
+                    // Where the operator lets packets leave beside the tunnel, those to a remote node
+                    // take the default route and need flannel's masquerading.
+                    let devices = if firewall.fail_closed {
+                        String::new()
+                    } else {
+                        let devices = firewall.vxlan.keys().chain([tunnel]);
+                        format!("oifname {} ", one_of(devices.map(|name| format!("\"{name}\""))))
+                    };
+                    text.rule(format!("{devices}{ip} saddr {pods} {ip} daddr {remote} {keep}"));
+                }
+            }
+        });
+    }
+
+    /// Connections learn at their start what fits into the tunnel, also where ICMP is filtered on the
+    /// way back to their sender.
+    fn clamp(&mut self) {
+        let tunnel = &self.firewall.tunnel;
+        self.chain(
+            "clamp",
+            Some("filter hook forward priority mangle"),
+            |text| {
+                text.rule(format!("iifname \"{tunnel}\" {CLAMP}"));
+                text.rule(format!("oifname \"{tunnel}\" {CLAMP}"));
+                for family in Family::BOTH {
+                    let ip = family.ip();
+                    if let Some(remote) = text.set("remote", family) {
+                        text.rule(format!("{ip} saddr {remote} {CLAMP}"));
+                        text.rule(format!("{ip} daddr {remote} {CLAMP}"));
+                    }
+                }
+            },
+        );
+    }
+
+    /// VXLAN, which is in clear, stays in its region.
+    fn underlay(&mut self) {
+        if self.vxlan_ports.is_empty() {
+            return;
+        }
+        let ports = one_of(&self.vxlan_ports);
+        let end = self.leak();
+        let hook = Some("filter hook output priority filter");
+        self.chain("underlay", hook, |text| {
+            for family in Family::BOTH {
+                let elsewhere = match text.set("region_underlay", family) {
+                    Some(region) => format!("{} daddr != {region}", family.ip()),
+                    None => format!("meta nfproto {}", family.protocol()),
+                };
+                text.rule(format!("{elsewhere} udp dport {ports} {end}"));
+            }
+        });
+    }
+
+    /// A leader sends to pods of other regions through the tunnel or not at all, whatever has become
+    /// of its routes.
+    fn leave(&mut self) {
+        if !self.firewall.leader {
+            return;
+        }
+        let tunnel = &self.firewall.tunnel;
+        let end = self.leak();
+        let hook = Some("filter hook postrouting priority filter");
+        self.chain("leave", hook, |text| {
+            for family in Family::BOTH {
+                if let Some(pods) = text.set("remote_pods", family) {
+                    text.rule(format!(
+                        "oifname != \"{tunnel}\" {} daddr {pods} {end}",
+                        family.ip()
+                    ));
+                }
+            }
+        });
+    }
+
+    /// Pods must not speak VXLAN to nodes: it would carry packets with any source into the cluster.
+    /// Nor have they any business with the tunnel's port.
+    fn from_pods(&mut self) {
+        let end = format!("counter name \"{POD_DROPS}\" drop");
+        let mut ports = self.vxlan_ports.clone();
+        ports.insert(self.firewall.port);
+        let ports = one_of(ports);
+        let hook = Some("filter hook input priority filter");
+        self.chain("from_pods", hook, |text| {
+            text.rule(format!("iifname \"{POD_BRIDGE}\" udp dport {ports} {end}"));
+            for family in Family::BOTH {
+                if let Some(pods) = text.set("local_pods", family) {
+                    text.rule(format!(
+                        "iifname != \"lo\" {} saddr {pods} udp dport {ports} {end}",
+                        family.ip()
+                    ));
+                }
+            }
+        });
+        if self.vxlan_ports.is_empty() {
+            return;
+        }
+        let ports = one_of(&self.vxlan_ports);
+        let hook = Some("filter hook forward priority filter");
+        self.chain("from_pods_on", hook, |text| {
+            for family in Family::BOTH {
+                let ip = family.ip();
+                let Some(nodes) = text.set("region_underlay", family) else {
+                    continue;
+                };
+                text.rule(format!(
+                    "iifname \"{POD_BRIDGE}\" {ip} daddr {nodes} udp dport {ports} {end}"
+                ));
+                if let Some(pods) = text.set("local_pods", family) {
+                    text.rule(format!(
+                        "{ip} saddr {pods} {ip} daddr {nodes} udp dport {ports} {end}"
+                    ));
+                }
+            }
+        });
+    }
+
+    /// What becomes of a packet that leaves in clear.
+    fn leak(&self) -> String {
+        if self.firewall.fail_closed {
+            format!("counter name \"{LEAK_DROPS}\" drop")
+        } else {
+            format!("counter name \"{LEAKS}\"")
+        }
+    }
+}
+
+/// `{ a, b }`
+fn one_of<T: Display>(items: impl IntoIterator<Item = T>) -> String {
+    let items: Vec<String> = items.into_iter().map(|item| item.to_string()).collect();
+    format!("{{ {} }}", items.join(", "))
+}
