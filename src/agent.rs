@@ -3,6 +3,8 @@
 pub mod address;
 pub mod control;
 pub mod keyfile;
+pub mod publication;
+pub mod reconcile;
 pub mod resolve;
 pub mod schedule;
 

@@ -3,11 +3,14 @@
 //! Reads the command line and the named file and nothing else; what the node, flannel and the
 //! cluster are like is found out later.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::{Args as _, Command, FromArgMatches as _};
 use ipnet::IpNet;
 
 use crate::refusal::Refusal;
@@ -147,6 +150,21 @@ pub struct Config {
 }
 
 impl Config {
+    /// What `selvedge agent` with these flags, and nothing in the environment, would run with.
+    pub fn from_args<'a>(args: impl IntoIterator<Item = &'a str>) -> Result<Self, Refusal> {
+        let args = ["agent"]
+            .into_iter()
+            .chain(args)
+            .map(OsString::from)
+            .collect::<Vec<_>>();
+        let command = Flags::augment_args(Command::new("agent").args_override_self(true));
+        let matches = parse(command, &args, &BTreeMap::new())?
+            .map_err(|_| Refusal::usage("--help is no configuration"))?;
+        let flags =
+            Flags::from_arg_matches(&matches).map_err(|error| Refusal::usage(sentence(&error)))?;
+        Self::new(flags)
+    }
+
     /// Checks the flags against each other.
     pub fn new(flags: Flags) -> Result<Self, Refusal> {
         let notes = notes(&flags);

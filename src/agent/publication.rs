@@ -1,0 +1,326 @@
+//! What this node's agent writes on its own Node. Pure; the cluster module writes it, on change.
+//!
+//! In steady state nothing here changes: no heartbeat, and what others see of this node's peers is
+//! kept from one life of the agent to the next.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use super::address::Own;
+use crate::cluster::annotation;
+use crate::config::Config;
+use crate::topology::{Endpoint, InterfaceAddr, Mode, Node, Snapshot, Topology};
+use crate::wireguard::key::PublicKey;
+
+/// What is looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// This node's own object.
+    pub node: &'a Node,
+    /// Everyone else's.
+    pub snapshot: &'a Snapshot,
+    /// Who is where.
+    pub topology: &'a Topology,
+    /// The flags.
+    pub config: &'a Config,
+    /// The addresses on this node's links.
+    pub links: &'a [InterfaceAddr],
+    /// This node's key.
+    pub public_key: PublicKey,
+    /// Where the tunnel last heard each peer with which it ever had a session.
+    pub heard: &'a BTreeMap<PublicKey, SocketAddr>,
+}
+
+/// The annotations this node should carry, by key; those of [`annotation::PUBLISHED`] that are not
+/// in here are left as they are.
+pub fn annotations(inputs: &Inputs<'_>) -> BTreeMap<&'static str, String> {
+    let Inputs {
+        node,
+        topology,
+        config,
+        ..
+    } = inputs;
+    let private_ip = private_ip(inputs);
+    let mut published = BTreeMap::from([
+        (annotation::AGENT, env!("CARGO_PKG_VERSION").to_owned()),
+        (annotation::KEY, inputs.public_key.to_string()),
+        (
+            annotation::INTERNAL_IP,
+            annotation::format_addrs(private_ip.as_ref()),
+        ),
+        (
+            annotation::GRANULARITY,
+            annotation::format_granularity(topology.granularity).to_owned(),
+        ),
+    ]);
+    if let Some(endpoint) = endpoint(inputs) {
+        published.insert(annotation::ENDPOINT, annotation::format_endpoint(&endpoint));
+    }
+    if let Some(ips) = topology.wireguard_annotation(&config.node) {
+        published.insert(annotation::WIREGUARD_IP, annotation::format_addrs(&ips));
+    }
+    let discovered = discovered(inputs);
+    // A node that never saw anybody need not say so.
+    if !discovered.is_empty() || !node.discovered_endpoints.is_empty() {
+        published.insert(
+            annotation::DISCOVERED_ENDPOINTS,
+            annotation::format_discovered(&discovered),
+        );
+    }
+    if matches!(topology.mode, Mode::Kilo(_)) {
+        published.insert(annotation::CNI_COMPATIBILITY_IP, String::new());
+        published.insert(annotation::LAST_SEEN, inputs.snapshot.now.to_string());
+    }
+    published
+}
+
+/// Whether two sets differ in more than the time; Kilo's algorithm wants that renewed, but not each
+/// time that somebody looks.
+pub fn differs(
+    one: &BTreeMap<&'static str, String>,
+    other: &BTreeMap<&'static str, String>,
+) -> bool {
+    let lasting = |annotations: &BTreeMap<&'static str, String>| {
+        let mut annotations = annotations.clone();
+        annotations.remove(annotation::LAST_SEEN);
+        annotations
+    };
+    lasting(one) != lasting(other)
+}
+
+fn own<'a>(inputs: &'a Inputs<'_>) -> Own<'a> {
+    Own {
+        external_ips: &inputs.node.external_ips,
+        internal_ips: &inputs.node.internal_ips,
+        links: inputs.links,
+        internal_cidrs: &inputs.config.internal_cidrs,
+    }
+}
+
+/// The operator's, else what is found.
+fn private_ip(inputs: &Inputs<'_>) -> Option<InterfaceAddr> {
+    if inputs.node.private_ip_forced {
+        inputs.node.private_ip
+    } else {
+        own(inputs).private_ip()
+    }
+}
+
+/// The operator's, else what is found. Unlike Kilo, what was published once does not stay for ever
+/// when the address or `--port` changes; but it stays where nothing better is known.
+fn endpoint(inputs: &Inputs<'_>) -> Option<Endpoint> {
+    if inputs.node.endpoint_forced {
+        return inputs.node.endpoint.clone();
+    }
+    own(inputs)
+        .endpoint(
+            inputs.config.port,
+            inputs.config.prioritise_private_addresses,
+        )
+        .or_else(|| inputs.node.endpoint.clone())
+}
+
+/// Where this node saw those that others may look for: leaders behind NAT, and external peers.
+fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
+    let topology = inputs.topology;
+    if !topology.is_leader(&inputs.config.node) {
+        return BTreeMap::new();
+    }
+    let sought = topology
+        .segments
+        .iter()
+        .filter(|segment| segment.behind_nat)
+        .map(|segment| segment.public_key)
+        .chain(topology.peers.iter().map(|peer| peer.public_key))
+        .filter(|key| *key != inputs.public_key);
+    sought
+        .filter_map(|key| {
+            let heard = inputs.heard.get(&key);
+            // A new tunnel has heard nobody yet; what the last one heard is still the best guess.
+            let before = inputs.node.discovered_endpoints.get(&key);
+            let others = || match topology.mode {
+                // Kilo's agents pass on what they were told.
+                Mode::Kilo(_) => topology
+                    .segments
+                    .iter()
+                    .flat_map(|segment| &segment.nodes)
+                    .filter_map(|member| inputs.snapshot.nodes.get(&member.name))
+                    .find_map(|node| node.discovered_endpoints.get(&key)),
+                Mode::Native => None,
+            };
+            let endpoint = heard.or(before).or_else(others)?;
+            Some((key, *endpoint))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topology::{Member, NodeName, Segment, SegmentName};
+    use crate::wireguard::key::PrivateKey;
+
+    fn node(name: &str) -> Node {
+        let object = serde_json::json!({
+            "metadata": {"name": name},
+            "status": {"addresses": [
+                {"type": "InternalIP", "address": "192.168.50.11"},
+                {"type": "ExternalIP", "address": "203.0.113.7"},
+            ]},
+        });
+        let object = serde_json::from_value(object).unwrap();
+        crate::cluster::node::parse(&object, &crate::cluster::ParseSettings::default())
+            .0
+            .unwrap()
+    }
+
+    fn config() -> Config {
+        Config::from_args(["--hostname=a1"]).unwrap()
+    }
+
+    fn segment(leader: &str, key: PublicKey, behind_nat: bool) -> Segment {
+        Segment {
+            name: SegmentName::Node(NodeName(leader.into())),
+            group: SegmentName::Node(NodeName(leader.into())),
+            leader: NodeName(leader.into()),
+            public_key: key,
+            endpoint: None,
+            address: None,
+            discovered: None,
+            behind_nat,
+            persistent_keepalive: 0,
+            wireguard_ips: vec!["10.4.0.2".parse().unwrap()],
+            nodes: vec![Member {
+                name: NodeName(leader.into()),
+                pod_cidrs: vec![],
+                addresses: vec![],
+                underlay: [].into(),
+                private_ip: None,
+            }],
+            allowed_location_ips: vec![],
+        }
+    }
+
+    struct World {
+        node: Node,
+        snapshot: Snapshot,
+        topology: Topology,
+        config: Config,
+        key: PublicKey,
+        other: PublicKey,
+        heard: BTreeMap<PublicKey, SocketAddr>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let key = PrivateKey::generate().public_key();
+            let other = PrivateKey::generate().public_key();
+            Self {
+                node: node("a1"),
+                snapshot: Snapshot::default(),
+                topology: Topology {
+                    subnets: vec!["10.4.0.0/16".parse().unwrap()],
+                    segments: vec![segment("a1", key, false), segment("b1", other, true)],
+                    ..Topology::default()
+                },
+                config: config(),
+                key,
+                other,
+                heard: BTreeMap::new(),
+            }
+        }
+
+        fn annotations(&self) -> BTreeMap<&'static str, String> {
+            annotations(&Inputs {
+                node: &self.node,
+                snapshot: &self.snapshot,
+                topology: &self.topology,
+                config: &self.config,
+                links: &["192.168.50.11/24".parse().unwrap()],
+                public_key: self.key,
+                heard: &self.heard,
+            })
+        }
+    }
+
+    #[test]
+    fn a_new_leader_says_who_and_where_it_is() {
+        let world = World::new();
+        let published = world.annotations();
+
+        assert_eq!(published[annotation::KEY], world.key.to_string());
+        assert_eq!(published[annotation::ENDPOINT], "203.0.113.7:51820");
+        assert_eq!(published[annotation::INTERNAL_IP], "192.168.50.11/24");
+        assert_eq!(published[annotation::WIREGUARD_IP], "10.4.0.2/16");
+        assert_eq!(published[annotation::GRANULARITY], "location");
+        assert!(!published.contains_key(annotation::LAST_SEEN));
+        assert!(!published.contains_key(annotation::DISCOVERED_ENDPOINTS));
+    }
+
+    #[test]
+    fn the_operators_endpoint_and_address_are_published_as_they_are() {
+        let mut world = World::new();
+        world.node.endpoint = annotation::endpoint("vpn.example.com:443").ok();
+        world.node.endpoint_forced = true;
+        world.node.private_ip = None;
+        world.node.private_ip_forced = true;
+
+        let published = world.annotations();
+
+        assert_eq!(published[annotation::ENDPOINT], "vpn.example.com:443");
+        assert_eq!(published[annotation::INTERNAL_IP], "");
+    }
+
+    #[test]
+    fn an_endpoint_published_earlier_follows_the_nodes_address() {
+        let mut world = World::new();
+        world.node.endpoint = annotation::endpoint("198.51.100.1:51820").ok();
+        assert_eq!(
+            world.annotations()[annotation::ENDPOINT],
+            "203.0.113.7:51820"
+        );
+    }
+
+    #[test]
+    fn a_leader_tells_where_it_saw_those_behind_nat_and_remembers_it() {
+        let mut world = World::new();
+        let seen: SocketAddr = "198.51.100.7:24276".parse().unwrap();
+        world.heard.insert(world.other, seen);
+        world
+            .heard
+            .insert(PrivateKey::generate().public_key(), seen);
+
+        let published = world.annotations();
+        let expected = annotation::format_discovered(&[(world.other, seen)].into());
+        assert_eq!(published[annotation::DISCOVERED_ENDPOINTS], expected);
+
+        // The next life of the agent has heard nobody yet.
+        world.node.discovered_endpoints = [(world.other, seen)].into();
+        world.heard.clear();
+        assert_eq!(world.annotations(), published);
+    }
+
+    #[test]
+    fn a_follower_withdraws_what_it_saw() {
+        let mut world = World::new();
+        let seen: SocketAddr = "198.51.100.7:24276".parse().unwrap();
+        world.node.discovered_endpoints = [(world.other, seen)].into();
+        world.topology.segments[0].leader = NodeName("a0".into());
+        assert_eq!(world.annotations()[annotation::DISCOVERED_ENDPOINTS], "{}");
+    }
+
+    #[test]
+    fn beside_kilo_the_time_is_published_and_alone_makes_no_difference() {
+        let mut world = World::new();
+        world.topology.mode = Mode::Kilo(vec![NodeName("b1".into())]);
+        world.snapshot.now = 100;
+        let before = world.annotations();
+        world.snapshot.now = 130;
+        let after = world.annotations();
+
+        assert_eq!(after[annotation::LAST_SEEN], "130");
+        assert!(!differs(&before, &after));
+        world.topology.mode = Mode::Native;
+        assert!(differs(&before, &world.annotations()));
+    }
+}

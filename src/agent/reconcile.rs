@@ -1,0 +1,187 @@
+//! One pass: what is known → what should be → what must change → done.
+//!
+//! [`decide`] is pure. [`pass`] carries its decision out on a [`Platform`], the kernel and the
+//! tunnel here, a fake of both in tests; one change that fails never holds up the others.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
+
+use super::publication;
+use super::schedule::Outcome;
+use crate::config::{Config, Mtu};
+use crate::diff::{Change, diff};
+use crate::flannel::Flannel;
+use crate::plan::{self, State, plan};
+use crate::topology::{self, Endpoint, InterfaceAddr, Snapshot, Topology};
+use crate::wireguard::key::PublicKey;
+
+/// What the tunnel adds to a packet at most: an IPv6 header, UDP's, WireGuard's and the padding
+/// (contract 5.4).
+const OVERHEAD: u32 = 80;
+/// The tunnel's MTU where the underlay's is not known.
+const USUAL_MTU: u32 = 1420;
+/// Least MTU of a link that carries IPv6 (RFC 8200).
+const MIN_MTU: u32 = 1280;
+
+/// Everything a pass looks at, gathered by the event loop.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// The cluster.
+    pub snapshot: Snapshot,
+    /// flannel; `None` while it is awaited.
+    pub flannel: Option<Flannel>,
+    /// The addresses on this node's links.
+    pub links: Vec<InterfaceAddr>,
+    /// The MTU in bytes of the link that leads out.
+    pub underlay_mtu: Option<u32>,
+    /// The API servers that this node's kubelet and agent use.
+    pub api_servers: BTreeSet<IpAddr>,
+    /// Where the tunnel heard each peer with which its session is alive.
+    pub alive: BTreeMap<PublicKey, SocketAddr>,
+    /// Where it heard each with which it ever had a session.
+    pub heard: BTreeMap<PublicKey, SocketAddr>,
+}
+
+/// What follows from the facts.
+#[derive(Clone, Debug, Default)]
+pub struct Decision {
+    /// Who is where.
+    pub topology: Topology,
+    /// What this node should have; `None` to leave all as it is.
+    pub desired: Option<State>,
+    /// What its Node should carry; `None` while there is no such Node.
+    pub annotations: Option<BTreeMap<&'static str, String>>,
+    /// The names that stand in endpoints.
+    pub names: BTreeSet<String>,
+}
+
+/// Draws the conclusions.
+pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision {
+    let networks = facts
+        .flannel
+        .as_ref()
+        .map(|flannel| flannel.networks.clone())
+        .unwrap_or_default();
+    let topology = Topology::new(
+        &facts.snapshot,
+        &topology::Settings {
+            granularity: config.granularity,
+            subnets: config.subnets.clone(),
+            service_cidrs: config.service_cidrs.clone(),
+            internal_cidrs: config.internal_cidrs.clone(),
+            cluster_networks: networks,
+        },
+    );
+    let desired = facts.flannel.as_ref().and_then(|flannel| {
+        plan(&plan::Inputs {
+            topology: &topology,
+            me: &config.node,
+            flannel,
+            settings: &settings(facts, config),
+            api_servers: &facts.api_servers,
+            observed: &facts.alive,
+        })
+    });
+    let annotations = facts.snapshot.nodes.get(&config.node).map(|node| {
+        publication::annotations(&publication::Inputs {
+            node,
+            snapshot: &facts.snapshot,
+            topology: &topology,
+            config,
+            links: &facts.links,
+            public_key,
+            heard: &facts.heard,
+        })
+    });
+    Decision {
+        names: names(&facts.snapshot),
+        topology,
+        desired,
+        annotations,
+    }
+}
+
+/// The tunnel's MTU.
+fn mtu(facts: &Facts, config: &Config) -> u32 {
+    match (config.mtu, facts.underlay_mtu) {
+        (Mtu::Bytes(bytes), _) => bytes,
+        (Mtu::Auto, Some(underlay)) => underlay.saturating_sub(OVERHEAD).max(MIN_MTU),
+        (Mtu::Auto, None) => USUAL_MTU,
+    }
+}
+
+fn settings(facts: &Facts, config: &Config) -> plan::Settings {
+    plan::Settings {
+        interface: config.interface.clone(),
+        mtu: mtu(facts, config),
+        port: NonZeroU16::new(config.port).expect("--port is not 0"),
+        fwmark: config.fwmark,
+        rule_priority: config.rule_priority,
+        encapsulation: config.encapsulation,
+        on_tunnel_down: config.on_tunnel_down,
+        service_cidrs: config.service_cidrs.clone(),
+    }
+}
+
+fn names(snapshot: &Snapshot) -> BTreeSet<String> {
+    let nodes = snapshot.nodes.values().map(|node| &node.endpoint);
+    let peers = snapshot.peers.values().map(|peer| &peer.endpoint);
+    nodes
+        .chain(peers)
+        .filter_map(|endpoint| match endpoint {
+            Some(Endpoint::Dns { host, .. }) => Some(host.clone()),
+            Some(Endpoint::Addr(_)) | None => None,
+        })
+        .collect()
+}
+
+/// What a [`Decision`] is carried out on.
+pub trait Platform {
+    /// What is there of the agent's, read afresh.
+    fn observe(&mut self) -> impl Future<Output = anyhow::Result<State>>;
+
+    /// Makes one change. It is no error if all is already so.
+    fn apply(&mut self, change: &Change) -> impl Future<Output = anyhow::Result<()>>;
+}
+
+/// What a pass did.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// The changes made, in order.
+    pub made: Vec<Change>,
+    /// What could not be done, and why.
+    pub failed: Vec<(Option<Change>, anyhow::Error)>,
+}
+
+impl Report {
+    /// How the pass ended.
+    pub fn outcome(&self) -> Outcome {
+        if !self.failed.is_empty() {
+            Outcome::Failed
+        } else if self.made.is_empty() {
+            Outcome::Unchanged
+        } else {
+            Outcome::Changed
+        }
+    }
+}
+
+/// Makes the platform as desired, as far as it goes.
+pub async fn pass(platform: &mut impl Platform, desired: &State) -> Report {
+    let mut report = Report::default();
+    let observed = match platform.observe().await {
+        Ok(observed) => observed,
+        Err(error) => {
+            report.failed.push((None, error));
+            return report;
+        }
+    };
+    for change in diff(&observed, desired) {
+        match platform.apply(&change).await {
+            Ok(()) => report.made.push(change),
+            Err(error) => report.failed.push((Some(change), error)),
+        }
+    }
+    report
+}
