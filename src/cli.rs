@@ -43,6 +43,8 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     match name {
         "agent" => crate::agent::run(agent_config(matches)?),
         "status" => status::run(arguments(matches)?),
+        "graph" => crate::graph::run(&args_of(matches)?),
+        "showconf" => crate::showconf::run(&args_of(matches)?),
         other => unreachable!("clap knows no command {other}"),
     }
 }
@@ -55,6 +57,10 @@ fn arguments<T: FromArgMatches>(matches: &ArgMatches) -> Result<T, Refusal> {
     T::from_arg_matches(matches).map_err(|error| Refusal::usage(config::sentence(&error)))
 }
 
+fn args_of<T: FromArgMatches>(matches: &ArgMatches) -> Result<T, Refusal> {
+    T::from_arg_matches(matches).map_err(|error| Refusal::usage(config::sentence(&error)))
+}
+
 fn command() -> Command {
     Command::new("selvedge")
         .about("Joins the regions of a flannel cluster through WireGuard tunnels between leaders")
@@ -64,6 +70,12 @@ fn command() -> Command {
         .infer_long_args(false)
         .subcommand(Flags::augment_args(
             Command::new("agent").about("Run this node's part of the mesh"),
+        ))
+        .subcommand(crate::graph::Args::augment_args(
+            Command::new("graph").about("Draw the mesh"),
+        ))
+        .subcommand(crate::showconf::Args::augment_args(
+            Command::new("showconf").about("Show the WireGuard configuration of a node or peer"),
         ))
         .subcommand(status::Args::augment_args(
             Command::new("status").about("Show what this node's agent sees and does"),

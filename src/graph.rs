@@ -8,10 +8,12 @@ use std::str::FromStr;
 
 use crate::topology::{Member, Segment, SegmentName, Topology};
 
+mod command;
 mod dot;
 mod svg;
 mod text;
 
+pub use command::{Args, run};
 pub use dot::dot;
 pub use svg::svg;
 pub use text::text;

@@ -20,6 +20,7 @@ pub mod plan;
 pub mod refusal;
 pub mod showconf;
 pub mod status;
+pub mod survey;
 pub mod telemetry;
 pub mod topology;
 pub mod tunnel;

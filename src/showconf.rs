@@ -1,1 +1,429 @@
-//! `selvedge showconf`: WireGuard configuration of a node or peer, as Kilo prints it.
+//! `selvedge showconf`: the WireGuard configuration of a node or peer, in Kilo's form.
+//!
+//! Pure: a [`Topology`] in, text out. Corrected against Kilo: keepalives are in seconds, names stay
+//! names, a peer without an endpoint has none, the listening port is the node's own, and asking for a
+//! node that does not lead is an error.
+
+use std::fmt;
+use std::str::FromStr;
+
+use ipnet::IpNet;
+use serde::Serialize;
+
+use crate::cluster::peer::{API_VERSION, DnsOrIp, PeerEndpoint, PeerSpec};
+use crate::topology::{Endpoint, ExternalPeer, NodeName, Segment, Topology};
+use crate::wireguard::key::{PresharedKey, PublicKey};
+
+mod command;
+
+pub use command::{Args, run};
+
+/// Whose configuration is shown.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Subject {
+    /// The leader of a segment.
+    Node(NodeName),
+    /// A `Peer` object.
+    Peer(String),
+}
+
+/// `--output`. JSON and YAML are `Peer` objects, to be applied to another cluster.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Output {
+    /// The file that `wg setconf` reads.
+    #[default]
+    Wireguard,
+    /// A `Peer` object.
+    Json,
+    /// A `Peer` object.
+    Yaml,
+}
+
+impl FromStr for Output {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "wireguard" => Ok(Self::Wireguard),
+            "json" => Ok(Self::Json),
+            "yaml" => Ok(Self::Yaml),
+            _ => Err("unknown; possible values are: json, wireguard, yaml".into()),
+        }
+    }
+}
+
+/// In what shape it is shown.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Shape {
+    /// `--as-peer`: what another WireGuard device needs to have the subject as its peer.
+    pub as_peer: bool,
+    /// `--output`; with [`Self::as_peer`] only.
+    pub output: Output,
+    /// `--allowed-ips`: further prefixes behind the subject; with [`Self::as_peer`] only.
+    pub allowed_ips: Vec<IpNet>,
+    /// `--port`: instead of the port that the node's endpoint has.
+    pub listen_port: Option<u16>,
+}
+
+/// Why there is nothing to show.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum NothingToShow {
+    /// No node takes part.
+    #[error("did not find any valid Kilo nodes in the cluster")]
+    NoNodes,
+    /// There is no such Node.
+    #[error("did not find any node named {:?} in the cluster", .0.0)]
+    NoSuchNode(NodeName),
+    /// The Node is there but takes no part.
+    #[error("node {:?} is not in the mesh: see selvedge graph --format text", .0.0)]
+    NotInTheMesh(NodeName),
+    /// Another node carries its traffic.
+    #[error("Node {:?} is not a leader node; {:?} leads {segment}", node.0, leader.0)]
+    NotALeader {
+        /// The node asked for.
+        node: NodeName,
+        /// Who leads.
+        leader: NodeName,
+        /// What it leads.
+        segment: String,
+    },
+    /// There is no such Peer, or it was refused.
+    #[error("did not find any peer named {0:?} in the cluster")]
+    NoSuchPeer(String),
+}
+
+/// Renders what was asked for.
+///
+/// # Errors
+///
+/// When the subject has no configuration of its own.
+pub fn showconf(
+    topology: &Topology,
+    subject: &Subject,
+    shape: &Shape,
+) -> Result<String, NothingToShow> {
+    if topology.segments.is_empty() {
+        return Err(NothingToShow::NoNodes);
+    }
+    match subject {
+        Subject::Node(name) => {
+            let segment = led_by(topology, name)?;
+            Ok(match shape.as_peer {
+                true => as_peer(&name.0, Section::of_segment_itself(segment), shape),
+                false => Configuration::of_leader(topology, segment, shape.listen_port).to_string(),
+            })
+        }
+        Subject::Peer(name) => {
+            let peer = topology.peers.iter().find(|peer| peer.name == *name);
+            let peer = peer.ok_or_else(|| NothingToShow::NoSuchPeer(name.clone()))?;
+            Ok(match shape.as_peer {
+                true => as_peer(name, Section::of_peer_itself(peer), shape),
+                false => Configuration::of_peer(topology, peer).to_string(),
+            })
+        }
+    }
+}
+
+fn led_by<'a>(topology: &'a Topology, name: &NodeName) -> Result<&'a Segment, NothingToShow> {
+    let Some(segment) = topology.segment_of(name) else {
+        let known = topology.outsiders.iter().any(|node| node.name == *name);
+        return Err(match known {
+            true => NothingToShow::NotInTheMesh(name.clone()),
+            false => NothingToShow::NoSuchNode(name.clone()),
+        });
+    };
+    if segment.leader != *name {
+        return Err(NothingToShow::NotALeader {
+            node: name.clone(),
+            leader: segment.leader.clone(),
+            segment: segment.name.to_string(),
+        });
+    }
+    Ok(segment)
+}
+
+/// A whole configuration, displayed as `wg setconf` reads it. It holds no private key: that never
+/// leaves its node.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Configuration {
+    /// The listening port; none leaves the `[Interface]` section out.
+    pub listen_port: Option<u16>,
+    /// The peers, in Kilo's order.
+    pub peers: Vec<Section>,
+}
+
+/// One `[Peer]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Section {
+    /// In Kilo's order (contract 3.4).
+    pub allowed_ips: Vec<IpNet>,
+    /// A name stays a name.
+    pub endpoint: Option<Endpoint>,
+    /// Seconds; 0 is off.
+    pub persistent_keepalive: u16,
+    /// The preshared key.
+    pub preshared_key: Option<PresharedKey>,
+    /// Who it is.
+    pub public_key: PublicKey,
+}
+
+impl Configuration {
+    /// What a leader's device has: the other segments, then the external peers.
+    pub fn of_leader(topology: &Topology, own: &Segment, listen_port: Option<u16>) -> Self {
+        let keepalive = own.persistent_keepalive;
+        let segments = topology
+            .segments
+            .iter()
+            .filter(|other| other.group != own.group)
+            .map(|other| Section::of_segment(other, keepalive));
+        let peers = topology.peers.iter().map(|peer| Section {
+            persistent_keepalive: keepalive,
+            ..Section::of_peer_itself(peer)
+        });
+        let own_port = own.endpoint.as_ref().map(|endpoint| match endpoint {
+            Endpoint::Addr(address) => address.port(),
+            Endpoint::Dns { port, .. } => *port,
+        });
+        Self {
+            listen_port: listen_port.or(own_port).or(Some(51820)),
+            peers: segments.chain(peers).collect(),
+        }
+    }
+
+    /// What an external peer must load: all segments, then the other peers.
+    pub fn of_peer(topology: &Topology, own: &ExternalPeer) -> Self {
+        let keepalive = own.persistent_keepalive;
+        let segments = topology.segments.iter().map(|segment| Section {
+            preshared_key: own.preshared_key.clone(),
+            ..Section::of_segment(segment, keepalive)
+        });
+        let others = topology
+            .peers
+            .iter()
+            .filter(|peer| peer.name != own.name)
+            .map(|peer| Section {
+                persistent_keepalive: keepalive,
+                // Shared between that peer and the mesh, and no business of this one.
+                preshared_key: None,
+                ..Section::of_peer_itself(peer)
+            });
+        Self {
+            listen_port: None,
+            peers: segments.chain(others).collect(),
+        }
+    }
+}
+
+impl Section {
+    /// A segment as others reach it at the moment.
+    fn of_segment(segment: &Segment, keepalive: u16) -> Self {
+        let seen = segment
+            .discovered
+            .filter(|seen| segment.address != Some(*seen));
+        Self {
+            allowed_ips: segment.allowed_ips().collect(),
+            endpoint: seen
+                .map(Endpoint::Addr)
+                .or_else(|| segment.endpoint.clone()),
+            persistent_keepalive: keepalive,
+            preshared_key: None,
+            public_key: segment.public_key,
+        }
+    }
+
+    /// A segment as it describes itself: where somebody saw it is not its own business.
+    fn of_segment_itself(segment: &Segment) -> Self {
+        Self {
+            allowed_ips: segment.node_allowed_ips().collect(),
+            endpoint: segment.endpoint.clone(),
+            persistent_keepalive: 0,
+            preshared_key: None,
+            public_key: segment.public_key,
+        }
+    }
+
+    fn of_peer_itself(peer: &ExternalPeer) -> Self {
+        Self {
+            allowed_ips: peer.allowed_ips.clone(),
+            endpoint: peer.endpoint.clone(),
+            persistent_keepalive: peer.persistent_keepalive,
+            preshared_key: peer.preshared_key.clone(),
+            public_key: peer.public_key,
+        }
+    }
+}
+
+impl fmt::Display for Configuration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut first = true;
+        if let Some(port) = self.listen_port {
+            write!(f, "[Interface]\nListenPort = {port}\n")?;
+            first = false;
+        }
+        for peer in &self.peers {
+            if !first {
+                writeln!(f)?;
+            }
+            first = false;
+            write!(f, "{peer}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Section {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "[Peer]")?;
+        if !self.allowed_ips.is_empty() {
+            let nets: Vec<_> = self.allowed_ips.iter().map(IpNet::to_string).collect();
+            writeln!(f, "AllowedIPs = {}", nets.join(", "))?;
+        }
+        if let Some(endpoint) = &self.endpoint {
+            writeln!(f, "Endpoint = {endpoint}")?;
+        }
+        writeln!(f, "PersistentKeepalive = {}", self.persistent_keepalive)?;
+        if let Some(key) = &self.preshared_key {
+            writeln!(f, "PresharedKey = {}", *key.to_base64())?;
+        }
+        writeln!(f, "PublicKey = {}", self.public_key)
+    }
+}
+
+fn as_peer(name: &str, mut section: Section, shape: &Shape) -> String {
+    for net in &shape.allowed_ips {
+        if !section.allowed_ips.contains(net) {
+            section.allowed_ips.push(*net);
+        }
+    }
+    match shape.output {
+        Output::Wireguard => section.to_string(),
+        // Without a line break at the end, as Kilo's.
+        Output::Json => serde_json::to_string_pretty(&PeerObject::new(name, &section))
+            .expect("strings and numbers have a JSON form"),
+        Output::Yaml => yaml(name, &section),
+    }
+}
+
+/// A `Peer` object in Kilo's order of keys.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct PeerObject<'a> {
+    kind: &'static str,
+    api_version: &'static str,
+    metadata: Metadata<'a>,
+    spec: PeerSpec,
+}
+
+#[derive(Serialize)]
+struct Metadata<'a> {
+    name: &'a str,
+}
+
+impl<'a> PeerObject<'a> {
+    fn new(name: &'a str, section: &Section) -> Self {
+        Self {
+            kind: "Peer",
+            api_version: API_VERSION,
+            metadata: Metadata { name },
+            spec: section.to_spec(),
+        }
+    }
+}
+
+impl Section {
+    /// The specification of a `Peer` object with the same meaning.
+    pub fn to_spec(&self) -> PeerSpec {
+        let keepalive = self.persistent_keepalive;
+        PeerSpec {
+            allowed_ips: self.allowed_ips.iter().map(IpNet::to_string).collect(),
+            endpoint: self.endpoint.as_ref().map(|endpoint| match endpoint {
+                Endpoint::Addr(address) => PeerEndpoint {
+                    dns_or_ip: DnsOrIp {
+                        dns: None,
+                        ip: Some(address.ip().to_string()),
+                    },
+                    port: address.port().into(),
+                },
+                Endpoint::Dns { host, port } => PeerEndpoint {
+                    dns_or_ip: DnsOrIp {
+                        dns: Some(host.clone()),
+                        ip: None,
+                    },
+                    port: (*port).into(),
+                },
+            }),
+            persistent_keepalive: (keepalive != 0).then_some(keepalive.into()),
+            preshared_key: self
+                .preshared_key
+                .as_ref()
+                .map(|key| key.to_base64().to_string()),
+            public_key: self.public_key.to_string(),
+        }
+    }
+}
+
+/// The same object as YAML. Its values are names, prefixes, numbers and base64: of these only a name
+/// that looks like a number needs quotes.
+fn yaml(name: &str, section: &Section) -> String {
+    let spec = section.to_spec();
+    let mut lines = vec![
+        format!("apiVersion: {API_VERSION}"),
+        "kind: Peer".to_owned(),
+        "metadata:".to_owned(),
+        format!("  name: {}", scalar(name)),
+        "spec:".to_owned(),
+    ];
+    match spec.allowed_ips.is_empty() {
+        true => lines.push("  allowedIPs: []".to_owned()),
+        false => lines.push("  allowedIPs:".to_owned()),
+    }
+    lines.extend(
+        spec.allowed_ips
+            .iter()
+            .map(|net| format!("  - {}", scalar(net))),
+    );
+    if let Some(endpoint) = &spec.endpoint {
+        lines.extend(["  endpoint:".to_owned(), "    dnsOrIP:".to_owned()]);
+        let DnsOrIp { dns, ip } = &endpoint.dns_or_ip;
+        lines.extend(dns.iter().map(|dns| format!("      dns: {}", scalar(dns))));
+        lines.extend(ip.iter().map(|ip| format!("      ip: {}", scalar(ip))));
+        lines.push(format!("    port: {}", endpoint.port));
+    }
+    let keepalive = spec.persistent_keepalive.iter();
+    lines.extend(keepalive.map(|seconds| format!("  persistentKeepalive: {seconds}")));
+    let key = spec.preshared_key.iter();
+    lines.extend(key.map(|key| format!("  presharedKey: {key}")));
+    lines.push(format!("  publicKey: {}", spec.public_key));
+    lines.join("\n") + "\n"
+}
+
+/// A YAML scalar that is read back as the same string, plain where that is possible.
+fn scalar(text: &str) -> String {
+    let plain = text
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || b".-/:".contains(&b))
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && !text.ends_with(':');
+    let keyword = ["true", "false", "null", "yes", "no", "on", "off", "y", "n"]
+        .contains(&text.to_ascii_lowercase().as_str());
+    if plain && !keyword && !is_yaml_number(text) {
+        text.to_owned()
+    } else {
+        // JSON strings are YAML strings.
+        serde_json::Value::from(text).to_string()
+    }
+}
+
+/// Whether YAML 1.1 might take a word for a number (also in base 60) or a date.
+fn is_yaml_number(text: &str) -> bool {
+    let only = |chars: &[u8]| {
+        text.bytes()
+            .all(|b| b.is_ascii_digit() || chars.contains(&b))
+    };
+    let dots = text.bytes().filter(|b| *b == b'.').count();
+    text.starts_with(|c: char| c.is_ascii_digit())
+        && (only(b":") || (dots <= 1 && only(b".-eExXoOaAbBcCdDfF")))
+}
+
+#[cfg(test)]
+mod tests;

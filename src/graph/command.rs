@@ -1,0 +1,43 @@
+//! The command `selvedge graph`: flags, one look at the cluster, a drawing on stdout.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use super::{Format, render};
+use crate::survey;
+
+/// Flags of `selvedge graph`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// dot (for graphviz, as Kilo's), svg or text
+    #[arg(long, short, value_name = "FORMAT", default_value = "dot")]
+    format: Format,
+    /// Changes nothing: a graph has no port
+    #[arg(long, hide = true)]
+    port: Option<u16>,
+    #[command(flatten)]
+    cluster: survey::Args,
+}
+
+/// Draws the mesh.
+///
+/// # Errors
+///
+/// When the cluster cannot be read or no node is in the mesh.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let survey = survey::block_on(async {
+        let client = survey::client(&args.cluster).await?;
+        survey::survey(&client, &args.cluster).await
+    })?;
+    if survey.topology.segments.is_empty() && args.format != Format::Text {
+        anyhow::bail!("did not find any valid Kilo nodes in the cluster");
+    }
+    let mut drawing = render(&survey.topology, args.format);
+    if args.format == Format::Dot {
+        // As Kilo prints it: one blank line at the end.
+        drawing.push('\n');
+    }
+    // A reader that closed the pipe has read enough.
+    let _ = write!(std::io::stdout(), "{drawing}");
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,299 @@
+//! One look at the cluster, for the commands that people run on their own machines.
+//!
+//! Reads Nodes and Peers with the user's own kubeconfig, as `kubectl` would, and computes the topology
+//! that the agents compute. Watching and writing are the agent's business ([`crate::cluster`]).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use futures::future::join_all;
+use ipnet::IpNet;
+use kube::api::ListParams;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client};
+
+use crate::cluster::node::{self, NodeObject, ParseSettings};
+use crate::cluster::peer::{self, PeerObject};
+use crate::cluster::{Rejected, annotation};
+use crate::refusal::Refusal;
+use crate::topology::{Endpoint, Granularity, Node, Settings, Snapshot, Topology};
+
+/// How long a name of an endpoint may take to resolve before it counts as unresolvable.
+const RESOLVE: Duration = Duration::from_secs(2);
+/// How long the API server may take to answer.
+const ANSWER: Duration = Duration::from_secs(15);
+
+/// Flags that say where the cluster is and how to read it.
+#[derive(Clone, Debug, clap::Args)]
+#[group(skip)]
+pub struct Args {
+    /// Kubeconfig to reach the API server with [default: KUBECONFIG, else ~/.kube/config, else the
+    /// pod's own service account]
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// What gets tunnels: location, full, cross, or auto: what the agents publish
+    #[arg(long, value_name = "GRANULARITY", default_value = "auto", value_parser = granularity)]
+    pub mesh_granularity: Auto,
+    /// Node label that names the region
+    #[arg(
+        long,
+        value_name = "LABEL",
+        default_value = "topology.kubernetes.io/region"
+    )]
+    pub topology_label: String,
+    /// The agents' --internal-cidr, where they have one (comma separated)
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = cidr)]
+    pub internal_cidr: Vec<IpNet>,
+    /// Only `kubernetes`
+    #[arg(long, hide = true, default_value = "kubernetes", value_parser = ["kubernetes"])]
+    pub backend: String,
+}
+
+/// A granularity, or none: what the agents publish.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Auto(Option<Granularity>);
+
+fn granularity(text: &str) -> Result<Auto, String> {
+    match text {
+        "auto" => Ok(Auto(None)),
+        _ => annotation::granularity(text)
+            .map(|granularity| Auto(Some(granularity)))
+            .map_err(|_| "unknown; possible values are: location, full, cross, auto".into()),
+    }
+}
+
+/// Reads a CIDR and masks its host bits.
+pub(crate) fn cidr(text: &str) -> Result<IpNet, String> {
+    text.trim()
+        .parse::<IpNet>()
+        .map(|net| net.trunc())
+        .map_err(|_| "is not a CIDR such as 10.43.0.0/16".into())
+}
+
+/// What was found.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    /// The topology, as the agents compute it.
+    pub topology: Topology,
+    /// What of the objects could not be read.
+    pub rejected: Vec<Rejected>,
+}
+
+/// Connects as `kubectl` would.
+///
+/// # Errors
+///
+/// When no kubeconfig is found or it is of no use.
+pub async fn client(args: &Args) -> anyhow::Result<Client> {
+    let options = KubeConfigOptions::default();
+    let mut config = match &args.kubeconfig {
+        Some(path) => {
+            let file = Kubeconfig::read_from(path).map_err(|error| {
+                Refusal::configuration(format!(
+                    "--kubeconfig {} cannot be read: {error}",
+                    path.display()
+                ))
+            })?;
+            kube::Config::from_custom_kubeconfig(file, &options).await?
+        }
+        None => kube::Config::infer().await.map_err(|_| {
+            Refusal::configuration("found no kubeconfig: give --kubeconfig FILE, or set KUBECONFIG")
+        })?,
+    };
+    config.connect_timeout = Some(ANSWER);
+    config.read_timeout = Some(ANSWER);
+    Client::try_from(config).context("setting up the connection to the API server")
+}
+
+/// Reads the cluster once.
+///
+/// # Errors
+///
+/// When the API server does not answer, or the agents disagree on the granularity.
+pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
+    let parse = ParseSettings {
+        topology_label: args.topology_label.clone(),
+    };
+    let all = ListParams::default();
+    let nodes: Api<NodeObject> = Api::all(client.clone());
+    let nodes = nodes.list(&all).await.context("listing the nodes")?;
+    let peers: Api<PeerObject> = Api::all(client.clone());
+    let peers = match peers.list(&all).await {
+        Ok(peers) => peers.items,
+        // Without the resource's definition there are no peers.
+        Err(kube::Error::Api(status)) if status.code == 404 => Vec::new(),
+        Err(error) => return Err(error).context("listing the peers"),
+    };
+
+    let mut snapshot = Snapshot {
+        now: unix_seconds(),
+        ..Snapshot::default()
+    };
+    let mut rejected = Vec::new();
+    for object in &nodes.items {
+        let (node, refused) = node::parse(object, &parse);
+        rejected.extend(refused);
+        snapshot
+            .nodes
+            .extend(node.map(|node| (node.name.clone(), node)));
+    }
+    for object in &peers {
+        let (peer, refused) = peer::parse(object);
+        rejected.extend(refused);
+        snapshot
+            .peers
+            .extend(peer.map(|peer| (peer.name.clone(), peer)));
+    }
+    snapshot.resolved = resolve(&snapshot).await;
+
+    let settings = Settings {
+        granularity: match args.mesh_granularity {
+            Auto(Some(granularity)) => granularity,
+            Auto(None) => published_granularity(&snapshot)?,
+        },
+        subnets: published_subnets(&snapshot),
+        internal_cidrs: args.internal_cidr.clone(),
+        ..Settings::default()
+    };
+    Ok(Survey {
+        topology: Topology::new(&snapshot, &settings),
+        rejected,
+    })
+}
+
+/// What all agents publish; `location` while none does.
+fn published_granularity(snapshot: &Snapshot) -> anyhow::Result<Granularity> {
+    let published = snapshot.nodes.values().filter_map(|node| node.granularity);
+    let published: BTreeSet<_> = published.collect();
+    if published.len() > 1 {
+        let names = published.into_iter().map(annotation::format_granularity);
+        let names: Vec<_> = names.collect();
+        return Err(Refusal::configuration(format!(
+            "the agents publish different granularities ({}): give --mesh-granularity",
+            names.join(", ")
+        ))
+        .into());
+    }
+    Ok(published.into_iter().next().unwrap_or_default())
+}
+
+/// The pools that most published WireGuard addresses are of; Kilo's default while there is none.
+fn published_subnets(snapshot: &Snapshot) -> Vec<IpNet> {
+    let mut subnets = Vec::new();
+    for v6 in [false, true] {
+        let mut votes = BTreeMap::<IpNet, usize>::new();
+        let addresses = snapshot.nodes.values().flat_map(|node| &node.wireguard_ips);
+        for address in addresses.filter(|address| address.addr().is_ipv6() == v6) {
+            *votes.entry(address.trunc()).or_default() += 1;
+        }
+        let most = votes.into_iter().max_by_key(|(_, count)| *count);
+        subnets.extend(most.map(|(net, _)| net));
+    }
+    if subnets.is_empty() {
+        subnets.extend("10.4.0.0/16".parse::<IpNet>());
+    }
+    subnets
+}
+
+/// Looks all names up at once; one that does not resolve is left out and disturbs no other.
+async fn resolve(snapshot: &Snapshot) -> BTreeMap<String, IpAddr> {
+    let of_nodes = snapshot.nodes.values().map(|node: &Node| &node.endpoint);
+    let of_peers = snapshot.peers.values().map(|peer| &peer.endpoint);
+    let names: BTreeSet<&str> = of_nodes
+        .chain(of_peers)
+        .filter_map(|endpoint| match endpoint {
+            Some(Endpoint::Dns { host, .. }) => Some(host.as_str()),
+            Some(Endpoint::Addr(_)) | None => None,
+        })
+        .collect();
+    let lookups = names.into_iter().map(|name| async move {
+        let lookup = tokio::net::lookup_host((name, 0));
+        let mut found = tokio::time::timeout(RESOLVE, lookup).await.ok()?.ok()?;
+        Some((name.to_owned(), found.next()?.ip()))
+    });
+    join_all(lookups).await.into_iter().flatten().collect()
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "Kilo's rule for who takes part compares wall clocks; the topology is told the time"
+)]
+fn unix_seconds() -> i64 {
+    let now = std::time::SystemTime::now();
+    let since = now
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+/// Runs a command that asks the cluster.
+///
+/// # Errors
+///
+/// The command's own.
+pub(crate) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
+    runtime.block_on(work)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(nodes: &[(&str, Option<Granularity>, &str)]) -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        for (name, granularity, wireguard_ip) in nodes {
+            let object = serde_json::from_value(serde_json::json!({
+                "metadata": {"name": name, "annotations": {"kilo.squat.ai/wireguard-ip": wireguard_ip}},
+            }));
+            let (node, _) = node::parse(&object.unwrap(), &ParseSettings::default());
+            let mut node = node.unwrap();
+            node.granularity = *granularity;
+            snapshot.nodes.insert(node.name.clone(), node);
+        }
+        snapshot
+    }
+
+    #[test]
+    fn the_granularity_is_what_the_agents_publish() {
+        let full = Some(Granularity::Full);
+        let agree = snapshot(&[("a", full, ""), ("b", None, ""), ("c", full, "")]);
+        assert_eq!(published_granularity(&agree).unwrap(), Granularity::Full);
+        let silent = snapshot(&[("a", None, "")]);
+        assert_eq!(
+            published_granularity(&silent).unwrap(),
+            Granularity::Location
+        );
+        let differ = snapshot(&[("a", full, ""), ("b", Some(Granularity::Location), "")]);
+        let error = published_granularity(&differ).unwrap_err();
+        assert_eq!(crate::refusal::exit_code(&error), 78);
+        assert_eq!(
+            error.to_string(),
+            "the agents publish different granularities (location, full): give --mesh-granularity"
+        );
+    }
+
+    #[test]
+    fn the_subnet_is_that_of_most_wireguard_addresses() {
+        let nodes = [
+            ("a", None, "10.4.0.1/16"),
+            ("b", None, "10.9.0.2/24"),
+            ("c", None, "10.9.0.3/24,fd00:4::1/64"),
+        ];
+        let nets: Vec<_> = published_subnets(&snapshot(&nodes))
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(nets, ["10.9.0.0/24", "fd00:4::/64"]);
+        assert_eq!(
+            published_subnets(&snapshot(&[("a", None, "")]))[0].to_string(),
+            "10.4.0.0/16"
+        );
+    }
+}
