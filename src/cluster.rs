@@ -1,13 +1,374 @@
 //! Access to the Kubernetes API: finding a server, watching Nodes and Peers, publishing.
 //!
 //! What the objects mean together is not decided here ([`crate::topology`] does), and nothing the
-//! data plane does waits for the API.
+//! data plane does waits for the API. [`Cluster`] runs on tasks of its own; the agent reads
+//! [`View`]s and says what to publish and to report.
 
+mod access;
 pub mod annotation;
+mod call;
+mod events;
+mod listwatch;
 pub mod node;
 mod object;
+mod pace;
 pub mod peer;
+mod publish;
 mod rejected;
+mod servers;
+mod store;
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+pub use access::{Access, Origin, Sources};
+pub use events::Report;
 pub use node::ParseSettings;
+pub use publish::{Annotations, withdraw};
 pub use rejected::{Object, Rejected, quote};
+pub use servers::Servers;
+
+use access::Connection;
+use listwatch::{Complaint, Event, Expectation, ListWatch};
+use store::Store;
+
+use crate::topology::{NodeName, Snapshot};
+
+/// Changes that come together are seen together: a list of changes ends when none came for this long.
+const QUIET: Duration = Duration::from_millis(50);
+/// A cluster that never rests is looked at this often all the same.
+const AT_MOST: Duration = Duration::from_millis(500);
+/// How long the first view waits for the Peers once the Nodes are there.
+const PEERS: Duration = Duration::from_secs(5);
+
+/// What is known of the cluster at one moment.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct View {
+    /// The objects that could be read; what only the agent knows is left empty.
+    pub snapshot: Snapshot,
+    /// What was refused of them.
+    pub rejected: BTreeSet<Rejected>,
+    /// The API servers.
+    pub servers: Servers,
+    /// Whether this comes from the API; else it is what the cache held.
+    pub live: bool,
+}
+
+/// How the API is reached, for people and probes.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Contact {
+    /// The server in use.
+    pub origin: Option<Origin>,
+    /// Why there is none, or none yet.
+    pub trouble: Option<String>,
+}
+
+/// The agent's dealings with the API. They end when this is dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    views: watch::Receiver<Option<Arc<View>>>,
+    contact: watch::Receiver<Contact>,
+    desired: watch::Sender<Option<Annotations>>,
+    reports: watch::Sender<BTreeSet<Report>>,
+    _tasks: JoinSet<()>,
+}
+
+impl Cluster {
+    /// Begins to look for a server and to follow the cluster, for the agent of the Node `own`.
+    ///
+    /// With a `cached` view, that is the first to be seen; else the first is seen when the lists are
+    /// complete.
+    pub fn start(
+        access: Access,
+        own: NodeName,
+        settings: ParseSettings,
+        cached: Option<View>,
+    ) -> Self {
+        let cached = cached.map(|view| View {
+            live: false,
+            ..view
+        });
+        let (views, seen) = watch::channel(cached.clone().map(Arc::new));
+        let (desired, to_publish) = watch::channel(None);
+        let (reports, to_report) = watch::channel(BTreeSet::new());
+        let (connections, connection) = watch::channel(None);
+        let (contacts, contact) = watch::channel(Contact::default());
+        let (complaints, complaint) = mpsc::channel(8);
+        let (shown, to_compare) = watch::channel(None);
+        let (dispatches, to_send) = mpsc::channel(events::QUEUE);
+        let cached = cached.unwrap_or_default();
+        let (servers, addresses) = watch::channel(cached.servers);
+
+        let store = Store::new(settings, own.clone(), cached.snapshot);
+        let (nodes, peers) = store.counts();
+        // Small: the watch waits for the store, and not memory for both.
+        let (node_events, of_nodes) = mpsc::channel(16);
+        let (peer_events, of_peers) = mpsc::channel(16);
+        let known = |known, never_empty| Expectation { known, never_empty };
+
+        let mut tasks = JoinSet::new();
+        tasks.spawn(connect(access, connections, contacts, complaint));
+        tasks.spawn(
+            ListWatch::new(known(nodes, true), node_events)
+                .run(connection.clone(), complaints.clone()),
+        );
+        tasks.spawn(
+            ListWatch::new(known(peers, false), peer_events).run(connection.clone(), complaints),
+        );
+        tasks.spawn(servers::run(connection.clone(), servers));
+        tasks.spawn(publish::run(
+            own.clone(),
+            connection.clone(),
+            to_publish,
+            to_compare,
+        ));
+        tasks.spawn(events::run(own.clone(), connection, to_send));
+        let keeper = Keeper {
+            own,
+            store,
+            herald: events::Herald::default(),
+            views,
+            shown,
+            dispatches,
+            addresses,
+            reports: to_report,
+        };
+        tasks.spawn(keeper.run(of_nodes, of_peers));
+
+        Self {
+            views: seen,
+            contact,
+            desired,
+            reports,
+            _tasks: tasks,
+        }
+    }
+
+    /// The cluster as it is known; none until anything is. Only changes wake who waits for them.
+    pub fn views(&self) -> watch::Receiver<Option<Arc<View>>> {
+        self.views.clone()
+    }
+
+    /// How the API is reached.
+    pub fn contact(&self) -> watch::Receiver<Contact> {
+        self.contact.clone()
+    }
+
+    /// Says what the own Node is to carry. Written in the background, and again whenever it differs.
+    pub fn publish(&self, annotations: Annotations) {
+        self.desired.send_if_modified(|desired| {
+            let changed = desired.as_ref() != Some(&annotations);
+            *desired = Some(annotations);
+            changed
+        });
+    }
+
+    /// Says all that is to be reported beside what was refused while reading.
+    pub fn report(&self, reports: BTreeSet<Report>) {
+        self.reports.send_if_modified(|current| {
+            let changed = *current != reports;
+            *current = reports;
+            changed
+        });
+    }
+}
+
+/// Looks for a server at the start and whenever the one in use is complained of.
+async fn connect(
+    access: Access,
+    connections: watch::Sender<Option<Connection>>,
+    contacts: watch::Sender<Contact>,
+    mut complaints: mpsc::Receiver<Complaint>,
+) {
+    let mut backoff = pace::Backoff::default();
+    let mut avoid = None;
+    let mut last = None;
+    for number in 1.. {
+        match access.connect(number, avoid.as_ref()).await {
+            Ok(connection) => {
+                let origin = connection.origin.clone();
+                if last.as_ref() != Some(&origin) || backoff.failures() > 0 {
+                    tracing::info!(server = %origin, "connected to the API");
+                }
+                last = Some(origin.clone());
+                contacts.send_replace(Contact {
+                    origin: Some(origin.clone()),
+                    trouble: None,
+                });
+                if connections.send(Some(connection)).is_err() {
+                    return;
+                }
+                // Complaints of what was given up before are not about this one.
+                let complaint = loop {
+                    match complaints.recv().await {
+                        None => return,
+                        Some(complaint) if complaint.number == number => break complaint,
+                        Some(_) => {}
+                    }
+                };
+                tracing::debug!(server = %origin, failure = %complaint.failure, "looking for a server");
+                contacts
+                    .send_modify(|contact| contact.trouble = Some(complaint.failure.to_string()));
+                if complaint.failure.is_of_connection() {
+                    avoid = Some(origin);
+                }
+                backoff.reset();
+                // A server that accepts a connection and then fails must not be asked in a loop.
+                tokio::time::sleep(pace::jitter(Duration::from_secs(1))).await;
+            }
+            Err(trouble) => {
+                let pause = backoff.pause(None);
+                // Said again when it is news, not at every attempt.
+                let trouble = trouble.to_string();
+                let news = contacts.borrow().trouble.as_ref() != Some(&trouble);
+                if news {
+                    tracing::warn!("{trouble}");
+                }
+                contacts.send_replace(Contact {
+                    origin: None,
+                    trouble: Some(trouble),
+                });
+                tokio::time::sleep(pause).await;
+            }
+        }
+    }
+}
+
+/// Owns what is known, and shows it.
+struct Keeper {
+    own: NodeName,
+    store: Store,
+    herald: events::Herald,
+    views: watch::Sender<Option<Arc<View>>>,
+    shown: watch::Sender<publish::Shown>,
+    dispatches: mpsc::Sender<events::Dispatch>,
+    addresses: watch::Receiver<Servers>,
+    reports: watch::Receiver<BTreeSet<Report>>,
+}
+
+impl Keeper {
+    async fn run(
+        mut self,
+        mut nodes: mpsc::Receiver<Event<node::NodeObject>>,
+        mut peers: mpsc::Receiver<Event<peer::PeerObject>>,
+    ) {
+        // When the first and the last change came that were not shown yet.
+        let mut changed: Option<(Instant, Instant)> = None;
+        let mut peers_by: Option<Instant> = None;
+        loop {
+            let now = Instant::now();
+            if self.store.knows_nodes() && !self.store.knows_peers() && peers_by.is_none() {
+                peers_by = Some(now + PEERS);
+            }
+            let complete = self.store.knows_nodes()
+                && (self.store.knows_peers() || peers_by.is_some_and(|by| now >= by));
+            let show_at = changed.map(|(first, last)| (last + QUIET).min(first + AT_MOST));
+            let show_at = match (complete, show_at) {
+                (true, at) => at,
+                (false, _) => peers_by,
+            };
+
+            let news = tokio::select! {
+                event = nodes.recv() => match event {
+                    Some(event) => {
+                        notice("Nodes", &event);
+                        self.store.handle_node(event)
+                    }
+                    None => return,
+                },
+                event = peers.recv() => match event {
+                    Some(event) => {
+                        notice("Peers", &event);
+                        self.store.handle_peer(event)
+                    }
+                    None => return,
+                },
+                addresses = self.addresses.changed() => match addresses {
+                    Ok(()) => true,
+                    Err(_) => return,
+                },
+                reports = self.reports.changed() => match reports {
+                    Ok(()) => true,
+                    Err(_) => return,
+                },
+                () = sleep_until(show_at) => {
+                    changed = None;
+                    self.show();
+                    continue;
+                }
+            };
+            if news {
+                let now = Instant::now();
+                changed = Some((changed.map_or(now, |(first, _)| first), now));
+            }
+        }
+    }
+
+    fn show(&mut self) {
+        let view = View {
+            snapshot: self.store.snapshot(),
+            rejected: self.store.rejected(),
+            servers: self.addresses.borrow_and_update().clone(),
+            live: true,
+        };
+
+        let published = self.store.published().cloned();
+        self.shown.send_if_modified(|shown| {
+            let changed = *shown != published;
+            *shown = published;
+            changed
+        });
+
+        let mut reports: BTreeSet<_> = view.rejected.iter().map(Report::from).collect();
+        reports.extend(self.reports.borrow_and_update().iter().cloned());
+        for report in self.herald.news(reports, Instant::now()) {
+            tracing::warn!("{}", report.note);
+            if events::speaks_for(&self.own, &report.object, &view.snapshot) {
+                let uid = match &report.object {
+                    Object::Node(_) => String::new(),
+                    Object::Peer(name) => self.store.peer_uid(name).to_owned(),
+                };
+                // A full queue drops the Event; the log has the report.
+                let _ = self.dispatches.try_send(events::Dispatch { report, uid });
+            }
+        }
+
+        self.views.send_if_modified(|shown| {
+            let changed = shown.as_deref() != Some(&view);
+            if changed {
+                *shown = Some(Arc::new(view));
+            }
+            changed
+        });
+    }
+}
+
+/// Logs what the store does not keep.
+fn notice<K>(what: &str, event: &Event<K>) {
+    match event {
+        Event::Forbidden(reason) => {
+            tracing::warn!(%reason, "the agent may not read {what}: check its ClusterRole");
+        }
+        Event::Absent => tracing::debug!("there is no definition of {what}"),
+        Event::Undecodable(reason) => {
+            tracing::warn!(%reason, "one of the {what} cannot be decoded")
+        }
+        Event::Listing
+        | Event::Listed(_)
+        | Event::Complete
+        | Event::Applied(_)
+        | Event::Deleted(_) => {}
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

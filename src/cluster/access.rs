@@ -1,0 +1,335 @@
+//! Finds an API server: which addresses may lead to one, and which of them answers.
+//!
+//! The API may be far away behind the very tunnel this agent builds, so the nearest way comes first
+//! and none is relied upon. A server counts when `/version` answers behind a certificate of the
+//! cluster's CA; nothing is sent to any other.
+
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kube::config::{
+    AuthInfo, Cluster, Context, KubeConfigOptions, Kubeconfig, NamedAuthInfo, NamedCluster,
+    NamedContext,
+};
+use kube::{Client, Config};
+
+use super::call::{self, Failure};
+use crate::refusal::Refusal;
+
+/// Where a pod finds its service account.
+const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+
+/// Ports on this host behind which an API server may be: k3s agents balance on 6444, servers listen
+/// on 6443, Talos balances on 7445.
+const LOCAL_PORTS: [u16; 3] = [6444, 6443, 7445];
+
+/// A name that every API server's certificate carries, whatever address it is reached by.
+const SERVER_NAME: &str = "kubernetes.default.svc";
+
+/// TCP and TLS together; a server that needs longer is not the one to choose.
+const CONNECT: Duration = Duration::from_secs(3);
+/// How long `/version` may take.
+const PROBE: Duration = Duration::from_secs(5);
+/// Nothing is heard for this long on a connection that should carry something: it is half-open.
+/// API servers send a bookmark every minute.
+pub(super) const SILENCE: Duration = Duration::from_secs(90);
+
+/// Where to look for an API server.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Sources {
+    /// `--kubeconfig`.
+    pub kubeconfig: Option<PathBuf>,
+    /// `--master`: a URL that replaces the kubeconfig's, or goes with the service account.
+    pub master: Option<String>,
+    /// The directory with the service account's `token` and `ca.crt`.
+    pub service_account: PathBuf,
+    /// Where an API server may listen on this host.
+    pub local: Vec<SocketAddr>,
+    /// The URL of the `kubernetes` service, from a pod's environment.
+    pub service: Option<String>,
+}
+
+impl Sources {
+    /// What the flags say, and what every pod is told.
+    pub fn new(kubeconfig: Option<PathBuf>, master: Option<String>) -> Self {
+        let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let service = variable("KUBERNETES_SERVICE_HOST").map(|host| {
+            let port = variable("KUBERNETES_SERVICE_PORT").unwrap_or_else(|| "443".to_owned());
+            match host.contains(':') {
+                true => format!("https://[{host}]:{port}"),
+                false => format!("https://{host}:{port}"),
+            }
+        });
+        Self {
+            kubeconfig,
+            master,
+            service_account: PathBuf::from(SERVICE_ACCOUNT),
+            local: LOCAL_PORTS
+                .map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
+                .to_vec(),
+            service,
+        }
+    }
+}
+
+/// One way to an API server.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Origin {
+    /// The server named in `--kubeconfig`.
+    Kubeconfig(PathBuf),
+    /// `--master`.
+    Master(String),
+    /// A port on this host.
+    Local(SocketAddr),
+    /// The address of the `kubernetes` service.
+    Service(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kubeconfig(path) => write!(f, "the server in {}", path.display()),
+            Self::Master(url) => write!(f, "--master {url}"),
+            Self::Local(addr) => write!(f, "{addr} on this host"),
+            Self::Service(url) => write!(f, "the service {url}"),
+        }
+    }
+}
+
+/// A server that answered.
+#[derive(Clone)]
+pub(super) struct Connection {
+    /// Tells connections apart.
+    pub(super) number: u64,
+    /// The way to it.
+    pub(super) origin: Origin,
+    /// The host of its URL.
+    pub(super) host: String,
+    /// Speaks to it.
+    pub(super) client: Client,
+}
+
+/// No server answered: each way that was tried, and what came of it.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("no API server answers: {}", Tried(.0))]
+pub(super) struct NoServer(Vec<(Origin, String)>);
+
+struct Tried<'a>(&'a [(Origin, String)]);
+
+impl fmt::Display for Tried<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, (origin, outcome)) in self.0.iter().enumerate() {
+            let comma = if at == 0 { "" } else { ", " };
+            write!(f, "{comma}{origin} ({outcome})")?;
+        }
+        Ok(())
+    }
+}
+
+/// The ways to the cluster's API servers.
+#[derive(Clone, Debug)]
+pub struct Access {
+    sources: Sources,
+}
+
+impl Access {
+    /// Checks what can be checked without a server.
+    ///
+    /// # Errors
+    ///
+    /// A kubeconfig that cannot be read, or neither a kubeconfig nor a service account to speak with.
+    pub async fn new(sources: Sources) -> Result<Self, Refusal> {
+        if let Some(path) = &sources.kubeconfig {
+            from_kubeconfig(path, sources.master.as_deref())
+                .await
+                .map_err(|reason| {
+                    Refusal::configuration(format!("--kubeconfig {}: {reason}", path.display()))
+                })?;
+        }
+        let access = Self { sources };
+        if access.ways().await.is_empty() {
+            return Err(Refusal::configuration(format!(
+                "there is no way to the API server: give --kubeconfig, or run in a pod whose service account is mounted at {}",
+                access.sources.service_account.display()
+            )));
+        }
+        Ok(access)
+    }
+
+    /// Connects to the first server that answers; `avoid` is tried last.
+    pub(super) async fn connect(
+        &self,
+        number: u64,
+        avoid: Option<&Origin>,
+    ) -> Result<Connection, NoServer> {
+        let mut ways = self.ways().await;
+        ways.sort_by_key(|(origin, _)| Some(origin) == avoid);
+
+        let mut tried = Vec::new();
+        for (origin, config) in ways {
+            let outcome = match config {
+                Ok(config) => probe(number, &origin, config).await,
+                Err(reason) => Err(reason),
+            };
+            match outcome {
+                Ok(connection) => return Ok(connection),
+                Err(reason) => tried.push((origin, reason)),
+            }
+        }
+        Err(NoServer(tried))
+    }
+
+    /// Every way in order of preference. Files are read anew each time: kubeconfigs are replaced,
+    /// service accounts appear.
+    async fn ways(&self) -> Vec<(Origin, Result<Config, String>)> {
+        let sources = &self.sources;
+        let account = self
+            .service_account("https://service-account.invalid")
+            .await;
+        let mut ways = Vec::new();
+        let mut of_kubeconfig = None;
+
+        if let Some(path) = &sources.kubeconfig {
+            let config = from_kubeconfig(path, sources.master.as_deref()).await;
+            of_kubeconfig = config.clone().ok();
+            ways.push((Origin::Kubeconfig(path.clone()), config));
+        } else if let Some(url) = &sources.master {
+            let config = match &account {
+                // A plain port is `kubectl proxy`: it needs no token, and shall not see one.
+                _ if url.starts_with("http://") => Some(
+                    url.parse()
+                        .map(Config::new)
+                        .map_err(|e| format!("{url:?} is no URL: {e}")),
+                ),
+                Some(account) => Some(at(account, url)),
+                None => None,
+            };
+            ways.extend(config.map(|config| (Origin::Master(url.clone()), config)));
+        }
+
+        // Whoever listens there must show a certificate of the cluster's CA before it sees a token.
+        let credentials = account.as_ref().or_else(|| {
+            of_kubeconfig
+                .as_ref()
+                .filter(|config| config.root_cert.is_some() && !config.accept_invalid_certs)
+        });
+        for addr in &sources.local {
+            let Some(credentials) = credentials else {
+                break;
+            };
+            let config = at(credentials, &format!("https://{addr}")).map(|mut config| {
+                config.tls_server_name = Some(SERVER_NAME.to_owned());
+                config
+            });
+            ways.push((Origin::Local(*addr), config));
+        }
+
+        if let (Some(account), Some(url)) = (&account, &sources.service) {
+            ways.push((Origin::Service(url.clone()), at(account, url)));
+        }
+        ways
+    }
+
+    /// The service account's credentials; both files are read again while the agent runs, because
+    /// tokens expire within the hour and CAs are rotated.
+    async fn service_account(&self, url: &str) -> Option<Config> {
+        let directory = &self.sources.service_account;
+        let (token, ca) = (directory.join("token"), directory.join("ca.crt"));
+        if !token.exists() || !ca.exists() {
+            return None;
+        }
+        let text = |path: &Path| path.to_str().map(ToOwned::to_owned);
+        let name = "service-account".to_owned();
+        let kubeconfig = Kubeconfig {
+            clusters: vec![NamedCluster {
+                name: name.clone(),
+                cluster: Some(Cluster {
+                    server: Some(url.to_owned()),
+                    certificate_authority: text(&ca),
+                    ..Cluster::default()
+                }),
+                ..NamedCluster::default()
+            }],
+            auth_infos: vec![NamedAuthInfo {
+                name: name.clone(),
+                auth_info: Some(AuthInfo {
+                    token_file: text(&token),
+                    ..AuthInfo::default()
+                }),
+                ..NamedAuthInfo::default()
+            }],
+            contexts: vec![NamedContext {
+                name: name.clone(),
+                context: Some(Context {
+                    cluster: name.clone(),
+                    user: Some(name.clone()),
+                    ..Context::default()
+                }),
+                ..NamedContext::default()
+            }],
+            current_context: Some(name),
+            ..Kubeconfig::default()
+        };
+        let config =
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
+        let mut config = config.ok()?;
+        config.root_cert_file = Some(ca);
+        Some(config)
+    }
+}
+
+/// The same credentials at another server.
+fn at(config: &Config, url: &str) -> Result<Config, String> {
+    let mut config = config.clone();
+    config.cluster_url = url.parse().map_err(|e| format!("{url:?} is no URL: {e}"))?;
+    Ok(config)
+}
+
+async fn from_kubeconfig(path: &Path, master: Option<&str>) -> Result<Config, String> {
+    let kubeconfig = Kubeconfig::read_from(path).map_err(|e| chain(&e))?;
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+        .await
+        .map_err(|e| chain(&e))?;
+    master.map_or(Ok(config.clone()), |url| at(&config, url))
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        // Many errors of kube repeat their source's text in their own.
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    super::quote(&text)
+}
+
+async fn probe(number: u64, origin: &Origin, mut config: Config) -> Result<Connection, String> {
+    config.connect_timeout = Some(CONNECT);
+    config.read_timeout = Some(SILENCE);
+    config.write_timeout = Some(SILENCE);
+    // The time a connection waits in the pool is not the server's silence.
+    config.reset_reader_on_write = true;
+    // Retries are decided where it is known what the request is worth.
+    config.default_retry = false;
+
+    let host = config.cluster_url.host().unwrap_or_default().to_owned();
+    let client = Client::try_from(config).map_err(|e| chain(&e))?;
+    match tokio::time::timeout(PROBE, call::call(&client, call::get("/version"))).await {
+        // 403 comes from a server that knows us and guards even its version.
+        Ok(Ok(_) | Err(Failure::Forbidden(_))) => Ok(Connection {
+            number,
+            origin: origin.clone(),
+            host,
+            client,
+        }),
+        Ok(Err(failure)) => Err(failure.to_string()),
+        Err(_) => Err(format!("no answer within {} s", PROBE.as_secs())),
+    }
+}

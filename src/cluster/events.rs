@@ -1,0 +1,225 @@
+//! Tells the operator what is refused or left out: once in the log of every agent, once as an Event
+//! from the one agent that speaks for the object.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use http::Method;
+use k8s_openapi::jiff::Timestamp;
+use serde_json::json;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+
+use super::access::Connection;
+use super::call::{self, Failure};
+use super::{Object, Rejected, peer};
+use crate::topology::{NodeName, Snapshot};
+
+/// One report of a field in this time, however often its value changes.
+const QUIET: Duration = Duration::from_secs(600);
+/// Events in flight; more than these say nothing that the first did not.
+pub(super) const QUEUE: usize = 64;
+/// The API refuses a longer note (events.k8s.io/v1).
+const MAX_NOTE: usize = 1024;
+/// The API refuses a longer name of the reporting instance.
+const MAX_INSTANCE: usize = 128;
+/// Names of Events are names of objects and a suffix; together at most 253.
+const MAX_NAME: usize = 200;
+
+const PATH: &str = "/apis/events.k8s.io/v1/namespaces/default/events?fieldManager=selvedge";
+
+/// Something the operator should know of an object.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Report {
+    /// The object.
+    pub object: Object,
+    /// What of it; reports of one field are rationed together.
+    pub field: String,
+    /// In one word of Kubernetes' style, such as `SelvedgeInvalidAnnotation`.
+    pub reason: &'static str,
+    /// One sentence, fit for a log.
+    pub note: String,
+}
+
+impl From<&Rejected> for Report {
+    fn from(rejected: &Rejected) -> Self {
+        let reason = match &rejected.object {
+            Object::Node(_) => "SelvedgeInvalidAnnotation",
+            Object::Peer(_) => "SelvedgeInvalidPeer",
+        };
+        Self {
+            object: rejected.object.clone(),
+            field: rejected.field.to_owned(),
+            reason,
+            note: rejected.to_string(),
+        }
+    }
+}
+
+/// Finds what is new among all that is to be reported. Pure.
+#[derive(Debug, Default)]
+pub(super) struct Herald {
+    current: BTreeSet<Report>,
+    said: BTreeMap<(Object, String), Instant>,
+}
+
+impl Herald {
+    /// The reports to make now that `all` of them hold.
+    pub(super) fn news(&mut self, all: BTreeSet<Report>, now: Instant) -> Vec<Report> {
+        self.said
+            .retain(|_, at| now.saturating_duration_since(*at) < QUIET);
+        let mut news = Vec::new();
+        for report in all.difference(&self.current) {
+            let key = (report.object.clone(), report.field.clone());
+            if let std::collections::btree_map::Entry::Vacant(entry) = self.said.entry(key) {
+                entry.insert(now);
+                news.push(report.clone());
+            }
+        }
+        self.current = all;
+        news
+    }
+}
+
+/// Whether the agent of `own` speaks for an object: a thousand agents that all saw the same mistake
+/// shall not all say so.
+pub(super) fn speaks_for(own: &NodeName, object: &Object, snapshot: &Snapshot) -> bool {
+    let speaks = |name: &NodeName| {
+        snapshot
+            .nodes
+            .get(name)
+            .is_some_and(|node| node.ours && node.ready)
+    };
+    let first = || snapshot.nodes.values().find(|node| node.ours && node.ready);
+    match object {
+        Object::Node(name) if speaks(name) => own == name,
+        Object::Node(_) | Object::Peer(_) => first().is_some_and(|node| node.name == *own),
+    }
+}
+
+/// A report on its way to the API.
+#[derive(Debug)]
+pub(super) struct Dispatch {
+    pub(super) report: Report,
+    pub(super) uid: String,
+}
+
+/// Writes Events. What cannot be written is dropped: the log has it.
+pub(super) async fn run(
+    own: NodeName,
+    connections: watch::Receiver<Option<Connection>>,
+    mut dispatches: mpsc::Receiver<Dispatch>,
+) {
+    let mut may = true;
+    while let Some(dispatch) = dispatches.recv().await {
+        let Some(connection) = connections.borrow().clone() else {
+            continue;
+        };
+        let body = event(&own, &dispatch, Timestamp::now(), rand::random());
+        let request = call::send_json(Method::POST, PATH, "application/json", &body);
+        match call::call(&connection.client, request).await {
+            Ok(_) => may = true,
+            Err(Failure::Forbidden(_)) if may => {
+                may = false;
+                tracing::info!(
+                    "the agent may not write Events: its log alone tells what is refused"
+                );
+            }
+            Err(failure) => tracing::debug!(%failure, "an Event could not be written"),
+        }
+    }
+}
+
+fn event(own: &NodeName, dispatch: &Dispatch, time: Timestamp, random: u64) -> serde_json::Value {
+    let Dispatch { report, uid } = dispatch;
+    let (kind, api_version, name, uid) = match &report.object {
+        // As the kubelet does: `kubectl describe node` looks for Events by the name.
+        Object::Node(NodeName(name)) => ("Node", "v1", name, name),
+        Object::Peer(name) => ("Peer", peer::API_VERSION, name, uid),
+    };
+    let prefix = cut(name, MAX_NAME).trim_end_matches(['.', '-']);
+    json!({
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": format!("{prefix}.{random:016x}"), "namespace": "default"},
+        "eventTime": format!("{time:.6}"),
+        "type": "Warning",
+        "reason": report.reason,
+        "action": "Ignore",
+        "note": cut(&report.note, MAX_NOTE),
+        "regarding": {"apiVersion": api_version, "kind": kind, "name": name, "uid": uid},
+        "reportingController": "selvedge",
+        "reportingInstance": cut(&own.0, MAX_INSTANCE),
+    })
+}
+
+/// The beginning of a text that has at most `limit` bytes.
+fn cut(text: &str, limit: usize) -> &str {
+    let ends = |at: &usize| text.is_char_boundary(*at);
+    let end = (0..=limit.min(text.len())).rev().find(ends).unwrap_or(0);
+    &text[..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(node: &str, field: &str, note: &str) -> Report {
+        Report {
+            object: Object::Node(NodeName(node.to_owned())),
+            field: field.to_owned(),
+            reason: "SelvedgeInvalidAnnotation",
+            note: note.to_owned(),
+        }
+    }
+
+    #[test]
+    fn what_stays_is_said_once() {
+        let mut herald = Herald::default();
+        let now = Instant::now();
+        let all = BTreeSet::from([report("a1", "key", "x")]);
+        assert_eq!(herald.news(all.clone(), now).len(), 1);
+        for minutes in 1..100 {
+            let later = now + Duration::from_secs(60 * minutes);
+            assert_eq!(herald.news(all.clone(), later), []);
+        }
+    }
+
+    #[test]
+    fn a_field_that_keeps_changing_is_reported_once_in_ten_minutes() {
+        let mut herald = Herald::default();
+        let now = Instant::now();
+        let said: usize = (0..1200)
+            .map(|second| {
+                let all = BTreeSet::from([report("a1", "key", &second.to_string())]);
+                herald.news(all, now + Duration::from_secs(second)).len()
+            })
+            .sum();
+        assert_eq!(said, 2);
+    }
+
+    #[test]
+    fn fields_do_not_silence_each_other() {
+        let mut herald = Herald::default();
+        let all = BTreeSet::from([
+            report("a1", "key", "x"),
+            report("a1", "endpoint", "x"),
+            report("a2", "key", "x"),
+        ]);
+        assert_eq!(herald.news(all, Instant::now()).len(), 3);
+    }
+
+    #[test]
+    fn events_keep_to_the_limits_of_the_api() {
+        let dispatch = Dispatch {
+            report: report(&"n".repeat(253), "key", &"ä".repeat(2000)),
+            uid: String::new(),
+        };
+        let own = NodeName("n".repeat(253));
+        let event = event(&own, &dispatch, Timestamp::UNIX_EPOCH, u64::MAX);
+        assert!(event["metadata"]["name"].as_str().unwrap().len() <= 253);
+        assert!(event["note"].as_str().unwrap().len() <= 1024);
+        assert!(event["reportingInstance"].as_str().unwrap().len() <= 128);
+        assert_eq!(event["eventTime"], "1970-01-01T00:00:00.000000Z");
+    }
+}

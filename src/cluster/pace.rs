@@ -1,0 +1,112 @@
+//! How often the API server is asked: back-off after failures, and a budget for what costs much.
+//!
+//! Every pause is jittered, or a thousand agents that lost the same server would return together.
+
+use std::time::Duration;
+
+use rand::Rng as _;
+use tokio::time::Instant;
+
+/// Pauses that double from 0.8 s to 30 s, each between half and all of its length.
+#[derive(Debug, Default)]
+pub(super) struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(800);
+    const LONGEST: Duration = Duration::from_secs(30);
+
+    /// The pause after one more failure; at least what the server asked for.
+    pub(super) fn pause(&mut self, asked: Option<Duration>) -> Duration {
+        let doubled = Self::FIRST.saturating_mul(1 << self.failures.min(10));
+        self.failures = self.failures.saturating_add(1);
+        let pause = jitter(doubled.min(Self::LONGEST));
+        asked.map_or(pause, |asked| asked + pause.min(asked / 2))
+    }
+
+    /// Failures since the last [`Self::reset`].
+    pub(super) const fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// Begins again at the shortest pause.
+    pub(super) const fn reset(&mut self) {
+        self.failures = 0;
+    }
+}
+
+/// Between half and all of `duration`.
+pub(super) fn jitter(duration: Duration) -> Duration {
+    duration.mul_f64(rand::rng().random_range(0.5..=1.0))
+}
+
+/// A budget that fills up by one each `interval` up to `capacity`.
+#[derive(Debug)]
+pub(super) struct Budget {
+    capacity: u32,
+    interval: Duration,
+    /// When the budget was, or will be, full.
+    full_at: Option<Instant>,
+}
+
+impl Budget {
+    /// A full budget.
+    pub(super) const fn new(capacity: u32, interval: Duration) -> Self {
+        Self {
+            capacity,
+            interval,
+            full_at: None,
+        }
+    }
+
+    /// Takes one, and says how long to wait until it was there to be taken.
+    pub(super) fn take(&mut self, now: Instant) -> Duration {
+        let full_at = self.full_at.map_or(now, |at| at.max(now));
+        // With everything taken the budget is full again after capacity × interval; what exceeds
+        // that is a debt to wait for.
+        let debt = (full_at + self.interval)
+            .saturating_duration_since(now + self.interval * self.capacity);
+        self.full_at = Some(full_at + self.interval);
+        debt
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_half_a_minute_and_begin_again_after_success() {
+        let mut backoff = Backoff::default();
+        let pauses: Vec<_> = (0..20).map(|_| backoff.pause(None)).collect();
+        assert!(pauses[0] <= Duration::from_millis(800), "{pauses:?}");
+        assert!(pauses[0] >= Duration::from_millis(400), "{pauses:?}");
+        assert!(
+            pauses[10..]
+                .iter()
+                .all(|p| (15.0..=30.0).contains(&p.as_secs_f64()))
+        );
+        backoff.reset();
+        assert!(backoff.pause(None) <= Duration::from_millis(800));
+    }
+
+    #[test]
+    fn no_pause_is_shorter_than_the_server_asks() {
+        let mut backoff = Backoff::default();
+        for _ in 0..20 {
+            let pause = backoff.pause(Some(Duration::from_secs(7)));
+            assert!((7.0..=10.5).contains(&pause.as_secs_f64()), "{pause:?}");
+        }
+    }
+
+    #[test]
+    fn a_budget_is_spent_at_once_and_then_at_its_rate() {
+        let now = Instant::now();
+        let mut budget = Budget::new(3, Duration::from_secs(30));
+        let waits: Vec<_> = (0..5).map(|_| budget.take(now).as_secs()).collect();
+        assert_eq!(waits, [0, 0, 0, 30, 60]);
+        let later = now + Duration::from_secs(600);
+        assert_eq!(budget.take(later).as_secs(), 0);
+    }
+}

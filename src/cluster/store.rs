@@ -1,0 +1,313 @@
+//! What is known of the cluster: parsed objects, as lists and watches bring them. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::listwatch::Event;
+use super::node::{self, NodeObject, ParseSettings};
+use super::peer::{self, PeerObject};
+use super::{Rejected, annotation};
+use crate::topology::{ExternalPeer, Node, NodeName, Snapshot};
+
+/// The Nodes and Peers, and what this node's own Node says.
+#[derive(Debug)]
+pub(super) struct Store {
+    settings: ParseSettings,
+    own: NodeName,
+    nodes: Collection<Node>,
+    peers: Collection<ExternalPeer>,
+}
+
+/// One collection: what is known, and the list that is on its way.
+#[derive(Debug)]
+struct Collection<T> {
+    known: BTreeMap<String, Entry<T>>,
+    incoming: BTreeMap<String, Entry<T>>,
+    /// Whether what is known comes from the API rather than from the cache.
+    live: bool,
+}
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct Entry<T> {
+    value: Option<T>,
+    rejected: Vec<Rejected>,
+    uid: String,
+    /// What the agents of this product and Kilo's publish; of this node's own Node only.
+    published: BTreeMap<String, String>,
+}
+
+impl<T> Collection<T> {
+    fn of(cached: impl IntoIterator<Item = (String, T)>) -> Self {
+        let entry = |value| Entry {
+            value: Some(value),
+            rejected: Vec::new(),
+            uid: String::new(),
+            published: BTreeMap::new(),
+        };
+        Self {
+            known: cached
+                .into_iter()
+                .map(|(name, value)| (name, entry(value)))
+                .collect(),
+            incoming: BTreeMap::new(),
+            live: false,
+        }
+    }
+
+    fn handle<K>(&mut self, event: Event<K>, read: impl FnOnce(K) -> (String, Entry<T>)) -> bool {
+        match event {
+            Event::Listing => {
+                self.incoming = BTreeMap::new();
+                false
+            }
+            Event::Listed(object) => {
+                let (name, entry) = read(object);
+                self.incoming.insert(name, entry);
+                false
+            }
+            Event::Complete => {
+                self.known = std::mem::take(&mut self.incoming);
+                self.live = true;
+                true
+            }
+            Event::Applied(object) => {
+                let (name, entry) = read(object);
+                self.known.insert(name, entry);
+                true
+            }
+            Event::Deleted(object) => {
+                let (name, _) = read(object);
+                self.known.remove(&name);
+                true
+            }
+            Event::Absent => {
+                self.known = BTreeMap::new();
+                self.live = true;
+                true
+            }
+            // What is not allowed to be known may well exist: what was known stays.
+            Event::Forbidden(_) => {
+                let changed = !self.live;
+                self.live = true;
+                changed
+            }
+            Event::Undecodable(_) => false,
+        }
+    }
+
+    fn rejected(&self) -> impl Iterator<Item = &Rejected> {
+        self.known.values().flat_map(|entry| &entry.rejected)
+    }
+}
+
+impl Store {
+    /// Begins with what the cache held.
+    pub(super) fn new(settings: ParseSettings, own: NodeName, cached: Snapshot) -> Self {
+        Self {
+            settings,
+            own,
+            nodes: Collection::of(cached.nodes.into_iter().map(|(name, node)| (name.0, node))),
+            peers: Collection::of(cached.peers),
+        }
+    }
+
+    /// Takes what happened to the Nodes; returns whether what is known may have changed.
+    pub(super) fn handle_node(&mut self, event: Event<NodeObject>) -> bool {
+        // Without the right to read Nodes there is no cluster to speak of.
+        if matches!(event, Event::Forbidden(_) | Event::Absent) {
+            return false;
+        }
+        let Self { settings, own, .. } = self;
+        self.nodes.handle(event, |object| {
+            let (value, rejected) = node::parse(&object, settings);
+            let name = object.metadata.name.unwrap_or_default();
+            let published = match name == own.0 {
+                true => published(object.metadata.annotations.unwrap_or_default()),
+                false => BTreeMap::new(),
+            };
+            let uid = object.metadata.uid.unwrap_or_default();
+            (
+                name,
+                Entry {
+                    value,
+                    rejected,
+                    uid,
+                    published,
+                },
+            )
+        })
+    }
+
+    /// Takes what happened to the Peers; returns whether what is known may have changed.
+    pub(super) fn handle_peer(&mut self, event: Event<PeerObject>) -> bool {
+        self.peers.handle(event, |object| {
+            let (value, rejected) = peer::parse(&object);
+            let name = object.metadata.name.unwrap_or_default();
+            let uid = object.metadata.uid.unwrap_or_default();
+            (
+                name,
+                Entry {
+                    value,
+                    rejected,
+                    uid,
+                    published: BTreeMap::new(),
+                },
+            )
+        })
+    }
+
+    /// Whether the Nodes have been listed.
+    pub(super) const fn knows_nodes(&self) -> bool {
+        self.nodes.live
+    }
+
+    /// Whether the Peers have been listed, or it is known that there are none to be had.
+    pub(super) const fn knows_peers(&self) -> bool {
+        self.peers.live
+    }
+
+    /// How many objects are known: Nodes, Peers.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        (self.nodes.known.len(), self.peers.known.len())
+    }
+
+    /// All objects that could be read.
+    pub(super) fn snapshot(&self) -> Snapshot {
+        let nodes = self
+            .nodes
+            .known
+            .values()
+            .filter_map(|entry| entry.value.clone());
+        let peers = self
+            .peers
+            .known
+            .values()
+            .filter_map(|entry| entry.value.clone());
+        Snapshot {
+            nodes: nodes.map(|node| (node.name.clone(), node)).collect(),
+            peers: peers.map(|peer| (peer.name.clone(), peer)).collect(),
+            ..Snapshot::default()
+        }
+    }
+
+    /// All that was refused.
+    pub(super) fn rejected(&self) -> BTreeSet<Rejected> {
+        self.nodes
+            .rejected()
+            .chain(self.peers.rejected())
+            .cloned()
+            .collect()
+    }
+
+    /// What an agent published on the own Node, as far as the API has said; none before that, and
+    /// where there is no such Node.
+    pub(super) fn published(&self) -> Option<&BTreeMap<String, String>> {
+        let entry = self
+            .nodes
+            .known
+            .get(&self.own.0)
+            .filter(|_| self.nodes.live);
+        entry.map(|entry| &entry.published)
+    }
+
+    /// The identity of a Peer object; empty where it is not known.
+    pub(super) fn peer_uid(&self, name: &str) -> &str {
+        self.peers.known.get(name).map_or("", |entry| &entry.uid)
+    }
+}
+
+/// Keeps of a Node's annotations those that agents write.
+fn published(mut annotations: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    annotations.retain(|key, _| annotation::PUBLISHED.contains(&key.as_str()));
+    annotations
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn node(name: &str, annotations: serde_json::Value) -> NodeObject {
+        let object = json!({"metadata": {"name": name, "annotations": annotations}});
+        serde_json::from_value(object).unwrap()
+    }
+
+    fn store() -> Store {
+        Store::new(
+            ParseSettings::default(),
+            NodeName("a1".to_owned()),
+            Snapshot::default(),
+        )
+    }
+
+    fn names(store: &Store) -> Vec<String> {
+        store
+            .snapshot()
+            .nodes
+            .into_keys()
+            .map(|name| name.0)
+            .collect()
+    }
+
+    #[test]
+    fn an_unfinished_list_replaces_nothing() {
+        let mut store = store();
+        store.handle_node(Event::Listing);
+        store.handle_node(Event::Listed(node("a1", json!({}))));
+        assert!(!store.knows_nodes());
+        store.handle_node(Event::Listing);
+        store.handle_node(Event::Listed(node("a2", json!({}))));
+        assert!(store.handle_node(Event::Complete));
+        assert!(store.knows_nodes());
+        assert_eq!(names(&store), ["a2"]);
+    }
+
+    #[test]
+    fn a_new_list_forgets_what_was_deleted_unseen() {
+        let mut store = store();
+        for list in [vec!["a1", "a2"], vec!["a1"]] {
+            store.handle_node(Event::Listing);
+            for name in list {
+                store.handle_node(Event::Listed(node(name, json!({}))));
+            }
+            store.handle_node(Event::Complete);
+        }
+        assert_eq!(names(&store), ["a1"]);
+    }
+
+    #[test]
+    fn only_published_annotations_of_the_own_node_are_kept() {
+        let mut store = store();
+        assert_eq!(store.published(), None);
+        store.handle_node(Event::Listing);
+        store.handle_node(Event::Complete);
+        assert_eq!(store.published(), None);
+        let annotations = json!({
+            "kilo.squat.ai/endpoint": "203.0.113.10:51820",
+            "kilo.squat.ai/force-endpoint": "203.0.113.10:51820",
+            "flannel.alpha.coreos.com/public-ip": "203.0.113.10",
+        });
+        store.handle_node(Event::Applied(node("a1", annotations)));
+        let keys: Vec<_> = store.published().unwrap().keys().collect();
+        assert_eq!(keys, ["kilo.squat.ai/endpoint"]);
+    }
+
+    #[test]
+    fn peers_that_may_not_be_read_stay_as_they_were() {
+        let peer = serde_json::from_value(json!({
+            "metadata": {"name": "laptop"},
+            "spec": {
+                "allowedIPs": ["10.5.0.1/32"],
+                "publicKey": "jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w=",
+            },
+        }));
+        let mut store = store();
+        store.handle_peer(Event::Listing);
+        store.handle_peer(Event::Listed(peer.unwrap()));
+        store.handle_peer(Event::Complete);
+        store.handle_peer(Event::Forbidden(String::new()));
+        assert_eq!(store.snapshot().peers.len(), 1);
+        store.handle_peer(Event::Absent);
+        assert_eq!(store.snapshot().peers.len(), 0);
+    }
+}
