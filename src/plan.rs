@@ -14,10 +14,20 @@ use crate::flannel::Flannel;
 use crate::topology::{NodeName, Topology};
 use crate::wireguard::key::{PresharedKey, PublicKey};
 
+mod firewall;
+mod routes;
+mod site;
+mod tunnel;
+
+use site::Site;
+
 /// The protocol number (`RTPROT`) of every route and rule the agent installs.
 pub const PROTOCOL: u8 = 118;
 /// The metric of `unreachable` backstops: the largest the kernel's own routes use.
 pub const BACKSTOP_METRIC: u32 = 4_278_198_272;
+
+/// How many rule priorities the agent uses, from `--rule-priority` on.
+pub const RULES: u32 = 4;
 
 /// The agent's own routing tables.
 ///
@@ -26,7 +36,6 @@ pub const BACKSTOP_METRIC: u32 = 4_278_198_272;
 /// | `Mesh` | every packet | remote pod CIDRs, node addresses, WireGuard addresses |
 /// | `Pods` | source in the cluster network | remote node addresses that the host itself must reach directly: tunnel endpoints, the API server |
 /// | `Members` | arriving from the tunnel | node addresses of the own region behind flannel's device |
-/// | `Back` | reverse-path checks of what is sent into the tunnel | the same addresses, through either device |
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Table {
     /// 5130
@@ -35,13 +44,11 @@ pub enum Table {
     Pods,
     /// 5132
     Members,
-    /// 5133
-    Back,
 }
 
 impl Table {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Mesh, Self::Pods, Self::Members, Self::Back];
+    pub const ALL: [Self; 3] = [Self::Mesh, Self::Pods, Self::Members];
 
     /// The kernel's number of the table.
     pub const fn id(self) -> u32 {
@@ -49,7 +56,6 @@ impl Table {
             Self::Mesh => 5130,
             Self::Pods => 5131,
             Self::Members => 5132,
-            Self::Back => 5133,
         }
     }
 }
@@ -133,6 +139,16 @@ pub enum Scope {
     Global,
     /// Never chosen as a source for what leaves the link.
     Link,
+}
+
+impl Scope {
+    fn of_wireguard_ip(ip: IpAddr) -> Self {
+        if ip.is_ipv4() {
+            Self::Link
+        } else {
+            Self::Global
+        }
+    }
 }
 
 /// A peer of the tunnel device, as the plan wants it.
@@ -258,7 +274,7 @@ pub struct Settings {
     pub port: NonZeroU16,
     /// `--fwmark` of the tunnel's own datagrams, compared whole.
     pub fwmark: u32,
-    /// `--rule-priority`: the first of five.
+    /// `--rule-priority`: the first of four.
     pub rule_priority: u32,
     /// `--encapsulate`.
     pub encapsulation: Encapsulation,
@@ -287,7 +303,20 @@ pub struct Inputs<'a> {
 
 /// Returns the state this node should have; `None` to leave everything as it is, because the
 /// cluster does not (or no longer) know the node.
+///
+/// A node that takes no part (it has no key yet) refuses what is meant for other regions, so that
+/// nothing goes there in clear, and leaves everything else to flannel.
 pub fn plan(inputs: &Inputs<'_>) -> Option<State> {
-    inputs.topology.segment_of(inputs.me)?;
-    Some(State::default())
+    let site = Site::new(inputs)?;
+    let routes = routes::routes(&site);
+    Some(State {
+        link: Some(tunnel::link(&site)),
+        addresses: tunnel::addresses(&site),
+        listen_port: Some(site.listen_port()),
+        peers: tunnel::peers(&site),
+        rules: routes::rules(&site, &routes),
+        routes,
+        firewall: Some(firewall::firewall(&site)),
+        sysctls: tunnel::sysctls(&site),
+    })
 }

@@ -12,8 +12,13 @@ use ipnet::IpNet;
 
 use crate::wireguard::key::PublicKey;
 
+mod address;
+mod claims;
 mod excluded;
+mod kilo;
+mod native;
 
+pub use address::{is_public, is_public_to_kilo, is_unicast};
 pub use excluded::{Excluded, Field, Overlap, Reason, Subject};
 
 /// The name of a Kubernetes Node.
@@ -177,6 +182,8 @@ pub enum Mode {
 pub struct Member {
     /// The node.
     pub name: NodeName,
+    /// Its endpoint as annotated; the tunnel listens on its port.
+    pub endpoint: Option<Endpoint>,
     /// The pod CIDRs that are carried for it.
     pub pod_cidrs: Vec<IpNet>,
     /// The node addresses that are carried for it.
@@ -222,12 +229,25 @@ pub struct Segment {
 pub struct Outsider {
     /// The node.
     pub name: NodeName,
+    /// Its endpoint as annotated; the tunnel will listen on its port.
+    pub endpoint: Option<Endpoint>,
     /// The group it would be in.
     pub group: SegmentName,
     /// Its pod CIDRs: refused where they are in another region.
     pub pod_cidrs: Vec<IpNet>,
     /// All its addresses: VXLAN may go there inside the region.
     pub underlay: BTreeSet<IpAddr>,
+}
+
+/// An external peer with what is carried for it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct VpnPeer {
+    /// The object, its allowed IPs reduced to those that are carried.
+    pub peer: ExternalPeer,
+    /// Its endpoint, resolved.
+    pub address: Option<SocketAddr>,
+    /// Where a leader last heard it from.
+    pub discovered: Option<SocketAddr>,
 }
 
 /// Who is where, who leads, and what is carried for whom.
@@ -243,30 +263,51 @@ pub struct Topology {
     pub segments: Vec<Segment>,
     /// Nodes that take no part, by name.
     pub outsiders: Vec<Outsider>,
-    /// The external peers, by name, with the allowed IPs that are carried.
-    pub peers: Vec<ExternalPeer>,
+    /// The external peers, by name.
+    pub peers: Vec<VpnPeer>,
     /// What was left out, and why.
     pub excluded: Vec<Excluded>,
     /// Node addresses that are not carried because others have them too.
     pub overlaps: Vec<Overlap>,
+    /// Where in `segments` each node is.
+    index: BTreeMap<NodeName, usize>,
 }
 
 impl Topology {
-    /// Computes the topology.
+    /// Computes the topology: Kilo's while a real `kg` is in the mesh, else ours.
     pub fn new(snapshot: &Snapshot, settings: &Settings) -> Self {
-        let _ = snapshot;
-        Self {
-            granularity: settings.granularity,
-            subnets: settings.subnets.clone(),
-            ..Self::default()
-        }
+        let foreign = kilo::foreign_nodes(snapshot);
+        let mut topology = if foreign.is_empty() {
+            native::topology(snapshot, settings)
+        } else {
+            kilo::topology(snapshot, settings, foreign)
+        };
+        topology.index = topology
+            .segments
+            .iter()
+            .enumerate()
+            .flat_map(|(index, segment)| {
+                let nodes = segment.nodes.iter();
+                nodes.map(move |node| (node.name.clone(), index))
+            })
+            .collect();
+        topology
     }
 
     /// The segment a node is in; `None` for an [`Outsider`].
     pub fn segment_of(&self, node: &NodeName) -> Option<&Segment> {
-        self.segments
-            .iter()
-            .find(|segment| segment.nodes.iter().any(|member| member.name == *node))
+        self.segments.get(*self.index.get(node)?)
+    }
+
+    /// The node as a member of its segment.
+    pub fn member(&self, node: &NodeName) -> Option<&Member> {
+        let nodes = &self.segment_of(node)?.nodes;
+        nodes.iter().find(|member| member.name == *node)
+    }
+
+    /// The node as one that takes no part.
+    pub fn outsider(&self, node: &NodeName) -> Option<&Outsider> {
+        self.outsiders.iter().find(|other| other.name == *node)
     }
 
     /// Whether a node leads its segment.
@@ -295,6 +336,26 @@ impl Topology {
                 .filter_map(with_mesh_mask)
                 .collect(),
         )
+    }
+}
+
+impl Endpoint {
+    /// The address, if it is one or the name has been resolved.
+    pub fn resolve(&self, resolved: &BTreeMap<String, IpAddr>) -> Option<SocketAddr> {
+        match self {
+            Self::Addr(address) => Some(*address),
+            Self::Dns { host, port } => resolved
+                .get(host)
+                .map(|address| SocketAddr::new(*address, *port)),
+        }
+    }
+
+    /// 1..=65535.
+    pub fn port(&self) -> u16 {
+        match self {
+            Self::Addr(address) => address.port(),
+            Self::Dns { port, .. } => *port,
+        }
     }
 }
 

@@ -1,0 +1,294 @@
+//! Routes and rules.
+//!
+//! Four look-ups before main, from the first priority on:
+//!
+//! 0. The tunnel's own datagrams, by their mark: main. They must never enter the tunnel.
+//! 1. What arrives from the tunnel: `Members`. A leader hands a member's node address to flannel's
+//!    device, as it does its pods; on the underlay a packet with a pod's source would be dropped by
+//!    any cloud. The kernel's strict reverse-path check of what a leader forwards into the tunnel
+//!    also looks here (it asks for the route back with the outgoing device as the incoming one), so
+//!    what a member's host answers through flannel's device is accepted.
+//! 2. What has a source in the cluster network: `Pods`, the addresses that the host itself reaches
+//!    directly. Selected by source and not by the pods' bridge, because on followers and leaders
+//!    alike the check of the answer asks for a route from the pod.
+//! 3. Everything: `Mesh`. It holds nothing but what is elsewhere, and never a default route.
+//!
+//! Nothing is selected by mark except the tunnel itself: a reverse-path check carries none.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::site::{Role, Site};
+use super::{BACKSTOP_METRIC, NextHop, Route, RouteKey, Rule, Table};
+use crate::config::OnTunnelDown;
+
+/// The metric of routes that are no backstops. IPv6 has no zero, and 1024 is flannel's.
+const METRIC_V6: u32 = 512;
+/// The kernel's table main.
+const MAIN: u32 = 254;
+
+/// The routes of this node.
+pub(super) fn routes(site: &Site<'_>) -> BTreeMap<RouteKey, Route> {
+    let mut routes = Routes {
+        site,
+        wide: BTreeMap::new(),
+        routes: BTreeMap::new(),
+    };
+    routes.add_remote_segments();
+    routes.add_remote_outsiders();
+    routes.add_peers();
+    routes.add_neighbours();
+    routes.add_followers();
+    routes.guard_what_is_near();
+    routes.routes
+}
+
+/// The rules of this node.
+pub(super) fn rules(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> BTreeSet<Rule> {
+    let settings = site.inputs.settings;
+    let tables = routes.keys().map(|key| (key.table, is_v6(&key.dst)));
+    let tables = tables.collect::<BTreeSet<_>>();
+    let mut rules = BTreeSet::new();
+    for v6 in [false, true] {
+        if !site.has_family(v6) {
+            continue;
+        }
+        let mut add = |offset, from, iif: Option<&str>, fwmark, table| {
+            rules.insert(Rule {
+                priority: settings.rule_priority + offset,
+                v6,
+                from,
+                iif: iif.map(str::to_owned),
+                fwmark,
+                table,
+            });
+        };
+        add(0, None, None, Some(settings.fwmark), MAIN);
+        if tables.contains(&(Table::Members, v6)) {
+            let tunnel = Some(settings.interface.as_str());
+            add(1, None, tunnel, None, Table::Members.id());
+        }
+        let networks = site.inputs.flannel.networks.iter();
+        for network in networks.filter(|network| is_v6(network) == v6) {
+            add(2, Some(*network), None, None, Table::Pods.id());
+        }
+        add(3, None, None, None, Table::Mesh.id());
+    }
+    rules
+}
+
+struct Routes<'a> {
+    site: &'a Site<'a>,
+    /// Prefixes in `Mesh` that may hold addresses which are not for them, with their next hops.
+    wide: BTreeMap<IpNet, Option<NextHop>>,
+    routes: BTreeMap<RouteKey, Route>,
+}
+
+impl Routes<'_> {
+    fn add_remote_segments(&mut self) {
+        for v6 in [false, true] {
+            if !self.site.has_family(v6) {
+                continue;
+            }
+            for segment in self.site.remotes() {
+                let hop = self.site.next_hop(segment, v6);
+                let of_family = |net: &IpNet| is_v6(net) == v6;
+                for node in &segment.nodes {
+                    for net in node.pod_cidrs.iter().filter(|net| of_family(net)) {
+                        self.add(Table::Mesh, *net, hop.as_ref());
+                    }
+                    for ip in node.addresses.iter().filter(|ip| ip.is_ipv6() == v6) {
+                        self.add_node_address(*ip, hop.as_ref());
+                    }
+                }
+                let ips = segment.wireguard_ips.iter();
+                for ip in ips.filter(|ip| ip.is_ipv6() == v6) {
+                    let hop = self.site.tunnel_hop(v6);
+                    self.add(Table::Mesh, IpNet::from(*ip), hop.as_ref());
+                }
+                let networks = &self.site.region_networks;
+                for net in &segment.allowed_location_ips {
+                    // What lies inside of the region's own networks is the region's.
+                    if of_family(net) && !networks.iter().any(|near| near.contains(net)) {
+                        self.add_wide(*net, hop.clone());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Where this host itself goes directly, only what comes from pods takes the tunnel.
+    fn add_node_address(&mut self, ip: IpAddr, hop: Option<&NextHop>) {
+        // Two regions may use the same subnet: what is near is never looked for elsewhere.
+        if self.site.region_underlay.contains(&ip) {
+            return;
+        }
+        let table = if self.site.is_direct(ip) {
+            Table::Pods
+        } else {
+            Table::Mesh
+        };
+        self.add(table, ip.into(), hop);
+    }
+
+    /// Nobody carries what is sent to their pods, and flannel must not send it in clear.
+    fn add_remote_outsiders(&mut self) {
+        for node in self.site.remote_outsiders() {
+            for net in &node.pod_cidrs {
+                if self.site.has_family(is_v6(net)) {
+                    self.add(Table::Mesh, *net, None);
+                }
+            }
+        }
+    }
+
+    fn add_peers(&mut self) {
+        for peer in &self.site.inputs.topology.peers {
+            for net in &peer.peer.allowed_ips {
+                let v6 = is_v6(net);
+                if self.site.has_family(v6) {
+                    let hop = self.site.tunnel_hop(v6);
+                    self.add_wide(*net, hop);
+                }
+            }
+        }
+    }
+
+    /// The WireGuard addresses of the own region, by flannel's way to their nodes.
+    fn add_neighbours(&mut self) {
+        for segment in self.site.neighbours() {
+            let Some(leader) = segment.nodes.iter().find(|n| n.name == segment.leader) else {
+                continue;
+            };
+            if leader.name == *self.site.inputs.me || matches!(self.site.role, Role::Outsider) {
+                continue;
+            }
+            for ip in &segment.wireguard_ips {
+                if self.site.has_family(ip.is_ipv6()) {
+                    let hop = self.site.hop_to(leader, ip.is_ipv6());
+                    self.add(Table::Mesh, IpNet::from(*ip), hop.as_ref());
+                }
+            }
+        }
+    }
+
+    /// What a leader takes out of the tunnel for its members' hosts. Where flannel goes directly,
+    /// main has the same way.
+    fn add_followers(&mut self) {
+        for node in self.site.followers() {
+            for ip in &node.addresses {
+                let v6 = ip.is_ipv6();
+                let hop = self.site.hop_to(node, v6);
+                let Some(hop) = hop.filter(|hop| self.site.is_encapsulated(hop)) else {
+                    continue;
+                };
+                let route = Route::Unicast {
+                    next_hops: [hop].into(),
+                    src: None,
+                    mtu: None,
+                };
+                self.routes.insert(
+                    RouteKey {
+                        table: Table::Members,
+                        dst: IpNet::from(*ip),
+                        metric: metric(v6),
+                    },
+                    route,
+                );
+            }
+        }
+    }
+
+    /// Sends back to main what a prefix of somebody elsewhere would take from this host: its own
+    /// pods, its region's networks, and what it must reach directly.
+    fn guard_what_is_near(&mut self) {
+        for net in &self.site.inputs.flannel.subnets {
+            self.throw(*net);
+        }
+        if self.wide.is_empty() {
+            return;
+        }
+        let wide = std::mem::take(&mut self.wide);
+        for near in &self.site.region_networks {
+            if wide.keys().any(|net| net.contains(near)) {
+                self.throw(*near);
+            }
+        }
+        let topology = self.site.inputs.topology;
+        let segments = topology.segments.iter();
+        let endpoints = segments
+            .flat_map(|segment| [segment.address, segment.discovered])
+            .chain(topology.peers.iter().map(|peer| peer.address))
+            .flatten()
+            .map(|address| address.ip())
+            .filter(|ip| self.site.is_direct(*ip));
+        let direct = endpoints
+            .chain(self.site.inputs.api_servers.iter().copied())
+            .chain(self.site.region_underlay.iter().copied())
+            .collect::<BTreeSet<_>>();
+        for ip in direct {
+            let dst = IpNet::from(ip);
+            let Some((_, hop)) = wide.iter().rev().find(|(net, _)| net.contains(&dst)) else {
+                continue;
+            };
+            self.throw(dst);
+            let is_node = self.routes.contains_key(&RouteKey {
+                table: Table::Pods,
+                dst,
+                metric: metric(ip.is_ipv6()),
+            });
+            if !is_node && !self.site.region_underlay.contains(&ip) {
+                self.add(Table::Pods, dst, hop.as_ref());
+            }
+        }
+    }
+
+    /// Adds a prefix that is not a node's own, so that it may hold what is near.
+    fn add_wide(&mut self, net: IpNet, hop: Option<NextHop>) {
+        self.add(Table::Mesh, net, hop.as_ref());
+        self.wide.insert(net, hop);
+    }
+
+    /// Adds the way to a prefix, and behind it the backstop: whatever goes down, what is meant for
+    /// another region never falls through to flannel's route in main.
+    fn add(&mut self, table: Table, dst: IpNet, hop: Option<&NextHop>) {
+        let v6 = is_v6(&dst);
+        if let Some(hop) = hop {
+            let route = Route::Unicast {
+                next_hops: [hop.clone()].into(),
+                src: self.site.source(v6),
+                mtu: Some(self.site.inputs.settings.mtu),
+            };
+            let metric = metric(v6);
+            self.routes.insert(RouteKey { table, dst, metric }, route);
+        }
+        if self.site.inputs.settings.on_tunnel_down == OnTunnelDown::Closed {
+            let metric = BACKSTOP_METRIC;
+            let key = RouteKey { table, dst, metric };
+            self.routes.insert(key, Route::Unreachable);
+        }
+    }
+
+    fn throw(&mut self, dst: IpNet) {
+        let table = Table::Mesh;
+        let backstop = RouteKey {
+            table,
+            dst,
+            metric: BACKSTOP_METRIC,
+        };
+        self.routes.remove(&backstop);
+        let metric = metric(is_v6(&dst));
+        self.routes
+            .insert(RouteKey { table, dst, metric }, Route::Throw);
+    }
+}
+
+fn metric(v6: bool) -> u32 {
+    if v6 { METRIC_V6 } else { 0 }
+}
+
+fn is_v6(net: &IpNet) -> bool {
+    net.addr().is_ipv6()
+}

@@ -1,0 +1,273 @@
+//! This node's place in the topology: which segments are elsewhere, and how to get there.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+
+use ipnet::IpNet;
+
+use super::{Inputs, NextHop};
+use crate::config::Encapsulation;
+use crate::flannel::{Backend, Flannel, Vtep};
+use crate::topology::{Endpoint, Member, Mode, Outsider, Segment, SegmentName, is_public};
+
+/// What a node does for its region.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Role<'a> {
+    /// It carries its segment's traffic through its own tunnel.
+    Leader,
+    /// It sends what goes elsewhere to its leader.
+    Follower(&'a Member),
+    /// It takes no part: it sends nothing elsewhere.
+    Outsider,
+}
+
+/// Everything the plan derives from where this node is.
+pub(super) struct Site<'a> {
+    pub(super) inputs: &'a Inputs<'a>,
+    pub(super) role: Role<'a>,
+    /// What this node reaches without the tunnel.
+    group: &'a SegmentName,
+    /// This node's segment; none for an outsider.
+    segment: Option<&'a Segment>,
+    /// Every address of the own region's nodes, and of this one.
+    pub(super) region_underlay: BTreeSet<IpAddr>,
+    /// The networks of the own region's nodes.
+    pub(super) region_networks: BTreeSet<IpNet>,
+    endpoint: Option<&'a Endpoint>,
+    private_ip: Option<IpNet>,
+}
+
+impl<'a> Site<'a> {
+    /// `None` if the cluster does not know this node, or if Kilo's algorithm holds and Kilo would
+    /// not apply anything because the node is not ready.
+    pub(super) fn new(inputs: &'a Inputs<'a>) -> Option<Self> {
+        let (topology, me) = (inputs.topology, inputs.me);
+        let mut site = match topology.segment_of(me) {
+            Some(segment) => {
+                let member = topology.member(me)?;
+                let leader = topology.member(&segment.leader)?;
+                Self {
+                    inputs,
+                    role: if segment.leader == *me {
+                        Role::Leader
+                    } else {
+                        Role::Follower(leader)
+                    },
+                    group: &segment.group,
+                    segment: Some(segment),
+                    region_underlay: BTreeSet::new(),
+                    region_networks: BTreeSet::new(),
+                    endpoint: member.endpoint.as_ref(),
+                    private_ip: member.private_ip,
+                }
+            }
+            None => {
+                let outsider = topology.outsider(me)?;
+                if let Mode::Kilo(_) = topology.mode {
+                    return None;
+                }
+                Self {
+                    inputs,
+                    role: Role::Outsider,
+                    group: &outsider.group,
+                    segment: None,
+                    region_underlay: BTreeSet::new(),
+                    region_networks: BTreeSet::new(),
+                    endpoint: outsider.endpoint.as_ref(),
+                    private_ip: None,
+                }
+            }
+        };
+        site.region_underlay = site
+            .neighbours()
+            .flat_map(|segment| &segment.nodes)
+            .flat_map(|node| &node.underlay)
+            .chain(site.outside_neighbours().flat_map(|node| &node.underlay))
+            .copied()
+            .collect();
+        site.region_networks = site
+            .neighbours()
+            .flat_map(|segment| &segment.nodes)
+            .filter_map(|node| node.private_ip)
+            .map(|address| address.trunc())
+            .collect();
+        Some(site)
+    }
+
+    /// The segments this node reaches without the tunnel, its own among them.
+    pub(super) fn neighbours(&self) -> impl Iterator<Item = &'a Segment> + use<'a> {
+        let group = self.group;
+        let segments = self.inputs.topology.segments.iter();
+        segments.filter(move |segment| segment.group == *group)
+    }
+
+    /// The segments that are elsewhere.
+    pub(super) fn remotes(&self) -> impl Iterator<Item = &'a Segment> + use<'a> {
+        let group = self.group;
+        let segments = self.inputs.topology.segments.iter();
+        segments.filter(move |segment| segment.group != *group)
+    }
+
+    /// The nodes of the own region that take no part; this one may be among them.
+    pub(super) fn outside_neighbours(&self) -> impl Iterator<Item = &'a Outsider> + use<'a> {
+        let group = self.group;
+        let outsiders = self.inputs.topology.outsiders.iter();
+        outsiders.filter(move |node| node.group == *group)
+    }
+
+    /// The nodes elsewhere that take no part.
+    pub(super) fn remote_outsiders(&self) -> impl Iterator<Item = &'a Outsider> + use<'a> {
+        let group = self.group;
+        let outsiders = self.inputs.topology.outsiders.iter();
+        outsiders.filter(move |node| node.group != *group)
+    }
+
+    /// The other nodes of the own region that take part.
+    pub(super) fn other_members(&self) -> impl Iterator<Item = &'a Member> + use<'a> {
+        let me = self.inputs.me;
+        let nodes = self.neighbours().flat_map(|segment| &segment.nodes);
+        nodes.filter(move |node| node.name != *me)
+    }
+
+    /// The other nodes this node forwards for.
+    pub(super) fn followers(&self) -> impl Iterator<Item = &'a Member> + use<'a> {
+        let me = self.inputs.me;
+        let segment = self.segment.filter(|segment| segment.leader == *me);
+        let nodes = segment.into_iter().flat_map(|segment| &segment.nodes);
+        nodes.filter(move |node| node.name != *me)
+    }
+
+    /// This node's segment, if it leads it.
+    pub(super) fn led(&self) -> Option<&'a Segment> {
+        self.segment
+            .filter(|segment| segment.leader == *self.inputs.me)
+    }
+
+    /// Whether an address elsewhere has to be reached by this host's own processes without the
+    /// tunnel.
+    ///
+    /// A public address is reached directly from everywhere, so its host answers directly too: were
+    /// it routed into the tunnel here, strict reverse-path filtering would drop what it sends. And
+    /// the way to the API server must not depend on the tunnel that is configured through it.
+    pub(super) fn is_direct(&self, ip: IpAddr) -> bool {
+        is_public(ip) || self.inputs.api_servers.contains(&ip)
+    }
+
+    /// The UDP port of this node's tunnel: its endpoint's, as Kilo has it.
+    pub(super) fn listen_port(&self) -> NonZeroU16 {
+        self.endpoint
+            .and_then(|endpoint| NonZeroU16::new(endpoint.port()))
+            .unwrap_or(self.inputs.settings.port)
+    }
+
+    /// Whether this node has pods of a family. Of others it carries nothing.
+    pub(super) fn has_family(&self, v6: bool) -> bool {
+        self.source(v6).is_some()
+    }
+
+    /// This node's address inside the cluster network, the same as flannel's: the first of its pod
+    /// CIDR. Everybody has a route to it.
+    pub(super) fn source(&self, v6: bool) -> Option<IpAddr> {
+        let subnets = self.inputs.flannel.subnets.iter();
+        subnets
+            .map(IpNet::network)
+            .find(|address| address.is_ipv6() == v6)
+    }
+
+    /// How to reach the leader of another region, for a family.
+    pub(super) fn next_hop(&self, remote: &Segment, v6: bool) -> Option<NextHop> {
+        match self.role {
+            Role::Leader => {
+                // With a gateway flannel's DirectRouting never takes what is behind the tunnel for
+                // directly connected (flannel contract 4).
+                let via = remote
+                    .wireguard_ips
+                    .iter()
+                    .copied()
+                    .find(|ip| ip.is_ipv6() == v6);
+                Some(NextHop {
+                    onlink: via.is_some(),
+                    via,
+                    ..self.tunnel()
+                })
+            }
+            Role::Follower(leader) => self.hop_to(leader, v6),
+            Role::Outsider => None,
+        }
+    }
+
+    /// How to reach what is behind the tunnel but has no gateway: external peers.
+    pub(super) fn tunnel_hop(&self, v6: bool) -> Option<NextHop> {
+        match self.role {
+            Role::Leader => Some(self.tunnel()),
+            Role::Follower(leader) => self.hop_to(leader, v6),
+            Role::Outsider => None,
+        }
+    }
+
+    fn tunnel(&self) -> NextHop {
+        NextHop {
+            via: None,
+            dev: self.inputs.settings.interface.clone(),
+            onlink: false,
+        }
+    }
+
+    /// How to reach another node of the own region from this host.
+    pub(super) fn hop_to(&self, node: &Member, v6: bool) -> Option<NextHop> {
+        let flannel = self.inputs.flannel;
+        let pods = node.pod_cidrs.iter();
+        let pods = pods.into_iter().find(|net| net.addr().is_ipv6() == v6)?;
+        let hop = flannel_hop(flannel, pods);
+        match self.inputs.settings.encapsulation {
+            // Where flannel itself goes directly its VXLAN device has no neighbour to send to.
+            Encapsulation::CrossSubnet | Encapsulation::Always => hop,
+            Encapsulation::Never => self.direct_hop(node, v6).or(hop),
+        }
+    }
+
+    /// The node's own address, if it is on this node's subnet.
+    fn direct_hop(&self, node: &Member, v6: bool) -> Option<NextHop> {
+        let (mine, theirs) = (self.private_ip?, node.private_ip?.addr());
+        let device = self.inputs.flannel.vteps.iter();
+        let device = device.filter_map(|vtep| vtep.parent.clone()).next()?;
+        (theirs.is_ipv6() == v6 && mine.contains(&theirs)).then_some(NextHop {
+            via: Some(theirs),
+            dev: device,
+            onlink: true,
+        })
+    }
+
+    /// Whether flannel's device carries what this host sends to a node of the own region.
+    pub(super) fn is_encapsulated(&self, hop: &NextHop) -> bool {
+        let vteps = &self.inputs.flannel.vteps;
+        vteps.iter().any(|vtep| vtep.name == hop.dev)
+    }
+}
+
+/// flannel's own next hop to a node's pods.
+///
+/// Where flannel has lost it (its device was recreated), what flannel will install.
+fn flannel_hop(flannel: &Flannel, pods: &IpNet) -> Option<NextHop> {
+    if let Some(hop) = flannel.next_hops.get(pods) {
+        return Some(hop.clone());
+    }
+    let gateway = pods.network();
+    let vtep = vtep_of(flannel, gateway.is_ipv6())?;
+    Some(NextHop {
+        via: Some(gateway),
+        dev: vtep.name.clone(),
+        onlink: true,
+    })
+}
+
+fn vtep_of(flannel: &Flannel, v6: bool) -> Option<&Vtep> {
+    match flannel.backend {
+        Backend::HostGw => None,
+        Backend::Vxlan => flannel
+            .vteps
+            .iter()
+            .find(|vtep| vtep.addresses.iter().any(|a| a.addr().is_ipv6() == v6)),
+    }
+}

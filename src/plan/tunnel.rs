@@ -1,0 +1,124 @@
+//! The tunnel's link, its addresses and its peers.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
+
+use ipnet::IpNet;
+
+use super::site::{Role, Site};
+use super::{Link, Peer, Scope};
+use crate::flannel::Backend;
+use crate::topology::{Segment, VpnPeer};
+use crate::wireguard::key::PublicKey;
+
+/// The tunnel's link: on every node, up where it carries something.
+///
+/// With host-gw no device of flannel's has this node's address inside the cluster network, so a
+/// follower needs the link for the address alone.
+pub(super) fn link(site: &Site<'_>) -> Link {
+    let settings = site.inputs.settings;
+    Link {
+        name: settings.interface.clone(),
+        mtu: settings.mtu,
+        up: holds_addresses(site),
+    }
+}
+
+fn holds_addresses(site: &Site<'_>) -> bool {
+    match site.role {
+        Role::Leader => true,
+        Role::Follower(_) => site.inputs.flannel.backend == Backend::HostGw,
+        Role::Outsider => false,
+    }
+}
+
+/// The addresses of the tunnel's link.
+pub(super) fn addresses(site: &Site<'_>) -> BTreeMap<IpNet, Scope> {
+    if !holds_addresses(site) {
+        return BTreeMap::new();
+    }
+    let sources = [false, true].into_iter().filter_map(|v6| site.source(v6));
+    let wireguard = site.led().into_iter().flat_map(|s| &s.wireguard_ips);
+    let wireguard = wireguard.filter(|ip| site.has_family(ip.is_ipv6()));
+    let link = wireguard.map(|ip| (IpNet::from(*ip), Scope::of_wireguard_ip(*ip)));
+    sources
+        .map(|ip| (IpNet::from(ip), Scope::Global))
+        .chain(link)
+        .collect()
+}
+
+/// The sysctls of the tunnel's link, below `/proc/sys`.
+pub(super) fn sysctls(site: &Site<'_>) -> BTreeMap<String, String> {
+    let name = &site.inputs.settings.interface;
+    let mut sysctls = BTreeMap::new();
+    // Loose, also where `all` says strict: what comes out of the tunnel has been checked against its
+    // sender's allowed IPs, and another leader of this region may be the way back.
+    sysctls.insert(format!("net/ipv4/conf/{name}/rp_filter"), "2".to_owned());
+    if site.has_family(true) {
+        // No link-local address: there is no link.
+        sysctls.insert(
+            format!("net/ipv6/conf/{name}/addr_gen_mode"),
+            "1".to_owned(),
+        );
+        sysctls.insert(format!("net/ipv6/conf/{name}/accept_ra"), "0".to_owned());
+    }
+    sysctls
+}
+
+/// The peers of a leader: the leaders elsewhere and the external peers.
+pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
+    let Some(own) = site.led() else {
+        return BTreeMap::new();
+    };
+    let persistent_keepalive = NonZeroU16::new(own.persistent_keepalive);
+    // Native topologies are disjoint already; in Kilo's, of two equal claims the first stays.
+    let mut taken = BTreeSet::new();
+    let mut peers = BTreeMap::new();
+    for segment in site.remotes() {
+        let allowed_ips = segment
+            .allowed_ips()
+            .filter(|net| !is_near(site, net) && taken.insert(*net))
+            .collect();
+        let peer = Peer {
+            endpoint: segment_endpoint(site, segment),
+            preshared_key: None,
+            persistent_keepalive,
+            allowed_ips,
+        };
+        peers.insert(segment.public_key, peer);
+    }
+    for vpn in &site.inputs.topology.peers {
+        let nets = vpn.peer.allowed_ips.iter().copied();
+        let peer = Peer {
+            endpoint: peer_endpoint(site, vpn),
+            preshared_key: vpn.peer.preshared_key.clone(),
+            persistent_keepalive,
+            allowed_ips: nets.filter(|net| taken.insert(*net)).collect(),
+        };
+        peers.insert(vpn.peer.public_key, peer);
+    }
+    peers
+}
+
+/// Whether an allowed IP is an address of the own region's, used elsewhere too.
+fn is_near(site: &Site<'_>, net: &IpNet) -> bool {
+    net.prefix_len() == net.max_prefix_len() && site.region_underlay.contains(&net.addr())
+}
+
+/// Where to send to another leader: for one behind NAT where it was last seen, by this node first,
+/// since a mapping may hold for one observer alone (contract 3.5).
+fn segment_endpoint(site: &Site<'_>, segment: &Segment) -> Option<SocketAddr> {
+    if !segment.behind_nat {
+        return segment.address;
+    }
+    let observed = site.inputs.observed.get(&segment.public_key).copied();
+    observed.or(segment.discovered).or(segment.address)
+}
+
+/// Where to send to an external peer. One without an endpoint of its own roams: while this node
+/// hears it the device knows better than any configuration.
+fn peer_endpoint(site: &Site<'_>, vpn: &VpnPeer) -> Option<SocketAddr> {
+    let heard = site.inputs.observed.contains_key(&vpn.peer.public_key);
+    vpn.address.or_else(|| vpn.discovered.filter(|_| !heard))
+}

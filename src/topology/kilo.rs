@@ -1,0 +1,250 @@
+//! Kilo's algorithm, to the letter (contract 3), for a mesh in which a real `kg` still runs.
+//!
+//! Every agent must come to the same segments, leaders and addresses as `kg` does; two that disagree
+//! on a leader are a black hole. So nothing is judged here and nobody has an older claim.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+
+use super::address::{is_public_to_kilo, nth, overlap};
+use super::native::underlay;
+use super::{
+    Granularity, Member, Mode, Node, NodeName, Outsider, Segment, SegmentName, Settings, Snapshot,
+    Topology, VpnPeer,
+};
+use crate::wireguard::key::PublicKey;
+
+/// Seconds after its last check-in at which Kilo forgets a node.
+const READY_WINDOW: i64 = 60;
+
+/// The nodes on which a real `kg` is alive.
+pub(super) fn foreign_nodes(snapshot: &Snapshot) -> Vec<NodeName> {
+    snapshot
+        .nodes
+        .values()
+        .filter(|node| !node.ours && is_ready(node, snapshot.now))
+        .map(|node| node.name.clone())
+        .collect()
+}
+
+/// Contract 2.4: integer seconds of the reader's clock; one that is ahead stays longer.
+fn is_ready(node: &Node, now: i64) -> bool {
+    node.endpoint.is_some()
+        && node.public_key.is_some()
+        && !node.pod_cidrs.is_empty()
+        && now.saturating_sub(node.last_seen.unwrap_or(0)) < READY_WINDOW
+}
+
+/// Computes the topology as `kg` does.
+pub(super) fn topology(
+    snapshot: &Snapshot,
+    settings: &Settings,
+    foreign: Vec<NodeName>,
+) -> Topology {
+    // Kilo knows no other: where ours would be `cross`, real agents can only be in `location`.
+    let granularity = match settings.granularity {
+        Granularity::Full => Granularity::Full,
+        Granularity::Location | Granularity::Cross => Granularity::Location,
+    };
+    let (ready, others) = snapshot
+        .nodes
+        .values()
+        .partition::<Vec<_>, _>(|node| is_ready(node, snapshot.now));
+    let mut by_segment = BTreeMap::<SegmentName, Vec<&Node>>::new();
+    for node in ready {
+        let name = segment_name(node, granularity);
+        by_segment.entry(name).or_default().push(node);
+    }
+
+    // Kilo knows one pool, of IPv4.
+    let pool = settings.subnets.iter().find(|pool| pool.addr().is_ipv4());
+    let discovered = discovered_endpoints(by_segment.values().flatten().copied());
+    let mut segments = by_segment
+        .iter()
+        .zip(1..)
+        .filter_map(|((name, nodes), position)| {
+            let leader = leader(nodes, &snapshot.resolved);
+            let public_key = leader.public_key?;
+            let endpoint = leader.endpoint.clone()?;
+            let keepalive = leader.persistent_keepalive.unwrap_or(0);
+            Some(Segment {
+                name: name.clone(),
+                group: name.clone(),
+                leader: leader.name.clone(),
+                public_key,
+                address: endpoint.resolve(&snapshot.resolved),
+                endpoint: Some(endpoint),
+                discovered: discovered
+                    .get(&public_key)
+                    .copied()
+                    .filter(|_| keepalive != 0),
+                behind_nat: keepalive != 0,
+                persistent_keepalive: keepalive,
+                wireguard_ips: pool
+                    .and_then(|pool| nth(pool, position))
+                    .into_iter()
+                    .collect(),
+                nodes: nodes.iter().map(|node| member(node)).collect(),
+                allowed_location_ips: allowed_location_ips(nodes),
+            })
+        })
+        .collect::<Vec<_>>();
+    let peers = peers(snapshot, &discovered);
+    filter_allowed_location_ips(&mut segments, &peers);
+
+    Topology {
+        mode: Mode::Kilo(foreign),
+        granularity,
+        subnets: settings.subnets.clone(),
+        segments,
+        outsiders: others
+            .into_iter()
+            .map(|node| outsider(node, granularity))
+            .collect(),
+        peers,
+        ..Topology::default()
+    }
+}
+
+/// Contract 3.1.
+fn segment_name(node: &Node, granularity: Granularity) -> SegmentName {
+    match (granularity, node.private_ip) {
+        (Granularity::Location | Granularity::Cross, Some(_)) => {
+            SegmentName::Location(node.region.clone())
+        }
+        (Granularity::Location | Granularity::Cross, None) | (Granularity::Full, _) => {
+            SegmentName::Node(node.name.clone())
+        }
+    }
+}
+
+/// Contract 3.2; the nodes are sorted by name.
+fn leader<'a>(nodes: &[&'a Node], resolved: &BTreeMap<String, IpAddr>) -> &'a Node {
+    let is_public = |node: &&&Node| {
+        let address = node.endpoint.as_ref().and_then(|e| e.resolve(resolved));
+        address.is_some_and(|address| is_public_to_kilo(address.ip()))
+    };
+    let wanted = || nodes.iter().filter(|node| node.leader);
+    wanted()
+        .find(is_public)
+        .or_else(|| wanted().next())
+        .or_else(|| nodes.iter().find(is_public))
+        .or_else(|| nodes.first())
+        .expect("a segment has a node, or it would not have been made")
+}
+
+/// Kilo carries the first pod CIDR and the private address of a node.
+fn member(node: &Node) -> Member {
+    Member {
+        name: node.name.clone(),
+        endpoint: node.endpoint.clone(),
+        pod_cidrs: node.pod_cidrs.first().copied().into_iter().collect(),
+        addresses: node.private_ip.map(|ip| ip.addr()).into_iter().collect(),
+        underlay: underlay(node),
+        private_ip: node.private_ip,
+    }
+}
+
+fn outsider(node: &Node, granularity: Granularity) -> Outsider {
+    // A node that is not ready may not have told its private address yet.
+    let group = match granularity {
+        Granularity::Full => SegmentName::Node(node.name.clone()),
+        Granularity::Location | Granularity::Cross => SegmentName::Location(node.region.clone()),
+    };
+    Outsider {
+        name: node.name.clone(),
+        endpoint: node.endpoint.clone(),
+        group,
+        pod_cidrs: node.pod_cidrs.clone(),
+        underlay: underlay(node),
+    }
+}
+
+/// Contract 3.5: what the nodes published, the first by segment and name.
+fn discovered_endpoints<'a>(
+    nodes: impl Iterator<Item = &'a Node>,
+) -> BTreeMap<PublicKey, SocketAddr> {
+    let mut discovered = BTreeMap::new();
+    for (key, address) in nodes.flat_map(|node| &node.discovered_endpoints) {
+        discovered.entry(*key).or_insert(*address);
+    }
+    discovered
+}
+
+/// Contract 3.6. Kilo knows one peer of each key, the last it heard of; the first by name is as
+/// good, and everybody agrees on it.
+fn peers(snapshot: &Snapshot, discovered: &BTreeMap<PublicKey, SocketAddr>) -> Vec<VpnPeer> {
+    let mut keys = BTreeSet::new();
+    let mut claimed = BTreeSet::new();
+    snapshot
+        .peers
+        .values()
+        .filter(|peer| !peer.allowed_ips.is_empty() && keys.insert(peer.public_key))
+        .map(|peer| {
+            let mut peer = peer.clone();
+            peer.allowed_ips.retain(|net| claimed.insert(*net));
+            let endpoint = peer.endpoint.as_ref();
+            VpnPeer {
+                address: endpoint.and_then(|endpoint| endpoint.resolve(&snapshot.resolved)),
+                discovered: discovered
+                    .get(&peer.public_key)
+                    .copied()
+                    .filter(|_| peer.persistent_keepalive != 0),
+                peer,
+            }
+        })
+        .collect()
+}
+
+fn allowed_location_ips(nodes: &[&Node]) -> Vec<IpNet> {
+    let nets = nodes.iter().flat_map(|node| &node.allowed_location_ips);
+    let nets = nets.copied().collect::<BTreeSet<_>>();
+    let mut nets = nets.into_iter().collect::<Vec<_>>();
+    nets.sort_by_cached_key(ToString::to_string);
+    nets
+}
+
+/// Contract 3.7. Of two overlapping claims the later segment's stays, as in Kilo.
+fn filter_allowed_location_ips(segments: &mut [Segment], peers: &[VpnPeer]) {
+    for index in 0..segments.len() {
+        let (earlier, others) = segments.split_at(index);
+        let Some((current, later)) = others.split_first() else {
+            return;
+        };
+        let stays = |net: &&IpNet| {
+            let claimed_elsewhere = earlier
+                .iter()
+                .chain(later)
+                .flat_map(|segment| &segment.allowed_location_ips)
+                .any(|other| overlap(other, net));
+            let inside_allowed = segments.iter().enumerate().any(|(at, segment)| {
+                let nodes = segment.nodes.iter();
+                nodes
+                    .flat_map(|node| {
+                        let addresses = node.addresses.iter().copied().map(IpNet::from);
+                        node.pod_cidrs.iter().copied().chain(addresses)
+                    })
+                    // WireGuard addresses are given on the way: later segments have none yet.
+                    .chain(
+                        segment
+                            .wireguard_ips
+                            .iter()
+                            .copied()
+                            .map(IpNet::from)
+                            .filter(|_| at <= index),
+                    )
+                    .any(|allowed| allowed.contains(&net.network()))
+            });
+            let claimed_by_peer = peers
+                .iter()
+                .flat_map(|peer| &peer.peer.allowed_ips)
+                .any(|other| overlap(other, net));
+            !claimed_elsewhere && !inside_allowed && !claimed_by_peer
+        };
+        let kept = current.allowed_location_ips.iter().filter(stays);
+        let kept = kept.copied().collect();
+        segments[index].allowed_location_ips = kept;
+    }
+}
