@@ -316,7 +316,7 @@ pub fn plan(inputs: &Inputs<'_>) -> Option<State> {
         peers: tunnel::peers(&site),
         rules: routes::rules(&site, &routes),
         routes,
-        firewall: Some(firewall::firewall(&site)),
+        firewall: Some(Ruleset::Planned(Box::new(firewall::firewall(&site)))),
         sysctls: tunnel::sysctls(&site),
     })
 }

@@ -239,11 +239,9 @@ pub struct Outsider {
     pub underlay: BTreeSet<IpAddr>,
 }
 
-/// An external peer with what is carried for it.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct VpnPeer {
-    /// The object, its allowed IPs reduced to those that are carried.
-    pub peer: ExternalPeer,
+/// Where an external peer can be reached.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Whereabouts {
     /// Its endpoint, resolved.
     pub address: Option<SocketAddr>,
     /// Where a leader last heard it from.
@@ -263,8 +261,10 @@ pub struct Topology {
     pub segments: Vec<Segment>,
     /// Nodes that take no part, by name.
     pub outsiders: Vec<Outsider>,
-    /// The external peers, by name.
-    pub peers: Vec<VpnPeer>,
+    /// The external peers by name, their allowed IPs reduced to those that are carried.
+    pub peers: Vec<ExternalPeer>,
+    /// Where those peers are.
+    pub whereabouts: BTreeMap<PublicKey, Whereabouts>,
     /// What was left out, and why.
     pub excluded: Vec<Excluded>,
     /// Node addresses that are not carried because others have them too.

@@ -192,6 +192,7 @@ mod tests {
             wireguard_ips: vec!["10.4.0.2".parse().unwrap()],
             nodes: vec![Member {
                 name: NodeName(leader.into()),
+                endpoint: None,
                 pod_cidrs: vec![],
                 addresses: vec![],
                 underlay: [].into(),

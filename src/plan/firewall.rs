@@ -32,10 +32,7 @@ pub(super) fn firewall(site: &Site<'_>) -> Firewall {
         .other_members()
         .flat_map(|node| &node.pod_cidrs)
         .chain(site.outside_neighbours().flat_map(|node| &node.pod_cidrs));
-    let peers = topology
-        .peers
-        .iter()
-        .flat_map(|peer| &peer.peer.allowed_ips);
+    let peers = topology.peers.iter().flat_map(|peer| &peer.allowed_ips);
     let masquerade_sources = peers.copied().collect::<BTreeSet<_>>();
     let masquerade_destinations = site
         .led()

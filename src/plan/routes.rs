@@ -146,7 +146,7 @@ impl Routes<'_> {
 
     fn add_peers(&mut self) {
         for peer in &self.site.inputs.topology.peers {
-            for net in &peer.peer.allowed_ips {
+            for net in &peer.allowed_ips {
                 let v6 = is_v6(net);
                 if self.site.has_family(v6) {
                     let hop = self.site.tunnel_hop(v6);
@@ -220,7 +220,7 @@ impl Routes<'_> {
         let segments = topology.segments.iter();
         let endpoints = segments
             .flat_map(|segment| [segment.address, segment.discovered])
-            .chain(topology.peers.iter().map(|peer| peer.address))
+            .chain(topology.whereabouts.values().map(|peer| peer.address))
             .flatten()
             .map(|address| address.ip())
             .filter(|ip| self.site.is_direct(*ip));

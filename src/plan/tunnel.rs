@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use super::site::{Role, Site};
 use super::{Link, Peer, Scope};
 use crate::flannel::Backend;
-use crate::topology::{Segment, VpnPeer};
+use crate::topology::{ExternalPeer, Segment};
 use crate::wireguard::key::PublicKey;
 
 /// The tunnel's link: on every node, up where it carries something.
@@ -89,14 +89,14 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
         peers.insert(segment.public_key, peer);
     }
     for vpn in &site.inputs.topology.peers {
-        let nets = vpn.peer.allowed_ips.iter().copied();
+        let nets = vpn.allowed_ips.iter().copied();
         let peer = Peer {
             endpoint: peer_endpoint(site, vpn),
-            preshared_key: vpn.peer.preshared_key.clone(),
+            preshared_key: vpn.preshared_key.clone(),
             persistent_keepalive,
             allowed_ips: nets.filter(|net| taken.insert(*net)).collect(),
         };
-        peers.insert(vpn.peer.public_key, peer);
+        peers.insert(vpn.public_key, peer);
     }
     peers
 }
@@ -118,7 +118,10 @@ fn segment_endpoint(site: &Site<'_>, segment: &Segment) -> Option<SocketAddr> {
 
 /// Where to send to an external peer. One without an endpoint of its own roams: while this node
 /// hears it the device knows better than any configuration.
-fn peer_endpoint(site: &Site<'_>, vpn: &VpnPeer) -> Option<SocketAddr> {
-    let heard = site.inputs.observed.contains_key(&vpn.peer.public_key);
-    vpn.address.or_else(|| vpn.discovered.filter(|_| !heard))
+fn peer_endpoint(site: &Site<'_>, vpn: &ExternalPeer) -> Option<SocketAddr> {
+    let heard = site.inputs.observed.contains_key(&vpn.public_key);
+    let whereabouts = site.inputs.topology.whereabouts.get(&vpn.public_key)?;
+    whereabouts
+        .address
+        .or_else(|| whereabouts.discovered.filter(|_| !heard))
 }

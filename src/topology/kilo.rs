@@ -11,8 +11,8 @@ use ipnet::IpNet;
 use super::address::{is_public_to_kilo, nth, overlap};
 use super::native::underlay;
 use super::{
-    Granularity, Member, Mode, Node, NodeName, Outsider, Segment, SegmentName, Settings, Snapshot,
-    Topology, VpnPeer,
+    ExternalPeer, Granularity, Member, Mode, Node, NodeName, Outsider, Segment, SegmentName,
+    Settings, Snapshot, Topology, Whereabouts,
 };
 use crate::wireguard::key::PublicKey;
 
@@ -91,7 +91,17 @@ pub(super) fn topology(
             })
         })
         .collect::<Vec<_>>();
-    let peers = peers(snapshot, &discovered);
+    let peers = peers(snapshot);
+    let whereabouts = peers.iter().map(|peer| {
+        let endpoint = peer.endpoint.as_ref();
+        let discovered = discovered.get(&peer.public_key).copied();
+        let whereabouts = Whereabouts {
+            address: endpoint.and_then(|endpoint| endpoint.resolve(&snapshot.resolved)),
+            discovered: discovered.filter(|_| peer.persistent_keepalive != 0),
+        };
+        (peer.public_key, whereabouts)
+    });
+    let whereabouts = whereabouts.collect();
     filter_allowed_location_ips(&mut segments, &peers);
 
     Topology {
@@ -104,6 +114,7 @@ pub(super) fn topology(
             .map(|node| outsider(node, granularity))
             .collect(),
         peers,
+        whereabouts,
         ..Topology::default()
     }
 }
@@ -175,25 +186,17 @@ fn discovered_endpoints<'a>(
 
 /// Contract 3.6. Kilo knows one peer of each key, the last it heard of; the first by name is as
 /// good, and everybody agrees on it.
-fn peers(snapshot: &Snapshot, discovered: &BTreeMap<PublicKey, SocketAddr>) -> Vec<VpnPeer> {
+fn peers(snapshot: &Snapshot) -> Vec<ExternalPeer> {
     let mut keys = BTreeSet::new();
     let mut claimed = BTreeSet::new();
     snapshot
         .peers
         .values()
         .filter(|peer| !peer.allowed_ips.is_empty() && keys.insert(peer.public_key))
-        .map(|peer| {
-            let mut peer = peer.clone();
+        .cloned()
+        .map(|mut peer| {
             peer.allowed_ips.retain(|net| claimed.insert(*net));
-            let endpoint = peer.endpoint.as_ref();
-            VpnPeer {
-                address: endpoint.and_then(|endpoint| endpoint.resolve(&snapshot.resolved)),
-                discovered: discovered
-                    .get(&peer.public_key)
-                    .copied()
-                    .filter(|_| peer.persistent_keepalive != 0),
-                peer,
-            }
+            peer
         })
         .collect()
 }
@@ -207,7 +210,7 @@ fn allowed_location_ips(nodes: &[&Node]) -> Vec<IpNet> {
 }
 
 /// Contract 3.7. Of two overlapping claims the later segment's stays, as in Kilo.
-fn filter_allowed_location_ips(segments: &mut [Segment], peers: &[VpnPeer]) {
+fn filter_allowed_location_ips(segments: &mut [Segment], peers: &[ExternalPeer]) {
     for index in 0..segments.len() {
         let (earlier, others) = segments.split_at(index);
         let Some((current, later)) = others.split_first() else {
@@ -239,7 +242,7 @@ fn filter_allowed_location_ips(segments: &mut [Segment], peers: &[VpnPeer]) {
             });
             let claimed_by_peer = peers
                 .iter()
-                .flat_map(|peer| &peer.peer.allowed_ips)
+                .flat_map(|peer| &peer.allowed_ips)
                 .any(|other| overlap(other, net));
             !claimed_elsewhere && !inside_allowed && !claimed_by_peer
         };

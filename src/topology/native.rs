@@ -9,7 +9,7 @@ use super::claims::{Belief, Claims, dedup};
 use super::excluded::{Field, Reason, Subject};
 use super::{
     Endpoint, Granularity, InterfaceAddr, Member, Node, NodeName, Outsider, Segment, SegmentName,
-    Settings, Snapshot, Topology, VpnPeer,
+    Settings, Snapshot, Topology, Whereabouts,
 };
 use crate::wireguard::key::PublicKey;
 
@@ -72,16 +72,16 @@ pub(super) fn topology(snapshot: &Snapshot, settings: &Settings) -> Topology {
     });
     let segments = segments.collect();
     let peers = std::mem::take(&mut claims.peers);
-    let peers = peers
-        .into_iter()
+    let whereabouts = peers
+        .iter()
         .map(|peer| {
             let subject = Subject::Peer(peer.name.clone());
             let endpoint = peer.endpoint.as_ref();
-            VpnPeer {
+            let whereabouts = Whereabouts {
                 address: endpoint.and_then(|endpoint| claims.endpoint_address(&subject, endpoint)),
                 discovered: discovered.get(&peer.public_key).copied(),
-                peer,
-            }
+            };
+            (peer.public_key, whereabouts)
         })
         .collect();
     claims.excluded.sort();
@@ -93,6 +93,7 @@ pub(super) fn topology(snapshot: &Snapshot, settings: &Settings) -> Topology {
         segments,
         outsiders,
         peers,
+        whereabouts,
         excluded: claims.excluded,
         overlaps: claims.overlaps,
         ..Topology::default()
