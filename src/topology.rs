@@ -269,34 +269,24 @@ pub struct Topology {
     pub excluded: Vec<Excluded>,
     /// Node addresses that are not carried because others have them too.
     pub overlaps: Vec<Overlap>,
-    /// Where in `segments` each node is.
-    index: BTreeMap<NodeName, usize>,
 }
 
 impl Topology {
     /// Computes the topology: Kilo's while a real `kg` is in the mesh, else ours.
     pub fn new(snapshot: &Snapshot, settings: &Settings) -> Self {
         let foreign = kilo::foreign_nodes(snapshot);
-        let mut topology = if foreign.is_empty() {
+        if foreign.is_empty() {
             native::topology(snapshot, settings)
         } else {
             kilo::topology(snapshot, settings, foreign)
-        };
-        topology.index = topology
-            .segments
-            .iter()
-            .enumerate()
-            .flat_map(|(index, segment)| {
-                let nodes = segment.nodes.iter();
-                nodes.map(move |node| (node.name.clone(), index))
-            })
-            .collect();
-        topology
+        }
     }
 
     /// The segment a node is in; `None` for an [`Outsider`].
     pub fn segment_of(&self, node: &NodeName) -> Option<&Segment> {
-        self.segments.get(*self.index.get(node)?)
+        self.segments
+            .iter()
+            .find(|segment| segment.nodes.iter().any(|member| member.name == *node))
     }
 
     /// The node as a member of its segment.

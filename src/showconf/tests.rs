@@ -13,6 +13,7 @@ fn member(name: &str, pods: &str, address: &str) -> Member {
     let address: IpNet = address.parse().unwrap();
     Member {
         name: NodeName(name.into()),
+        endpoint: None,
         pod_cidrs: vec![pods.parse().unwrap()],
         addresses: vec![address.addr()],
         underlay: [address.addr()].into(),
