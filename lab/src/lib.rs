@@ -3,12 +3,22 @@
 //!
 //! Tests and `examples/lab` share it; the product itself never depends on it.
 
+pub mod capture;
+pub mod client;
+pub mod controlplane;
+pub mod flannel;
+pub mod matrix;
 pub mod netns;
 pub mod node;
+pub mod pki;
+pub mod pod;
 pub mod process;
 pub mod scratch;
 pub mod topology;
+pub mod traffic;
 
+pub use client::Client;
+pub use controlplane::ControlPlane;
 pub use netns::Namespace;
 pub use node::Node;
 pub use process::{Process, wait_for};

@@ -4,7 +4,7 @@
 //! What is put into the namespaces is other modules' business; see `topology` for a whole network.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -143,9 +143,7 @@ impl Namespace {
     ///
     /// Without root, or when the namespace is gone.
     pub fn enter(&self) -> anyhow::Result<()> {
-        let file = File::open(self.path()).with_context(|| format!("namespace {}", self.name))?;
-        setns(file, CloneFlags::CLONE_NEWNET)
-            .with_context(|| format!("entering namespace {}", self.name))
+        enter_path(&self.path())
     }
 
     /// Runs `work` on a new thread inside the namespace and returns its result.
@@ -154,17 +152,8 @@ impl Namespace {
     ///
     /// When the namespace cannot be entered, and when `work` panics (with its message).
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        let inside = || {
-            self.enter()
-                .expect("a namespace exists as long as its value, and only root can make one");
-            work()
-        };
-        std::thread::scope(|scope| {
-            scope
-                .spawn(inside)
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+        within_path(&self.path(), work)
+            .expect("a namespace exists as long as its value, and only root can make one")
     }
 
     /// Sets one sysctl, named with slashes or dots below `net`: `ipv4/conf/all/rp_filter`.
@@ -229,6 +218,37 @@ pub fn require_root() -> anyhow::Result<()> {
         "this needs root, because it makes network namespaces: run it as root (sudo -E make ...)"
     );
     Ok(())
+}
+
+/// Runs `work` on a new thread inside the namespace that the file stands for.
+///
+/// # Errors
+///
+/// When the namespace cannot be entered.
+///
+/// # Panics
+///
+/// When `work` panics, with its message.
+pub(crate) fn within_path<T: Send>(
+    path: &Path,
+    work: impl FnOnce() -> T + Send,
+) -> anyhow::Result<T> {
+    let inside = || {
+        enter_path(path)?;
+        Ok(work())
+    };
+    std::thread::scope(|scope| {
+        scope
+            .spawn(inside)
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn enter_path(path: &Path) -> anyhow::Result<()> {
+    let what = || format!("entering namespace {}", path.display());
+    let file = File::open(path).with_context(what)?;
+    setns(file, CloneFlags::CLONE_NEWNET).with_context(what)
 }
 
 /// Runs a command to its end; its standard output if it succeeded.

@@ -1,0 +1,197 @@
+//! Listening to the internet of a lab: what crossed it, and whether anything of it was readable.
+//!
+//! tcpdump records all links of a namespace; the file is read here, without believing in ports or
+//! protocols beyond the outer headers.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use ipnet::Ipv4Net;
+use nix::sys::signal::Signal;
+
+use crate::netns::Namespace;
+use crate::process::{Process, wait_for};
+use crate::traffic::MAGIC;
+
+/// VXLAN as flannel speaks it.
+const VXLAN_PORT: u16 = 8472;
+/// Linux "cooked" capture, version 2, which tcpdump writes for `-i any`.
+const LINKTYPE_LINUX_SLL2: u32 = 276;
+
+/// A capture that is running.
+#[derive(Debug)]
+pub struct Capture {
+    tcpdump: Process,
+    file: PathBuf,
+}
+
+/// What a capture saw.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Findings {
+    /// All packets.
+    pub packets: usize,
+    /// UDP packets to or from a port, by the smaller of both ports.
+    pub udp: BTreeMap<u16, usize>,
+    /// Packets with a pod's address in their outer header.
+    pub pod_addresses: usize,
+    /// Packets that contain the magic bytes.
+    pub magic: usize,
+    /// VXLAN packets.
+    pub vxlan: usize,
+}
+
+impl Capture {
+    /// Starts listening on all links of a namespace; returns when packets are being recorded.
+    ///
+    /// # Errors
+    ///
+    /// When tcpdump is missing or does not start.
+    pub fn start(namespace: &Namespace, file: &Path) -> anyhow::Result<Self> {
+        let mut command = namespace.command("tcpdump");
+        // 400 bytes hold all headers and several times the magic bytes.
+        command
+            .args(["-i", "any", "-y", "LINUX_SLL2", "-n", "-U", "-s", "400"])
+            .args(["-B", "32768", "-Z", "root", "-w"])
+            .arg(file);
+        let log = file.with_extension("log");
+        let tcpdump = Process::start_logging("tcpdump", command, &log)?;
+        wait_for("tcpdump", Duration::from_secs(10), || {
+            fs::read_to_string(&log).is_ok_and(|text| text.contains("listening on"))
+        })?;
+        Ok(Self {
+            tcpdump,
+            file: file.to_owned(),
+        })
+    }
+
+    /// Stops listening and reads what was heard; `pods` is the cluster's pod network.
+    ///
+    /// # Errors
+    ///
+    /// When the file is not what tcpdump writes, or when tcpdump missed packets.
+    pub fn finish(self, pods: Ipv4Net) -> anyhow::Result<Findings> {
+        let Self { mut tcpdump, file } = self;
+        // The kernel hands packets over when a block is full or a second old; what it still holds
+        // when tcpdump ends is lost.
+        std::thread::sleep(Duration::from_millis(1500));
+        tcpdump.signal(Signal::SIGINT);
+        tcpdump.wait(Duration::from_secs(10))?;
+        let log = fs::read_to_string(file.with_extension("log"))?;
+        ensure!(
+            log.contains("\n0 packets dropped by kernel"),
+            "the capture has holes: {log}"
+        );
+        Findings::read(&fs::read(&file)?, pods)
+    }
+}
+
+impl Findings {
+    /// Whether nothing in it was readable: no pod address, no magic bytes, no VXLAN.
+    #[must_use]
+    pub fn nothing_in_clear(&self) -> bool {
+        self.pod_addresses == 0 && self.magic == 0 && self.vxlan == 0
+    }
+
+    fn read(file: &[u8], pods: Ipv4Net) -> anyhow::Result<Self> {
+        let word = |at: usize| -> anyhow::Result<u32> {
+            let bytes = file.get(at..).and_then(|rest| rest.first_chunk());
+            Ok(u32::from_le_bytes(
+                *bytes.context("a truncated capture file")?,
+            ))
+        };
+        let known = [0xa1b2_c3d4, 0xa1b2_3c4d];
+        ensure!(known.contains(&word(0)?), "not a capture file");
+        ensure!(
+            word(20)? & 0xffff == LINKTYPE_LINUX_SLL2,
+            "an unexpected link type"
+        );
+        let mut findings = Self::default();
+        let mut at = 24;
+        while at + 16 <= file.len() {
+            let length = word(at + 8)? as usize;
+            // The last record may be half written.
+            let Some(record) = file.get(at + 16..at + 16 + length) else {
+                break;
+            };
+            findings.look_at(record, pods);
+            at += 16 + length;
+        }
+        Ok(findings)
+    }
+
+    fn look_at(&mut self, record: &[u8], pods: Ipv4Net) {
+        self.packets += 1;
+        if record.windows(MAGIC.len()).any(|bytes| bytes == MAGIC) {
+            self.magic += 1;
+        }
+        let Some((head, packet)) = record.split_at_checked(20) else {
+            return;
+        };
+        if head[..2] != [0x08, 0x00] || packet.len() < 20 {
+            return;
+        }
+        let address = |at: usize| {
+            let [a, b, c, d] = [packet[at], packet[at + 1], packet[at + 2], packet[at + 3]];
+            Ipv4Addr::new(a, b, c, d)
+        };
+        if pods.contains(&address(12)) || pods.contains(&address(16)) {
+            self.pod_addresses += 1;
+        }
+        let payload = packet.get(usize::from(packet[0] & 0x0f) * 4..);
+        let (17, Some([a, b, c, d, ..])) = (packet[9], payload) else {
+            return;
+        };
+        let (source, target) = (u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d]));
+        *self.udp.entry(source.min(target)).or_default() += 1;
+        if target == VXLAN_PORT {
+            self.vxlan += 1;
+        }
+    }
+}
+
+impl fmt::Display for Findings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            packets,
+            pod_addresses,
+            magic,
+            vxlan,
+            ..
+        } = self;
+        write!(
+            f,
+            "{packets} packets: {pod_addresses} with a pod address, {magic} with the payload \
+             readable, {vxlan} VXLAN"
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use super::*;
+    use crate::traffic::shout;
+
+    #[test]
+    fn a_readable_packet_is_found() {
+        let directory = crate::scratch("capture").unwrap();
+        let (left, right) = (Namespace::new("l").unwrap(), Namespace::new("r").unwrap());
+        left.veth("eth0", &right, "eth0").unwrap();
+        left.run("ip address add 10.42.0.1/24 dev eth0").unwrap();
+        right.run("ip address add 10.42.0.2/24 dev eth0").unwrap();
+        let capture = Capture::start(&right, &directory.path().join("right.pcap")).unwrap();
+
+        shout(&left.path(), SocketAddr::from(([10, 42, 0, 2], VXLAN_PORT))).unwrap();
+
+        let findings = capture.finish("10.42.0.0/16".parse().unwrap()).unwrap();
+        assert!(findings.magic >= 1, "{findings}");
+        assert!(findings.vxlan >= 1, "{findings}");
+        assert!(findings.pod_addresses >= 1, "{findings}");
+    }
+}
