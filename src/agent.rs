@@ -3,6 +3,7 @@
 pub mod address;
 pub mod control;
 pub mod keyfile;
+pub mod preflight;
 pub mod publication;
 pub mod reconcile;
 pub mod resolve;
