@@ -43,8 +43,8 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     match name {
         "agent" => crate::agent::run(agent_config(matches)?),
         "status" => status::run(arguments(matches)?),
-        "graph" => crate::graph::run(&args_of(matches)?),
-        "showconf" => crate::showconf::run(&args_of(matches)?),
+        "graph" => crate::graph::run(&arguments(matches)?),
+        "showconf" => crate::showconf::run(&arguments(matches)?),
         other => unreachable!("clap knows no command {other}"),
     }
 }
@@ -54,10 +54,6 @@ fn agent_config(matches: &ArgMatches) -> Result<Config, Refusal> {
 }
 
 fn arguments<T: FromArgMatches>(matches: &ArgMatches) -> Result<T, Refusal> {
-    T::from_arg_matches(matches).map_err(|error| Refusal::usage(config::sentence(&error)))
-}
-
-fn args_of<T: FromArgMatches>(matches: &ArgMatches) -> Result<T, Refusal> {
     T::from_arg_matches(matches).map_err(|error| Refusal::usage(config::sentence(&error)))
 }
 

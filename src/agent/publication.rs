@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use super::address::Own;
-use crate::cluster::annotation;
+use crate::cluster::{Annotations, annotation};
 use crate::config::Config;
 use crate::topology::{Endpoint, InterfaceAddr, Mode, Node, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
@@ -31,9 +31,9 @@ pub struct Inputs<'a> {
     pub heard: &'a BTreeMap<PublicKey, SocketAddr>,
 }
 
-/// The annotations this node should carry, by key; those of [`annotation::PUBLISHED`] that are not
-/// in here are left as they are.
-pub fn annotations(inputs: &Inputs<'_>) -> BTreeMap<&'static str, String> {
+/// The annotations this node should carry; of those in [`annotation::PUBLISHED`] what is not in here
+/// is to be removed.
+pub fn annotations(inputs: &Inputs<'_>) -> Annotations {
     let Inputs {
         node,
         topology,
@@ -56,12 +56,15 @@ pub fn annotations(inputs: &Inputs<'_>) -> BTreeMap<&'static str, String> {
     if let Some(endpoint) = endpoint(inputs) {
         published.insert(annotation::ENDPOINT, annotation::format_endpoint(&endpoint));
     }
-    if let Some(ips) = topology.wireguard_annotation(&config.node) {
-        published.insert(annotation::WIREGUARD_IP, annotation::format_addrs(&ips));
+    let wireguard_ips = topology
+        .wireguard_annotation(&config.node)
+        .unwrap_or_else(|| node.wireguard_ips.clone());
+    if !wireguard_ips.is_empty() || matches!(topology.mode, Mode::Kilo(_)) {
+        let ips = annotation::format_addrs(&wireguard_ips);
+        published.insert(annotation::WIREGUARD_IP, ips);
     }
     let discovered = discovered(inputs);
-    // A node that never saw anybody need not say so.
-    if !discovered.is_empty() || !node.discovered_endpoints.is_empty() {
+    if !discovered.is_empty() {
         published.insert(
             annotation::DISCOVERED_ENDPOINTS,
             annotation::format_discovered(&discovered),
@@ -72,20 +75,6 @@ pub fn annotations(inputs: &Inputs<'_>) -> BTreeMap<&'static str, String> {
         published.insert(annotation::LAST_SEEN, inputs.snapshot.now.to_string());
     }
     published
-}
-
-/// Whether two sets differ in more than the time; Kilo's algorithm wants that renewed, but not each
-/// time that somebody looks.
-pub fn differs(
-    one: &BTreeMap<&'static str, String>,
-    other: &BTreeMap<&'static str, String>,
-) -> bool {
-    let lasting = |annotations: &BTreeMap<&'static str, String>| {
-        let mut annotations = annotations.clone();
-        annotations.remove(annotation::LAST_SEEN);
-        annotations
-    };
-    lasting(one) != lasting(other)
 }
 
 fn own<'a>(inputs: &'a Inputs<'_>) -> Own<'a> {
@@ -231,7 +220,7 @@ mod tests {
             }
         }
 
-        fn annotations(&self) -> BTreeMap<&'static str, String> {
+        fn annotations(&self) -> Annotations {
             annotations(&Inputs {
                 node: &self.node,
                 snapshot: &self.snapshot,
@@ -302,26 +291,27 @@ mod tests {
     }
 
     #[test]
-    fn a_follower_withdraws_what_it_saw() {
+    fn a_follower_withdraws_what_it_saw_and_keeps_its_wireguard_address() {
         let mut world = World::new();
         let seen: SocketAddr = "198.51.100.7:24276".parse().unwrap();
         world.node.discovered_endpoints = [(world.other, seen)].into();
+        world.node.wireguard_ips = vec!["10.4.0.9/16".parse().unwrap()];
         world.topology.segments[0].leader = NodeName("a0".into());
-        assert_eq!(world.annotations()[annotation::DISCOVERED_ENDPOINTS], "{}");
+
+        let published = world.annotations();
+
+        assert!(!published.contains_key(annotation::DISCOVERED_ENDPOINTS));
+        assert_eq!(published[annotation::WIREGUARD_IP], "10.4.0.9/16");
     }
 
     #[test]
-    fn beside_kilo_the_time_is_published_and_alone_makes_no_difference() {
+    fn beside_kilo_the_time_is_published_too() {
         let mut world = World::new();
         world.topology.mode = Mode::Kilo(vec![NodeName("b1".into())]);
         world.snapshot.now = 100;
-        let before = world.annotations();
-        world.snapshot.now = 130;
-        let after = world.annotations();
+        let published = world.annotations();
 
-        assert_eq!(after[annotation::LAST_SEEN], "130");
-        assert!(!differs(&before, &after));
-        world.topology.mode = Mode::Native;
-        assert!(differs(&before, &world.annotations()));
+        assert_eq!(published[annotation::LAST_SEEN], "100");
+        assert_eq!(published[annotation::CNI_COMPATIBILITY_IP], "");
     }
 }

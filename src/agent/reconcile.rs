@@ -9,6 +9,7 @@ use std::num::NonZeroU16;
 
 use super::publication;
 use super::schedule::Outcome;
+use crate::cluster::Annotations;
 use crate::config::{Config, Mtu};
 use crate::diff::{Change, diff};
 use crate::flannel::Flannel;
@@ -51,7 +52,7 @@ pub struct Decision {
     /// What this node should have; `None` to leave all as it is.
     pub desired: Option<State>,
     /// What its Node should carry; `None` while there is no such Node.
-    pub annotations: Option<BTreeMap<&'static str, String>>,
+    pub annotations: Option<Annotations>,
     /// The names that stand in endpoints.
     pub names: BTreeSet<String>,
 }
