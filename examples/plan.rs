@@ -1,0 +1,57 @@
+//! Prints what the agent of one node would do to a fresh machine, without root and without a
+//! cluster:
+//!
+//! ```sh
+//! cargo run --example plan -- tests/testdata/two-regions.yaml node-agent-02
+//! ```
+//!
+//! The file is a List of Nodes (and Peers), as `kubectl get nodes -o yaml` prints it. flannel is
+//! taken to run VXLAN with everything in place.
+#![expect(clippy::print_stdout, reason = "this is what it is for")]
+
+use std::process::ExitCode;
+
+use selvedge::diff::diff;
+use selvedge::plan::State;
+use selvedge::topology::NodeName;
+
+#[path = "../tests/mesh/mod.rs"]
+#[expect(dead_code, reason = "the tests use more of it")]
+mod mesh;
+
+use mesh::{Mesh, lines};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(sentence) => {
+            eprintln!("{sentence}");
+            ExitCode::from(64)
+        }
+    }
+}
+
+fn run() -> Result<(), String> {
+    let mut args = std::env::args().skip(1);
+    let (Some(file), Some(name), None) = (args.next(), args.next(), args.next()) else {
+        return Err("usage: plan FILE NODE".into());
+    };
+    let text = std::fs::read_to_string(&file).map_err(|error| format!("{file}: {error}"))?;
+    let mesh = Mesh::from_yaml(&text).map_err(|error| format!("{file}: {error}"))?;
+    let me = NodeName(name);
+    if !mesh.snapshot.nodes.contains_key(&me) {
+        return Err(format!("{file} has no node {me}"));
+    }
+    let topology = mesh.topology();
+    for excluded in &topology.excluded {
+        println!("# {excluded}");
+    }
+    for overlap in &topology.overlaps {
+        println!("# {overlap}");
+    }
+    let state = mesh.plan(&topology, &me).ok_or_else(|| {
+        format!("node {me} is not ready in a mesh of Kilo's: nothing would be changed")
+    })?;
+    print!("{}", lines(&diff(&State::default(), &state)));
+    Ok(())
+}
