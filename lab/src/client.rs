@@ -199,6 +199,27 @@ impl Client {
     }
 }
 
+/// Reads a page over plain HTTP from inside a namespace: the status code and the body.
+///
+/// # Errors
+///
+/// When nobody listens there or does not speak HTTP.
+pub fn get_plain(
+    namespace: &Path,
+    server: SocketAddr,
+    path: &str,
+) -> anyhow::Result<(u16, String)> {
+    let connect = || TcpStream::connect_timeout(&server, PATIENCE);
+    let mut stream = within_path(namespace, connect)??;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {server}\r\n\r\n").as_bytes())?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (status, _) = parse(answer.as_bytes())?;
+    let (_, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
+    Ok((status, body.to_owned()))
+}
+
 fn parse(answer: &[u8]) -> anyhow::Result<(u16, Value)> {
     let text = String::from_utf8_lossy(answer);
     let (head, body) = text.split_once("\r\n\r\n").context("no HTTP answer")?;

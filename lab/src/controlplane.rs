@@ -333,7 +333,7 @@ fn apiserver_flags(directory: &Path, pki: &Pki, public: &str) -> Vec<String> {
         "--service-account-issuer=https://kubernetes.default.svc.cluster.local".to_owned(),
         format!(
             "--service-account-key-file={}",
-            pki.service_account.display()
+            pki.service_account_public.display()
         ),
         format!(
             "--service-account-signing-key-file={}",

@@ -17,32 +17,29 @@ impl Matrix {
     /// Asks from every place, for every other place, at the address and port that `target` names.
     ///
     /// A target of `None` is not asked.
-    pub fn ask(
-        places: &[Place],
-        target: impl Fn(&Place) -> Option<(Ipv4Addr, u16)> + Sync,
-    ) -> Self {
-        let ask_from = |from: &Place| -> Vec<_> {
+    pub fn ask(places: &[Place], target: impl Fn(&Place) -> Option<(Ipv4Addr, u16)>) -> Self {
+        let pairs = places.iter().flat_map(|from| {
             let others = places.iter().filter(|to| to.name != from.name);
-            let asked = others.filter_map(|to| Some((to, target(to)?)));
-            std::thread::scope(|scope| {
-                let threads: Vec<_> = asked
-                    .map(|(to, server)| {
-                        let pair = (from.name.clone(), to.name.clone());
-                        let ask = move || who(&from.namespace, SocketAddr::from(server));
-                        (pair, scope.spawn(ask))
-                    })
-                    .collect();
-                let outcomes = threads.into_iter().map(|(pair, thread)| {
-                    let answer = thread.join().expect("asking does not panic");
-                    (pair, answer.map_err(|error| format!("{error:#}")))
-                });
-                outcomes.collect()
-            })
-        };
+            others.map(move |to| (from, to))
+        });
+        // All at once: a pair that fails takes seconds, and there may be many of them.
+        let cells = std::thread::scope(|scope| {
+            let threads: Vec<_> = pairs
+                .filter_map(|(from, to)| Some((from, to, target(to)?)))
+                .map(|(from, to, server)| {
+                    let ask = move || who(&from.namespace, SocketAddr::from(server));
+                    ((from.name.clone(), to.name.clone()), scope.spawn(ask))
+                })
+                .collect();
+            let answers = threads.into_iter().map(|(pair, thread)| {
+                let answer = thread.join().expect("asking does not panic");
+                (pair, answer.map_err(|error| format!("{error:#}")))
+            });
+            answers.collect()
+        });
         Self {
             places: places.iter().map(|place| place.name.clone()).collect(),
-            // One source at a time: otherwise SYNs crowd each other out on a small machine.
-            cells: places.iter().flat_map(ask_from).collect(),
+            cells,
         }
     }
 

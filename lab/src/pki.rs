@@ -20,6 +20,8 @@ pub struct Pki {
     pub key: PathBuf,
     /// The key that signs service accounts' tokens (ES256).
     pub service_account: PathBuf,
+    /// Its public half, which verifies them.
+    pub service_account_public: PathBuf,
 }
 
 impl Pki {
@@ -50,6 +52,8 @@ impl Pki {
         let server_key = KeyPair::generate()?;
         let server = server.signed_by(&server_key, &authority)?;
 
+        let signer = KeyPair::generate()?;
+
         let write = |name: &str, text: String| -> anyhow::Result<PathBuf> {
             let path = directory.join(name);
             fs::write(&path, text).with_context(|| path.display().to_string())?;
@@ -59,7 +63,8 @@ impl Pki {
             ca: write("ca.crt", authority.as_ref().pem())?,
             certificate: write("apiserver.crt", server.pem())?,
             key: write("apiserver.key", server_key.serialize_pem())?,
-            service_account: write("sa.key", KeyPair::generate()?.serialize_pem())?,
+            service_account: write("sa.key", signer.serialize_pem())?,
+            service_account_public: write("sa.pub", signer.public_key_pem())?,
         })
     }
 }
