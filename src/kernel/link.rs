@@ -1,0 +1,341 @@
+//! Links and their addresses as netlink messages, and back. Pure.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use netlink_packet_core::{DefaultNla, Emitable as _};
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::{
+    AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope,
+};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+};
+
+use crate::flannel::{Mac, Vtep};
+use crate::plan::Scope;
+
+/// The attribute that nests a link's settings for each family, and that of its family.
+const IFLA_AF_SPEC: u16 = 26;
+const IFLA_INET_CONF: u16 = 1;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const NLA_F_NESTED: u16 = 1 << 15;
+/// `IPV4_DEVCONF_RP_FILTER`
+const RP_FILTER: u16 = 8;
+
+/// A link of whatever kind.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(super) struct Found {
+    pub(super) index: u32,
+    pub(super) name: String,
+    pub(super) mtu: u32,
+    pub(super) up: bool,
+    /// What `ip -d link` calls it; `None` for hardware.
+    pub(super) kind: Option<String>,
+    pub(super) mac: Option<Mac>,
+    /// Only of vxlan links.
+    pub(super) vxlan: Option<Vxlan>,
+}
+
+/// What only a vxlan link has.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(super) struct Vxlan {
+    pub(super) vni: u32,
+    pub(super) port: u16,
+    pub(super) local: Option<IpAddr>,
+    /// The index of the link below.
+    pub(super) parent: Option<u32>,
+}
+
+/// An address of a link.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Address {
+    pub(super) index: u32,
+    /// Host bits count.
+    pub(super) net: IpNet,
+    pub(super) scope: Scope,
+    /// Whether the kernel made it: `fe80::/10`.
+    pub(super) link_local: bool,
+}
+
+/// The request for all links, without their statistics.
+pub(super) fn to_dump() -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message
+        .attributes
+        .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    message
+}
+
+/// The request for one link.
+pub(super) fn to_get(name: &str) -> LinkMessage {
+    let mut message = to_dump();
+    message
+        .attributes
+        .push(LinkAttribute::IfName(name.to_owned()));
+    message
+}
+
+/// The message that deletes a link.
+pub(super) fn to_index(index: u32) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message
+}
+
+/// The message that sets a link's MTU.
+pub(super) fn to_mtu(index: u32, mtu: u32) -> LinkMessage {
+    let mut message = to_index(index);
+    message.attributes.push(LinkAttribute::Mtu(mtu));
+    message
+}
+
+/// The message that sets a link up or down.
+pub(super) fn to_up(index: u32, up: bool) -> LinkMessage {
+    let mut message = to_index(index);
+    message.header.change_mask = LinkFlags::Up;
+    if up {
+        message.header.flags = LinkFlags::Up;
+    }
+    message
+}
+
+/// The message that sets one of a link's sysctls, by family and name; `None` where netlink has none
+/// for it.
+pub(super) fn to_sysctl(index: u32, key: &str, value: &str) -> Option<LinkMessage> {
+    let (family, setting) = match key {
+        "ipv4/rp_filter" => {
+            let value: u32 = value.parse().ok()?;
+            let setting = DefaultNla::new(RP_FILTER, value.to_ne_bytes().to_vec());
+            (
+                AddressFamily::Inet,
+                nest(IFLA_INET_CONF | NLA_F_NESTED, &setting),
+            )
+        }
+        "ipv6/addr_gen_mode" => {
+            let value: u8 = value.parse().ok()?;
+            (
+                AddressFamily::Inet6,
+                DefaultNla::new(IFLA_INET6_ADDR_GEN_MODE, vec![value]),
+            )
+        }
+        _ => return None,
+    };
+    let family = nest(u16::from(u8::from(family)) | NLA_F_NESTED, &setting);
+    let mut message = to_index(index);
+    message.attributes.push(LinkAttribute::Other(nest(
+        IFLA_AF_SPEC | NLA_F_NESTED,
+        &family,
+    )));
+    Some(message)
+}
+
+fn nest(kind: u16, inner: &DefaultNla) -> DefaultNla {
+    let mut bytes = vec![0; inner.buffer_len()];
+    inner.emit(&mut bytes);
+    DefaultNla::new(kind, bytes)
+}
+
+/// The link in a message.
+pub(super) fn from_message(message: &LinkMessage) -> Found {
+    let mut found = Found {
+        index: message.header.index,
+        up: message.header.flags.contains(LinkFlags::Up),
+        ..Found::default()
+    };
+    let mut parent = None;
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => found.name.clone_from(name),
+            LinkAttribute::Mtu(mtu) => found.mtu = *mtu,
+            LinkAttribute::Link(index) => parent = Some(*index),
+            LinkAttribute::Address(bytes) => {
+                found.mac = <[u8; 6]>::try_from(&bytes[..]).ok().map(Mac);
+            }
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    match info {
+                        LinkInfo::Kind(kind) => found.kind = Some(kind_name(kind)),
+                        LinkInfo::Data(InfoData::Vxlan(data)) => {
+                            found.vxlan = Some(vxlan(data));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    if let Some(vxlan) = &mut found.vxlan {
+        vxlan.parent = vxlan.parent.or(parent);
+    }
+    found
+}
+
+fn kind_name(kind: &InfoKind) -> String {
+    kind.to_string()
+}
+
+fn vxlan(data: &[InfoVxlan]) -> Vxlan {
+    let mut vxlan = Vxlan::default();
+    for item in data {
+        match item {
+            InfoVxlan::Id(vni) => vxlan.vni = *vni,
+            InfoVxlan::Port(port) => vxlan.port = *port,
+            InfoVxlan::Local(address) => vxlan.local = Some((*address).into()),
+            InfoVxlan::Local6(address) => vxlan.local = Some((*address).into()),
+            InfoVxlan::Link(index) => vxlan.parent = Some(*index),
+            _ => {}
+        }
+    }
+    vxlan
+}
+
+impl Found {
+    /// flannel's device of this link, if it is one: `flannel.<VNI>` or `flannel-v6.<VNI>`.
+    pub(super) fn to_vtep(&self, addresses: &[Address], links: &[Self]) -> Option<Vtep> {
+        let vxlan = self.vxlan.as_ref()?;
+        let v6 = self.name.starts_with("flannel-v6.");
+        if self.name != crate::flannel::device_name(vxlan.vni, v6) {
+            return None;
+        }
+        let parent = vxlan.parent.and_then(|parent| {
+            let link = links.iter().find(|link| link.index == parent)?;
+            Some(link.name.clone())
+        });
+        Some(Vtep {
+            name: self.name.clone(),
+            index: self.index,
+            vni: vxlan.vni,
+            port: vxlan.port,
+            mac: self.mac?,
+            mtu: self.mtu,
+            local: vxlan.local,
+            parent,
+            addresses: addresses
+                .iter()
+                .filter(|address| address.index == self.index && !address.link_local)
+                .map(|address| address.net)
+                .collect(),
+        })
+    }
+}
+
+/// The request for the addresses of a link, or of all.
+pub(super) fn to_address_dump(index: u32) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.index = index;
+    message
+}
+
+/// The message that adds an address to a link, or deletes it.
+pub(super) fn to_address(index: u32, net: IpNet, scope: Scope) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.index = index;
+    message.header.prefix_len = net.prefix_len();
+    message.header.family = match net {
+        IpNet::V4(_) => AddressFamily::Inet,
+        IpNet::V6(_) => AddressFamily::Inet6,
+    };
+    message.header.scope = match scope {
+        Scope::Global => AddressScope::Universe,
+        Scope::Link => AddressScope::Link,
+    };
+    if matches!(net, IpNet::V6(_)) {
+        // Nobody else is on the link who could have it; it is usable at once.
+        message.header.flags = AddressHeaderFlags::Nodad;
+        message.header.scope = AddressScope::Universe;
+    }
+    message.attributes = vec![
+        AddressAttribute::Local(net.addr()),
+        AddressAttribute::Address(net.addr()),
+    ];
+    message
+}
+
+/// The address in a message.
+pub(super) fn from_address(message: &AddressMessage) -> Option<Address> {
+    let header = &message.header;
+    let mut address = None;
+    for attribute in &message.attributes {
+        match attribute {
+            // On a point-to-point link the other one is the peer's.
+            AddressAttribute::Local(local) => address = Some(*local),
+            AddressAttribute::Address(other) => address = address.or(Some(*other)),
+            _ => {}
+        }
+    }
+    let net = IpNet::new(address?, header.prefix_len).ok()?;
+    let link_local = match net.addr() {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    };
+    let scope = match (net, header.scope) {
+        (IpNet::V6(_), _) | (_, AddressScope::Universe) => Scope::Global,
+        _ => Scope::Link,
+    };
+    Some(Address {
+        index: header.index,
+        net,
+        scope,
+        link_local,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::Parseable as _;
+
+    use super::*;
+
+    #[test]
+    fn an_address_survives_the_way_to_the_kernel_and_back() {
+        for (text, scope) in [
+            ("10.42.1.0/32", Scope::Global),
+            ("10.4.0.1/32", Scope::Link),
+            ("fd00:42::/128", Scope::Global),
+        ] {
+            let net = text.parse().unwrap();
+            let message = to_address(7, net, scope);
+            let mut bytes = vec![0; message.buffer_len()];
+            message.emit(&mut bytes);
+            let found = from_address(&AddressMessage::parse(&bytes[..]).unwrap());
+            let expected = Address {
+                index: 7,
+                net,
+                scope,
+                link_local: false,
+            };
+            assert_eq!(found, Some(expected));
+        }
+    }
+
+    #[test]
+    fn flannels_devices_are_told_from_other_vxlan_links() {
+        let parent = Found {
+            index: 2,
+            name: "eth0".to_owned(),
+            ..Found::default()
+        };
+        let link = |name: &str| Found {
+            index: 3,
+            name: name.to_owned(),
+            mac: Some(Mac([2; 6])),
+            vxlan: Some(Vxlan {
+                vni: 1,
+                port: 8472,
+                local: None,
+                parent: Some(2),
+            }),
+            ..Found::default()
+        };
+        let links = [parent];
+        let parent = |name| link(name).to_vtep(&[], &links).map(|vtep| vtep.parent);
+
+        assert_eq!(parent("flannel.1"), Some(Some("eth0".to_owned())));
+        assert_eq!(parent("flannel-v6.1"), Some(Some("eth0".to_owned())));
+        for name in ["flannel.2", "vxlan.calico", "flannel", "flannel.1.1"] {
+            assert_eq!(parent(name), None, "{name}");
+        }
+    }
+}

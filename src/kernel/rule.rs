@@ -1,0 +1,183 @@
+//! Routing policy rules as netlink messages, and back. Pure.
+
+use ipnet::IpNet;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::route::{RouteHeader, RouteProtocol};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
+
+use crate::plan::{PROTOCOL, Rule};
+
+/// Every bit of the mark counts.
+const WHOLE_MARK: u32 = u32::MAX;
+/// What the kernel says where no prefix length is suppressed.
+const NOT_SUPPRESSED: u32 = u32::MAX;
+
+/// The message that adds the rule, or deletes it.
+pub(super) fn to_message(rule: &Rule) -> RuleMessage {
+    let mut message = to_dump(rule.v6);
+    message.header.action = RuleAction::ToTable;
+    message.header.table = u8::try_from(rule.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
+    message.attributes = vec![
+        RuleAttribute::Priority(rule.priority),
+        RuleAttribute::Table(rule.table),
+        RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)),
+    ];
+    if let Some(from) = rule.from {
+        message.header.src_len = from.prefix_len();
+        message
+            .attributes
+            .push(RuleAttribute::Source(from.network()));
+    }
+    let iif = rule.iif.clone();
+    message.attributes.extend(iif.map(RuleAttribute::Iifname));
+    if let Some(mark) = rule.fwmark {
+        message.attributes.extend([
+            RuleAttribute::FwMark(mark),
+            RuleAttribute::FwMask(WHOLE_MARK),
+        ]);
+    }
+    message
+}
+
+/// The request for all rules of a family.
+pub(super) fn to_dump(v6: bool) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = if v6 {
+        AddressFamily::Inet6
+    } else {
+        AddressFamily::Inet
+    };
+    message
+}
+
+/// A rule of whoever's.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Found {
+    pub(super) v6: bool,
+    pub(super) priority: u32,
+    pub(super) table: u32,
+    pub(super) protocol: u8,
+    /// `None` if it selects by something that no rule of the agent's does.
+    pub(super) rule: Option<Rule>,
+}
+
+impl Found {
+    /// Whether the agent made it.
+    pub(super) fn is_ours(&self) -> bool {
+        self.protocol == PROTOCOL && self.rule.is_some()
+    }
+}
+
+/// The rule in a message; `None` where the family is not an IP.
+pub(super) fn from_message(message: &RuleMessage) -> Option<Found> {
+    let v6 = match message.header.family {
+        AddressFamily::Inet => false,
+        AddressFamily::Inet6 => true,
+        _ => return None,
+    };
+    let header = &message.header;
+    let mut rule = Rule {
+        priority: 0,
+        v6,
+        from: None,
+        iif: None,
+        fwmark: None,
+        table: header.table.into(),
+    };
+    let mut protocol = 0;
+    let mut plain = header.action == RuleAction::ToTable
+        && header.dst_len == 0
+        && header.tos == 0
+        && !header.flags.contains(RuleFlags::Invert);
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::Table(table) => rule.table = *table,
+            RuleAttribute::Protocol(number) => protocol = u8::from(*number),
+            RuleAttribute::Source(address) => {
+                rule.from = IpNet::new(*address, header.src_len).ok();
+            }
+            RuleAttribute::Iifname(name) => rule.iif = Some(name.clone()),
+            RuleAttribute::FwMark(mark) => rule.fwmark = Some(*mark),
+            RuleAttribute::FwMask(mask) => plain &= *mask == WHOLE_MARK,
+            RuleAttribute::SuppressPrefixLen(length) => plain &= *length == NOT_SUPPRESSED,
+            _ => plain = false,
+        }
+    }
+    Some(Found {
+        v6,
+        priority: rule.priority,
+        table: rule.table,
+        protocol,
+        rule: plain.then_some(rule),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::{Emitable as _, Parseable as _};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn any_rule() -> impl Strategy<Value = Rule> {
+        let from = prop_oneof![
+            any::<[u8; 4]>().prop_map(|bytes| (std::net::IpAddr::from(bytes), 32)),
+            any::<[u8; 16]>().prop_map(|bytes| (std::net::IpAddr::from(bytes), 128)),
+        ];
+        (
+            1..32_766_u32,
+            from,
+            0..=32_u8,
+            proptest::option::of(proptest::sample::select(vec!["lo", "kilo0"])),
+            proptest::option::of(any::<u32>()),
+            proptest::sample::select(vec![254, 5130, 5132]),
+            any::<bool>(),
+        )
+            .prop_map(
+                |(priority, (address, _), length, iif, fwmark, table, all)| Rule {
+                    priority,
+                    v6: address.is_ipv6(),
+                    // A prefix of length 0 is every source.
+                    from: (!all && length > 0)
+                        .then(|| IpNet::new(address, length).unwrap().trunc()),
+                    iif: iif.map(str::to_owned),
+                    fwmark,
+                    table,
+                },
+            )
+    }
+
+    proptest! {
+        #[test]
+        fn every_rule_survives_the_way_to_the_kernel_and_back(rule in any_rule()) {
+            let message = to_message(&rule);
+            let mut bytes = vec![0; message.buffer_len()];
+            message.emit(&mut bytes);
+            let found = from_message(&RuleMessage::parse(&bytes[..]).unwrap()).unwrap();
+            prop_assert!(found.is_ours());
+            prop_assert_eq!(found.rule, Some(rule));
+        }
+    }
+
+    #[test]
+    fn a_rule_that_selects_by_more_is_not_ours() {
+        let rule = Rule {
+            priority: 5190,
+            v6: false,
+            from: None,
+            iif: None,
+            fwmark: Some(1),
+            table: 5130,
+        };
+        let mut inverted = to_message(&rule);
+        inverted.header.flags |= RuleFlags::Invert;
+        let mut by_destination = to_message(&rule);
+        by_destination.header.dst_len = 8;
+        let mut masked = to_message(&rule);
+        masked.attributes.push(RuleAttribute::FwMask(0xff));
+        for message in [inverted, by_destination, masked] {
+            assert!(!from_message(&message).unwrap().is_ours());
+        }
+    }
+}

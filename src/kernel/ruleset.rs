@@ -1,0 +1,261 @@
+//! Installs the agent's nft table with the `nft` program, and tells whether it is still as installed.
+//!
+//! After a table was replaced, it is listed (without counters), and a digest of the listing is left in
+//! it as the comment of a rule, beside the identity of what was asked for. So any process can tell at
+//! any time which rules these are and whether somebody touched them, whatever the version of `nft`
+//! makes of them. nf_tables' generation number tells for free that nothing has changed since.
+
+use std::io::{self, Write as _};
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context as _, bail, ensure};
+
+use super::nfnetlink::Nfnetlink;
+use super::nft::{self, SEAL, TABLE, digest, render};
+use crate::plan::{Firewall, FirewallId};
+use crate::refusal::Refusal;
+
+/// How the comment that seals the table starts.
+const SEALED: &str = "installed";
+/// How much of what `nft` complains about is passed on, in bytes: the first line and the culprit.
+const MAX_COMPLAINT: usize = 400;
+
+/// The agent's table in the kernel.
+#[derive(Debug)]
+pub(super) struct Rulesets {
+    netlink: Nfnetlink,
+    /// What was found last, and nf_tables' generation before that.
+    last: Option<(u32, Option<FirewallId>)>,
+}
+
+/// The table's counters, in packets.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Counters {
+    /// Dropped because they would have left the region in clear.
+    pub leak_drops: u64,
+    /// Left the region in clear, because the operator wants that rather than no connection.
+    pub leaks: u64,
+    /// Dropped because a pod sent them to the port of VXLAN or of the tunnel.
+    pub pod_drops: u64,
+}
+
+impl Rulesets {
+    pub(super) fn open() -> anyhow::Result<Self> {
+        Ok(Self {
+            netlink: Nfnetlink::open().context("opening a socket to nf_tables")?,
+            last: None,
+        })
+    }
+
+    /// What the table is, if it is there.
+    pub(super) fn observe(&mut self) -> anyhow::Result<Option<FirewallId>> {
+        // Read before the listing: what changes in between makes the next call list again.
+        let generation = self
+            .netlink
+            .generation()
+            .context("asking nf_tables for its generation")?;
+        if let Some((last, id)) = self.last
+            && last == generation
+        {
+            return Ok(id);
+        }
+        let id = if self.exists()? {
+            Some(sealed(&list()?).unwrap_or(FirewallId::UNKNOWN))
+        } else {
+            None
+        };
+        self.last = Some((generation, id));
+        Ok(id)
+    }
+
+    /// Replaces the table, or makes it, in one transaction.
+    pub(super) fn replace(&self, firewall: &Firewall) -> anyhow::Result<()> {
+        for name in firewall.vxlan.keys().chain([&firewall.tunnel]) {
+            // The kernel allows nearly everything in a name, nft's language does not.
+            ensure!(
+                is_plain(name),
+                "the name of the link {} cannot be written in nft's language",
+                name.escape_debug()
+            );
+        }
+        let text = render(firewall);
+        run(&["-f", "-"], &text)?;
+        let content = digest(list()?.as_bytes());
+        let comment = seal(firewall.id(), content);
+        run(
+            &["-f", "-"],
+            &format!("add rule inet {TABLE} {SEAL} continue comment \"{comment}\"\n"),
+        )?;
+        Ok(())
+    }
+
+    /// Deletes the table. It is no error if there is none.
+    pub(super) fn delete(&mut self) -> anyhow::Result<()> {
+        if self.exists()? {
+            run(&["delete", "table", "inet", TABLE], "")?;
+        }
+        Ok(())
+    }
+
+    /// What the table has counted; all zero where it is not there.
+    pub(super) fn counters(&mut self) -> anyhow::Result<Counters> {
+        if !self.exists()? {
+            return Ok(Counters::default());
+        }
+        let mut packets = |name| {
+            self.netlink
+                .packets(TABLE, name)
+                .with_context(|| format!("reading the counter {name}"))
+        };
+        Ok(Counters {
+            leak_drops: packets(nft::LEAK_DROPS)?,
+            leaks: packets(nft::LEAKS)?,
+            pod_drops: packets(nft::POD_DROPS)?,
+        })
+    }
+
+    fn exists(&mut self) -> anyhow::Result<bool> {
+        self.netlink
+            .has_table(TABLE)
+            .context("asking nf_tables for the table inet selvedge")
+    }
+}
+
+/// The comment that seals a table.
+fn seal(asked: FirewallId, listed: FirewallId) -> String {
+    format!("{SEALED} {} {}", hex(asked), hex(listed))
+}
+
+/// The identity in a listing's seal, unless the rest of the listing is not what was sealed.
+fn sealed(listing: &str) -> Option<FirewallId> {
+    let mut content = String::with_capacity(listing.len());
+    let mut comment = None;
+    for line in listing.split_inclusive('\n') {
+        match line.split_once(&format!("comment \"{SEALED} ")) {
+            Some((_, rest)) if comment.is_none() => {
+                comment = Some(rest.trim_end().strip_suffix('"')?);
+            }
+            _ => content.push_str(line),
+        }
+    }
+    let (asked, listed) = comment?.split_once(' ')?;
+    (listed == hex(digest(content.as_bytes()))).then(|| from_hex(asked))?
+}
+
+fn hex(id: FirewallId) -> String {
+    id.0.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn from_hex(text: &str) -> Option<FirewallId> {
+    let number = u128::from_str_radix(text, 16).ok()?;
+    (text.len() == 32).then(|| FirewallId(number.to_be_bytes()))
+}
+
+fn is_plain(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    !name.is_empty() && name.bytes().all(plain)
+}
+
+/// The table as `nft` prints it, without what counters say.
+fn list() -> anyhow::Result<String> {
+    run(&["--stateless", "list", "table", "inet", TABLE], "")
+}
+
+/// Runs `nft` and returns what it prints.
+fn run(arguments: &[&str], input: &str) -> anyhow::Result<String> {
+    let output = match spawn(arguments, input) {
+        Ok(output) => output,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(missing().into());
+        }
+        Err(error) => return Err(error).context("running the program nft"),
+    };
+    if !output.status.success() {
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        let complaint: String = complaint
+            .trim()
+            .escape_debug()
+            .take(MAX_COMPLAINT)
+            .collect();
+        bail!(
+            "nft {}: {complaint} ({})",
+            arguments.join(" "),
+            output.status
+        );
+    }
+    String::from_utf8(output.stdout).context("reading what nft printed")
+}
+
+fn missing() -> Refusal {
+    Refusal::configuration(
+        "the program nft is not on the PATH: install nftables 1.0 or newer, or use the container image, which carries it",
+    )
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "nft is the one program the agent runs: no maintained crate speaks enough of nf_tables"
+)]
+fn spawn(arguments: &[&str], input: &str) -> io::Result<Output> {
+    let mut child = Command::new("nft")
+        .args(arguments)
+        .env("LC_ALL", "C")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    // nft reads all of its input before it prints anything, so this cannot block for ever. If it
+    // ended early, its status says why.
+    if let Some(mut stdin) = child.stdin.take() {
+        let _ = stdin.write_all(input.as_bytes());
+    }
+    child.wait_with_output()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LISTING: &str = "table inet selvedge {\n\tchain transit {\n\t\ticmp type 8 notrack\n\t}\n\n\tchain seal {\n\t}\n}\n";
+
+    fn with_seal(listing: &str, comment: &str) -> String {
+        let rule = format!("\tchain seal {{\n\t\tcontinue comment \"{comment}\"\n");
+        listing.replace("\tchain seal {\n", &rule)
+    }
+
+    #[test]
+    fn a_sealed_table_tells_what_it_was_made_from() {
+        let asked = FirewallId([7; 16]);
+        let comment = seal(asked, digest(LISTING.as_bytes()));
+        assert!(comment.len() <= 128, "nft refuses longer comments");
+
+        assert_eq!(sealed(&with_seal(LISTING, &comment)), Some(asked));
+    }
+
+    #[test]
+    fn a_table_that_somebody_touched_has_no_identity() {
+        let comment = seal(FirewallId([7; 16]), digest(LISTING.as_bytes()));
+        let listing = with_seal(LISTING, &comment);
+
+        let touched = [
+            listing.replace("icmp", "icmpv6"),
+            listing.replace("\t\ticmp type 8 notrack\n", ""),
+            listing.replace(&comment, "installed"),
+            listing.replace(&comment, "installed 07 07"),
+            listing.replace("continue", "continue comment \"installed x\"\n\t\tcontinue"),
+            LISTING.to_owned(),
+            String::new(),
+        ];
+        for listing in touched {
+            assert_eq!(sealed(&listing), None, "{listing}");
+        }
+    }
+
+    #[test]
+    fn names_that_would_leave_their_quotes_are_refused() {
+        for name in ["", "kilo0\"", "a b", "x;y", "kilo0\n"] {
+            assert!(!is_plain(name), "{name:?}");
+        }
+        assert!(is_plain("flannel-v6.1"));
+    }
+}

@@ -1,0 +1,58 @@
+//! The sysctls of the tunnel's own link.
+//!
+//! Read as files; set by netlink, because a container that is not privileged sees `/proc/sys`
+//! read-only.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use anyhow::Context as _;
+
+/// Which of a link's settings the agent cares for: below `net/FAMILY/conf/LINK/`.
+const KEYS: [(&str, &str); 2] = [("ipv4", "rp_filter"), ("ipv6", "addr_gen_mode")];
+
+/// The settings of the link, by path below `/proc/sys`, without those this kernel does not have.
+pub(super) fn read(link: &str) -> BTreeMap<String, String> {
+    KEYS.iter()
+        .filter_map(|(family, key)| {
+            let path = format!("net/{family}/conf/{link}/{key}");
+            let value = fs::read_to_string(format!("/proc/sys/{path}")).ok()?;
+            Some((path, value.trim().to_owned()))
+        })
+        .collect()
+}
+
+/// The family and name (`ipv4/rp_filter`) of a setting of the link; an error for any other path.
+pub(super) fn key(path: &str, link: &str) -> anyhow::Result<String> {
+    let parts: Vec<&str> = path.split('/').collect();
+    let key = match parts[..] {
+        ["net", family, "conf", of, name] if of == link => Some((family, name)),
+        _ => None,
+    };
+    let (family, name) = key
+        .filter(|key| KEYS.contains(key))
+        .with_context(|| format!("{} is not for the agent to set", path.escape_debug()))?;
+    Ok(format!("{family}/{name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_settings_of_the_own_link_are_set() {
+        assert_eq!(
+            key("net/ipv4/conf/kilo0/rp_filter", "kilo0").unwrap(),
+            "ipv4/rp_filter"
+        );
+        for path in [
+            "net/ipv4/conf/all/rp_filter",
+            "net/ipv4/conf/kilo0/forwarding",
+            "net/ipv4/ip_forward",
+            "net/ipv4/conf/../rp_filter",
+            "kernel/core_pattern",
+        ] {
+            assert!(key(path, "kilo0").is_err(), "{path}");
+        }
+    }
+}
