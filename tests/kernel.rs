@@ -151,7 +151,7 @@ fn leader() -> State {
             unicast(&[flannel.clone()], v4),
         ),
         (
-            key(Table::Back, "192.168.50.12/32", 0),
+            key(Table::Members, "192.168.50.13/32", 0),
             unicast(&[flannel, plain.clone()], None),
         ),
         (
@@ -192,7 +192,7 @@ fn leader() -> State {
             Rule {
                 iif: Some("lo".to_owned()),
                 from: Some(net(network)),
-                ..rule(5192, v6, Table::Back.id())
+                ..rule(5192, v6, Table::Members.id())
             },
             Rule {
                 from: Some(net(network)),
