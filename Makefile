@@ -1,0 +1,48 @@
+# The commands of the README and of CONTRIBUTING. Those that need root say so and stop.
+#
+#   make lab [ARGS="--real --keep"]   scenario 000 in network namespaces, narrated
+#   make test                         everything that has to pass, with real flannel and Kubernetes
+#   make check                        formatting, lints, documentation, dependencies
+#   make bench                        the benchmarks, as ratios to the peers in one run
+#   make fuzz [SECONDS_EACH=60]       the parsers and state machines, a minute each
+#   make programs                     kube-apiserver, etcd, flanneld, ... from their Go modules
+#   make clean
+
+CARGO ?= cargo
+ARGS ?=
+SECONDS_EACH ?= 60
+
+.PHONY: lab test check bench fuzz programs clean
+.NOTPARALLEL:
+
+lab:
+	scripts/setup.sh lab
+	$(if $(findstring --real,$(ARGS)),lab/build.sh labcp flanneld)
+	$(CARGO) build --quiet --bin selvedge --example lab
+	target/debug/examples/lab $(ARGS)
+
+programs:
+	lab/build.sh
+
+# One test binary after the other; those that bring up a cluster run their steps in order.
+test:
+	scripts/setup.sh test
+	lab/build.sh
+	$(MAKE) check
+	$(CARGO) test --workspace --no-fail-fast
+
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items --quiet
+	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check; \
+	else echo "check: cargo-deny is not installed, so licences and advisories were not checked"; fi
+
+bench:
+	$(CARGO) bench
+
+fuzz:
+	tests/fuzz/run $(SECONDS_EACH)
+
+clean:
+	$(CARGO) clean
