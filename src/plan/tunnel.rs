@@ -61,7 +61,6 @@ pub(super) fn sysctls(site: &Site<'_>) -> BTreeMap<String, String> {
             format!("net/ipv6/conf/{name}/addr_gen_mode"),
             "1".to_owned(),
         );
-        sysctls.insert(format!("net/ipv6/conf/{name}/accept_ra"), "0".to_owned());
     }
     sysctls
 }
