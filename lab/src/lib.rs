@@ -3,6 +3,7 @@
 //!
 //! Tests and `examples/lab` share it; the product itself never depends on it.
 
+pub mod api;
 pub mod capture;
 pub mod client;
 pub mod controlplane;
