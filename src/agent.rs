@@ -6,6 +6,7 @@ pub mod keyfile;
 pub mod preflight;
 pub mod publication;
 pub mod reconcile;
+pub mod report;
 pub mod resolve;
 pub mod schedule;
 

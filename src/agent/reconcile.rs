@@ -137,25 +137,26 @@ fn names(snapshot: &Snapshot) -> BTreeSet<String> {
         .collect()
 }
 
-/// What a [`Decision`] is carried out on.
+/// What a [`Decision`] is carried out on. Calls may block for as long as the kernel takes.
 pub trait Platform {
     /// What is there of the agent's, read afresh.
-    fn observe(&mut self) -> impl Future<Output = anyhow::Result<State>>;
+    fn observe(&mut self) -> anyhow::Result<State>;
 
-    /// Makes one change. It is no error if all is already so.
-    fn apply(&mut self, change: &Change) -> impl Future<Output = anyhow::Result<()>>;
+    /// Makes changes in their order and returns those that failed; one that fails does not keep
+    /// those behind it from being made. It is no error if all is already so.
+    fn apply_all<'a>(&mut self, changes: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)>;
 }
 
 /// What a pass did.
 #[derive(Debug, Default)]
-pub struct Report {
+pub struct Pass {
     /// The changes made, in order.
     pub made: Vec<Change>,
-    /// What could not be done, and why.
-    pub failed: Vec<(Option<Change>, anyhow::Error)>,
+    /// What could not be done, in sentences.
+    pub failed: Vec<String>,
 }
 
-impl Report {
+impl Pass {
     /// How the pass ended.
     pub fn outcome(&self) -> Outcome {
         if !self.failed.is_empty() {
@@ -169,20 +170,27 @@ impl Report {
 }
 
 /// Makes the platform as desired, as far as it goes.
-pub async fn pass(platform: &mut impl Platform, desired: &State) -> Report {
-    let mut report = Report::default();
-    let observed = match platform.observe().await {
+pub fn pass(platform: &mut impl Platform, desired: &State) -> Pass {
+    let observed = match platform.observe() {
         Ok(observed) => observed,
         Err(error) => {
-            report.failed.push((None, error));
-            return report;
+            return Pass {
+                failed: vec![format!("reading the kernel: {error:#}")],
+                ..Pass::default()
+            };
         }
     };
-    for change in diff(&observed, desired) {
-        match platform.apply(&change).await {
-            Ok(()) => report.made.push(change),
-            Err(error) => report.failed.push((Some(change), error)),
-        }
+    let changes = diff(&observed, desired);
+    let failed = platform
+        .apply_all(&changes)
+        .into_iter()
+        .map(|(change, error)| (change.clone(), format!("{change}: {error:#}")))
+        .collect::<Vec<_>>();
+    Pass {
+        made: changes
+            .into_iter()
+            .filter(|change| failed.iter().all(|(failed, _)| failed != change))
+            .collect(),
+        failed: failed.into_iter().map(|(_, sentence)| sentence).collect(),
     }
-    report
 }

@@ -1,0 +1,207 @@
+//! The agent's [`Report`], put together from what it knows. Pure.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::reconcile::{Decision, Facts};
+use crate::cluster::{Contact, annotation};
+use crate::config::{Config, OnTunnelDown};
+use crate::flannel::Backend;
+use crate::plan::State;
+use crate::status::{Api, Flannel, Peer, Report, Role, Segment, Tunnel};
+use crate::topology::{Mode, Topology};
+use crate::wireguard::key::PublicKey;
+
+/// What the tunnel says of a peer.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Traffic {
+    /// Where it sends.
+    pub endpoint: Option<SocketAddr>,
+    /// The time since the last handshake; `None` where there was none.
+    pub handshake_age: Option<Duration>,
+    /// Bytes received.
+    pub received: u64,
+    /// Bytes sent.
+    pub sent: u64,
+}
+
+/// What is looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// The flags.
+    pub config: &'a Config,
+    /// This node's key.
+    pub public_key: PublicKey,
+    /// What the last pass looked at.
+    pub facts: &'a Facts,
+    /// What followed from it.
+    pub decision: &'a Decision,
+    /// How the API is reached.
+    pub contact: &'a Contact,
+    /// Whether the cluster was read from the API, and not from the cache.
+    pub live: bool,
+    /// What was refused while reading the cluster's objects.
+    pub rejected: &'a [String],
+    /// What keeps the node from being as it should.
+    pub problems: &'a [String],
+    /// The tunnel's peers.
+    pub traffic: &'a BTreeMap<PublicKey, Traffic>,
+    /// Packets the tunnel dropped, by reason.
+    pub drops: &'a BTreeMap<String, u64>,
+    /// VXLAN packets that the firewall dropped.
+    pub leak_drops: Option<u64>,
+}
+
+/// Puts the report together.
+pub fn report(inputs: &Inputs<'_>) -> Report {
+    let Inputs {
+        config,
+        facts,
+        decision,
+        ..
+    } = inputs;
+    let topology = &decision.topology;
+    let segment = topology.segment_of(&config.node);
+    let none = State::default();
+    let desired = decision.desired.as_ref().unwrap_or(&none);
+    let mut excluded = inputs.rejected.to_vec();
+    excluded.extend(topology.excluded.iter().map(ToString::to_string));
+    excluded.extend(topology.overlaps.iter().map(ToString::to_string));
+
+    Report {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        node: config.node.to_string(),
+        ready: inputs.problems.is_empty(),
+        problems: inputs.problems.to_vec(),
+        role: match segment {
+            Some(segment) if segment.leader == config.node => Role::Leader,
+            Some(_) => Role::Follower,
+            None => Role::Outside,
+        },
+        segment: segment.map(|segment| segment.name.to_string()),
+        leader: segment.map(|segment| segment.leader.to_string()),
+        mode: mode(&topology.mode),
+        granularity: annotation::format_granularity(config.granularity).to_owned(),
+        tunnel: Tunnel {
+            interface: config.interface.clone(),
+            public_key: inputs.public_key.to_string(),
+            listen_port: desired.listen_port.map(Into::into),
+            mtu: desired.link.as_ref().map(|link| link.mtu),
+            addresses: desired.addresses.keys().map(ToString::to_string).collect(),
+            endpoint: decision
+                .annotations
+                .as_ref()
+                .and_then(|annotations| annotations.get(annotation::ENDPOINT).cloned()),
+        },
+        flannel: facts.flannel.as_ref().map(|flannel| Flannel {
+            backend: match flannel.backend {
+                Backend::Vxlan => "vxlan".to_owned(),
+                Backend::HostGw => "host-gw".to_owned(),
+            },
+            direct_routing: flannel.direct_routing,
+            networks: strings(&flannel.networks),
+            subnets: strings(&flannel.subnets),
+            mtu: flannel.mtu,
+            links: flannel.vteps.iter().map(|vtep| vtep.name.clone()).collect(),
+        }),
+        api: Api {
+            server: inputs.contact.origin.as_ref().map(ToString::to_string),
+            cached: !inputs.live,
+            error: inputs.contact.trouble.clone(),
+        },
+        segments: topology
+            .segments
+            .iter()
+            .map(|segment| Segment {
+                name: segment.name.to_string(),
+                leader: segment.leader.to_string(),
+                endpoint: segment
+                    .discovered
+                    .map(|address| address.to_string())
+                    .or_else(|| segment.endpoint.as_ref().map(ToString::to_string)),
+                wireguard_ips: strings(&segment.wireguard_ips),
+                nodes: segment
+                    .nodes
+                    .iter()
+                    .map(|node| node.name.to_string())
+                    .collect(),
+            })
+            .collect(),
+        peers: peers(inputs, desired),
+        outsiders: topology
+            .outsiders
+            .iter()
+            .map(|outsider| outsider.name.to_string())
+            .collect(),
+        excluded,
+        ready_nodes: topology
+            .segments
+            .iter()
+            .map(|segment| segment.nodes.len())
+            .sum(),
+        external_peers: topology.peers.len(),
+        routes: desired.routes.len(),
+        fail_open: config.on_tunnel_down == OnTunnelDown::Open,
+        drops: inputs.drops.clone(),
+        leak_drops: inputs.leak_drops,
+    }
+}
+
+fn mode(mode: &Mode) -> String {
+    match mode {
+        Mode::Native => "Selvedge's own algorithm".to_owned(),
+        Mode::Kilo(nodes) => {
+            let nodes = nodes.iter().map(ToString::to_string).collect::<Vec<_>>();
+            format!(
+                "Kilo's algorithm, because Kilo runs on {}",
+                nodes.join(", ")
+            )
+        }
+    }
+}
+
+fn peers(inputs: &Inputs<'_>, desired: &State) -> Vec<Peer> {
+    let mut peers = desired
+        .peers
+        .iter()
+        .map(|(key, peer)| {
+            let traffic = inputs.traffic.get(key).copied().unwrap_or_default();
+            Peer {
+                name: name(&inputs.decision.topology, key),
+                public_key: key.to_string(),
+                endpoint: traffic
+                    .endpoint
+                    .or(peer.endpoint)
+                    .map(|endpoint| endpoint.to_string()),
+                allowed_ips: strings(&peer.allowed_ips),
+                handshake_age: traffic.handshake_age.map(|age| age.as_secs()),
+                received: traffic.received,
+                sent: traffic.sent,
+                persistent_keepalive: peer.persistent_keepalive.map_or(0, Into::into),
+            }
+        })
+        .collect::<Vec<_>>();
+    peers.sort_by(|a, b| a.name.cmp(&b.name));
+    peers
+}
+
+fn name(topology: &Topology, key: &PublicKey) -> String {
+    let segment = topology
+        .segments
+        .iter()
+        .find(|segment| segment.public_key == *key)
+        .map(|segment| segment.name.to_string());
+    let external = || {
+        topology
+            .peers
+            .iter()
+            .find(|peer| peer.public_key == *key)
+            .map(|peer| peer.name.clone())
+    };
+    segment.or_else(external).unwrap_or_default()
+}
+
+fn strings<'a, T: ToString + 'a>(items: impl IntoIterator<Item = &'a T>) -> Vec<String> {
+    items.into_iter().map(ToString::to_string).collect()
+}
