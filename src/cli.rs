@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{ArgMatches, Args as _, Command, FromArgMatches};
+use clap::{ArgMatches, Command, FromArgMatches};
 
 use crate::config::{self, Config, Flags};
 use crate::refusal::{self, Refusal};
@@ -43,6 +43,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     match name {
         "agent" => crate::agent::run(agent_config(matches)?),
         "status" => status::run(arguments(matches)?),
+        "doctor" => crate::doctor::run(arguments(matches)?),
         "graph" => crate::graph::run(&arguments(matches)?),
         "showconf" => crate::showconf::run(&arguments(matches)?),
         other => unreachable!("clap knows no command {other}"),
@@ -57,25 +58,40 @@ fn arguments<T: FromArgMatches>(matches: &ArgMatches) -> Result<T, Refusal> {
     T::from_arg_matches(matches).map_err(|error| Refusal::usage(config::sentence(&error)))
 }
 
+/// Said below the help of commands that take the agent's flags.
+const LAYERS: &str = "Each flag is also read from the environment (SELVEDGE_LOG_LEVEL for --log-level) \
+and from the file of --config (lines such as log-level: debug). A flag wins over the environment, \
+and the environment over the file.";
+
 fn command() -> Command {
+    let agents_flags = |name, about| subcommand::<Flags>(name, about).after_help(LAYERS);
     Command::new("selvedge")
         .about("Joins the regions of a flannel cluster through WireGuard tunnels between leaders")
         .version(env!("CARGO_PKG_VERSION"))
         .subcommand_required(true)
         .args_override_self(true)
         .infer_long_args(false)
-        .subcommand(Flags::augment_args(
-            Command::new("agent").about("Run this node's part of the mesh"),
+        .subcommand(agents_flags("agent", "Run this node's part of the mesh"))
+        .subcommand(agents_flags(
+            "doctor",
+            "Find what is wrong with this node's mesh, and say what to do",
         ))
-        .subcommand(crate::graph::Args::augment_args(
-            Command::new("graph").about("Draw the mesh"),
+        .subcommand(subcommand::<status::Args>(
+            "status",
+            "Show what this node's agent sees and does",
         ))
-        .subcommand(crate::showconf::Args::augment_args(
-            Command::new("showconf").about("Show the WireGuard configuration of a node or peer"),
+        .subcommand(subcommand::<crate::graph::Args>("graph", "Draw the mesh"))
+        .subcommand(subcommand::<crate::showconf::Args>(
+            "showconf",
+            "Show the WireGuard configuration of a node or peer",
         ))
-        .subcommand(status::Args::augment_args(
-            Command::new("status").about("Show what this node's agent sees and does"),
-        ))
+}
+
+/// A command with the arguments of `T`, whose documentation is for programmers.
+fn subcommand<T: clap::Args>(name: &'static str, about: &'static str) -> Command {
+    T::augment_args(Command::new(name))
+        .about(about)
+        .long_about(None)
 }
 
 /// Flags without a command are the agent's, as with Kilo's `kg`; so an image can be swapped without

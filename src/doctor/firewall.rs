@@ -1,0 +1,274 @@
+//! Other programs' nf_tables rules that may drop what the mesh carries.
+//!
+//! In nf_tables one table's accept does not protect from another's drop, so the agent can only tell.
+
+use std::collections::BTreeMap;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+
+use super::Finding;
+
+/// The agent's own table.
+const OWN: &str = "selvedge";
+
+/// All rules of this network namespace, as `nft` lists them.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "nft is the one program the product runs"
+)]
+pub(super) fn ruleset() -> anyhow::Result<Value> {
+    let output = Command::new("nft")
+        .args(["-j", "list", "ruleset"])
+        .stdin(Stdio::null())
+        .output()
+        .context("running nft")?;
+    ensure!(
+        output.status.success(),
+        "nft says {}",
+        String::from_utf8_lossy(&output.stderr)
+            .trim()
+            .escape_debug()
+    );
+    serde_json::from_slice(&output.stdout).context("reading nft's answer")
+}
+
+/// A base chain at the hook for input or forwarding.
+#[derive(Debug)]
+struct Chain<'a> {
+    name: &'a str,
+    hook: &'a str,
+    /// Whether what no rule accepts is dropped.
+    closed: bool,
+    /// Whether it, or a chain of its table, has a rule about the tunnel's port.
+    knows_port: bool,
+    /// Whether it, or a chain of its table, has a rule about the tunnel's link.
+    knows_link: bool,
+}
+
+/// What of a ruleset may stand in the way of the tunnel's port and of what comes through its link.
+pub(super) fn findings(ruleset: &Value, port: u16, link: &str) -> Vec<Finding> {
+    let mut chains = BTreeMap::<(&str, &str, &str), Chain<'_>>::new();
+    let objects = || {
+        let list = ruleset.get("nftables").and_then(Value::as_array);
+        list.into_iter().flatten()
+    };
+    for chain in objects().filter_map(|object| object.get("chain")) {
+        let text = |key| chain.get(key).and_then(Value::as_str).unwrap_or_default();
+        if text("table") == OWN || !matches!(text("hook"), "input" | "forward") {
+            continue;
+        }
+        let key = (text("family"), text("table"), text("name"));
+        let chain = Chain {
+            name: text("name"),
+            hook: text("hook"),
+            closed: text("policy") == "drop",
+            knows_port: false,
+            knows_link: false,
+        };
+        chains.insert(key, chain);
+    }
+    for rule in objects().filter_map(|object| object.get("rule")) {
+        let text = |key| rule.get(key).and_then(Value::as_str).unwrap_or_default();
+        let Some(expressions) = rule.get("expr").and_then(Value::as_array) else {
+            continue;
+        };
+        let (port, link) = (
+            expressions.iter().any(|e| is_about_port(e, port)),
+            expressions.iter().any(|e| is_about_link(e, link)),
+        );
+        let table = (text("family"), text("table"));
+        for ((family, of, name), chain) in &mut chains {
+            if (*family, *of) != table {
+                continue;
+            }
+            chain.knows_port |= port;
+            chain.knows_link |= link;
+            // Rules come in order: the last one decides what the others let pass to it.
+            if *name == text("chain") && ends_traffic(expressions) {
+                chain.closed = true;
+            }
+        }
+    }
+
+    chains
+        .iter()
+        .filter(|(_, chain)| chain.closed)
+        .filter_map(|((family, table, _), chain)| {
+            let whose = format!("The chain {} of the firewall table {family} {table}", chain.name);
+            if chain.hook == "input" {
+                (!chain.knows_port).then(|| {
+                    Finding::warning(
+                        format!("{whose} drops what it does not know, and knows nothing of UDP port {port}."),
+                        format!("Let UDP port {port} in, if this node should be a leader that others connect to."),
+                    )
+                })
+            } else {
+                // flannel lets its own networks through iptables' chain; see its contract, 5.
+                let flannels = chain.name == "FORWARD";
+                (!chain.knows_link).then(|| {
+                    if flannels {
+                        Finding::warning(
+                            format!("{whose} forwards only what flannel and others let through: pods pass, VPN peers and allowed-location-ips do not."),
+                            format!("Run iptables -I FORWARD -i {link} -j ACCEPT and the same with -o, if there are any."),
+                        )
+                    } else {
+                        Finding::problem(
+                            format!("{whose} drops what it does not know on its way through this node, and the agent's own rules cannot prevent that."),
+                            format!("Let it forward from and to {link}, flannel's links and cni0; with firewalld: firewall-cmd --permanent --zone=trusted --add-interface={link}, and the same for the others."),
+                        )
+                    }
+                })
+            }
+        })
+        .collect()
+}
+
+/// Whether a rule drops or rejects everything that comes to it.
+fn ends_traffic(expressions: &[Value]) -> bool {
+    let is = |e: &Value, what: &[&str]| what.iter().any(|key| e.get(key).is_some());
+    expressions.iter().any(|e| is(e, &["drop", "reject"]))
+        && expressions
+            .iter()
+            .all(|e| is(e, &["drop", "reject", "counter", "log", "limit", "xt"]))
+}
+
+fn is_about_port(expression: &Value, port: u16) -> bool {
+    let Some(right) = match_on(expression, |left| {
+        left.pointer("/payload/field").and_then(Value::as_str) == Some("dport")
+    }) else {
+        return false;
+    };
+    holds(right, &|value| {
+        let number = |value: &Value| value.as_u64();
+        match value.get("range").and_then(Value::as_array) {
+            Some(range) => {
+                let bounds = range.iter().filter_map(number).collect::<Vec<_>>();
+                matches!(bounds[..], [low, high] if (low..=high).contains(&u64::from(port)))
+            }
+            None => number(value) == Some(u64::from(port)),
+        }
+    })
+}
+
+fn is_about_link(expression: &Value, link: &str) -> bool {
+    let Some(right) = match_on(expression, |left| {
+        let key = left.pointer("/meta/key").and_then(Value::as_str);
+        matches!(key, Some("iif" | "iifname" | "oif" | "oifname"))
+    }) else {
+        return false;
+    };
+    holds(right, &|value| value.as_str() == Some(link))
+}
+
+/// The right side of a match whose left side is wanted.
+fn match_on(expression: &Value, wanted: impl Fn(&Value) -> bool) -> Option<&Value> {
+    let this = expression.get("match")?;
+    wanted(this.get("left")?).then(|| this.get("right"))?
+}
+
+/// Whether a value, or a member of a set, is the one.
+fn holds(value: &Value, is: &dyn Fn(&Value) -> bool) -> bool {
+    match value.get("set").and_then(Value::as_array) {
+        Some(members) => members.iter().any(is),
+        None => is(value),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn chain(table: &str, name: &str, hook: &str, policy: &str) -> Value {
+        json!({"chain": {"family": "inet", "table": table, "name": name, "handle": 1,
+            "type": "filter", "hook": hook, "prio": 10, "policy": policy}})
+    }
+
+    fn rule(table: &str, chain: &str, expr: Value) -> Value {
+        json!({"rule": {"family": "inet", "table": table, "chain": chain, "handle": 2, "expr": expr}})
+    }
+
+    fn found(objects: &[Value]) -> String {
+        findings(&json!({"nftables": objects}), 51820, "kilo0")
+            .iter()
+            .map(|finding| format!("{finding}\n"))
+            .collect()
+    }
+
+    #[test]
+    fn an_open_host_has_no_findings() {
+        assert_eq!(found(&[]), "");
+        assert_eq!(found(&[chain("filter", "INPUT", "input", "accept")]), "");
+        assert_eq!(
+            found(&[chain("selvedge", "forward", "forward", "drop")]),
+            ""
+        );
+    }
+
+    #[test]
+    fn firewalld_in_the_way_of_forwarding_is_a_problem() {
+        let text = found(&[
+            chain("firewalld", "filter_FORWARD", "forward", "accept"),
+            rule(
+                "firewalld",
+                "filter_FORWARD",
+                json!([
+                    {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": "established"}},
+                    {"accept": null},
+                ]),
+            ),
+            rule(
+                "firewalld",
+                "filter_FORWARD",
+                json!([
+                    {"reject": {"type": "icmpx", "expr": "admin-prohibited"}},
+                ]),
+            ),
+        ]);
+        assert!(
+            text.starts_with(
+                "problem: The chain filter_FORWARD of the firewall table inet firewalld"
+            ),
+            "{text}"
+        );
+        assert!(text.contains("--add-interface=kilo0"), "{text}");
+    }
+
+    #[test]
+    fn a_closed_iptables_forward_chain_is_a_warning() {
+        let text = found(&[chain("filter", "FORWARD", "forward", "drop")]);
+        assert!(text.starts_with("warning: The chain FORWARD"), "{text}");
+    }
+
+    #[test]
+    fn a_closed_input_chain_is_told_of_unless_it_knows_the_port() {
+        let closed = chain("f", "input", "input", "drop");
+        assert!(found(std::slice::from_ref(&closed)).contains("UDP port 51820"));
+
+        for right in [
+            json!(51820),
+            json!({"set": [53, 51820]}),
+            json!({"set": [{"range": [50000, 60000]}]}),
+            json!({"range": [51820, 51820]}),
+        ] {
+            let accept = json!([
+                {"match": {"op": "==", "left": {"payload": {"protocol": "udp", "field": "dport"}}, "right": right}},
+                {"accept": null},
+            ]);
+            assert_eq!(found(&[closed.clone(), rule("f", "input", accept)]), "");
+        }
+    }
+
+    #[test]
+    fn a_rule_that_drops_only_some_closes_nothing() {
+        let drop_some = json!([
+            {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "eth1"}},
+            {"drop": null},
+        ]);
+        let chain = chain("f", "fwd", "forward", "accept");
+        assert_eq!(found(&[chain, rule("f", "fwd", drop_some)]), "");
+    }
+}
