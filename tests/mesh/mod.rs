@@ -49,7 +49,7 @@ impl Mesh {
             local: plan::Settings {
                 interface: "kilo0".into(),
                 mtu: 1420,
-                port: NonZeroU16::new(51820).unwrap(),
+                port: NonZeroU16::new(51820).expect("not zero"),
                 fwmark: 0x51e0_0000,
                 rule_priority: 5190,
                 encapsulation: Encapsulation::CrossSubnet,
