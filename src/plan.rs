@@ -295,7 +295,9 @@ pub struct Inputs<'a> {
     pub flannel: &'a Flannel,
     /// What this node's operator asked of it.
     pub settings: &'a Settings,
-    /// The addresses of the API servers this node's kubelet and agent use.
+    /// The addresses of the API servers that answer this host directly: without the tunnel, as a
+    /// connection that carries the tunnel's mark does. A private address that is only advertised must
+    /// not be among them, or this host could not reach its node at all.
     pub api_servers: &'a BTreeSet<IpAddr>,
     /// Where the tunnel device itself last heard each peer from, if the session with it is alive.
     pub observed: &'a BTreeMap<PublicKey, SocketAddr>,

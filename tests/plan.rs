@@ -50,7 +50,7 @@ mod scenario_000 {
         ip addr add 10.4.0.1/32 dev kilo0 scope link
         ip addr add 10.42.0.0/32 dev kilo0
         wg set kilo0 listen-port 51820
-        wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= endpoint 192.168.50.11:51820 allowed-ips 10.4.0.2/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
+        wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= endpoint 198.51.100.7:24276 allowed-ips 10.4.0.2/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
         nft -f -
         ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.0.0 mtu 1420 proto 118
         ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
@@ -152,6 +152,51 @@ mod scenario_000 {
         }
     }
 
+    /// The check of what arrives from there knows no mark: routed into the tunnel, the tunnel's own
+    /// datagrams would be dropped.
+    #[test]
+    fn where_the_tunnel_sends_to_the_host_goes_directly() {
+        let mut mesh = scenario_000();
+        let about = |mesh: &Mesh| {
+            let routes = routes(mesh, "node-master");
+            let mut routes = routes.lines().filter(|line| line.contains("192.168.50.11"));
+            routes.next().unwrap().to_owned()
+        };
+        insta::assert_snapshot!(about(&mesh), @"ip route replace table 5130 192.168.50.11 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420");
+
+        // Nobody has seen agent-01 yet, so it is where it says.
+        mesh.node("node-master").discovered_endpoints.clear();
+        insta::assert_snapshot!(about(&mesh), @"ip route replace table 5131 192.168.50.11 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420");
+    }
+
+    #[test]
+    fn an_endpoint_on_somebody_elses_address_takes_nothing_from_them() {
+        let mut mesh = scenario_000();
+        let before = mesh.state("node-master").routes;
+        let bad = node("z", "z", 9, "192.168.99.1/24")
+            .with(|node| node.endpoint = addr("192.168.50.12:51820"));
+        mesh.snapshot.nodes.insert(bad.name.clone(), bad);
+
+        let after = mesh.state("node-master").routes;
+        assert!(
+            before
+                .iter()
+                .all(|(key, route)| after.get(key) == Some(route))
+        );
+    }
+
+    #[test]
+    fn a_leader_elsewhere_is_not_looked_for_on_a_node_of_the_own_region() {
+        let mut mesh = scenario_000();
+        let nd = mesh.node("node-agent-01").public_key.unwrap();
+        mesh.node("node-master").discovered_endpoints.clear();
+        mesh.node("node-master")
+            .internal_ips
+            .push(ip("192.168.50.11"));
+
+        assert_eq!(mesh.state("node-master").peers[&nd].endpoint, None);
+    }
+
     #[test]
     fn behind_one_to_one_nat_the_private_address_is_for_everybody() {
         let mut mesh = scenario_000();
@@ -225,6 +270,7 @@ mod scenario_000 {
         let annotated = "192.168.50.11:51820".parse().unwrap();
         let elsewhere = "198.51.100.7:24276".parse().unwrap();
         let here = "198.51.100.7:31000".parse().unwrap();
+        mesh.node("node-master").discovered_endpoints.clear();
         assert_eq!(endpoint(&mesh), Some(annotated));
 
         // A third region's public leader saw it.
@@ -457,10 +503,13 @@ mod leaders {
         ip route replace table 5130 10.42.2.0/24 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
         ip route replace table 5130 10.42.3.0/24 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
         ip route replace table 5130 192.168.50.11 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
-        ip route replace table 5130 192.168.50.12 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
         ip route replace table 5130 192.168.50.13 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
+        ip route replace table 5131 192.168.50.12 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
+        ip route replace table 5131 unreachable 192.168.50.12 metric 4278198272 proto 118
         ip route del table 5130 10.4.0.2 proto 118
         ip route del table 5130 10.4.0.2 metric 4278198272 proto 118
+        ip route del table 5130 192.168.50.12 proto 118
+        ip route del table 5130 192.168.50.12 metric 4278198272 proto 118
         wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= remove
         ");
     }
@@ -562,8 +611,8 @@ mod wireguard_addresses {
         ip route replace table 5130 throw 10.42.1.0/24
         ip route replace table 5130 10.42.2.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
         ip route replace table 5130 10.42.3.0/24 dev kilo0 src 10.42.1.0 mtu 1420
-        ip route replace table 5130 192.168.2.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
-        ip route replace table 5130 192.168.3.1 dev kilo0 src 10.42.1.0 mtu 1420
+        ip route replace table 5131 192.168.2.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
+        ip route replace table 5131 192.168.3.1 dev kilo0 src 10.42.1.0 mtu 1420
         ");
     }
 }
@@ -747,7 +796,6 @@ mod backends {
         insta::assert_snapshot!(mesh.commands("a1"), @"
         ip tuntap add kilo0 mode tun; ip link set kilo0 mtu 1420
         sysctl -w net/ipv4/conf/kilo0/rp_filter=2
-        sysctl -w net/ipv6/conf/kilo0/accept_ra=0
         sysctl -w net/ipv6/conf/kilo0/addr_gen_mode=1
         ip link set kilo0 up
         ip addr add 10.4.0.1/32 dev kilo0 scope link
@@ -787,7 +835,6 @@ mod backends {
         insta::assert_snapshot!(mesh.commands("a2"), @"
         ip tuntap add kilo0 mode tun; ip link set kilo0 mtu 1420
         sysctl -w net/ipv4/conf/kilo0/rp_filter=2
-        sysctl -w net/ipv6/conf/kilo0/accept_ra=0
         sysctl -w net/ipv6/conf/kilo0/addr_gen_mode=1
         wg set kilo0 listen-port 51820
         nft -f -
@@ -828,7 +875,6 @@ mod backends {
         insta::assert_snapshot!(mesh.commands("a1"), @"
         ip tuntap add kilo0 mode tun; ip link set kilo0 mtu 1420
         sysctl -w net/ipv4/conf/kilo0/rp_filter=2
-        sysctl -w net/ipv6/conf/kilo0/accept_ra=0
         sysctl -w net/ipv6/conf/kilo0/addr_gen_mode=1
         ip link set kilo0 up
         ip addr add fd42:0:0:1::/128 dev kilo0
@@ -878,8 +924,8 @@ mod regions {
         ip route replace table 5130 192.168.50.11 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420
         ip route replace table 5130 192.168.50.12 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420
         ip route replace table 5130 192.168.50.13 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420
-        ip route replace table 5130 192.168.77.21 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420
         ip route replace table 5130 192.168.77.22 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420
+        ip route replace table 5131 192.168.77.21 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420
         ");
         insta::assert_snapshot!(mesh.commands("node-b-01"), @"
         ip tuntap add kilo0 mode tun; ip link set kilo0 mtu 1420
@@ -889,7 +935,7 @@ mod regions {
         ip addr add 10.42.4.0/32 dev kilo0
         wg set kilo0 listen-port 51820
         wg set kilo0 peer ZFYh7Bi5FA0fNTizfHhMy0v+Wy+BVP2U85lC5PnHtFs= endpoint 203.0.113.10:51820 persistent-keepalive 25 allowed-ips 10.4.0.1/32,10.42.0.0/24,203.0.113.10/32
-        wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= endpoint 192.168.50.11:51820 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
+        wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= endpoint 198.51.100.7:24276 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
         nft -f -
         ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.4.0 mtu 1420 proto 118
         ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
@@ -1020,11 +1066,12 @@ mod locations {
         ip route replace table 5130 10.42.1.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
         ip route replace table 5130 throw 10.42.2.0/24
         ip route replace table 5130 192.168.0.0/16 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
-        ip route replace table 5130 192.168.1.1 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
+        ip route replace table 5130 throw 192.168.1.1
         ip route replace table 5130 throw 192.168.2.0/24
         ip route replace table 5130 throw 192.168.2.1
         ip route replace table 5130 throw 192.168.2.2
         ip route replace table 5130 throw 192.168.9.9
+        ip route replace table 5131 192.168.1.1 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
         ip route replace table 5131 192.168.9.9 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
         ip route replace table 5132 192.168.2.2 via 10.42.3.0 dev flannel.1 onlink
         ");

@@ -16,7 +16,7 @@
 //! Nothing is selected by mark except the tunnel itself: a reverse-path check carries none.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -216,33 +216,28 @@ impl Routes<'_> {
                 self.throw(*near);
             }
         }
-        let topology = self.site.inputs.topology;
-        let segments = topology.segments.iter();
-        let endpoints = segments
-            .flat_map(|segment| [segment.address, segment.discovered])
-            .chain(topology.whereabouts.values().map(|peer| peer.address))
-            .flatten()
-            .map(|address| address.ip())
-            .filter(|ip| self.site.is_direct(*ip));
-        let direct = endpoints
-            .chain(self.site.inputs.api_servers.iter().copied())
-            .chain(self.site.region_underlay.iter().copied())
-            .collect::<BTreeSet<_>>();
-        for ip in direct {
+        // Where the tunnel hears a peer from, unless that is a node's address, which is seen to.
+        let heard = self.site.inputs.observed.values().map(SocketAddr::ip);
+        let heard = heard.filter(|ip| !self.is_routed(Table::Mesh, *ip));
+        let near = self.site.region_underlay.iter().copied();
+        let direct = self.site.direct.iter().copied();
+        let all = direct.chain(near).chain(heard).collect::<BTreeSet<_>>();
+        for ip in all {
             let dst = IpNet::from(ip);
+            // The longest prefix comes last.
             let Some((_, hop)) = wide.iter().rev().find(|(net, _)| net.contains(&dst)) else {
                 continue;
             };
             self.throw(dst);
-            let is_node = self.routes.contains_key(&RouteKey {
-                table: Table::Pods,
-                dst,
-                metric: metric(ip.is_ipv6()),
-            });
-            if !is_node && !self.site.region_underlay.contains(&ip) {
+            if !self.is_routed(Table::Pods, ip) && !self.site.region_underlay.contains(&ip) {
                 self.add(Table::Pods, dst, hop.as_ref());
             }
         }
+    }
+
+    fn is_routed(&self, table: Table, ip: IpAddr) -> bool {
+        let (dst, metric) = (IpNet::from(ip), metric(ip.is_ipv6()));
+        self.routes.contains_key(&RouteKey { table, dst, metric })
     }
 
     /// Adds a prefix that is not a node's own, so that it may hold what is near.

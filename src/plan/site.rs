@@ -1,7 +1,7 @@
 //! This node's place in the topology: which segments are elsewhere, and how to get there.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 
 use ipnet::IpNet;
@@ -9,7 +9,9 @@ use ipnet::IpNet;
 use super::{Inputs, NextHop};
 use crate::config::Encapsulation;
 use crate::flannel::{Backend, Flannel, Vtep};
-use crate::topology::{Endpoint, Member, Mode, Outsider, Segment, SegmentName, is_public};
+use crate::topology::{
+    Endpoint, ExternalPeer, Member, Mode, Outsider, Segment, SegmentName, is_public,
+};
 
 /// What a node does for its region.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +36,8 @@ pub(super) struct Site<'a> {
     pub(super) region_underlay: BTreeSet<IpAddr>,
     /// The networks of the own region's nodes.
     pub(super) region_networks: BTreeSet<IpNet>,
+    /// What this host must reach without the tunnel, beside all public addresses.
+    pub(super) direct: BTreeSet<IpAddr>,
     endpoint: Option<&'a Endpoint>,
     private_ip: Option<IpNet>,
 }
@@ -58,6 +62,7 @@ impl<'a> Site<'a> {
                     segment: Some(segment),
                     region_underlay: BTreeSet::new(),
                     region_networks: BTreeSet::new(),
+                    direct: inputs.api_servers.clone(),
                     endpoint: member.endpoint.as_ref(),
                     private_ip: member.private_ip,
                 }
@@ -74,6 +79,7 @@ impl<'a> Site<'a> {
                     segment: None,
                     region_underlay: BTreeSet::new(),
                     region_networks: BTreeSet::new(),
+                    direct: inputs.api_servers.clone(),
                     endpoint: outsider.endpoint.as_ref(),
                     private_ip: None,
                 }
@@ -92,6 +98,16 @@ impl<'a> Site<'a> {
             .filter_map(|node| node.private_ip)
             .map(|address| address.trunc())
             .collect();
+        if site.led().is_some() {
+            // Nobody's endpoint makes a difference to the addresses of others.
+            let own_address = |segment: &Segment| {
+                let ip = site.endpoint_of(segment)?.ip();
+                let mut nodes = segment.nodes.iter();
+                nodes.any(|node| node.addresses.contains(&ip)).then_some(ip)
+            };
+            let endpoints = site.remotes().filter_map(own_address).collect::<Vec<_>>();
+            site.direct.extend(endpoints);
+        }
         Some(site)
     }
 
@@ -147,11 +163,36 @@ impl<'a> Site<'a> {
     /// Whether an address elsewhere has to be reached by this host's own processes without the
     /// tunnel.
     ///
-    /// A public address is reached directly from everywhere, so its host answers directly too: were
-    /// it routed into the tunnel here, strict reverse-path filtering would drop what it sends. And
-    /// the way to the API server must not depend on the tunnel that is configured through it.
+    /// A public address is reached directly from everywhere, so its host answers directly too. Were
+    /// it routed into the tunnel here, strict reverse-path filtering would drop what comes from it;
+    /// the same holds for the addresses the tunnel's own datagrams come from, whatever they are,
+    /// since the check of what arrives knows no mark. And the way to the API server must not depend
+    /// on the tunnel that is configured through it.
     pub(super) fn is_direct(&self, ip: IpAddr) -> bool {
-        is_public(ip) || self.inputs.api_servers.contains(&ip)
+        is_public(ip) || self.direct.contains(&ip)
+    }
+
+    /// Where this node's tunnel sends to another leader.
+    ///
+    /// One behind NAT is where it was last seen, by this node first, since a mapping may hold for one
+    /// observer alone (contract 3.5). An address of the own region is not where a leader elsewhere
+    /// is, even if it calls itself so: two regions may use the same subnet.
+    pub(super) fn endpoint_of(&self, segment: &Segment) -> Option<SocketAddr> {
+        let seen = || {
+            let observed = self.inputs.observed.get(&segment.public_key).copied();
+            observed.or(segment.discovered)
+        };
+        let endpoint = seen().filter(|_| segment.behind_nat).or(segment.address);
+        endpoint.filter(|address| !self.region_underlay.contains(&address.ip()))
+    }
+
+    /// Where it sends to an external peer. One without an endpoint of its own roams: while this node
+    /// hears it, the device knows better than any configuration.
+    pub(super) fn endpoint_of_peer(&self, peer: &ExternalPeer) -> Option<SocketAddr> {
+        let whereabouts = self.inputs.topology.whereabouts.get(&peer.public_key)?;
+        let heard = self.inputs.observed.contains_key(&peer.public_key);
+        let discovered = whereabouts.discovered.filter(|_| !heard);
+        whereabouts.address.or(discovered)
     }
 
     /// The UDP port of this node's tunnel: its endpoint's, as Kilo has it.

@@ -1,7 +1,6 @@
 //! The tunnel's link, its addresses and its peers.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
 use std::num::NonZeroU16;
 
 use ipnet::IpNet;
@@ -9,7 +8,6 @@ use ipnet::IpNet;
 use super::site::{Role, Site};
 use super::{Link, Peer, Scope};
 use crate::flannel::Backend;
-use crate::topology::{ExternalPeer, Segment};
 use crate::wireguard::key::PublicKey;
 
 /// The tunnel's link: on every node, up where it carries something.
@@ -80,7 +78,7 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
             .filter(|net| !is_near(site, net) && taken.insert(*net))
             .collect();
         let peer = Peer {
-            endpoint: segment_endpoint(site, segment),
+            endpoint: site.endpoint_of(segment),
             preshared_key: None,
             persistent_keepalive,
             allowed_ips,
@@ -90,7 +88,7 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
     for vpn in &site.inputs.topology.peers {
         let nets = vpn.allowed_ips.iter().copied();
         let peer = Peer {
-            endpoint: peer_endpoint(site, vpn),
+            endpoint: site.endpoint_of_peer(vpn),
             preshared_key: vpn.preshared_key.clone(),
             persistent_keepalive,
             allowed_ips: nets.filter(|net| taken.insert(*net)).collect(),
@@ -103,24 +101,4 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
 /// Whether an allowed IP is an address of the own region's, used elsewhere too.
 fn is_near(site: &Site<'_>, net: &IpNet) -> bool {
     net.prefix_len() == net.max_prefix_len() && site.region_underlay.contains(&net.addr())
-}
-
-/// Where to send to another leader: for one behind NAT where it was last seen, by this node first,
-/// since a mapping may hold for one observer alone (contract 3.5).
-fn segment_endpoint(site: &Site<'_>, segment: &Segment) -> Option<SocketAddr> {
-    if !segment.behind_nat {
-        return segment.address;
-    }
-    let observed = site.inputs.observed.get(&segment.public_key).copied();
-    observed.or(segment.discovered).or(segment.address)
-}
-
-/// Where to send to an external peer. One without an endpoint of its own roams: while this node
-/// hears it the device knows better than any configuration.
-fn peer_endpoint(site: &Site<'_>, vpn: &ExternalPeer) -> Option<SocketAddr> {
-    let heard = site.inputs.observed.contains_key(&vpn.public_key);
-    let whereabouts = site.inputs.topology.whereabouts.get(&vpn.public_key)?;
-    whereabouts
-        .address
-        .or_else(|| whereabouts.discovered.filter(|_| !heard))
 }
