@@ -53,9 +53,9 @@ impl Capture {
     /// When tcpdump is missing or does not start.
     pub fn start(namespace: &Namespace, file: &Path) -> anyhow::Result<Self> {
         let mut command = namespace.command("tcpdump");
-        // 400 bytes hold all headers and several times the magic bytes.
+        // Enough for all headers, VXLAN's too, and one whole turn of the payload's magic bytes.
         command
-            .args(["-i", "any", "-y", "LINUX_SLL2", "-n", "-U", "-s", "400"])
+            .args(["-i", "any", "-y", "LINUX_SLL2", "-n", "-U", "-s", "220"])
             .args(["-B", "32768", "-Z", "root", "-w"])
             .arg(file);
         let log = file.with_extension("log");

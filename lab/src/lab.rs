@@ -2,7 +2,6 @@
 //! and the agents, started and stopped one by one.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -64,6 +63,21 @@ pub const SCENARIO_FLAGS: [&str; 4] = [
     "--local=false",
     "--encapsulate=crosssubnet",
 ];
+
+/// How Selvedge is put onto a lab's nodes.
+#[derive(Clone, Copy, Debug)]
+pub struct Mesh<'a> {
+    /// The program `selvedge`.
+    pub binary: &'a Path,
+    /// Its manifest, for the service account and its rights.
+    pub manifest: &'a Path,
+    /// How the agents find the API server.
+    pub access: Access,
+    /// Flags after `--kubeconfig` and `--hostname`.
+    pub flags: &'a [&'a str],
+    /// Whether the nodes get scenario 000's annotations, or only their regions' labels.
+    pub annotate: bool,
+}
 
 /// A cluster that is up; taken down when the value is dropped.
 #[derive(Debug)]
@@ -326,6 +340,25 @@ impl Lab {
             bail!("kubectl {}: {}", arguments.join(" "), complaint.trim());
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Applies Selvedge's manifest, labels the regions, annotates the nodes, and starts an agent on
+    /// every node; returns when all of them are ready.
+    ///
+    /// # Errors
+    ///
+    /// When an agent does not become ready within half a minute.
+    pub fn join(&mut self, mesh: &Mesh<'_>) -> anyhow::Result<Duration> {
+        self.kubectl_apply(mesh.manifest)?;
+        if mesh.annotate {
+            self.annotate_scenario()?;
+        } else {
+            self.label_regions()?;
+        }
+        for name in self.node_names() {
+            self.start_agent(mesh.binary, &name, mesh.access, mesh.flags)?;
+        }
+        self.wait_agents(Duration::from_secs(30))
     }
 
     /// Starts `binary agent` on a node, as the service account of the deployed manifest.
@@ -657,7 +690,7 @@ pub fn status(address: IpAddr, name: &str, ready: bool) -> Value {
 
 /// A dump without the lines and words that change while nobody does anything.
 fn steady(text: &str) -> String {
-    let mut steady = String::new();
+    let mut steady = Vec::new();
     for line in text.lines() {
         let passing = ["conntrack", "nf_log", ".neigh.", "ipfrag_", "ip6frag"];
         if line.starts_with('#')
@@ -666,11 +699,19 @@ fn steady(text: &str) -> String {
         {
             continue;
         }
+        // Numbers of links change when one is made anew.
+        let (number, rest) = line.split_once(": ").unwrap_or(("", line));
+        let line = if number.parse::<u32>().is_ok() {
+            rest
+        } else {
+            line
+        };
         let words = line
             .split_whitespace()
             .take_while(|word| *word != "expires" && *word != "valid_lft");
-        let line: Vec<&str> = words.collect();
-        let _ = writeln!(steady, "{}", line.join(" "));
+        steady.push(words.collect::<Vec<_>>().join(" "));
     }
-    steady
+    // So does their order. An nft ruleset loses nothing by this that a difference would not show.
+    steady.sort();
+    steady.join("\n")
 }

@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod capture;
+pub mod claims;
 pub mod client;
 pub mod controlplane;
 pub mod flannel;
