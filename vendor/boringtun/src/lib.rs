@@ -1,0 +1,13 @@
+// Copyright (c) 2019 Cloudflare, Inc. All rights reserved.
+// SPDX-License-Identifier: BSD-3-Clause
+
+//! The handshake and cookies of the WireGuard protocol, from boringtun.
+//!
+//! `PATCHES.md` lists what was left out and what was changed, and why.
+
+pub mod noise;
+
+/// Re-export of the x25519 types
+pub mod x25519 {
+    pub use x25519_dalek::{PublicKey, ReusableSecret, SharedSecret, StaticSecret};
+}
