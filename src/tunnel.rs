@@ -1,1 +1,58 @@
 //! `selvedge tunnel`: a plain WireGuard device, driven by `wg`.
+//!
+//! It stays in the foreground until SIGTERM or SIGINT, or until somebody deletes its link; then link
+//! and socket are gone. The socket appears when the device is ready.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::unistd::Pid;
+
+use crate::wireguard::{DEFAULT_MTU, Device, Options, uapi};
+
+/// The flags of `selvedge tunnel`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// The name of the network interface to make.
+    pub interface: String,
+    /// Stays in the foreground, which it does anyway; taken for the sake of wg-quick.
+    #[arg(short, long)]
+    pub foreground: bool,
+    /// The MTU of the interface in bytes.
+    #[arg(long, default_value_t = DEFAULT_MTU, value_parser = clap::value_parser!(u32).range(68..=65_535))]
+    pub mtu: u32,
+}
+
+/// Runs the device until it is told to end.
+///
+/// # Errors
+/// One sentence that says what is missing or in the way.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    // Blocked before any thread starts, so that only the wait below takes them.
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    signals.thread_block().context("blocking signals")?;
+
+    let options = Options {
+        mtu: args.mtu,
+        on_link_gone: Box::new(|| {
+            tracing::info!("the interface was deleted");
+            // It fails only for a process that does not exist.
+            let _ = kill(Pid::this(), Signal::SIGTERM);
+        }),
+        ..Options::new(args.interface.clone())
+    };
+    let device = Arc::new(Device::start(options)?);
+    let _socket = uapi::serve(&args.interface, device.clone())?;
+    tracing::info!(
+        interface = args.interface,
+        port = device.listen_port(),
+        "ready"
+    );
+
+    let signal = signals.wait().context("waiting for a signal")?;
+    tracing::info!(%signal, "ending");
+    Ok(())
+}

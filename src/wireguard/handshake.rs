@@ -1,0 +1,374 @@
+//! Handshakes and timers: what runs on the handshake thread.
+//!
+//! Nothing is answered that does not carry a valid first MAC, so the device is silent to whoever does
+//! not know its public key. Under load it also wants the second, which proves that the sender
+//! receives at its address, and limits each source.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use boringtun::noise::errors::WireGuardError;
+use boringtun::noise::handshake::{SessionKeys, parse_handshake_anon};
+use boringtun::noise::{
+    COOKIE_REPLY_SZ, HANDSHAKE_INIT_SZ, HANDSHAKE_RESP_SZ, HandshakeInit, HandshakeResponse,
+    Packet, PacketCookieReply, parse_incoming_packet,
+};
+use boringtun::x25519;
+
+use super::clock::Time;
+use super::core::{Core, HandshakeMessage, Identity, Job, MAX_QUEUED};
+use super::drops::Dropped;
+use super::key::PublicKey;
+use super::packet::Ecn;
+use super::peer::{HandshakeState, Peer, Wire};
+use super::ratelimit::RateLimit;
+use super::session::Session;
+use super::timers::{Attempt, REKEY_TIMEOUT};
+use super::transmit::Transmit;
+
+/// An eighth of the queue means load, as in the kernel.
+const LOAD: usize = MAX_QUEUED / 8;
+/// Load lasts at least so long, so that it does not come and go with every batch.
+const LOAD_LASTS: Duration = Duration::from_secs(1);
+/// A peer is taken at most 50 initiations of per second.
+const INITIATION_INTERVAL: Duration = Duration::from_millis(20);
+/// A cookie is used for so long: the 120 seconds of its secret but for what it was under way.
+const COOKIE_LASTS: Duration = Duration::from_secs(115);
+
+/// The handshake thread's state.
+pub(super) struct Handshaker {
+    core: Arc<Core>,
+    limit: RateLimit,
+    loaded: Option<Time>,
+    /// For what waited for a session, and for keepalives.
+    transmit: Transmit,
+}
+
+impl Handshaker {
+    pub(super) fn new(core: Arc<Core>) -> Self {
+        Self {
+            core,
+            limit: RateLimit::default(),
+            loaded: None,
+            transmit: Transmit::default(),
+        }
+    }
+
+    /// Does every job that is queued.
+    pub(super) fn run(&mut self, wire: &impl Wire, now: impl Fn() -> Time) {
+        let core = self.core.clone();
+        while let Some((job, waiting)) = core.jobs.pop() {
+            let now = now();
+            match job {
+                Job::Message(message) => {
+                    if let Err(reason) = self.message(&message, waiting, wire, now) {
+                        core.drops.add(reason, 1);
+                    }
+                }
+                Job::Initiate(peer) => {
+                    peer.handshake_asked
+                        .store(false, std::sync::atomic::Ordering::Relaxed);
+                    self.initiate(&peer, Attempt::First, wire, now);
+                }
+                Job::Flush(peer) => {
+                    self.transmit.flush_staged(&core, wire, &peer, now);
+                }
+                Job::Keepalive(peer) => self.transmit.keepalive(&core, wire, &peer, now),
+            }
+        }
+        self.transmit.rest();
+    }
+
+    /// Does what the timers of all peers ask for; returns when to ask again.
+    pub(super) fn tick(&mut self, wire: &impl Wire, now: Time) -> Option<Time> {
+        let core = self.core.clone();
+        let table = core.table.load_full();
+        let mut next: Option<Time> = None;
+        for peer in table.peers.values() {
+            let due = peer.timers.poll(now);
+            if let Some(attempt) = due.handshake {
+                // Perhaps it was our address that went away.
+                peer.clear_source();
+                self.initiate(peer, attempt, wire, now);
+            }
+            if due.keepalive && core.is_up() {
+                self.transmit.keepalive(&core, wire, peer, now);
+            }
+            if due.give_up {
+                core.drops.add(Dropped::NoSession, peer.staged().clear());
+            }
+            if due.wipe {
+                core.indices.retire(peer.forget_sessions());
+                forget_handshakes(&core, &mut peer.handshake());
+            }
+            next = [next, due.next].into_iter().flatten().min();
+        }
+        self.transmit.rest();
+        next
+    }
+
+    fn message(
+        &mut self,
+        message: &HandshakeMessage,
+        waiting: usize,
+        wire: &impl Wire,
+        now: Time,
+    ) -> Result<(), Dropped> {
+        let core = self.core.clone();
+        let bytes = message.bytes();
+        let identity = core.identity.load();
+        let identity = identity.as_ref().ok_or(Dropped::UnknownIndex)?;
+        let packet = parse_incoming_packet(bytes).map_err(|_| Dropped::Malformed)?;
+        if let Packet::PacketCookieReply(reply) = packet {
+            return cookie(&core, reply, now);
+        }
+        if !identity.cookies.verify_mac1(bytes) {
+            return Err(Dropped::Unauthentic);
+        }
+        if self.is_loaded(waiting, now) {
+            let remote = message.from.remote;
+            if !identity
+                .cookies
+                .verify_mac2(bytes, remote, now.as_duration())
+            {
+                send_cookie(identity, message, wire, now)?;
+                return Err(Dropped::RateLimited);
+            }
+            if !self.limit.allows(remote.ip(), now) {
+                return Err(Dropped::RateLimited);
+            }
+        }
+        match packet {
+            Packet::HandshakeInit(init) => respond(&core, identity, &init, message, wire, now),
+            Packet::HandshakeResponse(response) => self.complete(response, message, wire, now),
+            Packet::PacketCookieReply(_) | Packet::PacketData(_) => Err(Dropped::Malformed),
+        }
+    }
+
+    fn is_loaded(&mut self, waiting: usize, now: Time) -> bool {
+        if waiting >= LOAD {
+            self.loaded = Some(now);
+        }
+        self.loaded
+            .is_some_and(|loaded| now.since(loaded) < LOAD_LASTS)
+    }
+
+    /// Sends an initiation, unless one was sent just now for another reason.
+    fn initiate(&self, peer: &Arc<Peer>, attempt: Attempt, wire: &impl Wire, now: Time) {
+        let recent = |at| now.since(at) < REKEY_TIMEOUT;
+        if attempt == Attempt::First && peer.last_initiation().is_some_and(recent) {
+            return;
+        }
+        let mut state = peer.handshake();
+        if state
+            .cookie_since
+            .is_some_and(|since| now.since(since) >= COOKIE_LASTS)
+        {
+            state.cookie_since = None;
+            if let Some(noise) = &mut state.noise {
+                noise.clear_cookie();
+            }
+        }
+        let Some(noise) = &mut state.noise else {
+            return;
+        };
+        let index = self.core.indices.draw(peer);
+        let timestamp = {
+            let mut timestamps = self
+                .core
+                .timestamps
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            timestamps.next((self.core.wall)()).to_tai64n()
+        };
+        let mut buffer = [0; HANDSHAKE_INIT_SZ];
+        // It fails only for a key of small order, to which nothing is ever sent.
+        let message = noise.format_handshake_initiation(index, timestamp, &mut buffer);
+        match &message {
+            Ok(_) => note_awaiting(&self.core, &mut state),
+            Err(_) => self.core.indices.release(index),
+        }
+        drop(state);
+        if let Ok(message) = message {
+            tracing::debug!(peer = %peer.key(), ?attempt, "sending a handshake initiation");
+            peer.initiated(now);
+            peer.timers.sent(false, now);
+            peer.timers.initiated(attempt, now);
+            peer.send(
+                wire,
+                message,
+                HANDSHAKE_INIT_SZ,
+                Ecn::NotCapable,
+                now,
+                &self.core.drops,
+            );
+        }
+    }
+
+    /// Finishes a handshake that this side began.
+    fn complete(
+        &mut self,
+        response: HandshakeResponse<'_>,
+        message: &HandshakeMessage,
+        wire: &impl Wire,
+        now: Time,
+    ) -> Result<(), Dropped> {
+        let core = self.core.clone();
+        let peer = core
+            .indices
+            .handshake(response.receiver_idx)
+            .ok_or(Dropped::UnknownIndex)?;
+        {
+            let mut state = peer.handshake();
+            let noise = state.noise.as_mut().ok_or(Dropped::UnknownIndex)?;
+            let keys = noise.receive_handshake_response(response).map_err(reason)?;
+            let session = establish(&core, &peer, &keys, true, now);
+            core.indices.retire(peer.install_initiated(session));
+            note_awaiting(&core, &mut state);
+        }
+        tracing::debug!(peer = %peer.key(), "handshake completed as initiator");
+        peer.roam(message.from);
+        peer.count_received(HANDSHAKE_RESP_SZ);
+        peer.timers.received(false, now);
+        peer.timers.session_derived(now);
+        peer.handshake_completed(now);
+        // The responder may not send before it heard from us under the new key.
+        if !self.transmit.flush_staged(&core, wire, &peer, now) {
+            self.transmit.keepalive(&core, wire, &peer, now);
+        }
+        Ok(())
+    }
+}
+
+/// Answers an initiation.
+fn respond(
+    core: &Core,
+    identity: &Identity,
+    init: &HandshakeInit<'_>,
+    message: &HandshakeMessage,
+    wire: &impl Wire,
+    now: Time,
+) -> Result<(), Dropped> {
+    let public = x25519::PublicKey::from(identity.public.0);
+    let half = parse_handshake_anon(&identity.secret, &public, init).map_err(reason)?;
+    let table = core.table.load();
+    let key = PublicKey(half.peer_static_public);
+    let peer = table.peers.get(&key).ok_or(Dropped::Unauthentic)?;
+    let mut buffer = [0; HANDSHAKE_RESP_SZ];
+    {
+        let mut state = peer.handshake();
+        let soon = |taken| now.since(taken) < INITIATION_INTERVAL;
+        if state.last_taken.is_some_and(soon) {
+            return Err(Dropped::RateLimited);
+        }
+        let noise = state.noise.as_mut().ok_or(Dropped::Unauthentic)?;
+        noise
+            .receive_handshake_initialization(half)
+            .map_err(reason)?;
+        let index = core.indices.draw(peer);
+        let keys = match noise.format_handshake_response(index, &mut buffer) {
+            Ok((_, keys)) => keys,
+            Err(error) => {
+                core.indices.release(index);
+                return Err(reason(error));
+            }
+        };
+        let session = establish(core, peer, &keys, false, now);
+        core.indices.retire(peer.install_responded(session));
+        note_awaiting(core, &mut state);
+        state.last_taken = Some(now);
+    }
+    tracing::debug!(peer = %peer.key(), "answering a handshake initiation");
+    peer.roam(message.from);
+    peer.count_received(HANDSHAKE_INIT_SZ);
+    peer.timers.received(false, now);
+    peer.timers.session_derived(now);
+    peer.timers.sent(false, now);
+    peer.send(
+        wire,
+        &buffer,
+        HANDSHAKE_RESP_SZ,
+        Ecn::NotCapable,
+        now,
+        &core.drops,
+    );
+    Ok(())
+}
+
+fn establish(
+    core: &Core,
+    peer: &Arc<Peer>,
+    keys: &SessionKeys,
+    initiator: bool,
+    now: Time,
+) -> Arc<Session> {
+    let session = Arc::new(Session::new(keys, Arc::downgrade(peer), initiator, now));
+    core.indices.establish(&session);
+    session
+}
+
+/// Takes a cookie. It says nothing about where the peer is, and counts as no traffic of its.
+fn cookie(core: &Core, reply: PacketCookieReply<'_>, now: Time) -> Result<(), Dropped> {
+    let peer = core
+        .indices
+        .peer(reply.receiver_idx)
+        .ok_or(Dropped::UnknownIndex)?;
+    let mut state = peer.handshake();
+    let noise = state.noise.as_mut().ok_or(Dropped::UnknownIndex)?;
+    noise.receive_cookie_reply(reply).map_err(reason)?;
+    state.cookie_since = Some(now);
+    peer.timers.cookie_received(now);
+    Ok(())
+}
+
+fn send_cookie(
+    identity: &Identity,
+    message: &HandshakeMessage,
+    wire: &impl Wire,
+    now: Time,
+) -> Result<(), Dropped> {
+    let mut buffer = [0; COOKIE_REPLY_SZ];
+    let remote = message.from.remote;
+    let reply = identity
+        .cookies
+        .cookie_reply(message.bytes(), remote, now.as_duration(), &mut buffer)
+        .map_err(reason)?;
+    let sent = wire.send(
+        reply,
+        COOKIE_REPLY_SZ,
+        &message.from,
+        Ecn::NotCapable,
+        false,
+    );
+    sent.map(drop).map_err(|_| Dropped::SendFailed)
+}
+
+fn reason(error: WireGuardError) -> Dropped {
+    match error {
+        WireGuardError::WrongTai64nTimestamp => Dropped::Replayed,
+        WireGuardError::UnexpectedPacket | WireGuardError::WrongIndex => Dropped::UnknownIndex,
+        _ => Dropped::Unauthentic,
+    }
+}
+
+/// Releases the indices of initiations that no answer may come for any more.
+fn note_awaiting(core: &Core, state: &mut HandshakeState) {
+    let awaiting = state
+        .noise
+        .as_ref()
+        .map_or([None; 2], |noise| noise.awaiting());
+    for index in state.awaiting.into_iter().flatten() {
+        if !awaiting.contains(&Some(index)) {
+            core.indices.release_handshake(index);
+        }
+    }
+    state.awaiting = awaiting;
+}
+
+/// Gives up every handshake that is under way with a peer.
+pub(super) fn forget_handshakes(core: &Core, state: &mut HandshakeState) {
+    if let Some(noise) = &mut state.noise {
+        noise.clear();
+    }
+    note_awaiting(core, state);
+}

@@ -1,0 +1,97 @@
+//! Receiver indices: the names under which peers address our sessions and handshakes.
+//!
+//! They are drawn at random for every handshake, so that nobody can tell from them which sessions
+//! belong together, and a packet to an old session practically never meets a new one.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use super::peer::Peer;
+use super::session::Session;
+
+/// Who is behind each index. The receive threads keep what they found; they come here once per
+/// session, not per packet.
+#[derive(Default)]
+pub(super) struct Indices(RwLock<HashMap<u32, Entry>>);
+
+enum Entry {
+    /// An initiation that was sent, or a response being made.
+    Handshake(Arc<Peer>),
+    Session(Arc<Session>),
+}
+
+impl Indices {
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, HashMap<u32, Entry>> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Draws an index for a handshake with a peer.
+    pub(super) fn draw(&self, peer: &Arc<Peer>) -> u32 {
+        let mut entries = self.write();
+        loop {
+            let index = rand::random();
+            if let std::collections::hash_map::Entry::Vacant(entry) = entries.entry(index) {
+                entry.insert(Entry::Handshake(peer.clone()));
+                return index;
+            }
+        }
+    }
+
+    /// The index belongs to the session now that the handshake led to.
+    pub(super) fn establish(&self, session: &Arc<Session>) {
+        self.write()
+            .insert(session.local_index(), Entry::Session(session.clone()));
+    }
+
+    /// The index is nobody's.
+    pub(super) fn release(&self, index: u32) {
+        self.write().remove(&index);
+    }
+
+    /// The index of a handshake that came to nothing is nobody's; one that became a session stays.
+    pub(super) fn release_handshake(&self, index: u32) {
+        let mut entries = self.write();
+        if let Some(Entry::Handshake(_)) = entries.get(&index) {
+            entries.remove(&index);
+        }
+    }
+
+    /// Ends sessions.
+    pub(super) fn retire(&self, sessions: Vec<Arc<Session>>) {
+        for session in sessions {
+            session.retire();
+            self.release(session.local_index());
+        }
+    }
+
+    pub(super) fn session(&self, index: u32) -> Option<Arc<Session>> {
+        let entries = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        match entries.get(&index)? {
+            Entry::Session(session) => Some(session.clone()),
+            Entry::Handshake(_) => None,
+        }
+    }
+
+    /// The peer that an initiation of ours under this index went to.
+    pub(super) fn handshake(&self, index: u32) -> Option<Arc<Peer>> {
+        let entries = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        match entries.get(&index)? {
+            Entry::Handshake(peer) => Some(peer.clone()),
+            Entry::Session(_) => None,
+        }
+    }
+
+    /// The peer that any message of ours under this index went to.
+    pub(super) fn peer(&self, index: u32) -> Option<Arc<Peer>> {
+        let entries = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        match entries.get(&index)? {
+            Entry::Handshake(peer) => Some(peer.clone()),
+            Entry::Session(session) => session.peer().upgrade(),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.write().len()
+    }
+}

@@ -1,0 +1,297 @@
+//! A peer: its keys, its sessions, where it is, and what was counted.
+//!
+//! The packet threads touch atomics and one uncontended lock per batch; the handshake has a lock of
+//! its own that they never take.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use arc_swap::{ArcSwapOption, Guard};
+use boringtun::noise::handshake::Handshake;
+
+use super::clock::Time;
+use super::drops::{Dropped, Drops};
+use super::key::{PresharedKey, PublicKey};
+use super::packet::Ecn;
+use super::session::Session;
+use super::staged::Staged;
+use super::timers::Timers;
+use super::udp::{Endpoint, is_source_gone};
+
+/// A path that refused segmentation offload is tried with it again after this time.
+const OFFLOAD_PAUSE: Duration = Duration::from_secs(60);
+
+/// What datagrams are sent by: the sockets, or a test's stand-in.
+pub(super) trait Wire {
+    /// Sends a run of datagrams; see [`super::udp::Sockets::send`].
+    fn send(
+        &self,
+        run: &[u8],
+        stride: usize,
+        to: &Endpoint,
+        ecn: Ecn,
+        offload: bool,
+    ) -> io::Result<bool>;
+}
+
+/// The state of one peer, as long as it is configured.
+pub(super) struct Peer {
+    key: PublicKey,
+    pub(super) timers: Timers,
+    /// What is sent with, where there is a session.
+    current: ArcSwapOption<Session>,
+    waiting: Mutex<Waiting>,
+    endpoint: Mutex<Option<Endpoint>>,
+    pub(super) handshake: Mutex<HandshakeState>,
+    pub(super) staged: Mutex<Staged>,
+    /// Whether anything is staged, to be asked without the lock.
+    pub(super) has_staged: AtomicBool,
+    rx_bytes: AtomicU64,
+    tx_bytes: AtomicU64,
+    last_handshake: AtomicU64,
+    last_initiation: AtomicU64,
+    /// Whether an initiation was asked for and not begun yet.
+    pub(super) handshake_asked: AtomicBool,
+    offload_after: AtomicU64,
+}
+
+/// The sessions beside the current one.
+#[derive(Default)]
+struct Waiting {
+    /// Still opens what was under way when it was replaced.
+    previous: Option<Arc<Session>>,
+    /// Made as responder, and not yet confirmed by a message of the initiator.
+    next: Option<Arc<Session>>,
+}
+
+/// The handshakes with a peer; `None` while the device has no key, or the peer's own.
+#[derive(Default)]
+pub(super) struct HandshakeState {
+    pub(super) noise: Option<Handshake>,
+    pub(super) preshared_key: Option<PresharedKey>,
+    /// When an initiation was last taken from the peer.
+    pub(super) last_taken: Option<Time>,
+    pub(super) cookie_since: Option<Time>,
+    /// The indices that are registered for answers.
+    pub(super) awaiting: [Option<u32>; 2],
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic ends the process; a poisoned lock is never seen but in tests.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Peer {
+    pub(super) fn new(key: PublicKey) -> Self {
+        Self {
+            key,
+            timers: Timers::default(),
+            current: ArcSwapOption::empty(),
+            waiting: Mutex::default(),
+            endpoint: Mutex::default(),
+            handshake: Mutex::default(),
+            staged: Mutex::default(),
+            has_staged: AtomicBool::new(false),
+            rx_bytes: AtomicU64::new(0),
+            tx_bytes: AtomicU64::new(0),
+            last_handshake: AtomicU64::new(0),
+            last_initiation: AtomicU64::new(0),
+            handshake_asked: AtomicBool::new(false),
+            offload_after: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn key(&self) -> &PublicKey {
+        &self.key
+    }
+
+    pub(super) fn handshake(&self) -> MutexGuard<'_, HandshakeState> {
+        lock(&self.handshake)
+    }
+
+    pub(super) fn staged(&self) -> MutexGuard<'_, Staged> {
+        lock(&self.staged)
+    }
+
+    /// Keeps a packet until there is a session; returns how many had to go for it.
+    pub(super) fn stage(&self, packet: &[u8]) -> u64 {
+        let dropped = self.staged().push(packet);
+        self.has_staged.store(true, Ordering::Release);
+        dropped
+    }
+
+    /// The session to send with.
+    pub(super) fn session(&self) -> Guard<Option<Arc<Session>>> {
+        self.current.load()
+    }
+
+    /// Whether there is a session to send with, though it may be too old.
+    pub(super) fn has_session(&self) -> bool {
+        self.current.load().is_some()
+    }
+
+    /// Takes a session that this side began into use; returns those that are over.
+    pub(super) fn install_initiated(&self, session: Arc<Session>) -> Vec<Arc<Session>> {
+        let mut waiting = lock(&self.waiting);
+        let current = self.current.swap(Some(session));
+        let mut over = Vec::new();
+        // A session the other side began in the meantime is newer than the current one.
+        let previous = match waiting.next.take() {
+            Some(next) => {
+                over.extend(current);
+                Some(next)
+            }
+            None => current,
+        };
+        over.extend(std::mem::replace(&mut waiting.previous, previous));
+        over
+    }
+
+    /// Keeps a session that the other side began until it is confirmed; returns those that are over.
+    pub(super) fn install_responded(&self, session: Arc<Session>) -> Vec<Arc<Session>> {
+        let mut waiting = lock(&self.waiting);
+        let over = [waiting.next.replace(session), waiting.previous.take()];
+        over.into_iter().flatten().collect()
+    }
+
+    /// Takes the session that waited for its confirmation into use; returns those that are over.
+    pub(super) fn confirm(&self, session: &Arc<Session>) -> Vec<Arc<Session>> {
+        let mut waiting = lock(&self.waiting);
+        if !waiting
+            .next
+            .as_ref()
+            .is_some_and(|next| Arc::ptr_eq(next, session))
+        {
+            return Vec::new();
+        }
+        let current = self.current.swap(waiting.next.take());
+        std::mem::replace(&mut waiting.previous, current)
+            .into_iter()
+            .collect()
+    }
+
+    /// Gives up every session; returns them.
+    pub(super) fn forget_sessions(&self) -> Vec<Arc<Session>> {
+        let mut waiting = lock(&self.waiting);
+        let all = [
+            self.current.swap(None),
+            waiting.previous.take(),
+            waiting.next.take(),
+        ];
+        all.into_iter().flatten().collect()
+    }
+
+    pub(super) fn endpoint(&self) -> Option<Endpoint> {
+        *lock(&self.endpoint)
+    }
+
+    /// Points to where the peer is configured to be.
+    pub(super) fn set_endpoint(&self, remote: SocketAddr) {
+        let mut endpoint = lock(&self.endpoint);
+        if endpoint.is_none_or(|endpoint| endpoint.remote != remote) {
+            *endpoint = Some(remote.into());
+        }
+    }
+
+    /// Knows no more where the peer is.
+    pub(super) fn forget_endpoint(&self) {
+        *lock(&self.endpoint) = None;
+    }
+
+    /// Follows the peer to where an authenticated message came from.
+    pub(super) fn roam(&self, from: Endpoint) {
+        let mut endpoint = lock(&self.endpoint);
+        if *endpoint != Some(from) {
+            *endpoint = Some(from);
+        }
+    }
+
+    /// Forgets from which of our addresses the peer was spoken to, so that the kernel chooses anew.
+    pub(super) fn clear_source(&self) {
+        if let Some(endpoint) = &mut *lock(&self.endpoint) {
+            endpoint.local = None;
+        }
+    }
+
+    /// Sends a run of datagrams to where the peer is, and counts.
+    pub(super) fn send(
+        &self,
+        wire: &impl Wire,
+        run: &[u8],
+        stride: usize,
+        ecn: Ecn,
+        now: Time,
+        drops: &Drops,
+    ) {
+        let count = run.len().div_ceil(stride) as u64;
+        let Some(endpoint) = self.endpoint() else {
+            return drops.add(Dropped::NoEndpoint, count);
+        };
+        let offload = self.offload_after.load(Ordering::Relaxed) <= now.as_nanos();
+        let mut sent = wire.send(run, stride, &endpoint, ecn, offload);
+        if endpoint.local.is_some() && sent.as_ref().is_err_and(is_source_gone) {
+            self.clear_source();
+            sent = wire.send(run, stride, &endpoint.remote.into(), ecn, offload);
+        }
+        match sent {
+            Ok(offloaded) => {
+                if offload && !offloaded && count > 1 {
+                    let after = now + OFFLOAD_PAUSE;
+                    self.offload_after
+                        .store(after.as_nanos(), Ordering::Relaxed);
+                    tracing::info!(peer = %self.key, "the path does not take segmentation offload: datagrams are sent one by one for a minute");
+                }
+                self.tx_bytes.fetch_add(run.len() as u64, Ordering::Relaxed);
+            }
+            Err(error) => {
+                drops.add(Dropped::SendFailed, count);
+                tracing::trace!(peer = %self.key, %error, "sending");
+            }
+        }
+    }
+
+    pub(super) fn count_received(&self, bytes: usize) {
+        self.rx_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn rx_bytes(&self) -> u64 {
+        self.rx_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn tx_bytes(&self) -> u64 {
+        self.tx_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn handshake_completed(&self, now: Time) {
+        self.timers.handshake_completed();
+        self.last_handshake.store(now.as_nanos(), Ordering::Relaxed);
+    }
+
+    pub(super) fn last_handshake(&self) -> Option<Time> {
+        Time::from_nanos(self.last_handshake.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn initiated(&self, now: Time) {
+        self.last_initiation
+            .store(now.as_nanos(), Ordering::Relaxed);
+    }
+
+    /// When an initiation was last sent.
+    pub(super) fn last_initiation(&self) -> Option<Time> {
+        Time::from_nanos(self.last_initiation.load(Ordering::Relaxed))
+    }
+
+    /// Lets the next initiation go out at once.
+    pub(super) fn forget_initiation(&self) {
+        self.last_initiation.store(0, Ordering::Relaxed);
+    }
+}
+
+impl std::fmt::Debug for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Peer").field(&self.key).finish()
+    }
+}

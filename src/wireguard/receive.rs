@@ -1,0 +1,207 @@
+//! From the wire to the TUN device: find the session, open, check the source, join, write.
+//!
+//! Handshake messages are only passed on. Whatever the bytes are, nothing here panics and nothing is
+//! answered.
+
+use std::io::IoSlice;
+use std::ops::Range;
+use std::sync::{Arc, Weak};
+
+use super::clock::Time;
+use super::core::{Core, HandshakeMessage, Job};
+use super::drops::Dropped;
+use super::gso::Coalescer;
+use super::packet::{Header, set_ecn};
+use super::peer::Peer;
+use super::session::{OVERHEAD, Opened, Session, data_header};
+use super::timers::REKEY_ON_RECEIVE;
+use super::udp::Message;
+
+/// How many sessions a receive thread remembers; a power of two.
+const REMEMBERED: usize = 64;
+
+/// The state of a receive thread between batches.
+pub(super) struct Receive {
+    coalescer: Coalescer,
+    opened: Vec<Opened>,
+    /// The sessions of late, by the low bits of their index.
+    sessions: Vec<(u32, Weak<Session>)>,
+}
+
+impl Default for Receive {
+    fn default() -> Self {
+        Self {
+            coalescer: Coalescer::default(),
+            opened: Vec::new(),
+            sessions: vec![(0, Weak::new()); REMEMBERED],
+        }
+    }
+}
+
+impl Receive {
+    /// Takes one message that lies in the arena, and keeps the packets that came out of it.
+    pub(super) fn message(&mut self, core: &Core, arena: &mut [u8], message: &Message, now: Time) {
+        let mut at = message.range.start;
+        while at < message.range.end {
+            let datagram = at..message.range.end.min(at + message.stride);
+            let Some((index, _)) = data_header(&arena[datagram.clone()]) else {
+                pass_on(core, &arena[datagram.clone()], message);
+                at = datagram.end;
+                continue;
+            };
+            // As far as the datagrams go on to the same session.
+            let mut end = datagram.end;
+            while end < message.range.end {
+                let next = end..message.range.end.min(end + message.stride);
+                let header = data_header(&arena[next.clone()]);
+                if header.is_none_or(|(other, _)| other != index) {
+                    break;
+                }
+                end = next.end;
+            }
+            self.run(core, arena, at..end, index, message, now);
+            at = end;
+        }
+    }
+
+    /// Hands over the packets that were kept; see [`Coalescer::finish`].
+    pub(super) fn finish(&mut self, arena: &mut [u8], write: impl FnMut(&[IoSlice<'_>], usize)) {
+        self.coalescer.finish(arena, write);
+    }
+
+    /// Joins UDP packets, or does not.
+    pub(super) fn join_udp(&mut self, join: bool) {
+        self.coalescer.join_udp(join);
+    }
+
+    fn session(&mut self, core: &Core, index: u32) -> Option<Arc<Session>> {
+        let slot = &mut self.sessions[index as usize % REMEMBERED];
+        if slot.0 == index
+            && let Some(session) = slot.1.upgrade().filter(|session| !session.is_retired())
+        {
+            return Some(session);
+        }
+        let session = core.indices.session(index)?;
+        *slot = (index, Arc::downgrade(&session));
+        Some(session)
+    }
+
+    /// Opens a run of datagrams to one session.
+    fn run(
+        &mut self,
+        core: &Core,
+        arena: &mut [u8],
+        run: Range<usize>,
+        index: u32,
+        message: &Message,
+        now: Time,
+    ) {
+        let stride = message.stride;
+        let count = run.len().div_ceil(stride) as u64;
+        let Some(session) = self.session(core, index) else {
+            return core.drops.add(Dropped::UnknownIndex, count);
+        };
+        let Some(peer) = session.peer().upgrade() else {
+            return core.drops.add(Dropped::UnknownIndex, count);
+        };
+        let mut opened = std::mem::take(&mut self.opened);
+        session.open_batch(&mut arena[run.clone()], stride, now, &mut opened);
+
+        let (mut bytes, mut authentic, mut data) = (0, false, false);
+        let table = core.table.load();
+        // Neighbours mostly share their source.
+        let mut accepted = None;
+        for plaintext in &opened {
+            let plaintext = match plaintext {
+                Ok(plaintext) => run.start + plaintext.start..run.start + plaintext.end,
+                Err(reason) => {
+                    core.drops.add(*reason, 1);
+                    continue;
+                }
+            };
+            authentic = true;
+            bytes += plaintext.len() + OVERHEAD;
+            if plaintext.is_empty() {
+                continue;
+            }
+            data = true;
+            let kept = self.keep(arena, plaintext, message, |source| {
+                accepted == Some(source) || {
+                    let accepts = table.accepts(source, &peer);
+                    if accepts {
+                        accepted = Some(source);
+                    }
+                    accepts
+                }
+            });
+            if let Err(reason) = kept {
+                core.drops.add(reason, 1);
+            }
+        }
+        self.opened = opened;
+        if authentic {
+            peer.count_received(bytes);
+            peer.roam(message.from);
+            note_received(core, &peer, &session, data, now);
+        }
+    }
+
+    /// Checks a packet that was opened and keeps it for the TUN device.
+    fn keep(
+        &mut self,
+        arena: &mut [u8],
+        plaintext: Range<usize>,
+        message: &Message,
+        accepts: impl FnOnce(std::net::IpAddr) -> bool,
+    ) -> Result<(), Dropped> {
+        let packet = &mut arena[plaintext.clone()];
+        let ip = Header::parse(packet).ok_or(Dropped::Malformed)?;
+        if !accepts(ip.source) {
+            return Err(Dropped::ForeignSource);
+        }
+        let ecn = message.ecn.decapsulate(ip.ecn).ok_or(Dropped::Congested)?;
+        if ecn != ip.ecn {
+            set_ecn(packet, ecn);
+        }
+        let packet = plaintext.start..plaintext.start + ip.length;
+        self.coalescer.push(arena, packet, &ip);
+        Ok(())
+    }
+}
+
+/// What follows from authentic messages of a session.
+fn note_received(core: &Core, peer: &Arc<Peer>, session: &Arc<Session>, data: bool, now: Time) {
+    peer.timers.received(data, now);
+    if session.confirm() {
+        core.indices.retire(peer.confirm(session));
+        peer.handshake_completed(now);
+        core.jobs.push(Job::Flush(peer.clone()));
+    }
+    if session.is_initiator()
+        && now.since(session.created()) >= REKEY_ON_RECEIVE
+        && peer
+            .session()
+            .as_ref()
+            .is_some_and(|current| Arc::ptr_eq(current, session))
+        && peer.timers.rekey_on_receive()
+    {
+        core.ask_handshake(peer, now);
+    }
+}
+
+/// Queues what may be a handshake message.
+fn pass_on(core: &Core, datagram: &[u8], message: &Message) {
+    let kind = datagram.first_chunk().map(|kind| u32::from_le_bytes(*kind));
+    let dropped = match (kind, datagram.len()) {
+        (Some(1), 148) | (Some(2), 92) | (Some(3), 64) => {
+            match HandshakeMessage::new(datagram, message.from) {
+                Some(message) => core.jobs.push_message(message).err(),
+                None => Some(Dropped::Malformed),
+            }
+        }
+        _ => Some(Dropped::Malformed),
+    };
+    if let Some(reason) = dropped {
+        core.drops.add(reason, 1);
+    }
+}

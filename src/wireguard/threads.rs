@@ -1,0 +1,382 @@
+//! The threads of a device: one for each TUN queue, one for each address family of the socket, one
+//! for handshakes, timers and the state of the link.
+//!
+//! A transmit thread reads until there is nothing more to read, then sends what it gathered and
+//! sleeps; a receive thread sleeps in `recvmmsg`. None waits for another one but for the length of a
+//! batch. A thread that panics takes the process with it: a tunnel that is half alive is worse than
+//! one that is restarted.
+
+use std::io::{self, IoSlice};
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::clock::Time;
+use super::core::{Core, Waker};
+use super::drops::Dropped;
+use super::gso::{MAX_SEGMENTS, Split, VnetHeader};
+use super::handshake::Handshaker;
+use super::link::LinkWatch;
+use super::packet::{Ecn, Header};
+use super::peer::Wire;
+use super::receive::Receive;
+use super::transmit::Transmit;
+use super::tun::{MAX_READ, Tun};
+use super::udp::{Arena, Endpoint, MAX_MESSAGES, Sockets};
+
+/// The timers of peers with sessions are looked at this often: the packet threads arm them without
+/// telling.
+const TICK: Duration = Duration::from_millis(200);
+/// How often a link that is gone is tried to be made again.
+const RETRY: Duration = Duration::from_millis(200);
+/// Messages larger than this are received one at a time; see [`MAX_MESSAGES`].
+const LARGE: usize = 8 << 10;
+
+/// What the threads do I/O with.
+pub(super) struct Io {
+    pub(super) sockets: ArcSwap<Sockets>,
+    /// The queues of the TUN link, as many as there are transmit threads.
+    pub(super) tuns: ArcSwap<Vec<Tun>>,
+    pub(super) fwmark: AtomicU32,
+    /// Set once: every thread ends.
+    stopping: AtomicBool,
+    /// Readable from when the threads are to end.
+    stop: EventFd,
+    /// Readable while the handshake thread has something to do.
+    jobs: EventFd,
+    /// Set while the link does not exist.
+    gone: AtomicBool,
+    /// What to do when the link is gone.
+    on_gone: OnGone,
+}
+
+/// What is done when the link is deleted by somebody else.
+pub(super) enum OnGone {
+    /// Makes it again, with this name and MTU, persistent or not.
+    Remake(String, u32, bool),
+    /// Tells whoever started the device.
+    Tell(Box<dyn Fn() + Send + Sync>),
+}
+
+impl Wire for Sockets {
+    fn send(
+        &self,
+        run: &[u8],
+        stride: usize,
+        to: &Endpoint,
+        ecn: Ecn,
+        offload: bool,
+    ) -> io::Result<bool> {
+        Self::send(self, run, stride, to, ecn, offload)
+    }
+}
+
+impl Io {
+    pub(super) fn new(
+        sockets: Sockets,
+        tuns: Vec<Tun>,
+        fwmark: u32,
+        on_gone: OnGone,
+    ) -> io::Result<Self> {
+        let event = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        Ok(Self {
+            sockets: ArcSwap::from_pointee(sockets),
+            tuns: ArcSwap::from_pointee(tuns),
+            fwmark: AtomicU32::new(fwmark),
+            stopping: AtomicBool::new(false),
+            stop: event()?,
+            jobs: event()?,
+            gone: AtomicBool::new(false),
+            on_gone,
+        })
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Makes every thread end soon.
+    pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        // Each fails only when the descriptor is readable already.
+        let _ = self.stop.write(1);
+        let _ = self.jobs.write(1);
+        self.sockets.load().shut_down();
+    }
+
+    /// Puts other sockets in the place of these.
+    pub(super) fn replace_sockets(&self, sockets: Sockets) {
+        self.sockets.swap(Arc::new(sockets)).shut_down();
+    }
+
+    /// Takes note that the link does not exist any more, and sees to it.
+    fn link_is_gone(&self) {
+        if !self.gone.swap(true, Ordering::AcqRel) {
+            match &self.on_gone {
+                OnGone::Tell(tell) => tell(),
+                // The handshake thread makes it.
+                OnGone::Remake(..) => {
+                    let _ = self.jobs.write(1);
+                }
+            }
+        }
+        thread::sleep(RETRY / 4);
+    }
+
+    /// Makes the link again; true if there is one.
+    fn remake(&self) -> bool {
+        let OnGone::Remake(name, mtu, persistent) = &self.on_gone else {
+            return false;
+        };
+        let queues = self.tuns.load().len();
+        match open_queues(name, *mtu, *persistent, queues) {
+            Ok(tuns) => {
+                tracing::info!(link = name, "the link was deleted and has been made again");
+                self.tuns.store(Arc::new(tuns));
+                self.gone.store(false, Ordering::Release);
+                true
+            }
+            Err(error) => {
+                tracing::debug!(%error, "making the link again");
+                false
+            }
+        }
+    }
+}
+
+/// Opens the link and all its queues.
+pub(super) fn open_queues(
+    name: &str,
+    mtu: u32,
+    persistent: bool,
+    queues: usize,
+) -> Result<Vec<Tun>, super::tun::TunError> {
+    let first = Tun::open(name, mtu, persistent)?;
+    let mut tuns = vec![first];
+    for _ in 1..queues {
+        tuns.push(Tun::open_queue(name)?);
+    }
+    Ok(tuns)
+}
+
+/// Starts the threads.
+pub(super) fn start(core: &Arc<Core>, io: &Arc<Io>) -> io::Result<Vec<JoinHandle<()>>> {
+    let waker = {
+        let io = io.clone();
+        Waker(Box::new(move || {
+            // It fails only when it is readable already.
+            let _ = io.jobs.write(1);
+        }))
+    };
+    core.jobs.set_waker(waker);
+    let link = LinkWatch::new()?;
+    let mut threads = Vec::new();
+    let mut spawn = |name: String, body: Box<dyn FnOnce(&Core, &Io) + Send>| {
+        let (core, io) = (core.clone(), io.clone());
+        let thread = thread::Builder::new().name(name).spawn(move || {
+            let _guard = AbortOnPanic;
+            body(&core, &io);
+        });
+        thread.map(|thread| threads.push(thread))
+    };
+    for queue in 0..io.tuns.load().len() {
+        spawn(
+            format!("wg-tx{queue}"),
+            Box::new(move |core, io| transmit(core, io, queue)),
+        )?;
+    }
+    for v6 in [false, true] {
+        let name = if v6 { "wg-rx6" } else { "wg-rx4" };
+        spawn(
+            name.to_owned(),
+            Box::new(move |core, io| receive(core, io, v6)),
+        )?;
+    }
+    let handshaker = Handshaker::new(core.clone());
+    spawn(
+        "wg-handshake".to_owned(),
+        Box::new(move |core, io| handshake(core, io, handshaker, link)),
+    )?;
+    Ok(threads)
+}
+
+/// Ends the process when the thread panics, also where panics unwind.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+fn transmit(core: &Core, io: &Io, queue: usize) {
+    let mut buffer = vec![0; MAX_READ];
+    let mut transmit = Transmit::default();
+    while !io.is_stopping() {
+        let tuns = io.tuns.load();
+        let Some(tun) = tuns.get(queue) else {
+            thread::sleep(RETRY);
+            continue;
+        };
+        match tun.read(&mut buffer) {
+            Ok(length) => {
+                let sockets = io.sockets.load();
+                let refused = transmit.packet(core, &**sockets, &buffer[..length], Time::now());
+                if let Err(_refused) = refused {}
+            }
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EAGAIN) => {
+                    transmit.flush(core, &**io.sockets.load(), Time::now());
+                    transmit.rest();
+                    let mut fds = [
+                        PollFd::new(tun.as_fd(), PollFlags::POLLIN),
+                        PollFd::new(io.stop.as_fd(), PollFlags::POLLIN),
+                    ];
+                    let _ = poll(&mut fds, PollTimeout::NONE);
+                }
+                Some(libc::EINTR) => {}
+                Some(libc::EBADFD) => io.link_is_gone(),
+                _ => {
+                    core.drops.add(Dropped::TunFailed, 1);
+                    tracing::debug!(%error, "reading from the link");
+                    thread::sleep(Duration::from_millis(10));
+                }
+            },
+        }
+    }
+}
+
+fn receive(core: &Core, io: &Io, v6: bool) {
+    let mut arena = Arena::default();
+    let mut receive = Receive::default();
+    let mut limit = 1;
+    while !io.is_stopping() {
+        let sockets = io.sockets.load_full();
+        let Some(socket) = sockets.family(v6) else {
+            thread::sleep(RETRY);
+            continue;
+        };
+        if let Err(error) = socket.receive(&mut arena, limit) {
+            if error.kind() != io::ErrorKind::Interrupted {
+                tracing::debug!(%error, "receiving");
+                thread::sleep(Duration::from_millis(1));
+            }
+            continue;
+        }
+        let now = Time::now();
+        let tuns = io.tuns.load();
+        let Some(tun) = tuns.first() else {
+            continue;
+        };
+        receive.join_udp(tun.takes_udp());
+        let Arena { bytes, messages } = &mut arena;
+        let total: usize = messages.iter().map(|message| message.range.len()).sum();
+        for message in &*messages {
+            receive.message(core, bytes, message, now);
+        }
+        receive.finish(bytes, |pieces, count| write(core, tun, pieces, count));
+        limit = if total > LARGE * messages.len() {
+            1
+        } else {
+            MAX_MESSAGES
+        };
+    }
+}
+
+/// Writes one packet, or what it stands for one by one where the kernel does not take it joined.
+fn write(core: &Core, tun: &Tun, pieces: &[IoSlice<'_>], count: usize) {
+    let Err(error) = tun.write(pieces) else {
+        return;
+    };
+    if error.raw_os_error() == Some(libc::EINVAL) && count > 1 {
+        if tun.refuses_udp() {
+            tracing::info!(
+                "the kernel does not take joined UDP packets: they are written one by one"
+            );
+        }
+        let joined: Vec<u8> = pieces
+            .iter()
+            .flat_map(|piece| piece.iter().copied())
+            .collect();
+        write_apart(core, tun, &joined);
+    } else {
+        core.drops.add(Dropped::TunFailed, count as u64);
+    }
+}
+
+fn write_apart(core: &Core, tun: &Tun, joined: &[u8]) {
+    let split = VnetHeader::read(joined).and_then(|(vnet, packet)| {
+        let ip = Header::parse(packet)?;
+        Split::new(&vnet, packet, &ip)
+    });
+    let Some(split) = split else {
+        return core.drops.add(Dropped::TunFailed, MAX_SEGMENTS as u64);
+    };
+    let vnet = VnetHeader::default().to_bytes();
+    for n in 0..split.count() {
+        let mut packet = vec![0; split.length(n)];
+        split.write(n, &mut packet);
+        if tun
+            .write(&[IoSlice::new(&vnet), IoSlice::new(&packet)])
+            .is_err()
+        {
+            core.drops.add(Dropped::TunFailed, 1);
+        }
+    }
+}
+
+fn handshake(core: &Core, io: &Io, mut handshaker: Handshaker, mut link: LinkWatch) {
+    look_at_link(core, io, &mut link);
+    while !io.is_stopping() {
+        let next = handshaker.tick(&**io.sockets.load(), Time::now());
+        let timeout = match next {
+            Some(next) => next.since(Time::now()).min(TICK),
+            None => TICK,
+        };
+        let mut fds = [
+            PollFd::new(io.jobs.as_fd(), PollFlags::POLLIN),
+            PollFd::new(link.events(), PollFlags::POLLIN),
+        ];
+        // Rounded up, lest the thread wakes just before and goes round for nothing.
+        let timeout = u16::try_from(timeout.as_millis())
+            .unwrap_or(u16::MAX)
+            .saturating_add(1);
+        let _ = poll(&mut fds, PollTimeout::from(timeout));
+        let link_changed = fds[1].any().unwrap_or(false);
+        // Empty if it was not the reason to wake up.
+        let _ = io.jobs.read();
+        if io.gone.load(Ordering::Acquire)
+            && matches!(io.on_gone, OnGone::Remake(..))
+            && !io.remake()
+        {
+            thread::sleep(RETRY);
+        }
+        if link_changed {
+            link.drain();
+            look_at_link(core, io, &mut link);
+        }
+        handshaker.run(&**io.sockets.load(), Time::now);
+    }
+}
+
+fn look_at_link(core: &Core, io: &Io, link: &mut LinkWatch) {
+    let tuns = io.tuns.load();
+    let Some(tun) = tuns.first() else {
+        return;
+    };
+    match link.look(tun) {
+        Ok(state) => {
+            core.set_mtu(state.mtu);
+            core.link_changed(state.up);
+        }
+        Err(error) => tracing::debug!(%error, "looking at the link"),
+    }
+}

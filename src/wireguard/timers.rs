@@ -1,0 +1,349 @@
+//! When a peer is to be sent a handshake or a keepalive (WireGuard paper 6).
+//!
+//! The packet threads only note what happened, with a few relaxed stores per batch; the handshake
+//! thread asks what is due. The times are the kernel's: a peer that is sent data but does not answer
+//! is shaken hands with after 15 s, one that sends data and hears nothing gets a keepalive after
+//! 10 s, an initiation is repeated every 5 s for 90 s. Unlike boringtun's timers these never reach a
+//! state from which nothing leads out: a persistent keepalive always begins again.
+
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::clock::Time;
+use super::session::REJECT_AFTER_TIME;
+
+/// An initiation that is not answered for so long is repeated.
+pub(super) const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Initiations are given up when they were repeated for so long.
+pub(super) const REKEY_ATTEMPT_TIME: Duration = Duration::from_secs(90);
+/// A peer from which data came is sent something within this time.
+pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// An initiator that receives with a key older than this begins a new handshake, lest the key runs
+/// out while only the other side sends.
+pub(super) const REKEY_ON_RECEIVE: Duration = Duration::from_secs(180 - 10 - 5);
+
+/// Added at random, so that two peers that lost each other do not go on colliding.
+const JITTER_MS: u64 = 334;
+const ATTEMPTS: u32 = (REKEY_ATTEMPT_TIME.as_secs() / REKEY_TIMEOUT.as_secs()) as u32;
+
+/// The timers of one peer.
+#[derive(Debug, Default)]
+pub(super) struct Timers {
+    /// Nothing came back for what was sent.
+    unanswered: Deadline,
+    keepalive: Deadline,
+    /// Data came while the keepalive was armed already.
+    another_keepalive: AtomicBool,
+    persistent: Deadline,
+    interval: AtomicU16,
+    retransmit: Deadline,
+    attempts: AtomicU32,
+    /// Old keys are forgotten.
+    wipe: Deadline,
+    /// A handshake was begun on receipt with the current session.
+    rekeyed_on_receive: AtomicBool,
+}
+
+/// What is to be done for a peer now, and when to ask again.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Due {
+    /// Send an initiation.
+    pub handshake: Option<Attempt>,
+    /// Send a keepalive.
+    pub keepalive: bool,
+    /// Nobody answers: drop what waits for a session.
+    pub give_up: bool,
+    /// Forget all sessions and handshakes.
+    pub wipe: bool,
+    /// When something may be due next.
+    pub next: Option<Time>,
+}
+
+/// Why an initiation is sent.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Attempt {
+    /// Something new asks for it: the count of attempts begins anew.
+    First,
+    /// The one before was not answered.
+    Repeated,
+}
+
+/// A point in time, or none, that any thread may set.
+#[derive(Debug, Default)]
+struct Deadline(AtomicU64);
+
+impl Deadline {
+    fn arm(&self, at: Time) {
+        self.0.store(at.as_nanos(), Ordering::Relaxed);
+    }
+
+    fn arm_if_idle(&self, at: impl FnOnce() -> Time) -> bool {
+        let idle = !self.is_armed();
+        if idle {
+            self.arm(at());
+        }
+        idle
+    }
+
+    fn clear(&self) {
+        // Mostly it is clear already, and a store would take the cache line from the other thread.
+        if self.is_armed() {
+            self.0.store(0, Ordering::Relaxed);
+        }
+    }
+
+    fn is_armed(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != 0
+    }
+
+    fn at(&self) -> Option<Time> {
+        Time::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+
+    /// Whether it has passed; then it is cleared.
+    fn take(&self, now: Time) -> bool {
+        let nanos = self.0.load(Ordering::Relaxed);
+        nanos != 0
+            && nanos <= now.as_nanos()
+            // A thread that moved it in the meantime wins.
+            && self.0.compare_exchange(nanos, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+}
+
+fn jitter() -> Duration {
+    Duration::from_millis(rand::random_range(0..JITTER_MS))
+}
+
+impl Timers {
+    /// Sets the persistent keepalive, in seconds; 0 is off. True if there was none before.
+    pub(super) fn set_persistent_keepalive(&self, seconds: u16, now: Time) -> bool {
+        let before = self.interval.swap(seconds, Ordering::Relaxed);
+        self.traversed(now);
+        if seconds == 0 {
+            self.persistent.clear();
+        }
+        before == 0 && seconds != 0
+    }
+
+    /// The persistent keepalive in seconds, 0 for none.
+    pub(super) fn persistent_keepalive(&self) -> u16 {
+        self.interval.load(Ordering::Relaxed)
+    }
+
+    fn traversed(&self, now: Time) {
+        let interval = self.interval.load(Ordering::Relaxed);
+        if interval != 0 {
+            self.persistent
+                .arm(now + Duration::from_secs(interval.into()));
+        }
+    }
+
+    /// Authenticated messages were sent, among them data or not.
+    pub(super) fn sent(&self, data: bool, now: Time) {
+        self.traversed(now);
+        self.keepalive.clear();
+        if data {
+            self.unanswered
+                .arm_if_idle(|| now + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT + jitter());
+        }
+    }
+
+    /// Authenticated messages were received, among them data or not.
+    pub(super) fn received(&self, data: bool, now: Time) {
+        self.traversed(now);
+        self.unanswered.clear();
+        if data && !self.keepalive.arm_if_idle(|| now + KEEPALIVE_TIMEOUT) {
+            self.another_keepalive.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// An initiation was sent.
+    pub(super) fn initiated(&self, attempt: Attempt, now: Time) {
+        if attempt == Attempt::First {
+            self.attempts.store(0, Ordering::Relaxed);
+        }
+        self.retransmit.arm(now + REKEY_TIMEOUT + jitter());
+    }
+
+    /// A cookie came for the initiation under way: it is repeated with it at once, for the first
+    /// attempts, instead of after the timeout.
+    pub(super) fn cookie_received(&self, now: Time) {
+        if self.retransmit.is_armed() && self.attempts.load(Ordering::Relaxed) < 3 {
+            self.retransmit.arm(now + jitter() / 2);
+        }
+    }
+
+    /// A handshake ended with a session.
+    pub(super) fn session_derived(&self, now: Time) {
+        self.wipe.arm(now + 3 * REJECT_AFTER_TIME);
+        self.rekeyed_on_receive.store(false, Ordering::Relaxed);
+    }
+
+    /// A session is in use by both sides.
+    pub(super) fn handshake_completed(&self) {
+        self.retransmit.clear();
+        self.attempts.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether the initiation on receipt is still to be sent for the current session.
+    pub(super) fn rekey_on_receive(&self) -> bool {
+        !self.rekeyed_on_receive.swap(true, Ordering::Relaxed)
+    }
+
+    /// What is due.
+    pub(super) fn poll(&self, now: Time) -> Due {
+        let mut due = Due::default();
+        if self.retransmit.take(now) {
+            if self.attempts.fetch_add(1, Ordering::Relaxed) >= ATTEMPTS {
+                due.give_up = true;
+                self.keepalive.clear();
+                self.wipe.arm_if_idle(|| now + 3 * REJECT_AFTER_TIME);
+            } else {
+                due.handshake = Some(Attempt::Repeated);
+            }
+        }
+        if self.unanswered.take(now) {
+            due.handshake.get_or_insert(Attempt::First);
+        }
+        if self.keepalive.take(now) {
+            due.keepalive = true;
+            if self.another_keepalive.swap(false, Ordering::Relaxed) {
+                self.keepalive.arm(now + KEEPALIVE_TIMEOUT);
+            }
+        }
+        if self.persistent.take(now) {
+            due.keepalive = true;
+            self.traversed(now);
+        }
+        due.wipe = self.wipe.take(now);
+        due.next = [
+            &self.unanswered,
+            &self.keepalive,
+            &self.persistent,
+            &self.retransmit,
+            &self.wipe,
+        ]
+        .into_iter()
+        .filter_map(Deadline::at)
+        .min();
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn time(millis: u64) -> Time {
+        Time::from_duration(Duration::from_secs(1000) + Duration::from_millis(millis))
+    }
+
+    fn nothing(timers: &Timers, millis: u64) -> bool {
+        let due = timers.poll(time(millis));
+        due == Due {
+            next: due.next,
+            ..Due::default()
+        }
+    }
+
+    #[test]
+    fn data_without_an_answer_leads_to_a_handshake_after_15_seconds() {
+        let timers = Timers::default();
+        timers.sent(true, time(0));
+        timers.sent(true, time(14_000));
+        assert!(nothing(&timers, 14_999));
+        assert_eq!(timers.poll(time(15_334)).handshake, Some(Attempt::First));
+        assert!(nothing(&timers, 40_000));
+    }
+
+    #[test]
+    fn an_answer_of_any_kind_stops_the_wait() {
+        let timers = Timers::default();
+        timers.sent(true, time(0));
+        timers.received(false, time(1000));
+        assert!(nothing(&timers, 60_000));
+    }
+
+    #[test]
+    fn data_that_is_not_answered_gets_a_keepalive_after_10_seconds_and_one_more_if_there_was_more()
+    {
+        let timers = Timers::default();
+        timers.received(true, time(0));
+        timers.received(true, time(5000));
+        assert!(nothing(&timers, 9_999));
+        assert!(timers.poll(time(10_000)).keepalive);
+        assert!(timers.poll(time(20_000)).keepalive);
+        assert!(nothing(&timers, 60_000));
+    }
+
+    #[test]
+    fn sending_anything_saves_the_keepalive() {
+        let timers = Timers::default();
+        timers.received(true, time(0));
+        timers.sent(false, time(5000));
+        assert!(nothing(&timers, 60_000));
+    }
+
+    #[test]
+    fn an_initiation_is_repeated_for_90_seconds_and_then_given_up() {
+        let timers = Timers::default();
+        timers.initiated(Attempt::First, time(0));
+        let (mut now, mut sent) = (0, 1);
+        loop {
+            now += 5_334;
+            let due = timers.poll(time(now));
+            if due.give_up {
+                break;
+            }
+            assert_eq!(due.handshake, Some(Attempt::Repeated));
+            sent += 1;
+            timers.initiated(Attempt::Repeated, time(now));
+        }
+        assert_eq!(sent, 19);
+        assert!((90_000..110_000).contains(&now), "{now}");
+        assert!(nothing(&timers, now + 400_000));
+        assert!(timers.poll(time(now + 540_000)).wipe);
+    }
+
+    /// boringtun's first gap: after 90 s without an answer it never began again.
+    #[test]
+    fn a_peer_with_persistent_keepalive_comes_back_by_itself_however_long_nobody_answered() {
+        let timers = Timers::default();
+        timers.set_persistent_keepalive(25, time(0));
+        let mut keepalives = 0;
+        for second in 0..3600 {
+            let due = timers.poll(time(second * 1000));
+            keepalives += u32::from(due.keepalive);
+        }
+        assert!((140..=145).contains(&keepalives), "{keepalives}");
+    }
+
+    #[test]
+    fn persistent_keepalives_count_from_the_last_message_either_way() {
+        let timers = Timers::default();
+        timers.set_persistent_keepalive(25, time(0));
+        timers.received(false, time(20_000));
+        assert!(nothing(&timers, 44_000));
+        assert!(timers.poll(time(45_000)).keepalive);
+        timers.set_persistent_keepalive(0, time(45_000));
+        assert!(nothing(&timers, 200_000));
+    }
+
+    #[test]
+    fn keys_are_forgotten_540_seconds_after_the_last_session() {
+        let timers = Timers::default();
+        timers.session_derived(time(0));
+        timers.session_derived(time(100_000));
+        assert!(nothing(&timers, 639_999));
+        assert!(timers.poll(time(640_000)).wipe);
+    }
+
+    #[test]
+    fn the_next_deadline_is_the_earliest() {
+        let timers = Timers::default();
+        assert_eq!(timers.poll(time(0)).next, None);
+        timers.session_derived(time(0));
+        timers.received(true, time(0));
+        assert_eq!(timers.poll(time(1)).next, Some(time(10_000)));
+    }
+}

@@ -1,0 +1,230 @@
+//! From the TUN device to the wire: route, cut, pad, seal, send.
+//!
+//! Datagrams to one peer gather in one buffer, in the layout of UDP segmentation offload, until one
+//! comes that does not fit the run. Then the run is sealed as a batch and handed to the kernel at
+//! once.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::clock::Time;
+use super::core::Core;
+use super::drops::Dropped;
+use super::gso::{Split, VnetHeader};
+use super::packet::{Ecn, Header};
+use super::peer::{Peer, Wire};
+use super::session::{DATA_HEADER, OVERHEAD, Session, TAG};
+use super::tun::MAX_READ;
+use super::udp::{MAX_DATAGRAMS, MAX_SEND};
+
+/// A packet that goes nowhere, and whose sender may be told.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Refused {
+    pub(super) reason: Dropped,
+}
+
+/// The datagrams that are being gathered.
+pub(super) struct Transmit {
+    buffer: Vec<u8>,
+    length: usize,
+    count: usize,
+    /// The bytes of each datagram but the last.
+    stride: usize,
+    /// Whether the last datagram is as long as the others, so that one more may follow.
+    open: bool,
+    /// Whether any of them carries a packet; keepalives don't.
+    data: bool,
+    ecn: Ecn,
+    to: Option<(Arc<Peer>, Arc<Session>)>,
+}
+
+impl Default for Transmit {
+    fn default() -> Self {
+        Self {
+            // One datagram around the largest packet, or a run of at most MAX_SEND.
+            buffer: vec![0; MAX_READ + OVERHEAD],
+            length: 0,
+            count: 0,
+            stride: 0,
+            open: false,
+            data: false,
+            ecn: Ecn::NotCapable,
+            to: None,
+        }
+    }
+}
+
+impl Transmit {
+    /// Takes a packet as it was read from the TUN device.
+    ///
+    /// It may be sent at once or with those that follow: call [`Self::flush`] when there are none.
+    pub(super) fn packet(
+        &mut self,
+        core: &Core,
+        wire: &impl Wire,
+        bytes: &[u8],
+        now: Time,
+    ) -> Result<(), Refused> {
+        let refuse = |reason| {
+            core.drops.add(reason, 1);
+            Err(Refused { reason })
+        };
+        let Some((_, packet)) = VnetHeader::read(bytes) else {
+            return refuse(Dropped::Malformed);
+        };
+        let Some(ip) = Header::parse(packet) else {
+            return refuse(Dropped::Malformed);
+        };
+        let table = core.table.load();
+        let Some(peer) = table.route(ip.destination, || ip.flow_hash(packet)) else {
+            return refuse(Dropped::NoPeer);
+        };
+        let session = peer.session();
+        if let Some(session) = session.as_ref().filter(|session| session.may_send(now)) {
+            if peer.has_staged.load(Ordering::Acquire) {
+                self.flush_staged(core, wire, peer, now);
+            }
+            self.append_packet(core, wire, (peer, session), bytes, now);
+            return Ok(());
+        }
+        if peer.endpoint().is_none() {
+            return refuse(Dropped::NoEndpoint);
+        }
+        let dropped = peer.stage(bytes);
+        core.drops.add(Dropped::NoSession, dropped);
+        core.ask_handshake(peer, now);
+        // The session may have come since it was looked for; whoever made it may have found nothing.
+        if peer
+            .session()
+            .as_ref()
+            .is_some_and(|session| session.may_send(now))
+        {
+            self.flush_staged(core, wire, peer, now);
+        }
+        Ok(())
+    }
+
+    /// Sends what waited for a session; true if anything did.
+    pub(super) fn flush_staged(
+        &mut self,
+        core: &Core,
+        wire: &impl Wire,
+        peer: &Arc<Peer>,
+        now: Time,
+    ) -> bool {
+        // The lock is held until all is sent, so that nothing overtakes it.
+        let mut staged = peer.staged();
+        let session = peer.session();
+        let Some(session) = session.as_ref().filter(|session| session.may_send(now)) else {
+            return false;
+        };
+        let waited = !staged.is_empty();
+        while let Some(packet) = staged.pop() {
+            self.append_packet(core, wire, (peer, session), &packet, now);
+        }
+        if waited {
+            self.flush(core, wire, now);
+        }
+        peer.has_staged.store(false, Ordering::Release);
+        waited
+    }
+
+    /// Sends an empty message, if there is a session; else asks for one.
+    pub(super) fn keepalive(&mut self, core: &Core, wire: &impl Wire, peer: &Arc<Peer>, now: Time) {
+        let session = peer.session();
+        match session.as_ref().filter(|session| session.may_send(now)) {
+            Some(session) => {
+                self.make_room(core, wire, (peer, session), OVERHEAD, Ecn::NotCapable, now);
+                self.length += OVERHEAD;
+                self.count += 1;
+                self.flush(core, wire, now);
+            }
+            None => core.ask_handshake(peer, now),
+        }
+    }
+
+    fn append_packet(
+        &mut self,
+        core: &Core,
+        wire: &impl Wire,
+        to: (&Arc<Peer>, &Arc<Session>),
+        bytes: &[u8],
+        now: Time,
+    ) {
+        let split = VnetHeader::read(bytes).and_then(|(vnet, packet)| {
+            let ip = Header::parse(packet)?;
+            Some((Split::new(&vnet, packet, &ip)?, ip.ecn))
+        });
+        let Some((split, ecn)) = split else {
+            return core.drops.add(Dropped::Malformed, 1);
+        };
+        for n in 0..split.count() {
+            let inner = split.length(n);
+            let padded = inner + core.padding(inner);
+            self.make_room(core, wire, to, padded + OVERHEAD, ecn, now);
+            let datagram = &mut self.buffer[self.length..self.length + padded + OVERHEAD];
+            let plaintext = &mut datagram[DATA_HEADER..DATA_HEADER + padded];
+            let (packet, padding) = plaintext.split_at_mut(inner);
+            split.write(n, packet);
+            padding.fill(0);
+            self.length += padded + OVERHEAD;
+            self.count += 1;
+            self.data = true;
+        }
+    }
+
+    /// Sends what was gathered, if the next datagram cannot be part of it.
+    fn make_room(
+        &mut self,
+        core: &Core,
+        wire: &impl Wire,
+        (peer, session): (&Arc<Peer>, &Arc<Session>),
+        length: usize,
+        ecn: Ecn,
+        now: Time,
+    ) {
+        debug_assert!(length >= DATA_HEADER + TAG);
+        let same = self
+            .to
+            .as_ref()
+            .is_some_and(|to| Arc::ptr_eq(&to.1, session));
+        let fits = same
+            && self.open
+            && self.ecn == ecn
+            && length <= self.stride
+            && self.count < MAX_DATAGRAMS
+            && self.length + length <= MAX_SEND;
+        if fits {
+            self.open = length == self.stride;
+            return;
+        }
+        self.flush(core, wire, now);
+        if !same {
+            self.to = Some((peer.clone(), session.clone()));
+        }
+        (self.stride, self.open, self.ecn) = (length, true, ecn);
+    }
+
+    /// Seals and sends what was gathered.
+    pub(super) fn flush(&mut self, core: &Core, wire: &impl Wire, now: Time) {
+        let run = &mut self.buffer[..self.length];
+        if let Some((peer, session)) = self.to.as_ref().filter(|_| self.count > 0) {
+            if session.seal_batch(run, self.stride) {
+                peer.send(wire, run, self.stride, self.ecn, now, &core.drops);
+                peer.timers.sent(self.data, now);
+                if session.wants_rekey(now) {
+                    core.ask_handshake(peer, now);
+                }
+            } else {
+                core.drops.add(Dropped::NoSession, self.count as u64);
+                core.ask_handshake(peer, now);
+            }
+        }
+        (self.length, self.count, self.open, self.data) = (0, 0, false, false);
+    }
+
+    /// Lets go of the last peer and session, before a time without traffic.
+    pub(super) fn rest(&mut self) {
+        self.to = None;
+    }
+}

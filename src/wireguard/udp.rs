@@ -1,0 +1,651 @@
+//! The UDP sockets: batches out with segmentation offload, batches in with coalescing.
+//!
+//! A message that is sent or received is a run of datagrams of one size in one buffer, the last of
+//! which may be shorter. Where the kernel or the path does not take such a run, it is sent in pieces.
+//! Replies leave from the address that was called, by the packet information that came with it.
+#![expect(
+    unsafe_code,
+    reason = "sendmsg and recvmmsg with control messages, without an allocation per call"
+)]
+
+use std::io;
+use std::mem;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::ops::Range;
+use std::os::fd::{AsRawFd as _, RawFd};
+use std::ptr;
+
+use nix::errno::Errno;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::packet::Ecn;
+
+/// The most bytes of one send with segmentation: what IPv4 and IPv6 both take, with some slack for
+/// the headers the kernel counts in.
+pub(super) const MAX_SEND: usize = 65_000;
+/// The most datagrams of one send with segmentation.
+pub(super) const MAX_DATAGRAMS: usize = 64;
+/// The bytes of the largest message that can be received, coalesced or not.
+pub(super) const MAX_MESSAGE: usize = 65_536;
+
+/// The most messages of one receive. Many only while they are small: sixteen large ones would not
+/// stay in the second-level cache until they are opened.
+pub(super) const MAX_MESSAGES: usize = 16;
+
+/// Holds what a full transmit batch and a stall of some milliseconds need.
+const BUFFER: usize = 4 << 20;
+/// A send that the kernel does not take for so long is given up, so that no thread hangs on it.
+const SEND_TIMEOUT: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// Where a peer is, and from which of our addresses it is spoken to.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Endpoint {
+    /// The address and port of the peer.
+    pub remote: SocketAddr,
+    /// Our address that it called and the interface it came in by; `None` lets the kernel choose.
+    pub local: Option<(IpAddr, u32)>,
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(remote: SocketAddr) -> Self {
+        Self {
+            remote,
+            local: None,
+        }
+    }
+}
+
+/// The sockets of both families, on one port.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    port: u16,
+    v4: Option<UdpSocket>,
+    v6: Option<UdpSocket>,
+}
+
+/// A socket of one family.
+#[derive(Debug)]
+pub(super) struct UdpSocket {
+    socket: Socket,
+    v6: bool,
+}
+
+impl Sockets {
+    /// Opens the sockets on a port, or on one that is free in both families for 0. A family that the
+    /// kernel does not have is done without.
+    ///
+    /// # Errors
+    /// `EADDRINUSE` if the port is taken, or what else the kernel says.
+    pub(super) fn bind(port: u16, fwmark: u32) -> io::Result<Self> {
+        // A port that is free for one family may be taken for the other.
+        let mut tries = if port == 0 { 20 } else { 1 };
+        loop {
+            tries -= 1;
+            match Self::bind_once(port, fwmark) {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse && tries > 0 => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn bind_once(port: u16, fwmark: u32) -> io::Result<Self> {
+        let v4 = UdpSocket::bind(Ipv4Addr::UNSPECIFIED.into(), port, fwmark)?;
+        let port = match &v4 {
+            Some(socket) => socket.port()?,
+            None => port,
+        };
+        let v6 = UdpSocket::bind(Ipv6Addr::UNSPECIFIED.into(), port, fwmark)?;
+        let port = match &v6 {
+            Some(socket) => socket.port()?,
+            None => port,
+        };
+        if v4.is_none() && v6.is_none() {
+            return Err(Errno::EAFNOSUPPORT.into());
+        }
+        Ok(Self { port, v4, v6 })
+    }
+
+    /// The port of both.
+    pub(super) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The socket for IPv4 or IPv6, if there is that family.
+    pub(super) fn family(&self, v6: bool) -> Option<&UdpSocket> {
+        if v6 {
+            self.v6.as_ref()
+        } else {
+            self.v4.as_ref()
+        }
+    }
+
+    /// Marks what is sent from now on.
+    ///
+    /// # Errors
+    /// What the kernel says, which is `EPERM` without `CAP_NET_ADMIN`.
+    pub(super) fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {
+        let sockets = [&self.v4, &self.v6];
+        sockets
+            .into_iter()
+            .flatten()
+            .try_for_each(|socket| socket.socket.set_mark(fwmark))
+    }
+
+    /// Sends a run of datagrams of `stride` bytes, the last of which may be shorter.
+    ///
+    /// With `offload` the kernel is asked to cut the run itself. Returns whether it did; a run that it
+    /// refused to cut was sent in pieces.
+    ///
+    /// # Errors
+    /// What the kernel says of the first datagram it did not take.
+    pub(super) fn send(
+        &self,
+        run: &[u8],
+        stride: usize,
+        to: &Endpoint,
+        ecn: Ecn,
+        offload: bool,
+    ) -> io::Result<bool> {
+        let v6 = to.remote.is_ipv6();
+        let socket = self.family(v6).ok_or(Errno::EAFNOSUPPORT)?;
+        let mut offload = offload;
+        if run.len() > stride && offload {
+            match socket.send(run, Some(stride), to, ecn) {
+                Ok(()) => return Ok(true),
+                // No checksum offload on the way (EIO), or a path MTU below the stride (EINVAL,
+                // EMSGSIZE), where single datagrams are fragmented.
+                Err(error) if is_offload_refused(&error) => offload = false,
+                Err(error) => return Err(error),
+            }
+        }
+        for datagram in run.chunks(stride) {
+            socket.send(datagram, None, to, ecn)?;
+        }
+        Ok(offload)
+    }
+
+    /// Makes the threads that wait on these sockets look up.
+    pub(super) fn shut_down(&self) {
+        for socket in [&self.v4, &self.v6].into_iter().flatten() {
+            // Says that the socket is not connected, and wakes its readers all the same.
+            let _ = socket.socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+fn is_offload_refused(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)
+    )
+}
+
+/// Whether a send may have failed only because our address, from which it was to leave, is gone or
+/// the interface with it.
+pub(super) fn is_source_gone(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::EINVAL
+                | libc::EADDRNOTAVAIL
+                | libc::ENETUNREACH
+                | libc::EHOSTUNREACH
+                | libc::ENODEV
+        )
+    )
+}
+
+/// One message that was received.
+#[derive(Clone, Debug)]
+pub(super) struct Message {
+    /// Where it is in the arena.
+    pub range: Range<usize>,
+    /// The bytes of each datagram but the last.
+    pub stride: usize,
+    /// Who sent it, and which of our addresses it called.
+    pub from: Endpoint,
+    /// The congestion mark of its outer header.
+    pub ecn: Ecn,
+}
+
+/// The memory that messages are received into.
+pub(super) struct Arena {
+    /// Room for [`MAX_MESSAGES`]; pages that are never received into are never touched.
+    pub bytes: Vec<u8>,
+    /// What the last receive brought.
+    pub messages: Vec<Message>,
+}
+
+impl Default for Arena {
+    fn default() -> Self {
+        Self {
+            bytes: vec![0; MAX_MESSAGES * MAX_MESSAGE],
+            messages: Vec::with_capacity(MAX_MESSAGES),
+        }
+    }
+}
+
+/// Room for the control messages of one datagram, aligned as they need it.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+struct Control([u8; 128]);
+
+impl UdpSocket {
+    fn bind(address: IpAddr, port: u16, fwmark: u32) -> io::Result<Option<Self>> {
+        let v6 = address.is_ipv6();
+        let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
+        let socket = match Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)) {
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
+            socket => socket?,
+        };
+        let fd = socket.as_raw_fd();
+        if v6 {
+            socket.set_only_v6(true)?;
+            set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
+            set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
+            set_option(
+                fd,
+                libc::IPPROTO_IPV6,
+                libc::IPV6_MTU_DISCOVER,
+                libc::IPV6_PMTUDISC_DONT,
+            )?;
+        } else {
+            set_option(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
+            set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
+            // As the kernel's WireGuard: what does not fit the path is fragmented, not lost.
+            set_option(
+                fd,
+                libc::IPPROTO_IP,
+                libc::IP_MTU_DISCOVER,
+                libc::IP_PMTUDISC_DONT,
+            )?;
+        }
+        if fwmark != 0 {
+            socket.set_mark(fwmark)?;
+        }
+        set_buffer(fd, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF)?;
+        set_buffer(fd, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)?;
+        socket.set_write_timeout(Some(SEND_TIMEOUT))?;
+        // Coalescing came with Linux 5.0; without it every datagram arrives alone.
+        let _ = set_option(fd, libc::SOL_UDP, libc::UDP_GRO, 1);
+        match socket.bind(&SocketAddr::new(address, port).into()) {
+            // IPv6 is there but turned off.
+            Err(error) if v6 && error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(None),
+            bound => bound.map(|()| Some(Self { socket, v6 })),
+        }
+    }
+
+    fn port(&self) -> io::Result<u16> {
+        let address = self.socket.local_addr()?.as_socket();
+        Ok(address.map_or(0, |address| address.port()))
+    }
+
+    fn send(&self, bytes: &[u8], stride: Option<usize>, to: &Endpoint, ecn: Ecn) -> io::Result<()> {
+        let address = socket2::SockAddr::from(to.remote);
+        let mut control = Control([0; 128]);
+        let mut writer = ControlWriter {
+            control: &mut control,
+            length: 0,
+        };
+        match to.local {
+            Some((IpAddr::V4(local), _)) if !self.v6 => writer.push(
+                libc::IPPROTO_IP,
+                libc::IP_PKTINFO,
+                // The interface stays open: the route decides, the address sticks.
+                libc::in_pktinfo {
+                    ipi_ifindex: 0,
+                    ipi_spec_dst: libc::in_addr {
+                        s_addr: u32::from_ne_bytes(local.octets()),
+                    },
+                    ipi_addr: libc::in_addr { s_addr: 0 },
+                },
+            ),
+            Some((IpAddr::V6(local), interface)) if self.v6 => writer.push(
+                libc::IPPROTO_IPV6,
+                libc::IPV6_PKTINFO,
+                libc::in6_pktinfo {
+                    ipi6_addr: libc::in6_addr {
+                        s6_addr: local.octets(),
+                    },
+                    // A link-local address means nothing without its link.
+                    ipi6_ifindex: if local.is_unicast_link_local() {
+                        interface
+                    } else {
+                        0
+                    },
+                },
+            ),
+            _ => {}
+        }
+        if ecn != Ecn::NotCapable {
+            let tos = libc::c_int::from(ecn as u8);
+            if self.v6 {
+                writer.push(libc::IPPROTO_IPV6, libc::IPV6_TCLASS, tos);
+            } else {
+                writer.push(libc::IPPROTO_IP, libc::IP_TOS, tos);
+            }
+        }
+        if let Some(stride) = stride {
+            let stride = u16::try_from(stride).map_err(|_| Errno::EINVAL)?;
+            writer.push(libc::SOL_UDP, libc::UDP_SEGMENT, stride);
+        }
+        let length = writer.length;
+        let mut piece = libc::iovec {
+            iov_base: bytes.as_ptr().cast_mut().cast(),
+            iov_len: bytes.len(),
+        };
+        // SAFETY: all-zero bytes are a valid msghdr; some targets have padding fields to be zero.
+        let mut header: libc::msghdr = unsafe { mem::zeroed() };
+        header.msg_name = address.as_ptr().cast_mut().cast();
+        header.msg_namelen = address.len();
+        header.msg_iov = &raw mut piece;
+        header.msg_iovlen = 1;
+        if length > 0 {
+            header.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_controllen = length as _;
+        }
+        // SAFETY: the header points to a live address, one live piece that sendmsg only reads, and
+        // control messages written in full up to their length; all outlive the call.
+        let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const header, 0) };
+        Errno::result(sent).map(drop).map_err(Into::into)
+    }
+
+    /// Waits for messages and takes at most `limit` of them.
+    ///
+    /// # Errors
+    /// What the kernel says. Returns without a message when the sockets were shut down.
+    pub(super) fn receive(&self, arena: &mut Arena, limit: usize) -> io::Result<()> {
+        arena.messages.clear();
+        let limit = limit.clamp(1, MAX_MESSAGES);
+        // SAFETY: all-zero bytes are valid for these plain structures of integers and pointers.
+        let mut names: [libc::sockaddr_storage; MAX_MESSAGES] = unsafe { mem::zeroed() };
+        let mut controls = [Control([0; 128]); MAX_MESSAGES];
+        // SAFETY: as above.
+        let mut pieces: [libc::iovec; MAX_MESSAGES] = unsafe { mem::zeroed() };
+        // SAFETY: as above.
+        let mut headers: [libc::mmsghdr; MAX_MESSAGES] = unsafe { mem::zeroed() };
+        let slots = arena.bytes.chunks_exact_mut(MAX_MESSAGE);
+        for ((((header, piece), name), control), slot) in headers
+            .iter_mut()
+            .zip(&mut pieces)
+            .zip(&mut names)
+            .zip(&mut controls)
+            .zip(slots)
+            .take(limit)
+        {
+            piece.iov_base = slot.as_mut_ptr().cast();
+            piece.iov_len = slot.len();
+            header.msg_hdr.msg_iov = piece;
+            header.msg_hdr.msg_iovlen = 1;
+            header.msg_hdr.msg_name = ptr::from_mut(name).cast();
+            header.msg_hdr.msg_namelen = size_of_u32::<libc::sockaddr_storage>();
+            header.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_hdr.msg_controllen = control.0.len() as _;
+        }
+        // SAFETY: the first `limit` headers point to live, disjoint buffers of the lengths they say,
+        // which outlive the call; MAX_MESSAGES bounds `limit`.
+        let received = unsafe {
+            libc::recvmmsg(
+                self.socket.as_raw_fd(),
+                headers.as_mut_ptr(),
+                limit as libc::c_uint,
+                libc::MSG_WAITFORONE as _,
+                ptr::null_mut(),
+            )
+        };
+        let received = usize::try_from(Errno::result(received)?).unwrap_or(0);
+        for (n, header) in headers.iter().enumerate().take(received) {
+            let length = header.msg_len as usize;
+            let Some(remote) = socket_address(&names[n]) else {
+                continue;
+            };
+            if header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0 {
+                continue;
+            }
+            let mut message = Message {
+                range: n * MAX_MESSAGE..n * MAX_MESSAGE + length,
+                stride: length,
+                from: remote.into(),
+                ecn: Ecn::NotCapable,
+            };
+            read_control(&header.msg_hdr, &mut message);
+            arena.messages.push(message);
+        }
+        Ok(())
+    }
+}
+
+fn size_of_u32<T>() -> u32 {
+    u32::try_from(size_of::<T>()).expect("these structures are small")
+}
+
+fn set_option(
+    fd: RawFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: the option's value is one int, which lives through the call.
+    let result = unsafe {
+        libc::setsockopt(
+            fd,
+            level,
+            name,
+            ptr::from_ref(&value).cast(),
+            size_of_u32::<libc::c_int>(),
+        )
+    };
+    Errno::result(result).map(drop).map_err(Into::into)
+}
+
+/// Beyond the system's limit where we may, else up to it.
+fn set_buffer(fd: RawFd, force: libc::c_int, plain: libc::c_int) -> io::Result<()> {
+    let size = libc::c_int::try_from(BUFFER).unwrap_or(libc::c_int::MAX);
+    set_option(fd, libc::SOL_SOCKET, force, size)
+        .or_else(|_| set_option(fd, libc::SOL_SOCKET, plain, size))
+}
+
+struct ControlWriter<'a> {
+    control: &'a mut Control,
+    length: usize,
+}
+
+impl ControlWriter<'_> {
+    /// Appends a control message of a plain C type.
+    fn push<T: Copy>(&mut self, level: libc::c_int, kind: libc::c_int, value: T) {
+        let size = size_of_u32::<T>();
+        // SAFETY: pure arithmetic.
+        let (space, length) = unsafe { (libc::CMSG_SPACE(size), libc::CMSG_LEN(size)) };
+        let end = self.length + space as usize;
+        let room = &mut self.control.0[self.length..end];
+        let header = room.as_mut_ptr().cast::<libc::cmsghdr>();
+        // SAFETY: the room is `space` bytes at a multiple of the alignment of cmsghdr (the buffer is
+        // so aligned, and CMSG_SPACE keeps it), which holds the header and, where CMSG_DATA points,
+        // the value; the value is written without assuming its own alignment.
+        unsafe {
+            (*header).cmsg_level = level;
+            (*header).cmsg_type = kind;
+            (*header).cmsg_len = length as _;
+            libc::CMSG_DATA(header).cast::<T>().write_unaligned(value);
+        }
+        self.length = end;
+    }
+}
+
+fn read_control(header: &libc::msghdr, message: &mut Message) {
+    // SAFETY: the kernel has filled in msg_control up to msg_controllen, both still valid.
+    let mut control = unsafe { libc::CMSG_FIRSTHDR(header) };
+    // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR give null or a header that lies whole in the buffer.
+    while let Some(cmsg) = unsafe { control.as_ref() } {
+        // SAFETY: the header is followed by its data.
+        let data = unsafe { libc::CMSG_DATA(control) };
+        // SAFETY (of the reads below): the kernel writes each of these kinds with the type read, and
+        // no alignment is assumed.
+        match (cmsg.cmsg_level, cmsg.cmsg_type) {
+            (libc::SOL_UDP, libc::UDP_GRO) => {
+                // SAFETY: an int, see above.
+                let stride = unsafe { data.cast::<libc::c_int>().read_unaligned() };
+                if let Ok(stride @ 1..) = usize::try_from(stride) {
+                    message.stride = stride;
+                }
+            }
+            (libc::IPPROTO_IP, libc::IP_TOS) => {
+                // SAFETY: one byte, see above.
+                message.ecn = Ecn::from_bits(unsafe { data.read() });
+            }
+            (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
+                // SAFETY: an int, see above.
+                let class = unsafe { data.cast::<libc::c_int>().read_unaligned() };
+                message.ecn = Ecn::from_bits(u8::try_from(class & 0xff).unwrap_or(0));
+            }
+            (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
+                // SAFETY: an in_pktinfo, see above.
+                let info = unsafe { data.cast::<libc::in_pktinfo>().read_unaligned() };
+                let local = Ipv4Addr::from(info.ipi_spec_dst.s_addr.to_ne_bytes());
+                let interface = u32::try_from(info.ipi_ifindex).unwrap_or(0);
+                message.from.local = Some((local.into(), interface));
+            }
+            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
+                // SAFETY: an in6_pktinfo, see above.
+                let info = unsafe { data.cast::<libc::in6_pktinfo>().read_unaligned() };
+                let local = Ipv6Addr::from(info.ipi6_addr.s6_addr);
+                message.from.local = Some((local.into(), info.ipi6_ifindex));
+            }
+            _ => {}
+        }
+        // SAFETY: both pointers are into the live buffer, see above.
+        control = unsafe { libc::CMSG_NXTHDR(header, control) };
+    }
+}
+
+fn socket_address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
+    match libc::c_int::from(name.ss_family) {
+        libc::AF_INET => {
+            // SAFETY: the family says that it is one, and the storage is large and aligned enough.
+            let name = unsafe { &*ptr::from_ref(name).cast::<libc::sockaddr_in>() };
+            let address = Ipv4Addr::from(name.sin_addr.s_addr.to_ne_bytes());
+            Some(SocketAddrV4::new(address, u16::from_be(name.sin_port)).into())
+        }
+        libc::AF_INET6 => {
+            // SAFETY: as above.
+            let name = unsafe { &*ptr::from_ref(name).cast::<libc::sockaddr_in6>() };
+            let address = Ipv6Addr::from(name.sin6_addr.s6_addr);
+            let port = u16::from_be(name.sin6_port);
+            Some(SocketAddrV6::new(address, port, 0, name.sin6_scope_id).into())
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn receive(sockets: &Sockets, v6: bool) -> Vec<(Vec<u8>, Message)> {
+        let mut arena = Arena::default();
+        sockets
+            .family(v6)
+            .unwrap()
+            .receive(&mut arena, MAX_MESSAGES)
+            .unwrap();
+        let bytes = &arena.bytes;
+        arena
+            .messages
+            .iter()
+            .map(|message| (bytes[message.range.clone()].to_vec(), message.clone()))
+            .collect()
+    }
+
+    #[test]
+    fn a_run_of_datagrams_arrives_with_its_stride_and_addresses_and_marks() {
+        for v6 in [false, true] {
+            let (ours, theirs) = (Sockets::bind(0, 0).unwrap(), Sockets::bind(0, 0).unwrap());
+            let address: IpAddr = if v6 {
+                Ipv6Addr::LOCALHOST.into()
+            } else {
+                Ipv4Addr::LOCALHOST.into()
+            };
+            let to = Endpoint::from(SocketAddr::new(address, theirs.port()));
+            let run: Vec<u8> = (0..250).map(|n| u8::try_from(n).unwrap()).collect();
+
+            assert!(ours.send(&run, 100, &to, Ecn::Ect0, true).unwrap());
+            let (mut bytes, mut strides) = (Vec::new(), Vec::new());
+            while bytes.len() < run.len() {
+                for (received, message) in receive(&theirs, v6) {
+                    bytes.extend(received);
+                    strides.push(message.stride);
+                    assert_eq!(message.from.remote, SocketAddr::new(address, ours.port()));
+                    assert_eq!(message.from.local.unwrap().0, address);
+                    assert_eq!(message.ecn, Ecn::Ect0);
+                }
+            }
+            assert_eq!(bytes, run);
+            assert!(strides[0] == 100, "{strides:?}");
+
+            let back = Endpoint {
+                remote: SocketAddr::new(address, ours.port()),
+                local: Some((address, 1)),
+            };
+            theirs.send(b"x", 1, &back, Ecn::NotCapable, true).unwrap();
+            assert_eq!(receive(&ours, v6)[0].0, b"x");
+        }
+    }
+
+    #[test]
+    fn without_offload_the_datagrams_go_one_by_one() {
+        let (ours, theirs) = (Sockets::bind(0, 0).unwrap(), Sockets::bind(0, 0).unwrap());
+        let to = Endpoint::from(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), theirs.port()));
+        assert!(
+            !ours
+                .send(&[7; 25], 10, &to, Ecn::NotCapable, false)
+                .unwrap()
+        );
+        let mut bytes = 0;
+        while bytes < 25 {
+            bytes += receive(&theirs, false)
+                .iter()
+                .map(|(bytes, _)| bytes.len())
+                .sum::<usize>();
+        }
+    }
+
+    #[test]
+    fn a_source_address_that_is_gone_is_told_apart() {
+        let sockets = Sockets::bind(0, 0).unwrap();
+        let to = Endpoint {
+            remote: (Ipv4Addr::LOCALHOST, 9).into(),
+            local: Some((Ipv4Addr::new(192, 0, 2, 77).into(), 1)),
+        };
+        let error = sockets
+            .send(b"x", 1, &to, Ecn::NotCapable, true)
+            .unwrap_err();
+        assert!(is_source_gone(&error), "{error}");
+    }
+
+    #[test]
+    fn a_taken_port_is_refused() {
+        let taken = Sockets::bind(0, 0).unwrap();
+        let error = Sockets::bind(taken.port(), 0).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn shutting_down_wakes_the_reader() {
+        let sockets = std::sync::Arc::new(Sockets::bind(0, 0).unwrap());
+        let reader = std::thread::spawn({
+            let sockets = sockets.clone();
+            move || {
+                let mut arena = Arena::default();
+                let _ = sockets.family(false).unwrap().receive(&mut arena, 1);
+                arena
+                    .messages
+                    .iter()
+                    .map(|message| message.range.len())
+                    .sum::<usize>()
+            }
+        });
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        sockets.shut_down();
+        assert_eq!(reader.join().unwrap(), 0);
+    }
+}
