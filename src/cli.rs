@@ -46,6 +46,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         "doctor" => crate::doctor::run(arguments(matches)?),
         "graph" => crate::graph::run(&arguments(matches)?),
         "showconf" => crate::showconf::run(&arguments(matches)?),
+        "tunnel" => crate::tunnel::run(&arguments(matches)?),
         other => unreachable!("clap knows no command {other}"),
     }
 }
@@ -84,6 +85,10 @@ fn command() -> Command {
         .subcommand(subcommand::<crate::showconf::Args>(
             "showconf",
             "Show the WireGuard configuration of a node or peer",
+        ))
+        .subcommand(subcommand::<crate::tunnel::Args>(
+            "tunnel",
+            "Run a plain WireGuard device, to be set up with wg",
         ))
 }
 

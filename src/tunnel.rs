@@ -3,12 +3,15 @@
 //! It stays in the foreground until SIGTERM or SIGINT, or until somebody deletes its link; then link
 //! and socket are gone. The socket appears when the device is ready.
 
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
+use crate::refusal::Refusal;
+use crate::telemetry::{LogFormat, LogLevel, start_logging};
 use crate::wireguard::{DEFAULT_MTU, Device, Options, uapi};
 
 /// The flags of `selvedge tunnel`.
@@ -22,13 +25,17 @@ pub struct Args {
     /// The MTU of the interface in bytes.
     #[arg(long, default_value_t = DEFAULT_MTU, value_parser = clap::value_parser!(u32).range(68..=65_535))]
     pub mtu: u32,
+    /// What is logged: all, debug, info, warn, error or none.
+    #[arg(long, env = "LOG_LEVEL", default_value = "info")]
+    pub log_level: LogLevel,
 }
 
 /// Runs the device until it is told to end.
 ///
 /// # Errors
 /// One sentence that says what is missing or in the way.
-pub fn run(args: Args) -> anyhow::Result<()> {
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    start_logging(args.log_level, LogFormat::default());
     // Blocked before any thread starts, so that only the wait below takes them.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
@@ -44,7 +51,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }),
         ..Options::new(args.interface.clone())
     };
-    let device = Arc::new(Device::start(options)?);
+    let device =
+        Device::start(options).map_err(|error| Refusal::configuration(error.to_string()))?;
+    let device = Arc::new(device);
     let _socket = uapi::serve(&args.interface, device.clone())?;
     tracing::info!(
         interface = args.interface,
@@ -54,5 +63,5 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 
     let signal = signals.wait().context("waiting for a signal")?;
     tracing::info!(%signal, "ending");
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }

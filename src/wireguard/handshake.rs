@@ -344,10 +344,15 @@ fn send_cookie(
 }
 
 fn reason(error: WireGuardError) -> Dropped {
-    match error {
-        WireGuardError::WrongTai64nTimestamp => Dropped::Replayed,
-        WireGuardError::UnexpectedPacket | WireGuardError::WrongIndex => Dropped::UnknownIndex,
-        _ => Dropped::Unauthentic,
+    if matches!(error, WireGuardError::WrongTai64nTimestamp) {
+        Dropped::Replayed
+    } else if matches!(
+        error,
+        WireGuardError::UnexpectedPacket | WireGuardError::WrongIndex
+    ) {
+        Dropped::UnknownIndex
+    } else {
+        Dropped::Unauthentic
     }
 }
 

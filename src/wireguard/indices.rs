@@ -89,9 +89,4 @@ impl Indices {
             Entry::Session(session) => session.peer().upgrade(),
         }
     }
-
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.write().len()
-    }
 }

@@ -233,7 +233,7 @@ mod tests {
     fn prefix() -> impl Strategy<Value = IpNet> {
         // Few bits that differ, so that prefixes nest and addresses hit them.
         let v4 = (0_u32..256, 0_u8..=32).prop_map(|(bits, length)| {
-            let address = (bits & 0xf0) << 24 | (bits & 0x0f) | 0x00ff_0000 * (bits & 1);
+            let address = (bits & 0xf0) << 24 | (bits & 0x0f) | (0x00ff_0000 * (bits & 1));
             IpNet::new(IpAddr::V4(address.into()), length)
                 .unwrap()
                 .trunc()

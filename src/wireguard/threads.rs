@@ -165,6 +165,9 @@ pub(super) fn open_queues(
     Ok(tuns)
 }
 
+/// What a thread does.
+type Body = Box<dyn FnOnce(&Core, &Io) + Send>;
+
 /// Starts the threads.
 pub(super) fn start(core: &Arc<Core>, io: &Arc<Io>) -> io::Result<Vec<JoinHandle<()>>> {
     let waker = {
@@ -177,7 +180,7 @@ pub(super) fn start(core: &Arc<Core>, io: &Arc<Io>) -> io::Result<Vec<JoinHandle
     core.jobs.set_waker(waker);
     let link = LinkWatch::new()?;
     let mut threads = Vec::new();
-    let mut spawn = |name: String, body: Box<dyn FnOnce(&Core, &Io) + Send>| {
+    let mut spawn = |name: String, body: Body| {
         let (core, io) = (core.clone(), io.clone());
         let thread = thread::Builder::new().name(name).spawn(move || {
             let _guard = AbortOnPanic;

@@ -18,7 +18,7 @@ pub struct Timestamp(Duration);
 pub type Persist = Box<dyn Fn(Timestamp) + Send>;
 
 /// How far ahead of the clock the high-water mark is set, so that it is seldom written.
-const AHEAD: Duration = Duration::from_hours(1);
+const AHEAD: Duration = Duration::from_secs(3600);
 
 /// Timestamps are no finer than this, so that they do not tell the machine's load or its clock's
 /// drift (as in the kernel: 2^24 ns).

@@ -147,12 +147,12 @@ impl Tun {
         // SAFETY: the request lives through the call, and names a link as TUNSETIFF expects.
         unsafe { ioctl::set_interface(file.as_raw_fd(), &raw const request) }.map_err(|errno| {
             let name = name.to_owned();
-            match errno {
-                Errno::EPERM => TunError::Permission(name),
-                Errno::EBUSY => TunError::Busy(name),
+            match errno as i32 {
+                libc::EPERM => TunError::Permission(name),
+                libc::EBUSY => TunError::Busy(name),
                 // No TUN, or one made with other flags.
-                Errno::EINVAL | Errno::EEXIST => TunError::Foreign(name),
-                errno => TunError::Kernel(name, errno.into()),
+                libc::EINVAL | libc::EEXIST => TunError::Foreign(name),
+                _ => TunError::Kernel(name, errno.into()),
             }
         })?;
         Ok(Self {
