@@ -158,7 +158,7 @@ fn steady_state(steps: &mut Steps, lab: &mut Lab) {
     steps.step("an_idle_minute_brings_no_write_to_the_api_server", || {
         let agent = "system:serviceaccount:kube-system:selvedge";
         let writes = |lab: &Lab| -> anyhow::Result<Vec<String>> {
-            let audit = lab.plane().audit()?;
+            let audit = lab.plane()?.audit()?;
             let written = audit.iter().filter(|entry| {
                 entry["user"]["username"] == agent
                     && !["get", "list", "watch"].contains(&entry["verb"].as_str().unwrap_or(""))

@@ -199,21 +199,10 @@ pub fn allowed_ips_of(
     for node in lab.network().nodes() {
         if lab.network().site(node.name())? == site {
             allowed.insert(format!("{}/32", node.address()));
-            allowed.insert(pod_cidr(lab, node.name())?);
+            allowed.insert(lab.pod_cidr(node.name())?.to_string());
         }
     }
     Ok(allowed)
-}
-
-/// A node's `spec.podCIDR`.
-///
-/// # Errors
-///
-/// When the node does not exist.
-pub fn pod_cidr(lab: &Lab, node: &str) -> anyhow::Result<String> {
-    let object = lab.api().get(&format!("/api/v1/nodes/{node}"))?;
-    let cidr = object["spec"]["podCIDR"].as_str();
-    Ok(cidr.context("a node without podCIDR")?.to_owned())
 }
 
 /// Whether a pod is answered by another place, asked until it is.
@@ -252,8 +241,7 @@ pub fn too_large_is_told_at_home(lab: &Lab, node: &str, to: Ipv4Addr) -> anyhow:
         .lines()
         .find(|line| line.contains("Frag needed"))
         .with_context(|| format!("no answer \"fragmentation needed\": {text}"))?;
-    let cidr = pod_cidr(lab, node)?;
-    let home: ipnet::Ipv4Net = cidr.parse()?;
+    let home = lab.pod_cidr(node)?;
     let from: Ipv4Addr = complaint
         .split_whitespace()
         .nth(1)

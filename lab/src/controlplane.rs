@@ -167,16 +167,21 @@ impl ControlPlane {
         &self.pki.ca
     }
 
-    /// A real token of a service account, good for a day.
+    /// A real token of a service account, good for a day, bound to an object if one is given.
     ///
     /// # Errors
     ///
-    /// When there is no such account.
-    pub fn token(&self, namespace: &str, account: &str) -> anyhow::Result<String> {
+    /// When there is no such account or object.
+    pub fn token(
+        &self,
+        namespace: &str,
+        account: &str,
+        bound_to: Option<Value>,
+    ) -> anyhow::Result<String> {
         let path = format!("/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token");
         let request = json!({
             "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
-            "spec": {"expirationSeconds": 86400},
+            "spec": {"expirationSeconds": 86400, "boundObjectRef": bound_to},
         });
         let answer = self.admin.create(&path, &request)?;
         let token = answer["status"]["token"].as_str();

@@ -9,16 +9,18 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use ipnet::Ipv4Net;
 use serde_json::{Value, json};
 
+use crate::apiserver::ApiServer;
 use crate::client::Client;
 use crate::controlplane::ControlPlane;
-use crate::flannel::{self, Backend, Firewall, SUBNET_ENV};
+use crate::flannel::{self, Backend, Firewall, Lease, SUBNET_ENV};
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::process::{Process, wait_for};
 use crate::scratch::Scratch;
-use crate::topology::{MASTER, MASTER_PUBLIC, Network, Shape, Site};
+use crate::topology::{MASTER, Network, Shape, Site};
 use crate::traffic::{PORT, Place};
 
 /// Which kube-proxy runs on the nodes.
@@ -33,6 +35,16 @@ pub enum Proxy {
     Nftables,
 }
 
+/// Who plays Kubernetes and flannel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Parts {
+    /// The real kube-apiserver, etcd, flanneld and CNI plugins.
+    #[default]
+    Real,
+    /// Stand-ins that need nothing but `ip`, `bridge` and `iptables`; no services.
+    StandIns,
+}
+
 /// What a lab is made of.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
@@ -44,6 +56,8 @@ pub struct Options {
     pub firewall: Firewall,
     /// The service proxy.
     pub proxy: Proxy,
+    /// Real parts or stand-ins.
+    pub parts: Parts,
 }
 
 /// How an agent is told where the API server is.
@@ -86,7 +100,7 @@ pub struct Lab {
     agents: BTreeMap<String, Process>,
     proxies: Vec<Process>,
     flanneld: BTreeMap<String, Process>,
-    plane: ControlPlane,
+    server: ApiServer,
     pods: BTreeMap<String, Pod>,
     network: Network,
     options: Options,
@@ -95,7 +109,7 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Brings up a cluster of real parts, without agents; `progress` is told what is being done.
+    /// Brings up a cluster without agents; `progress` is told what is being done.
     ///
     /// # Errors
     ///
@@ -111,13 +125,21 @@ impl Lab {
         let network = Network::up(prefix, &directory.join("nodes"), options.shape)?;
         let search_path = options.firewall.search_path(directory)?;
         let master = network.node(MASTER)?;
-        progress("control plane: etcd, kube-apiserver, controllers, scheduler");
-        let plane = ControlPlane::start(master, MASTER_PUBLIC, &directory.join("control-plane"))?;
+        let server = match options.parts {
+            Parts::Real => {
+                progress("control plane: etcd, kube-apiserver, controllers, scheduler");
+                ApiServer::real(master, &directory.join("control-plane"))?
+            }
+            Parts::StandIns => {
+                progress("control plane: the API server's stand-in");
+                ApiServer::stand_in(master, &directory.join("control-plane"))?
+            }
+        };
         let mut lab = Self {
             agents: BTreeMap::new(),
             proxies: Vec::new(),
             flanneld: BTreeMap::new(),
-            plane,
+            server,
             pods: BTreeMap::new(),
             network,
             options,
@@ -129,19 +151,20 @@ impl Lab {
         if options.shape.strict && options.firewall != Firewall::Nftables {
             lab.drop_forwarded()?;
         }
-        progress("flannel: flanneld on every node, one pod each");
-        flannel::create_account(lab.api())?;
-        let token = lab.plane.token("kube-flannel", "flannel")?;
-        let kubeconfig = lab.plane.kubeconfig(&token, "kube-flannel")?;
-        fs::write(lab.flannel_kubeconfig(), kubeconfig)?;
-        for name in lab.node_names() {
-            flannel::write_net_conf(lab.node(&name)?, options.backend, options.firewall)?;
-            lab.start_flannel(&name)?;
+        match options.parts {
+            Parts::Real => {
+                progress("flannel: flanneld on every node, one pod each");
+                lab.run_flannel()?;
+            }
+            Parts::StandIns => {
+                progress("flannel: its state on every node, set up by hand, one pod each");
+                lab.imitate_flannel()?;
+            }
         }
         for name in lab.node_names() {
-            lab.wait_flannel(&name)?;
             let node = lab.network.node(&name)?;
-            let pod = Pod::create(node, &format!("{prefix}-pod-{name}"), true)?;
+            let plugins = options.parts == Parts::Real;
+            let pod = Pod::create(node, &format!("{prefix}-pod-{name}"), plugins)?;
             lab.pods.insert(name, pod);
         }
         if options.proxy != Proxy::None {
@@ -157,16 +180,19 @@ impl Lab {
         &self.network
     }
 
-    /// The control plane.
-    #[must_use]
-    pub fn plane(&self) -> &ControlPlane {
-        &self.plane
+    /// The real control plane.
+    ///
+    /// # Errors
+    ///
+    /// In a lab of stand-ins.
+    pub fn plane(&self) -> anyhow::Result<&ControlPlane> {
+        self.server.plane()
     }
 
     /// A client of the API server with all rights.
     #[must_use]
     pub fn api(&self) -> &Client {
-        self.plane.admin()
+        self.server.admin()
     }
 
     /// What it was made of.
@@ -332,7 +358,7 @@ impl Lab {
         command
             .arg("kubectl")
             .arg("--kubeconfig")
-            .arg(self.plane.kubeconfig_path("admin"))
+            .arg(self.plane()?.kubeconfig_path("admin"))
             .args(arguments);
         let output = self.node(MASTER)?.output(command)?;
         if !output.status.success() {
@@ -349,7 +375,9 @@ impl Lab {
     ///
     /// When an agent does not become ready within half a minute.
     pub fn join(&mut self, mesh: &Mesh<'_>) -> anyhow::Result<Duration> {
-        self.kubectl_apply(mesh.manifest)?;
+        if self.options.parts == Parts::Real {
+            self.kubectl_apply(mesh.manifest)?;
+        }
         if mesh.annotate {
             self.annotate_scenario()?;
         } else {
@@ -373,14 +401,14 @@ impl Lab {
         access: Access,
         flags: &[&str],
     ) -> anyhow::Result<()> {
-        let token = self.node_token(node)?;
+        let token = self.server.node_token("kube-system", "selvedge", node)?;
         let machine = self.network.node(node)?;
         let mut command = Command::new(binary);
         command.env_clear().env("NODE_NAME", node).arg("agent");
         match access {
             Access::Kubeconfig => {
                 let file = machine.outside("/run/selvedge-lab.kubeconfig");
-                fs::write(&file, self.plane.kubeconfig(&token, "kube-system")?)?;
+                fs::write(&file, self.server.kubeconfig(&token, "kube-system")?)?;
                 command.arg("--kubeconfig=/run/selvedge-lab.kubeconfig");
             }
             Access::InCluster => {
@@ -388,7 +416,7 @@ impl Lab {
                 fs::create_dir_all(&directory)?;
                 fs::write(directory.join("token"), &token)?;
                 fs::write(directory.join("namespace"), "kube-system")?;
-                fs::copy(self.plane.authority(), directory.join("ca.crt"))?;
+                fs::copy(self.plane()?.authority(), directory.join("ca.crt"))?;
                 command
                     .env("KUBERNETES_SERVICE_HOST", "10.43.0.1")
                     .env("KUBERNETES_SERVICE_PORT", "443");
@@ -401,25 +429,6 @@ impl Lab {
         let process = machine.spawn("agent", command)?;
         self.agents.insert(node.to_owned(), process);
         Ok(())
-    }
-
-    /// A token of the agents' service account, bound to a node as a pod's token is.
-    ///
-    /// # Errors
-    ///
-    /// When the account or the node does not exist.
-    pub fn node_token(&self, node: &str) -> anyhow::Result<String> {
-        let object = self.api().get(&format!("/api/v1/nodes/{node}"))?;
-        let request = json!({
-            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
-            "spec": {"expirationSeconds": 86400, "boundObjectRef": {
-                "apiVersion": "v1", "kind": "Node", "name": node,
-                "uid": object["metadata"]["uid"]}},
-        });
-        let path = "/api/v1/namespaces/kube-system/serviceaccounts/selvedge/token";
-        let answer = self.api().create(path, &request)?;
-        let token = answer["status"]["token"].as_str();
-        Ok(token.context("an answer without a token")?.to_owned())
     }
 
     /// The agent on a node, if one was started there.
@@ -552,7 +561,7 @@ impl Lab {
         self.agents.values_mut().for_each(Process::keep);
         self.proxies.iter_mut().for_each(Process::keep);
         self.flanneld.values_mut().for_each(Process::keep);
-        self.plane.keep();
+        self.server.keep();
         self.pods.values_mut().for_each(Pod::keep);
         self.network.keep();
         self.scratch.keep();
@@ -560,19 +569,77 @@ impl Lab {
 
     /// Registers the nodes one after the other, so that the pod CIDRs follow their order.
     fn register(&self) -> anyhow::Result<()> {
-        for node in self.network.nodes() {
+        for (number, node) in self.network.nodes().iter().enumerate() {
             let (name, address) = (node.name(), node.address());
-            register_node(self.api(), name, address, None)?;
-            let path = format!("/api/v1/nodes/{name}");
-            wait_for(
-                &format!("pod CIDR of {name}"),
-                Duration::from_secs(30),
-                || {
-                    self.api()
-                        .get(&path)
-                        .is_ok_and(|node| node["spec"]["podCIDR"].is_string())
-                },
-            )?;
+            // The stand-in has no controllers, and so nobody who would hand out pod CIDRs.
+            let pods = format!("10.42.{number}.0/24");
+            let pods = (self.options.parts == Parts::StandIns).then_some(pods.as_str());
+            register_node(self.api(), name, address, pods)?;
+            let what = format!("pod CIDR of {name}");
+            wait_for(&what, Duration::from_secs(30), || {
+                self.pod_cidr(name).is_ok()
+            })?;
+        }
+        Ok(())
+    }
+
+    /// A node's `spec.podCIDR`.
+    ///
+    /// # Errors
+    ///
+    /// When the node does not exist or has none.
+    pub fn pod_cidr(&self, node: &str) -> anyhow::Result<Ipv4Net> {
+        let object = self.api().get(&format!("/api/v1/nodes/{node}"))?;
+        let cidr = object["spec"]["podCIDR"].as_str();
+        Ok(cidr.context("a node without podCIDR")?.parse()?)
+    }
+
+    fn run_flannel(&mut self) -> anyhow::Result<()> {
+        let Options {
+            backend, firewall, ..
+        } = self.options;
+        flannel::create_account(self.api())?;
+        let token = self.plane()?.token("kube-flannel", "flannel", None)?;
+        let kubeconfig = self.plane()?.kubeconfig(&token, "kube-flannel")?;
+        fs::write(self.flannel_kubeconfig(), kubeconfig)?;
+        for name in self.node_names() {
+            flannel::write_net_conf(self.node(&name)?, backend, firewall)?;
+            self.start_flannel(&name)?;
+        }
+        for name in self.node_names() {
+            self.wait_flannel(&name)?;
+        }
+        Ok(())
+    }
+
+    fn imitate_flannel(&self) -> anyhow::Result<()> {
+        let Options {
+            backend, firewall, ..
+        } = self.options;
+        let leases = self
+            .network
+            .nodes()
+            .iter()
+            .enumerate()
+            .map(|(number, node)| {
+                Ok(Lease {
+                    node: node.name().to_owned(),
+                    pods: self.pod_cidr(node.name())?,
+                    public: node.address(),
+                    mac: format!("02:00:00:00:00:{:02x}", number + 1),
+                })
+            });
+        let leases: Vec<Lease> = leases.collect::<anyhow::Result<_>>()?;
+        for lease in &leases {
+            let node = self.node(&lease.node)?;
+            flannel::write_net_conf(node, backend, firewall)?;
+            flannel::stand_in(node, &leases, backend)?;
+            let annotations = flannel::annotations(lease, backend);
+            let annotations: Vec<_> = annotations
+                .iter()
+                .map(|(key, value)| (key.as_str(), Some(value.as_str())))
+                .collect();
+            self.api().annotate(&lease.node, &annotations)?;
         }
         Ok(())
     }
@@ -618,7 +685,7 @@ impl Lab {
             Proxy::Iptables | Proxy::None => "iptables",
         };
         for node in self.network.nodes() {
-            let process = self.plane.kube_proxy(node, mode, &self.search_path)?;
+            let process = self.plane()?.kube_proxy(node, mode, &self.search_path)?;
             self.proxies.push(process);
         }
         for place in self.places() {

@@ -4,6 +4,7 @@
 //! Tests and `examples/lab` share it; the product itself never depends on it.
 
 pub mod api;
+pub mod apiserver;
 pub mod capture;
 pub mod claims;
 pub mod client;
