@@ -92,7 +92,7 @@ impl ApiServer {
         let object = plane.admin().get(&format!("/api/v1/nodes/{node}"))?;
         let bound = json!({
             "apiVersion": "v1", "kind": "Node", "name": node, "uid": object["metadata"]["uid"]});
-        plane.token(namespace, account, Some(bound))
+        plane.bound_token(namespace, account, &bound)
     }
 
     /// A kubeconfig's text for the holder of a token.

@@ -167,21 +167,30 @@ impl ControlPlane {
         &self.pki.ca
     }
 
-    /// A real token of a service account, good for a day, bound to an object if one is given.
+    /// A real token of a service account, good for a day.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such account.
+    pub fn token(&self, namespace: &str, account: &str) -> anyhow::Result<String> {
+        self.bound_token(namespace, account, &Value::Null)
+    }
+
+    /// The same, bound to an object (`apiVersion`, `kind`, `name`, `uid`) as a pod's token is.
     ///
     /// # Errors
     ///
     /// When there is no such account or object.
-    pub fn token(
+    pub fn bound_token(
         &self,
         namespace: &str,
         account: &str,
-        bound_to: Option<Value>,
+        object: &Value,
     ) -> anyhow::Result<String> {
         let path = format!("/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token");
         let request = json!({
             "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
-            "spec": {"expirationSeconds": 86400, "boundObjectRef": bound_to},
+            "spec": {"expirationSeconds": 86400, "boundObjectRef": object},
         });
         let answer = self.admin.create(&path, &request)?;
         let token = answer["status"]["token"].as_str();

@@ -599,7 +599,7 @@ impl Lab {
             backend, firewall, ..
         } = self.options;
         flannel::create_account(self.api())?;
-        let token = self.plane()?.token("kube-flannel", "flannel", None)?;
+        let token = self.plane()?.token("kube-flannel", "flannel")?;
         let kubeconfig = self.plane()?.kubeconfig(&token, "kube-flannel")?;
         fs::write(self.flannel_kubeconfig(), kubeconfig)?;
         for name in self.node_names() {
