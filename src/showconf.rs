@@ -178,7 +178,7 @@ impl Configuration {
             .map(|other| Section::of_segment(other, keepalive));
         let peers = topology.peers.iter().map(|peer| Section {
             persistent_keepalive: keepalive,
-            ..Section::of_peer_itself(peer)
+            ..Section::of_peer(topology, peer)
         });
         let own_port = own.endpoint.as_ref().map(|endpoint| match endpoint {
             Endpoint::Addr(address) => address.port(),
@@ -205,7 +205,7 @@ impl Configuration {
                 persistent_keepalive: keepalive,
                 // Shared between that peer and the mesh, and no business of this one.
                 preshared_key: None,
-                ..Section::of_peer_itself(peer)
+                ..Section::of_peer(topology, peer)
             });
         Self {
             listen_port: None,
@@ -239,6 +239,22 @@ impl Section {
             persistent_keepalive: 0,
             preshared_key: None,
             public_key: segment.public_key,
+        }
+    }
+
+    /// A peer as the mesh reaches it at the moment.
+    fn of_peer(topology: &Topology, peer: &ExternalPeer) -> Self {
+        let seen = topology
+            .whereabouts
+            .get(&peer.public_key)
+            .and_then(|place| {
+                place
+                    .discovered
+                    .filter(|_| place.address != place.discovered)
+            });
+        Self {
+            endpoint: seen.map(Endpoint::Addr).or_else(|| peer.endpoint.clone()),
+            ..Self::of_peer_itself(peer)
         }
     }
 

@@ -5,7 +5,8 @@
 
 #![expect(
     clippy::disallowed_methods,
-    reason = "the tests run kubectl and wait for what it started"
+    clippy::unwrap_used,
+    reason = "tests run kubectl, wait for what it started, and fail by panicking"
 )]
 
 use std::net::Ipv4Addr;
