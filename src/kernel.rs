@@ -8,10 +8,20 @@
 //! runs. They work in the network namespace of the thread that opened the [`Kernel`], and must be
 //! made from threads of the same.
 
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "netlink's messages and attributes are many and get more; each function wants a few"
+)]
+
+pub mod heal;
+mod host;
 mod link;
+mod list;
+mod monitor;
 mod netlink;
 mod nfnetlink;
 pub mod nft;
+mod ownership;
 mod route;
 mod rule;
 mod ruleset;
@@ -21,15 +31,23 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, anyhow};
+use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
 
+use self::heal::{FlannelState, Repair};
+pub use self::host::{LocalAddress, Path, Uplink};
+pub use self::monitor::{Event, Monitor};
 use self::netlink::{Netlink, Refused};
 pub use self::ruleset::Counters;
 use self::ruleset::Rulesets;
 use crate::diff::Change;
+use crate::flannel::Vtep;
 use crate::plan::{Link, Route, RouteKey, Ruleset, Scope, State, Table};
+
+/// The routing table `main`.
+const MAIN: u32 = 254;
 
 /// The kernel of this node, in one network namespace.
 #[derive(Debug)]
@@ -57,10 +75,13 @@ impl Kernel {
     /// number.
     pub fn observe(&self) -> anyhow::Result<State> {
         let mut netlink = self.netlink();
-        let links = links(&mut netlink)?;
-        let own = links.iter().find(|link| link.name == self.interface);
+        let links = list::links(&mut netlink)?;
+        // A link of another kind is not ours; the check at the start says so.
+        let own = links
+            .iter()
+            .find(|link| link.name == self.interface && link.is_tun());
         let addresses = match own {
-            Some(own) => addresses(&mut netlink, own.index)?
+            Some(own) => list::addresses(&mut netlink, own.index)?
                 .into_iter()
                 .filter(|address| !address.link_local)
                 .map(|address| (address.net, address.scope))
@@ -72,7 +93,7 @@ impl Kernel {
             .map(|link| (link.index, link.name.clone()))
             .collect();
         let routes = routes(&mut netlink, &names)?;
-        let rules = rules(&mut netlink)?
+        let rules = list::rules(&mut netlink)?
             .into_iter()
             .filter(rule::Found::is_ours)
             .filter_map(|found| found.rule)
@@ -128,6 +149,63 @@ impl Kernel {
         failed
     }
 
+    /// Reads what flannel has in the kernel; routes only those to prefixes inside `networks`.
+    pub fn flannel(&self, networks: &[IpNet]) -> anyhow::Result<FlannelState> {
+        let mut netlink = self.netlink();
+        let links = list::links(&mut netlink)?;
+        let addresses = list::addresses(&mut netlink, 0)?;
+        let vteps: Vec<Vtep> = links
+            .iter()
+            .filter_map(|link| link.to_vtep(&addresses, &links))
+            .collect();
+        let names = links
+            .iter()
+            .map(|link| (link.index, link.name.clone()))
+            .collect();
+        let mut state = FlannelState::default();
+        for v6 in [false, true] {
+            for message in list::routes(&mut netlink, v6, MAIN)? {
+                let hops = route::next_hops(&message, &names);
+                if let Some(dst) = route::destination(&message)
+                    && networks.iter().any(|net| net.contains(&dst))
+                    && let [hop] = &Vec::from_iter(hops)[..]
+                    && hop.via.is_some()
+                {
+                    state.next_hops.insert(dst, hop.clone());
+                }
+            }
+        }
+        for vtep in &vteps {
+            for (index, ip, mac) in list::neighbours(&mut netlink, vtep.index)? {
+                state.neighbours.insert((index, ip), mac);
+            }
+            for (index, ip, mac) in list::forwarding(&mut netlink, vtep.index)? {
+                state.forwarding.entry((index, mac)).or_default().insert(ip);
+            }
+        }
+        state.vteps = vteps;
+        Ok(state)
+    }
+
+    /// Makes repairs and returns those that failed.
+    pub fn heal<'a>(&self, repairs: &'a [Repair]) -> Vec<(&'a Repair, anyhow::Error)> {
+        let requests = repairs
+            .iter()
+            .map(|repair| (heal::to_message(repair), NLM_F_CREATE | NLM_F_EXCL))
+            .collect();
+        let results = self.netlink().change_all(requests);
+        repairs
+            .iter()
+            .zip(results)
+            .filter_map(|(repair, result)| match result {
+                Ok(()) => None,
+                // flannel was quicker.
+                Err(refused) if refused.errno() == libc::EEXIST => None,
+                Err(refused) => Some((repair, refused.into())),
+            })
+            .collect()
+    }
+
     /// What the agent's nft table has counted.
     pub fn counters(&self) -> anyhow::Result<Counters> {
         self.rulesets().counters()
@@ -174,7 +252,7 @@ impl Kernel {
     fn set_sysctl(&self, path: &str, value: &str) -> anyhow::Result<()> {
         let key = sysctl::key(path, &self.interface)?;
         let mut netlink = self.netlink();
-        let index = index(&mut netlink, &self.interface)?
+        let index = list::index(&mut netlink, &self.interface)?
             .with_context(|| format!("there is no link {}", self.interface))?;
         let message = link::to_sysctl(index, &key, value)
             .with_context(|| format!("{} is no value for it", value.escape_debug()))?;
@@ -310,48 +388,8 @@ fn indexes(netlink: &mut Netlink, changes: &[Change]) -> route::Indexes {
     }
     names
         .into_iter()
-        .filter_map(|name| Some((name.clone(), index(netlink, name).ok()??)))
+        .filter_map(|name| Some((name.clone(), list::index(netlink, name).ok()??)))
         .collect()
-}
-
-/// The index of a link, if there is one of this name.
-fn index(netlink: &mut Netlink, name: &str) -> anyhow::Result<Option<u32>> {
-    match netlink.get(RouteNetlinkMessage::GetLink(link::to_get(name))) {
-        Ok(answers) => Ok(answers.iter().find_map(|answer| match answer {
-            RouteNetlinkMessage::NewLink(message) => Some(message.header.index),
-            _ => None,
-        })),
-        // No such link; a name longer than any link's.
-        Err(refused) if [libc::ENODEV, libc::ERANGE].contains(&refused.errno()) => Ok(None),
-        Err(refused) => Err(refused).with_context(|| format!("looking for the link {name}")),
-    }
-}
-
-fn links(netlink: &mut Netlink) -> anyhow::Result<Vec<link::Found>> {
-    let answers = netlink
-        .dump(RouteNetlinkMessage::GetLink(link::to_dump()))
-        .context("listing links")?;
-    Ok(answers
-        .iter()
-        .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewLink(message) => Some(link::from_message(message)),
-            _ => None,
-        })
-        .collect())
-}
-
-/// The addresses of one link, or of all (0).
-fn addresses(netlink: &mut Netlink, index: u32) -> anyhow::Result<Vec<link::Address>> {
-    let request = RouteNetlinkMessage::GetAddress(link::to_address_dump(index));
-    let answers = netlink.dump(request).context("listing addresses")?;
-    Ok(answers
-        .iter()
-        .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewAddress(message) => link::from_address(message),
-            _ => None,
-        })
-        .filter(|address| index == 0 || address.index == index)
-        .collect())
 }
 
 /// The routes in the agent's own tables.
@@ -361,7 +399,7 @@ fn routes(
 ) -> anyhow::Result<BTreeMap<RouteKey, Route>> {
     let mut routes = BTreeMap::new();
     for (table, v6) in Table::ALL.into_iter().flat_map(|t| [(t, false), (t, true)]) {
-        let messages = table_routes(netlink, v6, table.id())?;
+        let messages = list::routes(netlink, v6, table.id())?;
         routes.extend(
             messages
                 .iter()
@@ -369,51 +407,4 @@ fn routes(
         );
     }
     Ok(routes)
-}
-
-/// All routes in one table.
-fn table_routes(
-    netlink: &mut Netlink,
-    v6: bool,
-    table: u32,
-) -> anyhow::Result<Vec<netlink_packet_route::route::RouteMessage>> {
-    let request = RouteNetlinkMessage::GetRoute(route::to_dump(v6, table));
-    let answers = match netlink.dump(request) {
-        Ok(answers) => answers,
-        Err(refused) if is_absent(&refused) => Vec::new(),
-        Err(refused) => {
-            return Err(refused).context(format!("listing the routes of table {table}"));
-        }
-    };
-    Ok(answers
-        .into_iter()
-        .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewRoute(message) => Some(message),
-            _ => None,
-        })
-        // An older kernel lists all tables, and another family where it lacks this one.
-        .filter(|message| route::table(message) == table)
-        .collect())
-}
-
-fn rules(netlink: &mut Netlink) -> anyhow::Result<Vec<rule::Found>> {
-    let mut rules = Vec::new();
-    for v6 in [false, true] {
-        let answers = match netlink.dump(RouteNetlinkMessage::GetRule(rule::to_dump(v6))) {
-            Ok(answers) => answers,
-            Err(refused) if is_absent(&refused) => Vec::new(),
-            Err(refused) => return Err(refused).context("listing routing rules"),
-        };
-        rules.extend(answers.iter().filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewRule(message) => rule::from_message(message),
-            _ => None,
-        }));
-    }
-    Ok(rules)
-}
-
-/// Whether a listing was refused because what it lists does not exist: a table without routes, or
-/// IPv6 in a kernel without it.
-fn is_absent(refused: &Refused) -> bool {
-    [libc::ENOENT, libc::EAFNOSUPPORT, libc::EOPNOTSUPP].contains(&refused.errno())
 }

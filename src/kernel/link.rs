@@ -192,6 +192,11 @@ fn vxlan(data: &[InfoVxlan]) -> Vxlan {
 }
 
 impl Found {
+    /// Whether it is a TUN device: one of packets, not of frames, which would have a hardware address.
+    pub(super) fn is_tun(&self) -> bool {
+        self.kind.as_deref() == Some("tun") && self.mac.is_none()
+    }
+
     /// flannel's device of this link, if it is one: `flannel.<VNI>` or `flannel-v6.<VNI>`.
     pub(super) fn to_vtep(&self, addresses: &[Address], links: &[Self]) -> Option<Vtep> {
         let vxlan = self.vxlan.as_ref()?;

@@ -13,6 +13,7 @@ use netlink_packet_core::{
     NetlinkPayload, NetlinkSerializable, Nla as _, NlasIterator, Parseable as _,
 };
 use netlink_sys::{Socket, SocketAddr};
+use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
@@ -57,9 +58,10 @@ impl From<nix::Error> for Refused {
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.text {
-            Some(text) => write!(f, "{} ({text})", self.error),
-            None => self.error.fmt(f),
+        match (self.errno(), &self.text) {
+            (0, _) => self.error.fmt(f),
+            (errno, None) => f.write_str(Errno::from_raw(errno).desc()),
+            (errno, Some(text)) => write!(f, "{}: {text}", Errno::from_raw(errno).desc()),
         }
     }
 }

@@ -25,7 +25,7 @@ pub const POD_DROPS: &str = "pod_drops";
 pub(super) const SEAL: &str = "seal";
 
 /// The bridge that flannel's CNI configuration puts pods on, here and in k3s.
-const POD_BRIDGE: &str = "cni0";
+pub(super) const POD_BRIDGE: &str = "cni0";
 /// The bit of the mark with which kube-proxy asks for its own masquerading.
 const KUBE_MASQUERADE: &str = "0x00004000";
 /// Lowers the segment size that a SYN offers to what the routes both ways carry.
@@ -61,7 +61,7 @@ pub fn render(firewall: &Firewall) -> String {
     text.clamp();
     text.underlay();
     text.leave();
-    text.from_pods();
+    text.guard_ports();
     text.chain(SEAL, None, |_| ());
     text.line(0, "}");
     text.out
@@ -337,7 +337,7 @@ impl<'a> Text<'a> {
 
     /// Pods must not speak VXLAN to nodes: it would carry packets with any source into the cluster.
     /// Nor have they any business with the tunnel's port.
-    fn from_pods(&mut self) {
+    fn guard_ports(&mut self) {
         let end = format!("counter name \"{POD_DROPS}\" drop");
         let mut ports = self.vxlan_ports.clone();
         ports.insert(self.firewall.port);

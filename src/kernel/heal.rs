@@ -1,0 +1,304 @@
+//! Restores what flannel forgets when its vxlan device is recreated: it replays no lease until the
+//! other node changes or flannel itself restarts (contract 0.7), so its own nodes stay cut off.
+//!
+//! Only what is missing is added, with the very values flannel would give it, so that flannel's own
+//! later replacement changes nothing; only for nodes of the own region, since to others flannel's way
+//! is not taken.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{
+    RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::route;
+use crate::flannel::{Backend, Flannel, Mac, Vtep};
+use crate::plan::NextHop;
+use crate::topology::Node;
+
+/// The metric that IPv6 routes get where none is asked for; flannel asks for none.
+const IPV6_METRIC: u32 = 1024;
+const MAIN: u32 = 254;
+
+/// What the kernel holds of flannel's.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct FlannelState {
+    /// Its vxlan devices, of whatever VNI.
+    pub vteps: Vec<Vtep>,
+    /// The next hops of routes in table main, where there is only one.
+    pub next_hops: BTreeMap<IpNet, NextHop>,
+    /// The permanent neighbours on its devices, by the device's index.
+    pub neighbours: BTreeMap<(u32, IpAddr), Mac>,
+    /// The forwarding entries of its devices, by index and hardware address: where VXLAN is sent.
+    pub forwarding: BTreeMap<(u32, Mac), BTreeSet<IpAddr>>,
+}
+
+/// One thing that flannel forgot. `Display` prints what an operator would type.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Repair {
+    /// The hardware address behind the gateway to a node's pods.
+    Neighbour {
+        /// flannel's device.
+        vtep: Link,
+        /// The gateway: the first address of the node's pod CIDR.
+        ip: IpAddr,
+        /// The node's `VtepMAC`.
+        mac: Mac,
+    },
+    /// Where VXLAN for a hardware address is sent.
+    Forwarding {
+        /// flannel's device.
+        vtep: Link,
+        /// The node's `VtepMAC`.
+        mac: Mac,
+        /// The node's `public-ip`.
+        to: IpAddr,
+    },
+    /// The route to a node's pods, in table main.
+    Route {
+        /// flannel's device.
+        vtep: Link,
+        /// The node's pod CIDR.
+        dst: IpNet,
+    },
+}
+
+/// A link by its index, so that nothing is ever added to its successor, and its name, for people.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Link {
+    /// The kernel's index.
+    pub index: u32,
+    /// The name.
+    pub name: String,
+}
+
+/// What is missing to reach the pods of `members`, the other nodes of the own region, by flannel's
+/// vxlan devices. Pure.
+pub fn missing(flannel: &Flannel, members: &[&Node], found: &FlannelState) -> Vec<Repair> {
+    let mut repairs = Vec::new();
+    if flannel.backend != Backend::Vxlan {
+        return repairs;
+    }
+    for (lease, pod_cidrs) in members
+        .iter()
+        .filter_map(|node| Some((node.lease.as_ref()?, &node.pod_cidrs)))
+        .filter(|(lease, _)| lease.backend == Some(Backend::Vxlan))
+    {
+        for &dst in pod_cidrs {
+            let v6 = dst.addr().is_ipv6();
+            let Some(vtep) = flannel.vteps.iter().find(|vtep| is_for(vtep, v6)) else {
+                continue;
+            };
+            let (mac, to) = if v6 {
+                (lease.vtep_mac_v6, lease.public_ipv6.map(IpAddr::from))
+            } else {
+                (lease.vtep_mac, lease.public_ip.map(IpAddr::from))
+            };
+            let (Some(mac), Some(to)) = (mac, to) else {
+                continue;
+            };
+            // A node of another VNI is none of this device's; nor is what lies outside the network.
+            let inside = flannel.networks.iter().any(|net| net.contains(&dst));
+            if inside && lease.vni.is_none_or(|vni| vni == vtep.vni) {
+                repairs.extend(missing_of(
+                    vtep,
+                    dst,
+                    mac,
+                    to,
+                    flannel.direct_routing,
+                    found,
+                ));
+            }
+        }
+    }
+    repairs
+}
+
+fn is_for(vtep: &Vtep, v6: bool) -> bool {
+    vtep.name == crate::flannel::device_name(vtep.vni, v6)
+}
+
+fn missing_of(
+    vtep: &Vtep,
+    dst: IpNet,
+    mac: Mac,
+    to: IpAddr,
+    direct_routing: bool,
+    found: &FlannelState,
+) -> Vec<Repair> {
+    let gateway = dst.network();
+    let link = || Link {
+        index: vtep.index,
+        name: vtep.name.clone(),
+    };
+    let route = found.next_hops.get(&dst);
+    // With DirectRouting, flannel may have decided against VXLAN for the node; then there is another
+    // route, or there will be one.
+    if direct_routing && route.is_none_or(|hop| hop.dev != vtep.name) {
+        return Vec::new();
+    }
+    let mut repairs = Vec::new();
+    if !found.neighbours.contains_key(&(vtep.index, gateway)) {
+        repairs.push(Repair::Neighbour {
+            vtep: link(),
+            ip: gateway,
+            mac,
+        });
+    }
+    // One that sends elsewhere is flannel's own, and newer than the annotation.
+    if !found.forwarding.contains_key(&(vtep.index, mac)) {
+        repairs.push(Repair::Forwarding {
+            vtep: link(),
+            mac,
+            to,
+        });
+    }
+    // Last, as flannel does: whoever uses it finds the rest in place.
+    if route.is_none() {
+        repairs.push(Repair::Route { vtep: link(), dst });
+    }
+    repairs
+}
+
+impl fmt::Display for Repair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Neighbour { vtep, ip, mac } => write!(
+                f,
+                "ip neigh add {ip} lladdr {} dev {} nud permanent",
+                Colons(*mac),
+                vtep.name
+            ),
+            Self::Forwarding { vtep, mac, to } => write!(
+                f,
+                "bridge fdb add {} dst {to} dev {} self permanent",
+                Colons(*mac),
+                vtep.name
+            ),
+            Self::Route { vtep, dst } => write!(
+                f,
+                "ip route add {dst} via {} dev {} onlink",
+                dst.network(),
+                vtep.name
+            ),
+        }
+    }
+}
+
+struct Colons(Mac);
+
+impl fmt::Display for Colons {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// The message that makes a repair. It is to fail where the thing is there meanwhile.
+pub(super) fn to_message(repair: &Repair) -> RouteNetlinkMessage {
+    match repair {
+        Repair::Neighbour { vtep, ip, mac } => {
+            let mut message = neighbour(family(*ip), vtep.index, *mac);
+            let ip = to_neighbour_address(*ip);
+            message.attributes.push(NeighbourAttribute::Destination(ip));
+            RouteNetlinkMessage::NewNeighbour(message)
+        }
+        Repair::Forwarding { vtep, mac, to } => {
+            let mut message = neighbour(AddressFamily::Bridge, vtep.index, *mac);
+            message.header.flags = NeighbourFlags::Own;
+            let to = to_neighbour_address(*to);
+            message.attributes.push(NeighbourAttribute::Destination(to));
+            RouteNetlinkMessage::NewNeighbour(message)
+        }
+        Repair::Route { vtep, dst } => {
+            let v6 = dst.addr().is_ipv6();
+            let mut message: RouteMessage = route::to_dump(v6, MAIN);
+            message.header.destination_prefix_length = dst.prefix_len();
+            message.header.protocol = RouteProtocol::Boot;
+            message.header.kind = RouteType::Unicast;
+            message.header.flags = RouteFlags::Onlink;
+            message.attributes.extend([
+                RouteAttribute::Destination(dst.network().into()),
+                RouteAttribute::Gateway(dst.network().into()),
+                RouteAttribute::Oif(vtep.index),
+            ]);
+            if v6 {
+                message
+                    .attributes
+                    .push(RouteAttribute::Priority(IPV6_METRIC));
+            }
+            RouteNetlinkMessage::NewRoute(message)
+        }
+    }
+}
+
+/// The request for all neighbours, or forwarding entries, of a link.
+pub(super) fn to_dump(family: AddressFamily, index: u32) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family;
+    message.attributes = vec![NeighbourAttribute::IfIndex(index)];
+    message
+}
+
+fn neighbour(family: AddressFamily, index: u32, mac: Mac) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family;
+    message.header.ifindex = index;
+    message.header.state = NeighbourState::Permanent;
+    message.attributes = vec![NeighbourAttribute::LinkLayerAddress(mac.0.to_vec())];
+    message
+}
+
+fn family(ip: IpAddr) -> AddressFamily {
+    match ip {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    }
+}
+
+fn to_neighbour_address(ip: IpAddr) -> NeighbourAddress {
+    match ip {
+        IpAddr::V4(ip) => NeighbourAddress::Inet(ip),
+        IpAddr::V6(ip) => NeighbourAddress::Inet6(ip),
+    }
+}
+
+/// The link, addresses and state in a message about a neighbour or a forwarding entry.
+pub(super) fn from_message(message: &NeighbourMessage) -> Option<(u32, IpAddr, Mac)> {
+    if message.header.state != NeighbourState::Permanent {
+        return None;
+    }
+    let mut ip = None;
+    let mut mac = None;
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(address) => ip = to_ip(address),
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = <[u8; 6]>::try_from(&bytes[..]).ok().map(Mac);
+            }
+            _ => {}
+        }
+    }
+    Some((message.header.ifindex, ip?, mac?))
+}
+
+fn to_ip(address: &NeighbourAddress) -> Option<IpAddr> {
+    match address {
+        NeighbourAddress::Inet(ip) => Some((*ip).into()),
+        NeighbourAddress::Inet6(ip) => Some((*ip).into()),
+        // Of a forwarding entry, whose family is neither.
+        NeighbourAddress::Other(bytes) => {
+            let v4 = <[u8; 4]>::try_from(&bytes[..]).map(IpAddr::from);
+            v4.or_else(|_| <[u8; 16]>::try_from(&bytes[..]).map(IpAddr::from))
+                .ok()
+        }
+        _ => None,
+    }
+}
