@@ -18,7 +18,8 @@ SECONDS_EACH ?= 60
 lab:
 	scripts/setup.sh lab
 	$(if $(findstring --real,$(ARGS)),lab/build.sh labcp flanneld)
-	$(CARGO) build --quiet --bin selvedge --example lab
+	$(CARGO) build --quiet --workspace --bins
+	$(CARGO) build --quiet --example lab
 	target/debug/examples/lab $(ARGS)
 
 programs:

@@ -109,6 +109,15 @@ impl ApiServer {
         }
     }
 
+    /// The file of the kubeconfig with all rights.
+    #[must_use]
+    pub fn admin_kubeconfig(&self) -> PathBuf {
+        match self {
+            Self::Real(plane) => plane.kubeconfig_path("admin"),
+            Self::StandIn(StandIn { directory, .. }) => directory.join("admin.kubeconfig"),
+        }
+    }
+
     /// The real one.
     ///
     /// # Errors

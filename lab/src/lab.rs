@@ -189,6 +189,12 @@ impl Lab {
         self.server.plane()
     }
 
+    /// The kubeconfig file of the administrator.
+    #[must_use]
+    pub fn admin_kubeconfig(&self) -> PathBuf {
+        self.server.admin_kubeconfig()
+    }
+
     /// A client of the API server with all rights.
     #[must_use]
     pub fn api(&self) -> &Client {

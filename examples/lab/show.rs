@@ -1,0 +1,115 @@
+//! What the lab prints of itself: what an operator would look at, with the commands that show it.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::ensure;
+use selvedge_lab::Lab;
+use selvedge_lab::lab::Parts;
+use selvedge_lab::matrix::Matrix;
+use selvedge_lab::topology::MASTER;
+
+/// The nodes, as the cluster and the network know them.
+pub(crate) fn nodes(lab: &Lab) -> anyhow::Result<()> {
+    println!(
+        "\n{:15} {:8} {:15} {:13} pod",
+        "node", "region", "InternalIP", "pods"
+    );
+    for node in lab.network().nodes() {
+        let name = node.name();
+        println!(
+            "{name:15} {:8} {:15} {:13} {}",
+            lab.network().site(name)?.region(),
+            node.address().to_string(),
+            lab.pod_cidr(name)?.to_string(),
+            lab.pod(name)?.address()
+        );
+    }
+    println!();
+    Ok(())
+}
+
+/// A matrix under a heading.
+pub(crate) fn matrix(heading: &str, matrix: &Matrix) {
+    println!("\n{heading}\n{matrix}\n");
+}
+
+/// What Selvedge installed on a node.
+pub(crate) fn installed(lab: &Lab, name: &str) -> anyhow::Result<()> {
+    let node = lab.node(name)?;
+    println!("\n{name}");
+    for line in [
+        "ip -4 -br address show dev kilo0",
+        "ip -4 rule",
+        "ip -4 route show table 5130",
+        "ip -4 route show table 5131",
+        "ip -4 route show table 5132",
+    ] {
+        // A table that nobody needs does not exist.
+        let text = node.run(line).unwrap_or_default();
+        if !text.trim().is_empty() {
+            println!("  # {line}");
+            for line in text.lines() {
+                println!("  {}", line.trim_end());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The tunnels of both leaders.
+pub(crate) fn wireguard(lab: &Lab) -> anyhow::Result<()> {
+    for leader in [MASTER, "node-agent-01"] {
+        println!("\n{leader} # wg show kilo0");
+        println!("{}", lab.node(leader)?.run("wg show kilo0")?.trim_end());
+    }
+    println!();
+    Ok(())
+}
+
+/// The mesh as Selvedge draws it.
+pub(crate) fn graph(lab: &Lab, binary: &Path) -> anyhow::Result<()> {
+    let mut command = Command::new(binary);
+    command
+        .args(["graph", "--format", "text", "--kubeconfig"])
+        .arg(lab.admin_kubeconfig());
+    let output = lab.node(MASTER)?.output(command)?;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "selvedge graph: {complaint}");
+    println!("selvedge graph --format text");
+    println!("{}", String::from_utf8_lossy(&output.stdout).trim_end());
+    println!();
+    Ok(())
+}
+
+/// How to go on by hand.
+pub(crate) fn hints(lab: &mut Lab) -> anyhow::Result<()> {
+    let prefix = lab.network().prefix().to_owned();
+    let pod = lab.pod(MASTER)?.address();
+    let pid = lab.agent("node-agent-02").map_or(0, |agent| agent.pid());
+    let directory = lab.directory().display().to_string();
+    let kubeconfig = lab.admin_kubeconfig();
+    println!("\nIt stays up. To play:");
+    println!(
+        "  ip netns exec {prefix}-pod-node-agent-02 ping {pod}            # a pod calls another region"
+    );
+    println!(
+        "  ip netns exec {prefix}-internet tcpdump -ni any udp           # what the internet sees of it"
+    );
+    println!(
+        "  ip netns exec {prefix}-node-agent-01 ip link delete flannel.1 # and see it come back"
+    );
+    println!(
+        "  nsenter -t {pid} -a bash                                 # a shell on node-agent-02, with its files"
+    );
+    println!("  nsenter -t {pid} -a target/debug/selvedge status");
+    println!("  tail -f {directory}/nodes/node-agent-01/log/agent");
+    if lab.options().parts == Parts::Real {
+        println!(
+            "  ip netns exec {prefix}-{MASTER} ~/.cache/selvedge/bin/labcp kubectl --kubeconfig {} get nodes",
+            kubeconfig.display()
+        );
+    }
+    println!("  make lab ARGS=--down                                       # the end of it");
+    Ok(())
+}
