@@ -43,6 +43,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     match name {
         "agent" => crate::agent::run(agent_config(matches)?),
         "status" => status::run(arguments(matches)?),
+        "cleanup" => crate::agent::cleanup::run(&agent_config(matches)?),
         "doctor" => crate::doctor::run(arguments(matches)?),
         "graph" => crate::graph::run(&arguments(matches)?),
         "showconf" => crate::showconf::run(&arguments(matches)?),
@@ -73,6 +74,10 @@ fn command() -> Command {
         .args_override_self(true)
         .infer_long_args(false)
         .subcommand(agents_flags("agent", "Run this node's part of the mesh"))
+        .subcommand(agents_flags(
+            "cleanup",
+            "Remove all that the agent installed on this node, but for its key",
+        ))
         .subcommand(agents_flags(
             "doctor",
             "Find what is wrong with this node's mesh, and say what to do",

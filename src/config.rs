@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -27,6 +28,9 @@ pub use values::{Listen, Mtu};
 
 /// Where the agent answers `selvedge status`, `doctor` and `graph`.
 pub const CONTROL_SOCKET: &str = "/run/selvedge/selvedge.sock";
+
+/// How many priorities the agent's rules take, from `--rule-priority` on.
+pub const RULES: u32 = 5;
 
 /// `--encapsulate`: how the nodes of a region reach their leader.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -237,6 +241,11 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    /// The priorities of the agent's rules.
+    pub fn rule_priorities(&self) -> RangeInclusive<u32> {
+        self.rule_priority..=self.rule_priority + RULES - 1
     }
 
     /// The pool of one family.

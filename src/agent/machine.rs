@@ -1,0 +1,151 @@
+//! The node as a [`Platform`]: its kernel, and the tunnel in this process.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::num::NonZeroU16;
+use std::sync::Arc;
+
+use anyhow::{Context as _, anyhow};
+
+use super::reconcile::Platform;
+use crate::diff::Change;
+use crate::kernel::Kernel;
+use crate::plan::{Peer, State};
+use crate::wireguard::key::PublicKey;
+use crate::wireguard::uapi::Control as _;
+use crate::wireguard::{Device, PeerConfig, Stats};
+
+/// A node with a running tunnel.
+pub struct Machine {
+    kernel: Kernel,
+    tunnel: Arc<Device>,
+    /// What the peers were last asked to be. The tunnel itself only tells where a peer is now, and
+    /// that of one that roams is not what was asked for.
+    asked: BTreeMap<PublicKey, PeerConfig>,
+}
+
+impl Machine {
+    /// Puts the two together.
+    pub fn new(kernel: Kernel, tunnel: Arc<Device>) -> Self {
+        Self {
+            kernel,
+            tunnel,
+            asked: BTreeMap::new(),
+        }
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// The tunnel's counters.
+    pub fn stats(&self) -> Stats {
+        self.tunnel.stats()
+    }
+
+    /// Lets the link go with this process.
+    pub fn let_link_go(&self) -> io::Result<()> {
+        self.tunnel.set_persistent(false)
+    }
+
+    /// The peers as they are. Whoever uses `wg set` is noticed, but for an endpoint.
+    fn peers(&self) -> BTreeMap<PublicKey, Peer> {
+        let peers = self.tunnel.get().peers;
+        peers
+            .into_iter()
+            .map(|peer| {
+                let asked = self.asked.get(&peer.public_key);
+                let found = Peer {
+                    endpoint: asked.map_or(peer.endpoint, |asked| asked.endpoint),
+                    preshared_key: peer.preshared_key,
+                    persistent_keepalive: NonZeroU16::new(peer.persistent_keepalive),
+                    allowed_ips: peer.allowed_ips.into_iter().collect(),
+                };
+                (peer.public_key, found)
+            })
+            .collect()
+    }
+
+    /// Makes a run of changes that are all the tunnel's.
+    fn apply_to_tunnel<'a>(&mut self, run: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)> {
+        let mut failed = Vec::new();
+        for change in run {
+            #[expect(
+                clippy::wildcard_enum_match_arm,
+                reason = "what is not the tunnel's is the kernel's, whatever it is"
+            )]
+            match change {
+                // The tunnel makes its link again by itself; what needs it is tried again then.
+                Change::CreateLink { name, .. } => {
+                    failed.push((change, anyhow!("the link {name} is not there yet")));
+                }
+                Change::SetListenPort { port, .. } => {
+                    let port = port.get();
+                    if let Err(error) = self.tunnel.set_listen_port(port) {
+                        let what = format!("listening on UDP port {port}");
+                        failed.push((change, anyhow::Error::new(error).context(what)));
+                    }
+                }
+                Change::SetPeer { key, peer, .. } => {
+                    self.asked.insert(*key, config(peer));
+                }
+                Change::RemovePeer { key, .. } => {
+                    self.asked.remove(key);
+                }
+                _ => failed.push((change, anyhow!("this is the kernel's: {change}"))),
+            }
+        }
+        if run
+            .iter()
+            .any(|change| matches!(change, Change::SetPeer { .. } | Change::RemovePeer { .. }))
+        {
+            self.tunnel.set_peers(&self.asked);
+        }
+        failed
+    }
+}
+
+impl Platform for Machine {
+    fn observe(&mut self) -> anyhow::Result<State> {
+        let peers = self.peers();
+        // Peers that somebody removed are forgotten, so that they are set anew.
+        self.asked.retain(|key, _| peers.contains_key(key));
+        Ok(State {
+            peers,
+            listen_port: NonZeroU16::new(self.tunnel.listen_port()),
+            ..self.kernel.observe().context("reading what is there")?
+        })
+    }
+
+    fn apply_all<'a>(&mut self, changes: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)> {
+        let mut failed = Vec::new();
+        for run in changes.chunk_by(|a, b| is_of_tunnel(a) == is_of_tunnel(b)) {
+            failed.extend(match run.first() {
+                Some(first) if is_of_tunnel(first) => self.apply_to_tunnel(run),
+                Some(_) | None => self.kernel.apply_all(run),
+            });
+        }
+        failed
+    }
+}
+
+/// Whether a change is made to the tunnel, and not to the kernel.
+fn is_of_tunnel(change: &Change) -> bool {
+    matches!(
+        change,
+        Change::CreateLink { .. }
+            | Change::SetListenPort { .. }
+            | Change::SetPeer { .. }
+            | Change::RemovePeer { .. }
+    )
+}
+
+fn config(peer: &Peer) -> PeerConfig {
+    PeerConfig {
+        endpoint: peer.endpoint,
+        preshared_key: peer.preshared_key.clone(),
+        persistent_keepalive: peer.persistent_keepalive,
+        allowed_ips: peer.allowed_ips.clone(),
+    }
+}
