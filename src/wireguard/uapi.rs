@@ -61,7 +61,7 @@ pub enum KeyUpdate<K> {
 /// A change of the device. What is `None` or `Keep` stays as it is.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Set {
-    /// The device's own key.
+    /// The device's own key, clamped.
     pub private_key: KeyUpdate<PrivateKey>,
     /// The UDP port to listen on; 0 lets the kernel choose one.
     pub listen_port: Option<u16>,
@@ -244,7 +244,7 @@ impl Set {
             return peer.handle(key, value);
         }
         match key {
-            "private_key" => self.private_key = key_update(value, PrivateKey)?,
+            "private_key" => self.private_key = key_update(value, clamped)?,
             "listen_port" => self.listen_port = Some(decimal(value)?),
             "fwmark" => self.fwmark = Some(decimal(value)?),
             "replace_peers" => self.replace_peers = only_true(value)?,
@@ -315,6 +315,13 @@ fn key_update<K>(value: &str, key: impl FnOnce([u8; 32]) -> K) -> Result<KeyUpda
     } else {
         KeyUpdate::Set(key(*bytes))
     })
+}
+
+/// A private key in the form in which it is used and shown (RFC 7748, 5).
+fn clamped(mut bytes: [u8; 32]) -> PrivateKey {
+    bytes[0] &= 248;
+    bytes[31] = bytes[31] & 127 | 64;
+    PrivateKey(bytes)
 }
 
 fn prefix_of(value: &str) -> Result<IpNet, Errno> {

@@ -1,0 +1,227 @@
+//! Datagrams from people who are no peers: nothing comes of them, not even an answer.
+
+use std::io::ErrorKind;
+use std::net::UdpSocket;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use rand::{RngCore as _, SeedableRng as _};
+use selvedge_lab::netns::Namespace;
+
+use crate::pair::{LEFT_PORT, LEFT4, Pair, Pairing, RIGHT_PORT, RIGHT4};
+use crate::relay::{Relay, Way};
+use crate::traffic::tcp;
+use crate::tunnel::{Key, Program, SOON, Tunnel};
+
+/// The public keys of small order, with which every secret is zero.
+const LOW_ORDER: [&str; 7] = [
+    "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
+    "AQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
+    "4Ot6fDtBuK4WVuP68Z/EatoJjeucMrH9hmIFFl9JuAA=",
+    "X5yVvKNQjCSx0LFVnIPvWwREXMRYHI6G2CJO3dCfEVc=",
+    "7P///////////////////////////////////////38=",
+    "7f///////////////////////////////////////38=",
+    "7v///////////////////////////////////////38=",
+];
+
+/// A socket in the daemons' namespace that is nobody's peer.
+fn stranger(pair: &Pair) -> Result<UdpSocket> {
+    let socket = pair.under.within(|| UdpSocket::bind("127.0.0.1:666"))?;
+    socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+    Ok(socket)
+}
+
+/// Fails if anything came back to a socket.
+fn expect_silence(socket: &UdpSocket) -> Result<()> {
+    match socket.recv(&mut [0; 2048]) {
+        Ok(length) => bail!("{length} bytes were sent to a stranger"),
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Ten echoes of ten each way.
+fn expect_no_loss(pair: &Pair) -> Result<()> {
+    for (end, address) in [(&pair.left, RIGHT4), (&pair.right, LEFT4)] {
+        let report = end
+            .space
+            .run(&format!("ping -q -n -c 10 -i 0.01 -W 2 {address}"))?;
+        ensure!(report.contains(" 0% packet loss"), "lost echoes: {report}");
+    }
+    Ok(())
+}
+
+pub(crate) fn garbage_does_nothing_and_gets_no_answer(pairing: Pairing) -> Result<()> {
+    let mut pair = Pair::new(pairing)?;
+    pair.left.ping(RIGHT4)?;
+    let socket = stranger(&pair)?;
+    let mut random = rand::rngs::StdRng::seed_from_u64(7);
+    let sizes = [
+        0, 1, 2, 3, 4, 15, 16, 31, 32, 33, 48, 63, 64, 65, 91, 92, 93, 147, 148, 149, 1000, 1452,
+        9000, 32_768, 65_507,
+    ];
+    for kind in [0_u8, 1, 2, 3, 4, 5, 255] {
+        for size in sizes {
+            for reserved in [0, 0xff] {
+                let mut datagram = vec![0; size];
+                random.fill_bytes(&mut datagram);
+                for (byte, value) in datagram.iter_mut().zip([kind, reserved, 0, 0]) {
+                    *byte = value;
+                }
+                for port in [LEFT_PORT, RIGHT_PORT] {
+                    socket.send_to(&datagram, ("127.0.0.1", port))?;
+                }
+            }
+        }
+    }
+    expect_silence(&socket)?;
+    ensure!(!pair.left.tunnel.ended(), "the left daemon is gone");
+    ensure!(!pair.right.tunnel.ended(), "the right daemon is gone");
+    expect_no_loss(&pair)
+}
+
+/// Altered copies of real datagrams, from the peer's own address and just ahead of the real ones.
+pub(crate) fn altered_datagrams_are_dropped(pairing: Pairing) -> Result<()> {
+    let pair = Pair::strangers(pairing)?;
+    let mut random = rand::rngs::StdRng::seed_from_u64(8);
+    let _relay = Relay::between(&pair, move |_, bytes| {
+        let mut out = Vec::new();
+        let mut forge = |change: &dyn Fn(&mut Vec<u8>)| {
+            let mut forged = bytes.to_vec();
+            change(&mut forged);
+            out.push(forged);
+        };
+        let random = random.next_u32() as usize;
+        let last = bytes.len() - 1;
+        forge(&|bytes| bytes[last] ^= 1);
+        forge(&|bytes| bytes[random % (last + 1)] ^= 0x80);
+        forge(&|bytes| bytes.truncate(random % (last + 1)));
+        forge(&|bytes| bytes.resize(last + 1 + random % 9000, 0));
+        forge(&|bytes| bytes.fill(0));
+        if bytes.first() == Some(&4) && bytes.len() > 16 {
+            // A counter far ahead must not move the window before it is authentic.
+            forge(&|bytes| bytes[8..16].fill(0xff));
+            forge(&|bytes| bytes[8..16].fill(0x7f));
+        }
+        out.push(bytes.to_vec());
+        out
+    })?;
+    expect_no_loss(&pair)?;
+    tcp(&pair.left.space, &pair.right.space, RIGHT4, 1 << 20)?;
+    expect_no_loss(&pair)
+}
+
+/// All that was said once is said again by a stranger: nothing is delivered, moved or answered.
+pub(crate) fn replayed_datagrams_do_nothing(pairing: Pairing) -> Result<()> {
+    let pair = Pair::strangers(pairing)?;
+    let relay = Relay::listening(&pair)?;
+    expect_no_loss(&pair)?;
+    let endpoints = || -> Result<_> {
+        let (left, right) = (&pair.left, &pair.right);
+        Ok([left.endpoint_of(right)?, right.endpoint_of(left)?])
+    };
+    let state = || -> Result<_> {
+        let packets = [&pair.left, &pair.right].map(|end| end.statistic("rx_packets"));
+        let [left, right] = packets;
+        Ok(([left?, right?], endpoints()?))
+    };
+    let before = state()?;
+    let socket = stranger(&pair)?;
+    let seen = relay.seen()?;
+    ensure!(seen.len() > 20, "only {} datagrams to replay", seen.len());
+    for datagram in seen {
+        let port = match datagram.way {
+            Way::Right => RIGHT_PORT,
+            Way::Left => LEFT_PORT,
+        };
+        socket.send_to(&datagram.bytes, ("127.0.0.1", port))?;
+    }
+    expect_silence(&socket)?;
+    let after = state()?;
+    ensure!(after == before, "replay changed {before:?} to {after:?}");
+    expect_no_loss(&pair)
+}
+
+/// Peers with keys of small order can be configured, and are never spoken to.
+pub(crate) fn keys_of_low_order_are_never_spoken_to(program: Program) -> Result<()> {
+    let space = Namespace::new("low")?;
+    let tunnel = Tunnel::start(program, &space)?;
+    let own = Key::new()?;
+    tunnel.set(&format!("private-key {}", own.file()))?;
+    let socket = space.within(|| UdpSocket::bind("127.0.0.1:1111"))?;
+    socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+    let add = |key: &str| {
+        tunnel.set(&format!(
+            "peer {key} persistent-keepalive 1 endpoint 127.0.0.1:1111"
+        ))
+    };
+    for key in LOW_ORDER {
+        add(key)?;
+    }
+    space.run(&format!("ip link set {} up", tunnel.name))?;
+    expect_silence(&socket)?;
+    // The harness hears what an honest key causes.
+    add(&Key::new()?.public)?;
+    socket.set_read_timeout(Some(SOON))?;
+    ensure!(socket.recv(&mut [0; 2048])? == 148, "no initiation");
+    Ok(())
+}
+
+/// One's own key is no peer, whether the peer or the private key is set first.
+pub(crate) fn the_own_key_is_no_peer(program: Program) -> Result<()> {
+    let space = Namespace::new("own")?;
+    let tunnel = Tunnel::start(program, &space)?;
+    let (key, other) = (Key::new()?, Key::new()?);
+    let peers = || tunnel.wg("show {} peers");
+    let private_key = |key: &Key| tunnel.set(&format!("private-key {}", key.file()));
+    let peer = format!("peer {}", key.public);
+    tunnel.set(&peer)?;
+    ensure!(peers()? == key.public, "a stranger's key is a peer");
+    private_key(&key)?;
+    ensure!(peers()?.is_empty(), "it remains a peer");
+    tunnel.set(&peer)?;
+    ensure!(peers()?.is_empty(), "it becomes a peer");
+    private_key(&other)?;
+    tunnel.set(&peer)?;
+    ensure!(
+        peers()? == key.public,
+        "with another key, it is a peer again"
+    );
+    Ok(())
+}
+
+/// Datagrams of strangers by the ten thousand cost the tunnel nothing that lasts.
+pub(crate) fn a_burst_of_garbage_passes(pairing: Pairing) -> Result<()> {
+    let mut pair = Pair::new(pairing)?;
+    pair.left.ping(RIGHT4)?;
+    let mut random = rand::rngs::StdRng::seed_from_u64(9);
+    let socket = stranger(&pair)?;
+    thread::scope(|scope| -> Result<()> {
+        let transfer = scope.spawn(|| tcp(&pair.left.space, &pair.right.space, RIGHT4, 16 << 20));
+        for _ in 0..20_000 {
+            let mut datagram = vec![0; (random.next_u32() % 300) as usize];
+            random.fill_bytes(&mut datagram);
+            if let Some(kind) = datagram.first_mut() {
+                *kind %= 6;
+            }
+            socket.send_to(&datagram, ("127.0.0.1", LEFT_PORT))?;
+        }
+        transfer.join().unwrap()
+    })?;
+    expect_silence(&socket)?;
+    ensure!(!pair.left.tunnel.ended(), "the daemon is gone");
+    expect_no_loss(&pair)
+}
+
+pairs! {
+    garbage_does_nothing_and_gets_no_answer;
+    altered_datagrams_are_dropped;
+    replayed_datagrams_do_nothing;
+    a_burst_of_garbage_passes;
+}
+
+devices! {
+    keys_of_low_order_are_never_spoken_to;
+    the_own_key_is_no_peer;
+}

@@ -1,0 +1,416 @@
+//! Tunnels among routes, marks, namespaces and other tunnels.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use selvedge_lab::netns::Namespace;
+use selvedge_lab::process::wait_for;
+
+use crate::pair::{End, LEFT4, LEFT6, Pair, Pairing, RIGHT4, RIGHT6};
+use crate::traffic::{tcp, tcp_within, udp};
+use crate::tunnel::{Key, Program, SOON, Tunnel};
+
+/// Two hosts on a cable, 10.0.0.1 and 10.0.0.2, and the tunnel between them up.
+fn hosts(pairing: Pairing) -> Result<Pair> {
+    let pair = Pair::by_cable(pairing)?;
+    let (left, right) = (&pair.left, &pair.right);
+    left.ip("address add 10.0.0.1/24 dev cable")?;
+    left.ip("address add fd00:aa::1/96 dev cable nodad")?;
+    right.ip("address add 10.0.0.2/24 dev cable")?;
+    right.ip("address add fd00:aa::2/96 dev cable nodad")?;
+    left.endpoint(right, "10.0.0.2:2")?;
+    left.ping(RIGHT4)?;
+    Ok(pair)
+}
+
+/// A pair whose UDP sockets are in the namespaces of another pair's links, and reach each other
+/// through that.
+fn nested(pairing: Pairing, outer: &Pair) -> Result<(End, End)> {
+    let (outer_left, outer_right) = (&outer.left, &outer.right);
+    for (end, peer, own, other) in [
+        (outer_left, outer_right, "fd00::5:1", "fd00::5:2"),
+        (outer_right, outer_left, "fd00::5:2", "fd00::5:1"),
+    ] {
+        end.ip("address flush dev {}")?;
+        end.ip(&format!("address add {own}/112 dev {{}} nodad"))?;
+        end.tunnel
+            .set(&format!("peer {} allowed-ips {other}/128", peer.key.public))?;
+    }
+    let left = End::over(pairing.left, &outer_left.space, "inleft")?;
+    let right = End::over(pairing.right, &outer_right.space, "inright")?;
+    let psk = Key::new()?;
+    for (end, peer, own, other, endpoint) in [
+        (
+            &left,
+            &right,
+            [LEFT4, LEFT6],
+            [RIGHT4, RIGHT6],
+            "[fd00::5:2]:5",
+        ),
+        (
+            &right,
+            &left,
+            [RIGHT4, RIGHT6],
+            [LEFT4, LEFT6],
+            "[fd00::5:1]:5",
+        ),
+    ] {
+        end.configure(5, &psk, peer, own, other)?;
+        // In 80 bytes of headers, with no padding that could make it too long for the outer tunnel.
+        end.ip("link set {} mtu 1328")?;
+        end.endpoint(peer, endpoint)?;
+    }
+    Ok((left, right))
+}
+
+pub(crate) fn a_tunnel_carries_a_tunnel(pairing: Pairing) -> Result<()> {
+    let outer = Pair::new(pairing)?;
+    let (left, right) = nested(pairing, &outer)?;
+    left.ping(RIGHT4)?;
+    right.ping(LEFT6)?;
+    for address in [RIGHT4, RIGHT6] {
+        tcp(&left.space, &right.space, address, 8 << 20)?;
+        udp(&left.space, &right.space, address, (0..1280).step_by(101))?;
+    }
+    tcp(&right.space, &left.space, LEFT4, 8 << 20)
+}
+
+/// A route of a tunnel's datagrams back into the tunnel must not become a storm.
+pub(crate) fn a_routing_loop_does_not_swell(pairing: Pairing) -> Result<()> {
+    let mut outer = Pair::new(pairing)?;
+    let (mut inner, right) = nested(pairing, &outer)?;
+    inner.ping(RIGHT4)?;
+    // The inner tunnel's link joins the outer tunnel's sockets, whose peer is now behind it.
+    let link = &inner.tunnel;
+    link.move_link(&inner.space, &outer.under)?;
+    let under = &outer.under;
+    under.run(&format!("ip address add {LEFT4}/24 dev {}", link.name))?;
+    under.run(&format!("ip link set {} up", link.name))?;
+    under.run(&format!("ping -q -n -c 1 -W 3 {RIGHT4}"))?;
+    outer.left.endpoint(&outer.right, &format!("{RIGHT4}:7"))?;
+    let peer = right.key.public;
+    let (_, before) = link.transfer(&peer)?;
+    let answered = under.attempt(&format!("ping -q -n -c 10 -f -W 1 {RIGHT4}"))?;
+    ensure!(!answered.status.success(), "the loop answers");
+    thread::sleep(Duration::from_secs(1));
+    let (_, after) = link.transfer(&peer)?;
+    let sent = after - before;
+    ensure!(sent < 70_000, "{sent} bytes were sent around the loop");
+    ensure!(
+        !inner.tunnel.ended() && !outer.left.tunnel.ended(),
+        "a daemon is gone"
+    );
+    outer.left.tunnel.stop()
+}
+
+/// A peer behind another peer; and then a peer behind itself, which is nowhere.
+pub(crate) fn a_peer_may_be_behind_a_peer_but_not_behind_itself(pairing: Pairing) -> Result<()> {
+    let mut pair = hosts(pairing)?;
+    let (left, right) = (&pair.left, &pair.right);
+    let third = Tunnel::start(pairing.right, &right.space)?;
+    let key = Key::new()?;
+    third.set(&format!(
+        "private-key {} listen-port 5 peer {} allowed-ips 192.168.242.1/32",
+        key.file(),
+        left.key.public
+    ))?;
+    right.ip(&format!("address add 192.168.242.2/24 dev {}", third.name))?;
+    right.ip(&format!("link set {} up", third.name))?;
+    left.tunnel.set(&format!(
+        "peer {} allowed-ips 192.168.242.2/32 endpoint {RIGHT4}:5",
+        key.public
+    ))?;
+    left.ip("address add 192.168.242.1/24 dev {}")?;
+    left.ping("192.168.242.2")?;
+    drop(third);
+    left.tunnel
+        .set(&format!("peer {} endpoint 192.168.242.2:5", key.public))?;
+    left.ping_fails("192.168.242.2")?;
+    let before = cpu_time(left.tunnel.pid()?)?;
+    thread::sleep(Duration::from_secs(1));
+    let spent = cpu_time(left.tunnel.pid()?)? - before;
+    ensure!(!pair.left.tunnel.ended(), "the daemon is gone");
+    pair.left.ping(RIGHT4)?;
+    ensure!(
+        spent < Duration::from_millis(500),
+        "{spent:?} of a second went into the loop"
+    );
+    Ok(())
+}
+
+/// The processor time that all threads of a process have taken.
+fn cpu_time(pid: u32) -> Result<Duration> {
+    let mut nanoseconds = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let stat = fs::read_to_string(task?.path().join("schedstat"))?;
+        let time = stat.split_whitespace().next().context("schedstat")?;
+        nanoseconds += time.parse::<u64>()?;
+    }
+    Ok(Duration::from_nanos(nanoseconds))
+}
+
+/// All traffic goes into the tunnel but the marked datagrams of the tunnel itself, the way wg-quick
+/// arranges it.
+pub(crate) fn a_mark_keeps_the_tunnel_out_of_its_own_default_route(pairing: Pairing) -> Result<()> {
+    let pair = hosts(pairing)?;
+    let (left, right) = (&pair.left, &pair.right);
+    left.ip("-6 route add default via fd00:aa::2")?;
+    right.ip("address add 192.168.99.7/32 dev {}")?;
+    right.ip("address add abab::1111/128 dev {} nodad")?;
+    left.tunnel.set(&format!(
+        "fwmark 51820 peer {} allowed-ips 192.168.99.7/32,abab::1111/128",
+        right.key.public
+    ))?;
+    ensure!(left.tunnel.wg("show {} fwmark")? == "0xca6c");
+    for family in ["-4", "-6"] {
+        left.ip(&format!("{family} route add default dev {{}} table 51820"))?;
+        left.ip(&format!("{family} rule add not fwmark 51820 table 51820"))?;
+        left.ip(&format!(
+            "{family} rule add table main suppress_prefixlength 0"
+        ))?;
+    }
+    left.space.sysctl("ipv4/conf/all/rp_filter", "0")?;
+    left.space.sysctl("ipv4/conf/cable/rp_filter", "0")?;
+    left.space.run("nft add table inet marks")?;
+    left.space
+        .run("nft add chain inet marks out { type filter hook output priority 0 ; }")?;
+    left.space
+        .run("nft add rule inet marks out oifname cable udp dport 2 meta mark != 51820 counter")?;
+    for address in ["192.168.99.7", "abab::1111"] {
+        left.space
+            .run(&format!("ping -q -n -c 100 -f -W 3 {address}"))?;
+    }
+    let unmarked = left.space.run("nft list chain inet marks out")?;
+    ensure!(
+        unmarked.contains("packets 0"),
+        "unmarked datagrams: {unmarked}"
+    );
+    left.tunnel.set("fwmark 0")?;
+    ensure!(left.tunnel.wg("show {} fwmark")? == "off");
+    Ok(())
+}
+
+/// Packets bound to the tunnel's interface, and packets that are marked and so routed again.
+pub(crate) fn bound_and_marked_packets_pass(pairing: Pairing) -> Result<()> {
+    let pair = hosts(pairing)?;
+    let left = &pair.left;
+    let bound = format!("ping -q -n -c 1 -W 3 -I {} {RIGHT4}", left.tunnel.name);
+    left.space.run(&bound)?;
+    left.space.run("nft add table ip marks")?;
+    left.space
+        .run("nft add chain ip marks out { type route hook output priority -150 ; }")?;
+    left.space
+        .run("nft add rule ip marks out meta mark set 1")?;
+    left.ping(RIGHT4)?;
+    left.space.run(&bound).map(drop)
+}
+
+/// The sender learns that there is no peer for an address, or no way to it, instead of waiting.
+pub(crate) fn who_has_no_peer_is_unreachable(program: Program) -> Result<()> {
+    let space = Namespace::new("icmp")?;
+    let tunnel = Tunnel::start(program, &space)?;
+    let key = Key::new()?;
+    tunnel.set(&format!(
+        "private-key {} peer {} allowed-ips 192.168.241.2/32,fd00::2/128",
+        key.file(),
+        Key::new()?.public
+    ))?;
+    let name = &tunnel.name;
+    space.run(&format!("ip address add {LEFT4}/24 dev {name}"))?;
+    space.run(&format!("ip address add {LEFT6}/112 dev {name} nodad"))?;
+    space.run(&format!("ip link set {name} up"))?;
+    // .2 is a peer without an endpoint, .3 nobody.
+    for address in [RIGHT4, "192.168.241.3", RIGHT6, "fd00::3"] {
+        let output = space.attempt(&format!("ping -n -c 1 -W 1 {address}"))?;
+        let report = String::from_utf8_lossy(&output.stdout).to_lowercase();
+        ensure!(
+            report.contains("unreachable"),
+            "no ICMP for {address}: {report}"
+        );
+    }
+    Ok(())
+}
+
+/// A router behind which a peer is gone tells so from the right address.
+pub(crate) fn a_removed_peer_is_reported_by_the_router(pairing: Pairing) -> Result<()> {
+    let pair = hosts(pairing)?;
+    let (left, right) = (&pair.left, &pair.right);
+    right.space.sysctl("ipv4/ip_forward", "1")?;
+    let client = Namespace::new("client")?;
+    client.veth("eth0", &right.space, "clients")?;
+    client.run("ip address add 10.1.0.2/24 dev eth0")?;
+    right.ip("address add 10.1.0.1/24 dev clients")?;
+    client.run("ip route add 192.168.241.0/24 via 10.1.0.1")?;
+    left.ip("route add 10.1.0.0/24 dev {}")?;
+    left.tunnel.set(&format!(
+        "peer {} allowed-ips {RIGHT4}/32,10.1.0.0/24",
+        right.key.public
+    ))?;
+    client.run(&format!("ping -q -n -c 1 -W 3 {LEFT4}"))?;
+    right
+        .tunnel
+        .set(&format!("peer {} remove", left.key.public))?;
+    let output = client.attempt(&format!("ping -n -c 1 -W 1 {LEFT4}"))?;
+    let report = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(
+        report.contains("Destination Host Unreachable"),
+        "no ICMP: {report}"
+    );
+    Ok(())
+}
+
+/// A rule in a namespace that counts what its words describe.
+fn count(space: &Namespace, hook: &str, words: &str) -> Result<()> {
+    space.run("nft add table ip count")?;
+    space.run(&format!(
+        "nft add chain ip count {hook} {{ type filter hook {hook} priority 0 ; }}"
+    ))?;
+    space
+        .run(&format!("nft add rule ip count {hook} {words}"))
+        .map(drop)
+}
+
+fn counted(space: &Namespace, hook: &str) -> Result<bool> {
+    let rules = space.run(&format!("nft list chain ip count {hook}"))?;
+    Ok(!rules.contains("packets 0 "))
+}
+
+pub(crate) fn ecn_is_copied_to_the_datagram(pairing: Pairing) -> Result<()> {
+    let pair = Pair::new(pairing)?;
+    pair.left.ping(RIGHT4)?;
+    count(&pair.under, "input", "udp dport 2 ip ecn ect0 counter")?;
+    pair.left
+        .space
+        .run(&format!("ping -q -n -c 3 -i 0.1 -W 3 -Q 2 {RIGHT4}"))?;
+    ensure!(counted(&pair.under, "input")?, "ECT(0) stayed inside");
+    Ok(())
+}
+
+pub(crate) fn congestion_marks_come_out_of_the_tunnel(pairing: Pairing) -> Result<()> {
+    let pair = Pair::new(pairing)?;
+    pair.left.ping(RIGHT4)?;
+    count(&pair.under, "output", "udp dport 2 ip ecn set ce counter")?;
+    count(
+        &pair.right.space,
+        "input",
+        "icmp type echo-request ip ecn ce counter",
+    )?;
+    pair.left
+        .space
+        .run(&format!("ping -q -n -c 3 -i 0.1 -W 3 -Q 2 {RIGHT4}"))?;
+    ensure!(
+        counted(&pair.under, "output")?,
+        "the mark was not set outside"
+    );
+    ensure!(counted(&pair.right.space, "input")?, "the mark was lost");
+    Ok(())
+}
+
+pub(crate) fn dscp_does_not_leak(pairing: Pairing) -> Result<()> {
+    let pair = Pair::new(pairing)?;
+    count(&pair.under, "input", "ip dscp != cs0 counter")?;
+    pair.left
+        .space
+        .run(&format!("ping -q -n -c 3 -i 0.1 -W 3 -Q 0xb8 {RIGHT4}"))?;
+    ensure!(
+        !counted(&pair.under, "input")?,
+        "the class of traffic shows outside"
+    );
+    Ok(())
+}
+
+pub(crate) fn a_link_may_move_on_to_another_namespace(pairing: Pairing) -> Result<()> {
+    let mut pair = Pair::new(pairing)?;
+    pair.left.ping(RIGHT4)?;
+    for label in ["second", "third"] {
+        let next = Namespace::new(label)?;
+        pair.left.tunnel.move_link(&pair.left.space, &next)?;
+        pair.left.space = next;
+        let left = &pair.left;
+        left.ip(&format!("address add {LEFT4}/24 dev {{}}"))?;
+        left.ip("link set {} up")?;
+        left.ping(RIGHT4)?;
+        pair.right.ping(LEFT4)?;
+    }
+    tcp(&pair.left.space, &pair.right.space, RIGHT4, 1 << 20)
+}
+
+pub(crate) fn a_link_that_goes_with_its_namespace_ends_the_daemon(program: Program) -> Result<()> {
+    let under = Namespace::new("under")?;
+    let space = Namespace::new("doomed")?;
+    let mut tunnel = Tunnel::start(program, &under)?;
+    tunnel.move_link(&under, &space)?;
+    space.run(&format!("ip link set {} up", tunnel.name))?;
+    drop(space);
+    wait_for("the end", SOON, || tunnel.ended())?;
+    ensure!(!tunnel.socket().exists(), "the socket is still there");
+    Ok(())
+}
+
+/// What the tunnel sends to may be out of reach for a while, in all the ways the kernel reports.
+pub(crate) fn an_underlay_that_was_away_is_used_again(pairing: Pairing) -> Result<()> {
+    let mut pair = hosts(pairing)?;
+    let ways: [(&str, &str); 4] = [
+        (
+            "route add unreachable 10.0.0.2",
+            "route delete unreachable 10.0.0.2",
+        ),
+        (
+            "route add prohibit 10.0.0.2",
+            "route delete prohibit 10.0.0.2",
+        ),
+        (
+            "route add blackhole 10.0.0.2",
+            "route delete blackhole 10.0.0.2",
+        ),
+        ("link set cable down", "link set cable up"),
+    ];
+    for (away, back) in ways {
+        pair.left.ip(away)?;
+        pair.left.ping_fails(RIGHT4)?;
+        pair.left.ip(back)?;
+        let left = &pair.left;
+        wait_for(back, SOON, || left.ping(RIGHT4).is_ok())?;
+        ensure!(!pair.left.tunnel.ended(), "the daemon is gone after {away}");
+    }
+    tcp(&pair.left.space, &pair.right.space, RIGHT4, 1 << 20)
+}
+
+/// Where the underlay's MTU leaves no room for full datagrams, TCP gets through all the same.
+pub(crate) fn a_narrow_underlay_still_carries_tcp(pairing: Pairing) -> Result<()> {
+    let pair = hosts(pairing)?;
+    for end in [&pair.left, &pair.right] {
+        end.ip("link set cable mtu 1400")?;
+    }
+    for (from, to, address) in [
+        (&pair.left, &pair.right, RIGHT4),
+        (&pair.right, &pair.left, LEFT6),
+    ] {
+        let limit = Duration::from_secs(15);
+        tcp_within(limit, &from.space, &to.space, address, 2 << 20)?;
+    }
+    Ok(())
+}
+
+pairs! {
+    a_narrow_underlay_still_carries_tcp fails with WireguardGo on left: "are unsent after 15s";
+    a_tunnel_carries_a_tunnel;
+    a_routing_loop_does_not_swell fails with WireguardGo on left: "were sent around the loop";
+    a_peer_may_be_behind_a_peer_but_not_behind_itself
+        fails with WireguardGo on left: "went into the loop";
+    a_mark_keeps_the_tunnel_out_of_its_own_default_route;
+    bound_and_marked_packets_pass;
+    a_removed_peer_is_reported_by_the_router fails with WireguardGo on right: "no ICMP";
+    ecn_is_copied_to_the_datagram fails with WireguardGo on left: "ECT(0) stayed inside";
+    congestion_marks_come_out_of_the_tunnel fails with WireguardGo on right: "the mark was lost";
+    dscp_does_not_leak;
+    a_link_may_move_on_to_another_namespace;
+    an_underlay_that_was_away_is_used_again;
+}
+
+devices! {
+    who_has_no_peer_is_unreachable fails with WireguardGo: "no ICMP";
+    a_link_that_goes_with_its_namespace_ends_the_daemon;
+}

@@ -1,0 +1,171 @@
+//! TCP and UDP through a tunnel, every byte of it checked.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use selvedge_lab::netns::Namespace;
+
+use crate::pair::{LEFT4, LEFT6, Pair, RIGHT4, RIGHT6};
+use crate::tunnel::SOON;
+
+/// The bytes 0 to 250 over and over: 251 is prime, so that a segment that is missing, doubled or out
+/// of place shows.
+fn pattern(length: usize) -> Vec<u8> {
+    (0..251).cycle().take(length).collect()
+}
+
+/// How long a transfer may take that would take a second on an idle machine.
+const LONG: Duration = Duration::from_secs(60);
+
+/// Sends so many bytes over TCP from one namespace to an address in another and checks them.
+pub(crate) fn tcp(from: &Namespace, to: &Namespace, address: &str, bytes: usize) -> Result<()> {
+    tcp_within(LONG, from, to, address, bytes)
+}
+
+/// The same within a time.
+pub(crate) fn tcp_within(
+    limit: Duration,
+    from: &Namespace,
+    to: &Namespace,
+    address: &str,
+    bytes: usize,
+) -> Result<()> {
+    let address: IpAddr = address.parse()?;
+    let listener = to.within(|| TcpListener::bind((address, 0)))?;
+    let target = listener.local_addr()?;
+    thread::scope(|scope| {
+        let receiver = scope.spawn(move || receive(&listener, bytes));
+        let sent = from.within(|| send(target, bytes, limit));
+        // The sender's error first: the receiver's is then only its consequence.
+        sent.context("sending over TCP")?;
+        receiver
+            .join()
+            .map_err(|_| anyhow::anyhow!("the receiver panicked"))?
+            .context("receiving over TCP")
+    })
+}
+
+fn send(target: SocketAddr, bytes: usize, limit: Duration) -> Result<()> {
+    let mut stream = TcpStream::connect_timeout(&target, SOON)?;
+    stream.set_write_timeout(Some(SOON))?;
+    let block = pattern(251 * 256);
+    let mut left = bytes;
+    let since = Instant::now();
+    while left > 0 {
+        ensure!(
+            since.elapsed() < limit,
+            "{left} bytes of {bytes} are unsent after {limit:?}"
+        );
+        let piece = &block[..left.min(block.len())];
+        stream.write_all(piece)?;
+        left -= piece.len();
+    }
+    Ok(())
+}
+
+fn receive(listener: &TcpListener, bytes: usize) -> Result<()> {
+    listener.set_nonblocking(true)?;
+    let since = Instant::now();
+    let mut stream = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(error) if error.kind() == ErrorKind::WouldBlock && since.elapsed() < SOON => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => return Err(error).context("nobody connects"),
+        }
+    };
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(SOON))?;
+    let mut buffer = vec![0; 1 << 16];
+    let expected = pattern(251 + buffer.len());
+    let mut got = 0;
+    loop {
+        let length = stream.read(&mut buffer)?;
+        if length == 0 {
+            break;
+        }
+        ensure!(
+            buffer[..length] == expected[got % 251..][..length],
+            "wrong bytes after {got}"
+        );
+        got += length;
+    }
+    ensure!(got == bytes, "{got} of {bytes} bytes arrived");
+    Ok(())
+}
+
+/// Sends datagrams of these sizes, one after the other's arrival, and checks them. One that is lost
+/// is an error.
+pub(crate) fn udp(
+    from: &Namespace,
+    to: &Namespace,
+    address: &str,
+    sizes: impl IntoIterator<Item = usize>,
+) -> Result<()> {
+    let address: IpAddr = address.parse()?;
+    let receiver = to.within(|| UdpSocket::bind((address, 0)))?;
+    receiver.set_read_timeout(Some(Duration::from_secs(3)))?;
+    let sender = from.within(|| {
+        let any = if address.is_ipv4() {
+            "0.0.0.0:0"
+        } else {
+            "[::]:0"
+        };
+        UdpSocket::bind(any)
+    })?;
+    sender.connect(receiver.local_addr()?)?;
+    let mut buffer = vec![0; 1 << 16];
+    for (index, size) in sizes.into_iter().enumerate() {
+        let datagram = pattern(size);
+        sender.send(&datagram)?;
+        let length = receiver
+            .recv(&mut buffer)
+            .with_context(|| format!("datagram {index} of {size} bytes"))?;
+        ensure!(buffer[..length] == datagram, "datagram {index} is altered");
+    }
+    Ok(())
+}
+
+/// Pings, TCP each way and in parallel, UDP of all kinds of sizes, over IPv4 and IPv6.
+pub(crate) fn everything(pair: &Pair) -> Result<()> {
+    let (left, right) = (&pair.left, &pair.right);
+    for (from, to) in [
+        (left, RIGHT4),
+        (right, LEFT4),
+        (left, RIGHT6),
+        (right, LEFT6),
+    ] {
+        from.space
+            .run(&format!("ping -q -n -c 10 -i 0.01 -W 3 {to}"))?;
+    }
+    for (from, to, address) in [
+        (left, right, RIGHT4),
+        (right, left, LEFT4),
+        (left, right, RIGHT6),
+        (right, left, LEFT6),
+    ] {
+        tcp(&from.space, &to.space, address, 8 << 20).with_context(|| format!("to {address}"))?;
+        let sizes = (0..1392).step_by(29).chain([1392]);
+        udp(&from.space, &to.space, address, sizes).with_context(|| format!("to {address}"))?;
+    }
+    Ok(())
+}
+
+/// So many TCP connections at once.
+pub(crate) fn parallel(pair: &Pair, streams: usize, bytes: usize) -> Result<()> {
+    let (from, to) = (&pair.left.space, &pair.right.space);
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..streams)
+            .map(|_| scope.spawn(|| tcp(from, to, RIGHT4, bytes)))
+            .collect();
+        threads.into_iter().try_for_each(|thread| {
+            thread
+                .join()
+                .map_err(|_| anyhow::anyhow!("a stream's thread panicked"))?
+        })
+    })
+}

@@ -1,0 +1,227 @@
+//! WireGuard daemons as black boxes: started in a namespace, driven by `wg`, stopped by signal.
+
+use std::cell::RefCell;
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use selvedge::wireguard::key::PrivateKey;
+use selvedge_lab::netns::{Namespace, unique_prefix};
+use selvedge_lab::process::{Process, wait_for};
+use tempfile::TempDir;
+
+/// How long anything may take that should happen at once, on a machine that has other work too.
+pub(crate) const SOON: Duration = Duration::from_secs(10);
+
+/// A program that makes a WireGuard device and serves its configuration socket.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Program {
+    /// The control: what passes on it is a property of WireGuard and not of this harness.
+    WireguardGo,
+    /// The subject.
+    Selvedge,
+}
+
+impl Program {
+    fn command(self, namespace: &Namespace, interface: &str) -> Result<Command> {
+        let mut command = match self {
+            Self::WireguardGo => {
+                let path = cached("wireguard-go")?;
+                let mut command = namespace.command(&path.to_string_lossy());
+                // Else it prints twenty lines of advice.
+                command.env("WG_PROCESS_FOREGROUND", "1");
+                command.arg("-f");
+                command
+            }
+            Self::Selvedge => {
+                let mut command = namespace.command(env!("CARGO_BIN_EXE_selvedge"));
+                command.arg("tunnel");
+                command
+            }
+        };
+        command.arg(interface);
+        Ok(command)
+    }
+}
+
+/// A program of the cache that the lab's build script fills.
+fn cached(name: &str) -> Result<PathBuf> {
+    let cache = match env::var_os("SELVEDGE_CACHE") {
+        Some(cache) => PathBuf::from(cache),
+        None => {
+            PathBuf::from(env::var_os("HOME").context("HOME is not set")?).join(".cache/selvedge")
+        }
+    };
+    let path = cache.join("bin").join(name);
+    ensure!(
+        path.exists(),
+        "{} is missing: build the lab's programs first",
+        path.display()
+    );
+    Ok(path)
+}
+
+/// A key pair, the private half in a file for `wg`.
+pub(crate) struct Key {
+    directory: TempDir,
+    /// The public half, as `wg` prints it.
+    pub(crate) public: String,
+}
+
+impl Key {
+    pub(crate) fn new() -> Result<Self> {
+        let mut private = PrivateKey::generate();
+        // As `wg genkey` does (RFC 7748, 5), so that devices show the key as it was given.
+        private.0[0] &= 248;
+        private.0[31] = private.0[31] & 127 | 64;
+        let directory = tempfile::tempdir()?;
+        fs::write(directory.path().join("key"), private.to_base64())?;
+        Ok(Self {
+            directory,
+            public: private.public_key().to_string(),
+        })
+    }
+
+    /// The file with the private half.
+    pub(crate) fn file(&self) -> String {
+        self.directory.path().join("key").display().to_string()
+    }
+
+    /// What the file says.
+    pub(crate) fn private(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.file())?)
+    }
+}
+
+thread_local! {
+    /// What the daemons of this thread's scenario printed, for the report of its failure.
+    static LOGS: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// What the daemons printed that this thread has started and dropped since the last call.
+pub(crate) fn take_logs() -> String {
+    LOGS.take()
+}
+
+/// A running daemon and its device.
+pub(crate) struct Tunnel {
+    process: Option<Process>,
+    /// The device's name, unique on the machine: the sockets of all namespaces share a directory.
+    pub(crate) name: String,
+    log: TempDir,
+}
+
+impl Tunnel {
+    /// Starts a daemon whose UDP sockets, and at first its link, are in a namespace.
+    pub(crate) fn start(program: Program, namespace: &Namespace) -> Result<Self> {
+        let name = format!("{}w", unique_prefix());
+        let log = tempfile::tempdir()?;
+        let command = program.command(namespace, &name)?;
+        let what = format!("{program:?} {name}");
+        let process = Process::start_logging(&what, command, &log.path().join("log"))?;
+        let mut tunnel = Self {
+            process: Some(process),
+            name,
+            log,
+        };
+        let ready = wait_for("the configuration socket", SOON, || {
+            tunnel.ended() || tunnel.wg("show {} listen-port").is_ok()
+        });
+        if ready.is_err() || tunnel.ended() {
+            bail!("{what} does not start: {}", tunnel.log());
+        }
+        Ok(tunnel)
+    }
+
+    /// What the daemon printed.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.log.path().join("log")).unwrap_or_default()
+    }
+
+    /// Whether the daemon is gone, by itself or because it was stopped.
+    pub(crate) fn ended(&mut self) -> bool {
+        self.process
+            .as_mut()
+            .is_none_or(|process| process.ended().is_some())
+    }
+
+    /// The daemon's process id; an error when it is gone.
+    pub(crate) fn pid(&self) -> Result<u32> {
+        Ok(self.process.as_ref().context("stopped before")?.pid())
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        if let Some(process) = &self.process {
+            process.signal(signal);
+        }
+    }
+
+    /// Stops the daemon with SIGTERM.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        if let Some(process) = self.process.take() {
+            process.stop()?;
+        }
+        Ok(())
+    }
+
+    /// The configuration socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        Path::new("/var/run/wireguard").join(format!("{}.sock", self.name))
+    }
+
+    /// Runs `wg` with a line of arguments in which `{}` is the device.
+    pub(crate) fn wg(&self, line: &str) -> Result<String> {
+        let line = line.replace("{}", &self.name);
+        let output = Command::new("timeout")
+            .args(["10", "wg"])
+            .args(line.split_whitespace())
+            .output()
+            .context("wg cannot be run: install wireguard-tools")?;
+        ensure!(
+            output.status.success(),
+            "wg {line}: {} ({})",
+            String::from_utf8_lossy(&output.stderr).trim(),
+            output.status
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+
+    /// `wg set DEVICE` and the line.
+    pub(crate) fn set(&self, line: &str) -> Result<()> {
+        self.wg(&format!("set {{}} {line}")).map(drop)
+    }
+
+    /// One column of `wg show DEVICE WHAT` for one peer.
+    pub(crate) fn peer(&self, what: &str, public_key: &str) -> Result<String> {
+        let all = self.wg(&format!("show {{}} {what}"))?;
+        all.lines()
+            .find_map(|line| line.strip_prefix(public_key)?.strip_prefix('\t'))
+            .map(str::to_owned)
+            .with_context(|| format!("no such peer under {what}:\n{all}"))
+    }
+
+    /// Bytes received from and sent to a peer, as the device counts them.
+    pub(crate) fn transfer(&self, public_key: &str) -> Result<(u64, u64)> {
+        let transfer = self.peer("transfer", public_key)?;
+        let (received, sent) = transfer.split_once('\t').context("two columns")?;
+        Ok((received.parse()?, sent.parse()?))
+    }
+
+    /// Moves the link, which goes down by that, to another namespace.
+    pub(crate) fn move_link(&self, from: &Namespace, to: &Namespace) -> Result<()> {
+        from.run(&format!("ip link set {} netns {}", self.name, to.name()))
+            .map(drop)
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        self.process = None;
+        let text = format!("--- {}\n{}", self.name, self.log());
+        LOGS.with_borrow_mut(|logs| logs.push_str(&text));
+    }
+}
