@@ -124,7 +124,9 @@ pub enum Change {
 /// 4. Routes come before the rules that lead to them: the look-up never sees half a table.
 /// 5. What is deleted goes in the opposite order. A link is set down only when no route that stays
 ///    leads through it (the kernel flushes the others), and the last IPv4 address is never deleted
-///    while such a route exists (the kernel would flush it, in every table).
+///    while such a route exists (the kernel would flush it, in every table). Other addresses go
+///    before the routes come: this node's former WireGuard address may be another leader's now, and
+///    the kernel takes none of its own addresses for a gateway.
 pub fn diff(observed: &State, desired: &State) -> Vec<Change> {
     let mut changes = Vec::new();
     add(observed, desired, &mut changes);
@@ -133,69 +135,8 @@ pub fn diff(observed: &State, desired: &State) -> Vec<Change> {
 }
 
 fn add(observed: &State, desired: &State, changes: &mut Vec<Change>) {
-    // A link of another name is another link: nothing of the old one's carries over.
-    let same_link = same_link(observed, desired);
     if let Some(link) = &desired.link {
-        let name = || link.name.clone();
-        match &observed.link {
-            Some(old) if same_link => {
-                if old.mtu != link.mtu {
-                    changes.push(Change::SetMtu {
-                        name: name(),
-                        mtu: link.mtu,
-                    });
-                }
-            }
-            Some(_) | None => changes.push(Change::CreateLink {
-                name: name(),
-                mtu: link.mtu,
-            }),
-        }
-        let sysctls = desired.sysctls.iter();
-        changes.extend(
-            sysctls
-                .filter(|(path, value)| observed.sysctls.get(*path) != Some(value))
-                .map(|(path, value)| Change::SetSysctl {
-                    path: path.clone(),
-                    value: value.clone(),
-                }),
-        );
-        if link.up && !(same_link && observed.link.as_ref().is_some_and(|old| old.up)) {
-            changes.push(Change::SetUp { name: name() });
-        }
-        for (&address, &scope) in &desired.addresses {
-            let old = observed.addresses.get(&address).filter(|_| same_link);
-            if old == Some(&scope) {
-                continue;
-            }
-            if old.is_some() {
-                changes.push(Change::DeleteAddress {
-                    dev: name(),
-                    address,
-                });
-            }
-            changes.push(Change::AddAddress {
-                dev: name(),
-                address,
-                scope,
-            });
-        }
-        if let Some(port) = desired.listen_port
-            && observed.listen_port != desired.listen_port
-        {
-            changes.push(Change::SetListenPort { dev: name(), port });
-        }
-        changes.extend(
-            desired
-                .peers
-                .iter()
-                .filter(|(key, peer)| observed.peers.get(*key) != Some(peer))
-                .map(|(&key, peer)| Change::SetPeer {
-                    dev: name(),
-                    key,
-                    peer: peer.clone(),
-                }),
-        );
+        add_link(observed, desired, link, changes);
     }
     if let Some(ruleset @ Ruleset::Planned(firewall)) = &desired.firewall
         && observed.firewall.as_ref() != Some(ruleset)
@@ -216,6 +157,80 @@ fn add(observed: &State, desired: &State, changes: &mut Vec<Change>) {
     changes.extend(rules.cloned().map(Change::AddRule));
 }
 
+/// What needs the link: its addresses, the device and its peers.
+fn add_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec<Change>) {
+    // A link of another name is another link: nothing of the old one's carries over.
+    let (nothing, name) = (State::default(), || link.name.clone());
+    let old = if same_link(observed, desired) {
+        observed
+    } else {
+        &nothing
+    };
+    match &old.link {
+        None => changes.push(Change::CreateLink {
+            name: name(),
+            mtu: link.mtu,
+        }),
+        Some(old) if old.mtu != link.mtu => changes.push(Change::SetMtu {
+            name: name(),
+            mtu: link.mtu,
+        }),
+        Some(_) => {}
+    }
+    changes.extend(
+        desired
+            .sysctls
+            .iter()
+            .filter(|(path, value)| old.sysctls.get(*path) != Some(value))
+            .map(|(path, value)| Change::SetSysctl {
+                path: path.clone(),
+                value: value.clone(),
+            }),
+    );
+    if link.up && !old.link.as_ref().is_some_and(|old| old.up) {
+        changes.push(Change::SetUp { name: name() });
+    }
+    for (&address, &scope) in &desired.addresses {
+        let dev = name();
+        match old.addresses.get(&address) {
+            Some(old) if *old == scope => continue,
+            // Somebody else's doing: a scope cannot be changed. Should it be the last address, the
+            // next pass puts back what the kernel flushes.
+            Some(_) => changes.push(Change::DeleteAddress { dev, address }),
+            None => {}
+        }
+        changes.push(Change::AddAddress {
+            dev: name(),
+            address,
+            scope,
+        });
+    }
+    changes.extend(
+        stale(old, desired)
+            .filter(|a| !is_last(a, desired))
+            .map(|address| Change::DeleteAddress {
+                dev: name(),
+                address,
+            }),
+    );
+    if let Some(port) = desired.listen_port
+        && old.listen_port != desired.listen_port
+    {
+        changes.push(Change::SetListenPort { dev: name(), port });
+    }
+    changes.extend(
+        desired
+            .peers
+            .iter()
+            .filter(|(key, peer)| old.peers.get(*key) != Some(peer))
+            .map(|(&key, peer)| Change::SetPeer {
+                dev: name(),
+                key,
+                peer: peer.clone(),
+            }),
+    );
+}
+
 fn delete(observed: &State, desired: &State, changes: &mut Vec<Change>) {
     let rules = observed.rules.difference(&desired.rules);
     changes.extend(rules.cloned().map(Change::DeleteRule));
@@ -228,41 +243,56 @@ fn delete(observed: &State, desired: &State, changes: &mut Vec<Change>) {
             .map(Change::DeleteRoute),
     );
     if let Some(link) = &observed.link {
-        let name = || link.name.clone();
-        let removed = observed.peers.keys();
-        changes.extend(
-            removed
-                .filter(|key| !desired.peers.contains_key(*key))
-                .map(|&key| Change::RemovePeer { dev: name(), key }),
-        );
-        if same_link(observed, desired) {
-            changes.extend(
-                observed
-                    .addresses
-                    .keys()
-                    .filter(|address| !desired.addresses.contains_key(*address))
-                    .map(|&address| Change::DeleteAddress {
-                        dev: name(),
-                        address,
-                    }),
-            );
-            if link.up && desired.link.as_ref().is_some_and(|new| !new.up) {
-                changes.push(Change::SetDown { name: name() });
-            }
-        } else {
-            // Its addresses go with it.
-            changes.push(Change::DeleteLink { name: name() });
-        }
+        delete_link(observed, desired, link, changes);
     }
     if observed.firewall.is_some() && desired.firewall.is_none() {
         changes.push(Change::DeleteFirewall);
     }
 }
 
+fn delete_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec<Change>) {
+    let name = || link.name.clone();
+    if !same_link(observed, desired) {
+        // Everything else goes with it.
+        changes.push(Change::DeleteLink { name: name() });
+        return;
+    }
+    let removed = observed.peers.keys();
+    changes.extend(
+        removed
+            .filter(|key| !desired.peers.contains_key(*key))
+            .map(|&key| Change::RemovePeer { dev: name(), key }),
+    );
+    changes.extend(
+        stale(observed, desired)
+            .filter(|address| is_last(address, desired))
+            .map(|address| Change::DeleteAddress {
+                dev: name(),
+                address,
+            }),
+    );
+    if link.up && desired.link.as_ref().is_some_and(|new| !new.up) {
+        changes.push(Change::SetDown { name: name() });
+    }
+}
+
+/// The addresses that must go.
+fn stale<'a>(observed: &'a State, desired: &'a State) -> impl Iterator<Item = IpNet> + 'a {
+    let addresses = observed.addresses.keys().copied();
+    addresses.filter(|address| !desired.addresses.contains_key(address))
+}
+
+/// Whether no address of the family stays.
+fn is_last(address: &IpNet, desired: &State) -> bool {
+    let v6 = address.addr().is_ipv6();
+    let mut stay = desired.addresses.keys();
+    !stay.any(|other| other.addr().is_ipv6() == v6)
+}
+
 fn same_link(observed: &State, desired: &State) -> bool {
     match (&observed.link, &desired.link) {
         (Some(old), Some(new)) => old.name == new.name,
-        (Some(Link { .. }), None) | (None, _) => false,
+        (None, _) | (_, None) => false,
     }
 }
 

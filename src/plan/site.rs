@@ -32,6 +32,8 @@ pub(super) struct Site<'a> {
     group: &'a SegmentName,
     /// This node's segment; none for an outsider.
     segment: Option<&'a Segment>,
+    /// This node's pod CIDRs, as far as flannel uses what the cluster gave it.
+    subnets: Vec<IpNet>,
     /// Every address of the own region's nodes, and of this one.
     pub(super) region_underlay: BTreeSet<IpAddr>,
     /// The networks of the own region's nodes.
@@ -60,6 +62,7 @@ impl<'a> Site<'a> {
                     },
                     group: &segment.group,
                     segment: Some(segment),
+                    subnets: subnets(inputs.flannel, &member.pod_cidrs),
                     region_underlay: BTreeSet::new(),
                     region_networks: BTreeSet::new(),
                     direct: inputs.api_servers.clone(),
@@ -77,6 +80,7 @@ impl<'a> Site<'a> {
                     role: Role::Outsider,
                     group: &outsider.group,
                     segment: None,
+                    subnets: inputs.flannel.subnets.clone(),
                     region_underlay: BTreeSet::new(),
                     region_networks: BTreeSet::new(),
                     direct: inputs.api_servers.clone(),
@@ -210,7 +214,7 @@ impl<'a> Site<'a> {
     /// This node's address inside the cluster network, the same as flannel's: the first of its pod
     /// CIDR. Everybody has a route to it.
     pub(super) fn source(&self, v6: bool) -> Option<IpAddr> {
-        let subnets = self.inputs.flannel.subnets.iter();
+        let subnets = self.subnets.iter();
         subnets
             .map(IpNet::network)
             .find(|address| address.is_ipv6() == v6)
@@ -273,7 +277,8 @@ impl<'a> Site<'a> {
         let (mine, theirs) = (self.private_ip?, node.private_ip?.addr());
         let device = self.inputs.flannel.vteps.iter();
         let device = device.filter_map(|vtep| vtep.parent.clone()).next()?;
-        (theirs.is_ipv6() == v6 && mine.contains(&theirs)).then_some(NextHop {
+        let is_near = mine.contains(&theirs) && mine.addr() != theirs;
+        (theirs.is_ipv6() == v6 && is_near).then_some(NextHop {
             via: Some(theirs),
             dev: device,
             onlink: true,
@@ -285,6 +290,11 @@ impl<'a> Site<'a> {
         let vteps = &self.inputs.flannel.vteps;
         vteps.iter().any(|vtep| vtep.name == hop.dev)
     }
+}
+
+fn subnets(flannel: &Flannel, pod_cidrs: &[IpNet]) -> Vec<IpNet> {
+    let subnets = flannel.subnets.iter().copied();
+    subnets.filter(|net| pod_cidrs.contains(net)).collect()
 }
 
 /// flannel's own next hop to a node's pods.

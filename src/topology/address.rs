@@ -92,6 +92,11 @@ impl<T> PrefixMap<T> {
         self.entries.entry(net).or_insert(value);
     }
 
+    /// The value of a prefix.
+    pub(super) fn get(&self, net: &IpNet) -> Option<&T> {
+        self.entries.get(net)
+    }
+
     /// The entry, if any, that contains all of a truncated prefix or is inside of it.
     pub(super) fn overlapping(&self, net: &IpNet) -> Option<(&IpNet, &T)> {
         self.containing(net).or_else(|| self.inside(net))

@@ -1,9 +1,8 @@
 //! What is believed of what nodes and peers say about themselves.
 //!
 //! Two may claim the same key, prefix or address, by mistake or on purpose. The older object keeps
-//! it, so that whoever joins a cluster can disturb nobody who is there. Between kinds of claims the
-//! better founded one wins: pod CIDRs (given by the control plane), then node addresses (from the
-//! Node's status), then external peers, then `allowed-location-ips`.
+//! it, so that whoever joins a cluster can disturb nobody who is there. Only pod CIDRs, which the
+//! control plane gives, go before everything else, whatever its age.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -33,6 +32,34 @@ impl Belief {
     pub(super) fn is_meshed(&self) -> bool {
         self.key && !self.pod_cidrs.is_empty()
     }
+}
+
+/// Who has which prefix so far.
+#[derive(Default)]
+struct Holders<'a> {
+    /// Node addresses that are carried.
+    addresses: BTreeMap<IpAddr, &'a NodeName>,
+    /// Node addresses, carried or not.
+    present: PrefixMap<&'a NodeName>,
+    /// Allowed IPs of external peers.
+    peers: PrefixMap<Subject>,
+    /// `allowed-location-ips`.
+    offers: PrefixMap<(SegmentName, &'a NodeName)>,
+}
+
+impl Holders<'_> {
+    /// The peer or location, if any, that has exactly this prefix.
+    fn holder_of_all(&self, net: &IpNet) -> Option<Subject> {
+        let offer = self.offers.get(net);
+        let offer = offer.map(|(_, node)| Subject::Node((*node).clone()));
+        self.peers.get(net).cloned().or(offer)
+    }
+}
+
+enum Claimant<'a> {
+    Node(&'a Node),
+    /// By its place among the peers.
+    Peer(usize),
 }
 
 /// All beliefs, and what is not believed.
@@ -86,9 +113,7 @@ impl<'a> Claims<'a> {
         };
         claims.judge_keys();
         claims.judge_pod_cidrs();
-        claims.judge_addresses();
-        claims.judge_peers();
-        claims.judge_allowed_location_ips(segment);
+        claims.judge_prefixes(segment);
         claims
     }
 
@@ -201,41 +226,65 @@ impl<'a> Claims<'a> {
         Some(Reason::TakenBy(Subject::Node((*holder).clone())))
     }
 
-    fn judge_addresses(&mut self) {
-        let mut holders = BTreeMap::<IpAddr, &NodeName>::new();
-        for node in self.by_age() {
-            if !self.belief(node).is_meshed() {
-                continue;
-            }
-            let private = node.private_ip.map(|private| private.addr());
-            let status = node.internal_ips.iter().copied();
-            let mut addresses = private
-                .into_iter()
-                .chain(status)
-                .filter(|ip| {
-                    // Who has no pods of a family has no part in it.
-                    let pods = &self.nodes[&node.name].pod_cidrs;
-                    pods.iter().any(|net| net.addr().is_ipv6() == ip.is_ipv6())
-                })
-                .collect::<Vec<_>>();
-            dedup(&mut addresses);
+    /// Everything but keys and pod CIDRs, the oldest object first.
+    fn judge_prefixes(&mut self, segment: impl Fn(&Node) -> SegmentName) {
+        let nodes = self.by_age().map(|node| {
+            let order = (node.created, Subject::Node(node.name.clone()));
+            (order, Claimant::Node(node))
+        });
+        let peers = self.peers.iter().enumerate().map(|(index, peer)| {
+            let order = (peer.created, Subject::Peer(peer.name.clone()));
+            (order, Claimant::Peer(index))
+        });
+        let mut claimants = nodes.chain(peers).collect::<Vec<_>>();
+        claimants.sort_by(|(a, _), (b, _)| a.cmp(b));
 
-            for ip in addresses {
-                if let Some(reason) = self.address_fault(node, ip) {
-                    self.exclude_of(node, Field::NodeAddress(ip), reason);
-                } else if let Some(&holder) = holders.get(&ip) {
-                    let alias = self.belief(node).pod_cidrs.iter().map(IpNet::network);
-                    let alias = alias.into_iter().find(|a| a.is_ipv6() == ip.is_ipv6());
-                    self.overlaps.push(Overlap {
-                        node: node.name.clone(),
-                        address: ip,
-                        holder: holder.clone(),
-                        alias,
-                    });
-                } else {
-                    holders.insert(ip, &node.name);
-                    self.belief(node).addresses.push(ip);
+        let mut holders = Holders::default();
+        for ((_, subject), claimant) in claimants {
+            match claimant {
+                Claimant::Node(node) => {
+                    if self.belief(node).is_meshed() {
+                        self.judge_addresses(node, &mut holders);
+                        if !node.allowed_location_ips.is_empty() {
+                            self.judge_allowed_location_ips(node, &segment(node), &mut holders);
+                        }
+                    }
+                    for ip in &node.internal_ips {
+                        holders.present.insert(IpNet::from(*ip), &node.name);
+                    }
                 }
+                Claimant::Peer(index) => self.judge_peer(index, subject, &mut holders),
+            }
+        }
+    }
+
+    fn judge_addresses(&mut self, node: &'a Node, holders: &mut Holders<'a>) {
+        let private = node.private_ip.map(|private| private.addr());
+        let status = node.internal_ips.iter().copied();
+        let mut addresses = private.into_iter().chain(status).collect::<Vec<_>>();
+        dedup(&mut addresses);
+        // Who has no pods of a family has no part in it.
+        let pods = self.belief(node).pod_cidrs.clone();
+        let alias = |ip: &IpAddr| {
+            let mut pods = pods.iter().map(IpNet::network);
+            pods.find(|address| address.is_ipv6() == ip.is_ipv6())
+        };
+        for ip in addresses.into_iter().filter(|ip| alias(ip).is_some()) {
+            let reason = self
+                .address_fault(node, ip)
+                .or_else(|| holders.holder_of_all(&IpNet::from(ip)).map(Reason::TakenBy));
+            if let Some(reason) = reason {
+                self.exclude_of(node, Field::NodeAddress(ip), reason);
+            } else if let Some(&holder) = holders.addresses.get(&ip) {
+                self.overlaps.push(Overlap {
+                    node: node.name.clone(),
+                    address: ip,
+                    holder: holder.clone(),
+                    alias: alias(&ip),
+                });
+            } else {
+                holders.addresses.insert(ip, &node.name);
+                self.belief(node).addresses.push(ip);
             }
         }
     }
@@ -252,96 +301,74 @@ impl<'a> Claims<'a> {
         self.reserved_for(&ip.into()).map(Reason::Reserved)
     }
 
-    fn judge_peers(&mut self) {
-        let mut order = (0..self.peers.len()).collect::<Vec<_>>();
-        order.sort_by_key(|&index| (self.peers[index].created, index));
-        // Whether they are carried or not: a peer must not get between a region and its own nodes.
-        let mut node_addresses = PrefixMap::default();
-        for node in &self.by_age {
-            for ip in &node.internal_ips {
-                node_addresses.insert(IpNet::from(*ip), &node.name);
-            }
-        }
-
-        let mut holders = PrefixMap::<String>::default();
-        for index in order {
-            let name = self.peers[index].name.clone();
-            let claimed = &self.snapshot.peers[&name].allowed_ips;
-            let mut seen = BTreeSet::new();
-            for &net in claimed.iter().filter(|net| seen.insert(**net)) {
-                let reason = if is_too_wide(&net) {
-                    Some(Reason::TooWide)
-                } else if let Some(reserved) = self.reserved_for(&net) {
-                    Some(Reason::Reserved(reserved))
-                } else if let Some((_, node)) = node_addresses.overlapping(&net) {
-                    Some(Reason::TakenBy(Subject::Node((*node).clone())))
-                } else {
-                    holders
-                        .overlapping(&net)
-                        .filter(|(_, holder)| **holder != name)
-                        .map(|(_, holder)| Reason::TakenBy(Subject::Peer(holder.clone())))
-                };
-                match reason {
-                    Some(reason) => {
-                        let subject = Subject::Peer(name.clone());
-                        self.exclude(subject, Field::AllowedIp(net), reason);
-                    }
-                    None => {
-                        holders.insert(net, name.clone());
-                        self.peers[index].allowed_ips.push(net);
-                    }
+    fn judge_peer(&mut self, index: usize, subject: Subject, holders: &mut Holders<'a>) {
+        let Subject::Peer(name) = &subject else {
+            return;
+        };
+        let Some(peer) = self.snapshot.peers.get(name) else {
+            return;
+        };
+        let mut seen = BTreeSet::new();
+        for &net in peer.allowed_ips.iter().filter(|net| seen.insert(**net)) {
+            let reason = self.prefix_fault(&net).or_else(|| {
+                // Carried or not: a peer must not get between a region and its own nodes.
+                let node = holders.present.overlapping(&net);
+                let node = node.map(|(_, node)| Subject::Node((*node).clone()));
+                let peer = holders.peers.overlapping(&net);
+                let peer = peer.filter(|(_, other)| **other != subject);
+                let offer = holders.offers.overlapping(&net);
+                let offer = offer.map(|(_, (_, node))| Subject::Node((*node).clone()));
+                let holder = node.or_else(|| peer.map(|(_, other)| other.clone()));
+                holder.or(offer).map(Reason::TakenBy)
+            });
+            match reason {
+                Some(reason) => self.exclude(subject.clone(), Field::AllowedIp(net), reason),
+                None => {
+                    holders.peers.insert(net, subject.clone());
+                    self.peers[index].allowed_ips.push(net);
                 }
             }
         }
     }
 
-    /// Kilo's filters (contract 3.7), except that of two overlapping claims the older one stays.
+    /// Kilo's filters (contract 3.7), except that the older claim stays, not the later segment's.
     ///
     /// A wide item may contain addresses of nodes elsewhere: they are more specific and win.
-    fn judge_allowed_location_ips(&mut self, segment: impl Fn(&Node) -> SegmentName) {
-        let mut peers = PrefixMap::default();
-        for peer in &self.peers {
-            for net in &peer.allowed_ips {
-                peers.insert(*net, peer.name.clone());
-            }
-        }
-        let mut node_addresses = BTreeMap::new();
-        for (name, belief) in &self.nodes {
-            for ip in &belief.addresses {
-                node_addresses.insert(IpNet::from(*ip), *name);
-            }
-        }
-
-        let mut holders = PrefixMap::<(SegmentName, &NodeName)>::default();
-        for node in self.by_age() {
-            if node.allowed_location_ips.is_empty() || !self.belief(node).is_meshed() {
-                continue;
-            }
-            let segment = segment(node);
-            for &net in &node.allowed_location_ips {
-                let reason = if is_too_wide(&net) {
-                    Some(Reason::TooWide)
-                } else if let Some(reserved) = self.reserved_for(&net) {
-                    Some(Reason::Reserved(reserved))
-                } else if let Some(holder) = node_addresses.get(&net) {
-                    Some(Reason::TakenBy(Subject::Node((*holder).clone())))
-                } else if let Some((_, peer)) = peers.overlapping(&net) {
-                    Some(Reason::TakenBy(Subject::Peer(peer.clone())))
-                } else {
-                    holders
-                        .overlapping(&net)
-                        .filter(|(_, (holder, _))| *holder != segment)
-                        .map(|(_, (_, node))| Reason::TakenBy(Subject::Node((*node).clone())))
-                };
-                match reason {
-                    Some(reason) => self.exclude_of(node, Field::AllowedLocationIp(net), reason),
-                    None => {
-                        holders.insert(net, (segment.clone(), &node.name));
-                        self.belief(node).allowed_location_ips.push(net);
-                    }
+    fn judge_allowed_location_ips(
+        &mut self,
+        node: &'a Node,
+        segment: &SegmentName,
+        holders: &mut Holders<'a>,
+    ) {
+        for &net in &node.allowed_location_ips {
+            let reason = self.prefix_fault(&net).or_else(|| {
+                let address = holders.addresses.get(&net.addr());
+                let address = address.filter(|_| net.prefix_len() == net.max_prefix_len());
+                let address = address.map(|node| Subject::Node((*node).clone()));
+                let peer = holders.peers.overlapping(&net);
+                let offer = holders.offers.overlapping(&net);
+                let offer = offer.filter(|(_, (other, _))| other != segment);
+                let offer = offer.map(|(_, (_, node))| Subject::Node((*node).clone()));
+                let holder = address.or_else(|| peer.map(|(_, peer)| peer.clone()));
+                holder.or(offer).map(Reason::TakenBy)
+            });
+            match reason {
+                Some(reason) => self.exclude_of(node, Field::AllowedLocationIp(net), reason),
+                None => {
+                    let holder = (segment.clone(), &node.name);
+                    holders.offers.insert(net, holder);
+                    self.belief(node).allowed_location_ips.push(net);
                 }
             }
         }
+    }
+
+    /// What is wrong with a prefix, whoever else claims it.
+    fn prefix_fault(&self, net: &IpNet) -> Option<Reason> {
+        if is_too_wide(net) {
+            return Some(Reason::TooWide);
+        }
+        self.reserved_for(net).map(Reason::Reserved)
     }
 
     /// The network, if any, for whose sake a prefix must not be claimed.

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use super::address::{is_host_of, is_public, nth};
+use super::address::{is_host_of, is_public, is_unicast, nth};
 use super::claims::{Belief, Claims, dedup};
 use super::excluded::{Field, Reason, Subject};
 use super::{
@@ -38,7 +38,7 @@ pub(super) fn topology(snapshot: &Snapshot, settings: &Settings) -> Topology {
         .map(|(name, nodes)| (name, leader(nodes)))
         .collect::<BTreeMap<_, _>>();
     let mut wireguard_ips = wireguard_ips(&mut claims, settings, &leaders);
-    let discovered = discovered_endpoints(leaders.values().copied());
+    let discovered = discovered_endpoints(&leaders);
 
     let segments = members.iter().filter_map(|(name, nodes)| {
         let leader = leaders[name];
@@ -266,15 +266,20 @@ fn wireguard_ips(
     given
 }
 
-/// Where the leaders saw the others: of two observations the first by segment.
+/// Where the leaders saw the others: of two observations the older leader's.
 ///
 /// Who is no leader has no tunnels and saw nobody.
-fn discovered_endpoints<'a>(
-    leaders: impl Iterator<Item = &'a Node>,
+fn discovered_endpoints(
+    leaders: &BTreeMap<&SegmentName, &Node>,
 ) -> BTreeMap<PublicKey, SocketAddr> {
+    let mut leaders = leaders.values().collect::<Vec<_>>();
+    leaders.sort_by_key(|leader| (leader.created, &leader.name));
     let mut discovered = BTreeMap::new();
-    for (key, address) in leaders.flat_map(|leader| &leader.discovered_endpoints) {
-        if is_public(address.ip()) {
+    for (key, address) in leaders
+        .iter()
+        .flat_map(|leader| &leader.discovered_endpoints)
+    {
+        if is_unicast(address.ip()) {
             discovered.entry(*key).or_insert(*address);
         }
     }

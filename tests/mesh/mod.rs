@@ -124,7 +124,11 @@ impl Mesh {
             Backend::HostGw => vec![],
         };
         let others = self.snapshot.nodes.values().filter(|n| n.name != *me);
+        let mut others = others.collect::<Vec<_>>();
+        // Of two nodes with the same pods the older one keeps the route.
+        others.sort_by_key(|node| std::cmp::Reverse((node.created, &node.name)));
         let next_hops = others
+            .into_iter()
             .flat_map(|other| other.pod_cidrs.iter().map(move |pods| (other, pods)))
             .filter_map(|(other, pods)| Some((*pods, self.flannel_hop(node, other, pods)?)));
         Flannel {
@@ -148,7 +152,8 @@ impl Mesh {
     fn flannel_hop(&self, me: &Node, other: &Node, pods: &IpNet) -> Option<NextHop> {
         let direct = || {
             let (mine, theirs) = (me.private_ip?, other.private_ip?.addr());
-            mine.contains(&theirs).then(|| NextHop {
+            let near = mine.contains(&theirs) && mine.addr() != theirs;
+            (near && theirs.is_ipv6() == is_v6(pods)).then(|| NextHop {
                 via: Some(theirs),
                 dev: "eth0".into(),
                 onlink: false,
