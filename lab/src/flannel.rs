@@ -193,7 +193,7 @@ pub fn stand_in(node: &Node, leases: &[Lease], backend: Backend) -> anyhow::Resu
     let mut script = String::new();
     if backend != Backend::HostGateway {
         script += &format!(
-            "ip link add flannel.1 address {} mtu 1450 type vxlan \
+            "ip link add flannel.1 address {} mtu 1450 txqueuelen 0 type vxlan \
                  id 1 dev eth0 local {} dstport 8472 nolearning\n\
              ip address add {}/32 dev flannel.1\n\
              ip link set flannel.1 up\n",
