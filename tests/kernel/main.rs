@@ -1,0 +1,10 @@
+//! The kernel side against the real kernel, in network namespaces: run as root.
+//!
+//! What is asserted is what an operator would look at: `ip`, `nft` and packets.
+
+#![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+mod fixture;
+mod linux;
+mod state;
+mod watching;
