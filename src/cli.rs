@@ -45,6 +45,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         "status" => status::run(arguments(matches)?),
         "cleanup" => crate::agent::cleanup::run(&agent_config(matches)?),
         "doctor" => crate::doctor::run(arguments(matches)?),
+        "connect" => crate::connect::run(&arguments(matches)?),
         "graph" => crate::graph::run(&arguments(matches)?),
         "showconf" => crate::showconf::run(&arguments(matches)?),
         "tunnel" => crate::tunnel::run(&arguments(matches)?),
@@ -86,6 +87,10 @@ fn command() -> Command {
             "status",
             "Show what this node's agent sees and does",
         ))
+        .subcommand(subcommand::<crate::connect::Args>(
+            "connect",
+            "Make this machine an external peer of the mesh",
+        ))
         .subcommand(subcommand::<crate::graph::Args>("graph", "Draw the mesh"))
         .subcommand(subcommand::<crate::showconf::Args>(
             "showconf",
@@ -105,12 +110,22 @@ fn subcommand<T: clap::Args>(name: &'static str, about: &'static str) -> Command
 }
 
 /// Flags without a command are the agent's, as with Kilo's `kg`; so an image can be swapped without
-/// touching its arguments. `kubectl selvedge …` calls the program `kubectl-selvedge`.
+/// touching its arguments. `kubectl selvedge …` calls the program `kubectl-selvedge`; called so, or
+/// `kgctl`, it is for people: there flags may stand before the command.
 fn with_subcommand(mut args: Vec<OsString>) -> Vec<OsString> {
-    let named_kg = args
+    let program = args
         .first()
         .and_then(|program| Path::new(program).file_name())
-        .is_some_and(|name| name == "kg");
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
+    if matches!(program, "kgctl" | "kubectl-selvedge") {
+        let flags = leading_flags(&args[1..]);
+        if let Some(to_command) = args.get_mut(1..=flags + 1) {
+            to_command.rotate_right(1);
+        }
+        return args;
+    }
+    let named_kg = program == "kg";
     let first = args.get(1).and_then(|arg| arg.to_str()).unwrap_or_default();
     let starts_with_flag =
         first.starts_with('-') && !matches!(first, "-h" | "--help" | "-V" | "--version");
@@ -120,9 +135,56 @@ fn with_subcommand(mut args: Vec<OsString>) -> Vec<OsString> {
     args
 }
 
+/// How many arguments are flags, with their values, before the first that is not.
+fn leading_flags(args: &[OsString]) -> usize {
+    let mut count = 0;
+    while let Some(flag) = args.get(count).and_then(|arg| arg.to_str()) {
+        if !flag.starts_with("--") || matches!(flag, "--" | "--help" | "--version") {
+            break;
+        }
+        count += if flag.contains('=') { 1 } else { 2 };
+    }
+    count
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn as_kgctl_flags_may_stand_before_the_command() {
+        let sorted = |args: &[&str]| {
+            let args = args.iter().map(OsString::from).collect::<Vec<_>>();
+            let args = with_subcommand(args).into_iter();
+            args.map(|arg| arg.into_string().unwrap())
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        assert_eq!(
+            sorted(&[
+                "kgctl",
+                "--kubeconfig",
+                "x",
+                "--port=1",
+                "showconf",
+                "node",
+                "n"
+            ]),
+            "kgctl showconf --kubeconfig x --port=1 node n"
+        );
+        assert_eq!(
+            sorted(&["/bin/kubectl-selvedge", "graph", "-f", "svg"]),
+            "/bin/kubectl-selvedge graph -f svg"
+        );
+        for args in [
+            &["kgctl"][..],
+            &["kgctl", "--version"],
+            &["kgctl", "--kubeconfig"],
+            &["kgctl", "--kubeconfig", "x"],
+        ] {
+            assert_eq!(sorted(args), args.join(" "));
+        }
+    }
 
     #[test]
     fn flags_alone_are_the_agents() {

@@ -25,6 +25,7 @@ mod values;
 pub use flags::Flags;
 pub use layers::{parse, sentence};
 pub use values::{Listen, Mtu};
+pub(crate) use values::{boolean, link_name, resync_period};
 
 /// Where the agent answers `selvedge status`, `doctor` and `graph`.
 pub const CONTROL_SOCKET: &str = "/run/selvedge/selvedge.sock";

@@ -82,12 +82,23 @@ pub struct Survey {
     pub rejected: Vec<Rejected>,
 }
 
+/// A connection to the API server.
+#[derive(Clone)]
+pub struct Access {
+    /// For requests.
+    pub client: Client,
+    /// The server's name or address.
+    pub host: String,
+    /// The server's port.
+    pub port: u16,
+}
+
 /// Connects as `kubectl` would.
 ///
 /// # Errors
 ///
 /// When no kubeconfig is found or it is of no use.
-pub async fn client(args: &Args) -> anyhow::Result<Client> {
+pub async fn access(args: &Args) -> anyhow::Result<Access> {
     let options = KubeConfigOptions::default();
     let mut config = match &args.kubeconfig {
         Some(path) => {
@@ -105,7 +116,12 @@ pub async fn client(args: &Args) -> anyhow::Result<Client> {
     };
     config.connect_timeout = Some(ANSWER);
     config.read_timeout = Some(ANSWER);
-    Client::try_from(config).context("setting up the connection to the API server")
+    let host = config.cluster_url.host().unwrap_or_default();
+    Ok(Access {
+        host: host.trim_matches(['[', ']']).to_owned(),
+        port: config.cluster_url.port_u16().unwrap_or(443),
+        client: Client::try_from(config).context("setting up the connection to the API server")?,
+    })
 }
 
 /// Reads the cluster once.

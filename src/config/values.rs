@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use crate::topology::Granularity;
 
 /// Go's `strconv.ParseBool`, which every flag of Kilo's goes through.
-pub(super) fn boolean(text: &str) -> Result<bool, String> {
+pub(crate) fn boolean(text: &str) -> Result<bool, String> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
@@ -54,7 +54,7 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
 }
 
 /// How often everything is looked at again.
-pub(super) fn resync_period(text: &str) -> Result<Duration, String> {
+pub(crate) fn resync_period(text: &str) -> Result<Duration, String> {
     match duration(text)? {
         period if period < Duration::from_secs(1) => Err("must be at least 1s".into()),
         period if period > Duration::from_secs(86_400) => Err("must be at most 24h".into()),
@@ -113,7 +113,7 @@ impl FromStr for Cidrs {
 }
 
 /// The name of a link, as the kernel takes it (`dev_valid_name`).
-pub(super) fn link_name(text: &str) -> Result<String, String> {
+pub(crate) fn link_name(text: &str) -> Result<String, String> {
     let valid = !text.is_empty()
         && text.len() <= 15
         && text != "."

@@ -26,8 +26,8 @@ pub struct Args {
 /// When the cluster cannot be read or no node is in the mesh.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let survey = survey::block_on(async {
-        let client = survey::client(&args.cluster).await?;
-        survey::survey(&client, &args.cluster).await
+        let access = survey::access(&args.cluster).await?;
+        survey::survey(&access.client, &args.cluster).await
     })?;
     if survey.topology.segments.is_empty() && args.format != Format::Text {
         anyhow::bail!("did not find any valid Kilo nodes in the cluster");

@@ -56,8 +56,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         _ => Subject::Peer(args.name.clone()),
     };
     let survey = survey::block_on(async {
-        let client = survey::client(&args.cluster).await?;
-        survey::survey(&client, &args.cluster).await
+        let access = survey::access(&args.cluster).await?;
+        survey::survey(&access.client, &args.cluster).await
     })?;
     let text = showconf(&survey.topology, &subject, &shape)?;
     // A reader that closed the pipe has read enough.

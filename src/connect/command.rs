@@ -1,0 +1,302 @@
+//! The command: flags, the loop, and leaving without a trace.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use ipnet::IpNet;
+use nix::net::if_::if_nametoindex;
+use nix::sys::socket::SockaddrStorage;
+use tokio::signal::unix::{SignalKind, signal};
+use zeroize::Zeroizing;
+
+use super::plan::{self, FWMARK, Wish};
+use super::registration::{Identity, Registration};
+use crate::config;
+use crate::diff::diff;
+use crate::kernel::Kernel;
+use crate::plan::State;
+use crate::refusal::Refusal;
+use crate::survey::{self, Access, Survey};
+use crate::telemetry::{LogFormat, LogLevel, start_logging};
+use crate::topology::Subject;
+use crate::wireguard::key::PrivateKey;
+use crate::wireguard::{Device, Options, uapi};
+
+/// How soon to look again after the cluster could not be read.
+const RETRY: Duration = Duration::from_secs(5);
+/// How long deleting the Peer may take at the end.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// Flags of `selvedge connect`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Name of the Peer that stands for this machine; made if it is not there [default: the host's name]
+    name: Option<String>,
+    /// Address of this machine in the mesh; no other may have it
+    #[arg(long, short, value_name = "CIDR", default_value = "10.10.10.10/32", value_parser = address)]
+    allowed_ip: IpNet,
+    /// Further networks to reach through the mesh, such as the services' (comma separated)
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = survey::cidr)]
+    allowed_ips: Vec<IpNet>,
+    /// File with the private key in base64 [default: a new key, for this run]
+    #[arg(long, value_name = "FILE")]
+    private_key: Option<PathBuf>,
+    /// Delete the Peer at the end, if this command made it
+    #[arg(long, default_value = "true", value_parser = config::boolean,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    clean_up: bool,
+    /// MTU of the tunnel's link in bytes
+    #[arg(long, default_value = "1420", value_parser = clap::value_parser!(u32).range(576..=65_455))]
+    mtu: u32,
+    /// How often to look at the cluster
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = config::resync_period)]
+    resync_period: Duration,
+    /// Name of the tunnel's link
+    #[arg(long, short, value_name = "LINK", default_value = "kilo0", value_parser = config::link_name)]
+    interface: String,
+    /// Seconds between keepalives; 0 turns them off
+    #[arg(long, value_name = "SECONDS", default_value = "10")]
+    persistent_keepalive: u16,
+    /// UDP port to listen on [default: a free one]
+    #[arg(long, default_value = "0", hide_default_value = true)]
+    port: u16,
+    /// What is logged: all, debug, info, warn, error or none
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log_level: LogLevel,
+    #[command(flatten)]
+    cluster: survey::Args,
+}
+
+/// An address with the length of its prefix; host bits count.
+fn address(text: &str) -> Result<IpNet, String> {
+    text.parse()
+        .map_err(|_| "is not an address with its prefix length, such as 10.10.10.10/32".into())
+}
+
+/// Connects this machine until it is told to stop.
+///
+/// # Errors
+///
+/// One sentence that says what is missing or in the way; nothing is left behind then.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    start_logging(args.log_level, LogFormat::Text);
+    if if_nametoindex(args.interface.as_str()).is_ok() {
+        return Err(Refusal::configuration(format!(
+            "there is a link {} already: stop what uses it, or choose another --interface",
+            args.interface
+        ))
+        .into());
+    }
+    let key = private_key(args)?;
+    survey::block_on(async {
+        let access = survey::access(&args.cluster).await?;
+        let who = Identity {
+            name: match &args.name {
+                Some(name) => name.clone(),
+                None => host()?,
+            },
+            host: host()?,
+            address: args.allowed_ip,
+            public_key: key.public_key(),
+            persistent_keepalive: args.persistent_keepalive,
+        };
+        let registration = Registration::find_or_make(&access.client, &who).await?;
+        let outcome = connect(args, key, &access, &registration).await;
+        if args.clean_up {
+            match tokio::time::timeout(FAREWELL, registration.delete()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!("the Peer was not deleted: {error:#}"),
+                Err(_) => {
+                    tracing::warn!("the Peer was not deleted: the API server does not answer")
+                }
+            }
+        }
+        outcome
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The tunnel and its routes, from the first look at the cluster to the signal to stop.
+async fn connect(
+    args: &Args,
+    key: PrivateKey,
+    access: &Access,
+    registration: &Registration,
+) -> anyhow::Result<()> {
+    let client = &access.client;
+    let mut interrupt = signal(SignalKind::interrupt()).context("waiting for signals")?;
+    let mut terminate = signal(SignalKind::terminate()).context("waiting for signals")?;
+    let wish = Wish {
+        interface: args.interface.clone(),
+        mtu: args.mtu,
+        address: args.allowed_ip,
+        extra: args.allowed_ips.clone(),
+        direct: BTreeSet::new(),
+    };
+    // The first look may fail loudly; later ones are tried again.
+    let mut survey = Some(survey::survey(client, &args.cluster).await?);
+
+    let device = Device::start(Options {
+        mtu: args.mtu,
+        listen_port: args.port,
+        fwmark: FWMARK,
+        ..Options::new(args.interface.as_str())
+    });
+    let device = device.map_err(|error| Refusal::configuration(error.to_string()))?;
+    device.set_private_key(Some(key));
+    let device = Arc::new(device);
+    let _socket = uapi::serve(
+        &args.interface,
+        Arc::clone(&device) as Arc<dyn uapi::Control>,
+    )?;
+    let mut machine = Machine {
+        kernel: Kernel::open(&args.interface)?,
+        device,
+        wish,
+        api_server: addresses(access).await,
+        complaints: BTreeSet::new(),
+    };
+
+    loop {
+        let wait = match survey.take() {
+            Some(survey) => {
+                machine.follow(&survey, registration)?;
+                args.resync_period
+            }
+            None => RETRY,
+        };
+        tokio::select! {
+            _ = interrupt.recv() => break,
+            _ = terminate.recv() => break,
+            () = tokio::time::sleep(wait) => {}
+        }
+        survey = match survey::survey(client, &args.cluster).await {
+            Ok(survey) => Some(survey),
+            Err(error) => {
+                tracing::warn!("the cluster cannot be read, everything stays as it is: {error:#}");
+                None
+            }
+        };
+    }
+    Ok(())
+}
+
+/// This machine's part: leaves nothing behind when it is dropped.
+struct Machine {
+    kernel: Kernel,
+    device: Arc<Device>,
+    wish: Wish,
+    api_server: BTreeSet<IpAddr>,
+    /// What the user was told already.
+    complaints: BTreeSet<String>,
+}
+
+impl Machine {
+    /// Makes this machine as the cluster says.
+    fn follow(&mut self, survey: &Survey, registration: &Registration) -> anyhow::Result<()> {
+        self.complain(survey, registration);
+        let api_server = self.api_server.iter().copied().map(IpNet::from);
+        let around = networks_around(&self.wish.interface);
+        self.wish.direct = api_server.chain(around).collect();
+        let name = &registration.peer.name;
+        let current = survey.topology.peers.iter().find(|peer| peer.name == *name);
+        let own = current.unwrap_or(&registration.peer);
+        let peers = plan::peers(&survey.topology, own, &self.wish);
+        self.device.set_peers(&peers);
+        self.make(&plan::state(&peers, &self.wish))
+    }
+
+    fn make(&self, desired: &State) -> anyhow::Result<()> {
+        let changes = diff(&self.kernel.observe()?, desired);
+        for change in &changes {
+            tracing::info!("{change}");
+        }
+        let mut failed = self.kernel.apply_all(&changes).into_iter();
+        match failed.next() {
+            Some((change, error)) => Err(error.context(change.to_string())),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells once what the mesh does not accept of this peer.
+    fn complain(&mut self, survey: &Survey, registration: &Registration) {
+        let own = Subject::Peer(registration.peer.name.clone());
+        let excluded = survey.topology.excluded.iter();
+        for excluded in excluded.filter(|excluded| excluded.subject == own) {
+            let text = excluded.to_string();
+            if !self.complaints.contains(&text) {
+                tracing::warn!("the mesh does not accept this peer: {text}");
+                self.complaints.insert(text);
+            }
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // The link goes with the device; it must be there until its routes are gone.
+        let link = self.kernel.observe().ok().and_then(|state| state.link);
+        let bare = State {
+            link,
+            ..State::default()
+        };
+        if let Err(error) = self.make(&bare) {
+            tracing::warn!("routes may be left in table 5130: {error:#}");
+        }
+    }
+}
+
+/// The addresses of the API server, which is reached without the tunnel at this moment.
+async fn addresses(access: &Access) -> BTreeSet<IpAddr> {
+    match tokio::net::lookup_host((access.host.as_str(), access.port)).await {
+        Ok(found) => found.map(|address| address.ip()).collect(),
+        Err(_) => BTreeSet::new(),
+    }
+}
+
+/// The networks of this machine's other links, which change when it moves about.
+fn networks_around(own: &str) -> Vec<IpNet> {
+    let Ok(addresses) = nix::ifaddrs::getifaddrs() else {
+        return Vec::new();
+    };
+    let others = addresses.filter(|address| address.interface_name != own);
+    let nets = others.filter_map(|address| {
+        let ip = ip_of(address.address.as_ref()?)?;
+        let mask = ip_of(address.netmask.as_ref()?)?;
+        IpNet::with_netmask(ip, mask).ok().map(|net| net.trunc())
+    });
+    nets.collect()
+}
+
+fn ip_of(address: &SockaddrStorage) -> Option<IpAddr> {
+    let v4 = address.as_sockaddr_in().map(|address| address.ip().into());
+    v4.or_else(|| address.as_sockaddr_in6().map(|address| address.ip().into()))
+}
+
+fn private_key(args: &Args) -> anyhow::Result<PrivateKey> {
+    let Some(path) = &args.private_key else {
+        return Ok(PrivateKey::generate());
+    };
+    let shown = path.display();
+    let text = std::fs::read_to_string(path)
+        .map(Zeroizing::new)
+        .map_err(|error| Refusal::configuration(format!("--private-key {shown}: {error}")))?;
+    text.trim()
+        .parse()
+        .map_err(|error| Refusal::configuration(format!("--private-key {shown}: {error}")).into())
+}
+
+/// This machine's name, as a Peer can have it.
+fn host() -> anyhow::Result<String> {
+    let name = nix::unistd::gethostname().context("asking for the host's name")?;
+    let name = name.to_string_lossy().to_ascii_lowercase();
+    if name.is_empty() {
+        return Err(Refusal::usage("this host has no name: give the name of a Peer").into());
+    }
+    Ok(name)
+}
