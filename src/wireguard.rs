@@ -35,6 +35,8 @@ pub mod replay;
 mod session;
 mod staged;
 pub mod table;
+#[cfg(test)]
+mod tests;
 mod threads;
 mod timers;
 mod timestamp;

@@ -119,13 +119,14 @@ impl Handshaker {
         let identity = core.identity.load();
         let identity = identity.as_ref().ok_or(Dropped::UnknownIndex)?;
         let packet = parse_incoming_packet(bytes).map_err(|_| Dropped::Malformed)?;
+        let loaded = self.is_loaded(waiting, now);
         if let Packet::PacketCookieReply(reply) = packet {
             return cookie(&core, reply, now);
         }
         if !identity.cookies.verify_mac1(bytes) {
             return Err(Dropped::Unauthentic);
         }
-        if self.is_loaded(waiting, now) {
+        if loaded {
             let remote = message.from.remote;
             if !identity
                 .cookies
@@ -140,7 +141,9 @@ impl Handshaker {
         }
         match packet {
             Packet::HandshakeInit(init) => respond(&core, identity, &init, message, wire, now),
-            Packet::HandshakeResponse(response) => self.complete(response, message, wire, now),
+            Packet::HandshakeResponse(response) => {
+                self.complete(identity, response, message, wire, now)
+            }
             Packet::PacketCookieReply(_) | Packet::PacketData(_) => Err(Dropped::Malformed),
         }
     }
@@ -208,6 +211,7 @@ impl Handshaker {
     /// Finishes a handshake that this side began.
     fn complete(
         &mut self,
+        identity: &Identity,
         response: HandshakeResponse<'_>,
         message: &HandshakeMessage,
         wire: &impl Wire,
@@ -223,7 +227,8 @@ impl Handshaker {
             let noise = state.noise.as_mut().ok_or(Dropped::UnknownIndex)?;
             let keys = noise.receive_handshake_response(response).map_err(reason)?;
             let session = establish(&core, &peer, &keys, true, now);
-            core.indices.retire(peer.install_initiated(session));
+            let yields = identity.public > *peer.key();
+            core.indices.retire(peer.install_initiated(session, yields));
             note_awaiting(&core, &mut state);
         }
         tracing::debug!(peer = %peer.key(), "handshake completed as initiator");

@@ -24,6 +24,9 @@ use super::udp::{Endpoint, is_source_gone};
 /// A path that refused segmentation offload is tried with it again after this time.
 const OFFLOAD_PAUSE: Duration = Duration::from_secs(60);
 
+/// Sessions that both sides began, one each, within this time of each other crossed on the way.
+const CROSSING: Duration = Duration::from_secs(1);
+
 /// What datagrams are sent by: the sockets, or a test's stand-in.
 pub(super) trait Wire {
     /// Sends a run of datagrams; see [`super::udp::Sockets::send`].
@@ -84,6 +87,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Whether a session of ours and one of the other side's come from handshakes that crossed.
+fn crossed(own: &Session, other: &Session) -> bool {
+    let apart = own
+        .created()
+        .since(other.created())
+        .max(other.created().since(own.created()));
+    own.is_initiator() && !other.is_initiator() && apart < CROSSING
+}
+
 impl Peer {
     pub(super) fn new(key: PublicKey) -> Self {
         Self {
@@ -134,12 +146,32 @@ impl Peer {
     }
 
     /// Takes a session that this side began into use; returns those that are over.
-    pub(super) fn install_initiated(&self, session: Arc<Session>) -> Vec<Arc<Session>> {
+    ///
+    /// When both sides began at once, two sessions come of it, and without a rule each side would
+    /// send with one and wait for the other one's end. The rule: the side with the lesser key insists
+    /// on its session, the other side `yields` its own.
+    pub(super) fn install_initiated(
+        &self,
+        session: Arc<Session>,
+        yields: bool,
+    ) -> Vec<Arc<Session>> {
         let mut waiting = lock(&self.waiting);
+        if yields
+            && self
+                .current
+                .load()
+                .as_ref()
+                .is_some_and(|other| crossed(&session, other))
+        {
+            return waiting.previous.replace(session).into_iter().collect();
+        }
+        // A session that the other side began is newer than the current one. If it crossed with this
+        // one and ours yields, it takes over as soon as it is confirmed; else it only still opens.
+        let awaited = |next: &mut Arc<Session>| !(yields && crossed(&session, next));
+        let next = waiting.next.take_if(awaited);
         let current = self.current.swap(Some(session));
         let mut over = Vec::new();
-        // A session the other side began in the meantime is newer than the current one.
-        let previous = match waiting.next.take() {
+        let previous = match next {
             Some(next) => {
                 over.extend(current);
                 Some(next)
@@ -158,7 +190,10 @@ impl Peer {
     }
 
     /// Takes the session that waited for its confirmation into use; returns those that are over.
-    pub(super) fn confirm(&self, session: &Arc<Session>) -> Vec<Arc<Session>> {
+    ///
+    /// A side that `insists` keeps the session it began at the same time, see
+    /// [`Self::install_initiated`].
+    pub(super) fn confirm(&self, session: &Arc<Session>, insists: bool) -> Vec<Arc<Session>> {
         let mut waiting = lock(&self.waiting);
         if !waiting
             .next
@@ -166,6 +201,18 @@ impl Peer {
             .is_some_and(|next| Arc::ptr_eq(next, session))
         {
             return Vec::new();
+        }
+        if insists
+            && self
+                .current
+                .load()
+                .as_ref()
+                .is_some_and(|own| crossed(own, session))
+        {
+            let next = waiting.next.take();
+            return std::mem::replace(&mut waiting.previous, next)
+                .into_iter()
+                .collect();
         }
         let current = self.current.swap(waiting.next.take());
         std::mem::replace(&mut waiting.previous, current)

@@ -173,7 +173,12 @@ impl Receive {
 fn note_received(core: &Core, peer: &Arc<Peer>, session: &Arc<Session>, data: bool, now: Time) {
     peer.timers.received(data, now);
     if session.confirm() {
-        core.indices.retire(peer.confirm(session));
+        let insists = core
+            .identity
+            .load()
+            .as_ref()
+            .is_some_and(|own| own.public < *peer.key());
+        core.indices.retire(peer.confirm(session, insists));
         peer.handshake_completed(now);
         core.jobs.push(Job::Flush(peer.clone()));
     }

@@ -1,0 +1,391 @@
+//! Sessions over time: rekeying, restarts, several owners of a prefix, changes of peers.
+
+use super::*;
+use crate::wireguard::key::PresharedKey;
+use crate::wireguard::uapi::{AllowedIp, KeyUpdate, PeerSet};
+
+#[test]
+fn nothing_is_lost_while_keys_change() {
+    let mut world = World::connected_pair();
+    let mut sent = Vec::new();
+    for n in 0..6000_u32 {
+        let one = packet(1, 2, &n.to_be_bytes());
+        world.send(0, &one);
+        world.send(1, &packet(2, 1, &n.to_be_bytes()));
+        sent.push(one);
+        world.now = world.now + Duration::from_millis(100);
+        world.settle();
+    }
+    assert_eq!(world.hosts[1].delivered, sent);
+    assert_eq!(world.hosts[0].delivered.len(), 6000);
+    let handshakes = world.count(2);
+    assert!((5..=7).contains(&handshakes), "{handshakes} in ten minutes");
+}
+
+#[test]
+fn a_side_that_only_receives_keeps_the_keys_fresh() {
+    let mut world = World::connected_pair();
+    for n in 0..6000_u32 {
+        // The initiator hears; only the responder speaks.
+        world.send(1, &packet(2, 1, &n.to_be_bytes()));
+        world.now = world.now + Duration::from_millis(100);
+        world.settle();
+    }
+    assert_eq!(world.hosts[0].delivered.len(), 6000);
+}
+
+#[test]
+fn a_host_that_restarts_is_back_with_its_first_packet() {
+    let mut world = World::connected_pair();
+    let mut reborn = Host::new(1);
+    // Its timestamps go on where they ended.
+    let floor = Timestamp::from_unix(seconds(100));
+    *reborn.core.timestamps.lock().unwrap() = Timestamps::new(floor, None);
+    std::mem::swap(&mut world.hosts[0], &mut reborn);
+    {
+        let [one, two] = world.hosts.as_slice() else {
+            unreachable!()
+        };
+        one.set_peers(&[(two, config(2))], world.now);
+    }
+    world.now = world.now + seconds(1);
+    world.assert_connected();
+}
+
+#[test]
+fn a_host_whose_clock_went_back_without_a_floor_is_refused() {
+    // The control for the test above: the floor is what makes it work.
+    let mut world = World::connected_pair();
+    world.hosts[0] = Host::new(1);
+    {
+        let [one, two] = world.hosts.as_slice() else {
+            unreachable!()
+        };
+        one.set_peers(&[(two, config(2))], world.now);
+    }
+    world.now = world.now + seconds(1);
+    world.send(0, &packet(1, 2, b"hello"));
+    world.settle();
+    assert_eq!(world.hosts[1].drops(Dropped::Replayed), 1);
+}
+
+#[test]
+fn a_peer_that_vanished_is_called_again_after_15_seconds_of_silence() {
+    let mut world = World::connected_pair();
+    let handshakes = world.count(1);
+    world.send(0, &packet(1, 2, b"lost"));
+    world.under_way.clear();
+    world.pass_with(seconds(14), |_| false);
+    assert_eq!(world.count(1), handshakes);
+    world.pass_with(seconds(2), |_| false);
+    assert_eq!(world.count(1), handshakes + 1);
+}
+
+#[test]
+fn both_sides_may_begin_at_once() {
+    for order in 0..2 {
+        let mut world = World::pair();
+        world.send(0, &packet(1, 2, b"from one"));
+        world.send(1, &packet(2, 1, b"from two"));
+        world.work();
+        if order == 1 {
+            world.under_way.make_contiguous().reverse();
+        }
+        world.settle();
+        world.pass(seconds(6));
+        assert_eq!(world.hosts[1].delivered, [packet(1, 2, b"from one")]);
+        assert_eq!(world.hosts[0].delivered, [packet(2, 1, b"from two")]);
+        world.assert_connected();
+    }
+}
+
+#[test]
+fn a_preshared_key_that_differs_keeps_the_peers_apart() {
+    let mut world = World::of([1, 2]);
+    let with = |n, key| PeerConfig {
+        preshared_key: Some(PresharedKey([key; 32])),
+        ..config(n)
+    };
+    {
+        let [one, two] = world.hosts.as_slice() else {
+            unreachable!()
+        };
+        one.set_peers(&[(two, with(2, 1))], world.now);
+        two.set_peers(&[(one, with(1, 2))], world.now);
+    }
+    world.send(0, &packet(1, 2, b"hello"));
+    world.settle();
+    assert_eq!(world.count(4), 0);
+    {
+        let [one, two] = world.hosts.as_slice() else {
+            unreachable!()
+        };
+        two.set_peers(&[(one, with(1, 1))], world.now);
+        one.set_peers(&[(two, with(2, 1))], world.now);
+    }
+    world.pass(seconds(12));
+    world.assert_connected();
+}
+
+#[test]
+fn several_peers_may_own_a_prefix_and_flows_keep_to_one_of_them() {
+    let mut world = World::of([1, 2, 3]);
+    {
+        let [one, two, three] = world.hosts.as_slice() else {
+            unreachable!()
+        };
+        let shared = |n| PeerConfig {
+            allowed_ips: [net("10.0.9.0/24")].into(),
+            ..config(n)
+        };
+        one.set_peers(&[(two, shared(2)), (three, shared(3))], world.now);
+        two.set_peers(&[(one, config(1))], world.now);
+        three.set_peers(&[(one, config(1))], world.now);
+    }
+    world.settle();
+    let before = world.log.len();
+    for _ in 0..2 {
+        for n in 0..40 {
+            world.send(
+                0,
+                &packet(1, 9, b"x")
+                    .iter()
+                    .enumerate()
+                    .map(|(at, &byte)| if at == 21 { n } else { byte })
+                    .collect::<Vec<_>>(),
+            );
+        }
+    }
+    world.settle();
+    let to = |n| {
+        world.log[before..]
+            .iter()
+            .filter(|datagram| datagram.kind() == 4 && datagram.to == address(n))
+            .count()
+    };
+    assert!(to(2) > 10 && to(3) > 10, "{} and {}", to(2), to(3));
+    assert_eq!(
+        world.hosts[1].delivered.len() % 2,
+        0,
+        "a flow went two ways"
+    );
+    assert_eq!(
+        world.hosts[1].delivered.len() + world.hosts[2].delivered.len(),
+        80
+    );
+
+    // From either, packets with that source are taken.
+    for host in [1, 2] {
+        world.send(host, &packet(9, 1, b"back"));
+    }
+    world.settle();
+    assert_eq!(world.hosts[0].delivered.len(), 2);
+}
+
+#[test]
+fn a_flow_goes_to_an_owner_that_has_a_session() {
+    let mut world = World::of([1, 2, 3]);
+    {
+        let [one, two, three] = world.hosts.as_slice() else {
+            unreachable!()
+        };
+        let shared = |n| PeerConfig {
+            allowed_ips: [net("10.0.9.0/24")].into(),
+            ..config(n)
+        };
+        one.set_peers(&[(two, shared(2)), (three, shared(3))], world.now);
+        two.set_peers(&[(one, config(1))], world.now);
+    }
+    world.settle_with(|datagram| datagram.to != address(3));
+    for n in 0..20 {
+        world.send(0, &packet(1, 9, &[n]));
+    }
+    world.settle();
+    assert_eq!(world.hosts[1].delivered.len(), 20);
+}
+
+#[test]
+fn a_roamed_endpoint_stays_until_the_configured_one_changes() {
+    let mut world = World::connected_pair();
+    let [one, two] = world.hosts.as_slice() else {
+        unreachable!()
+    };
+    let peer = one.peer(two);
+    let roamed: SocketAddr = (Ipv4Addr::new(203, 0, 113, 1), 9).into();
+    peer.roam(roamed.into());
+
+    one.set_peers(&[(two, config(2))], world.now);
+    assert_eq!(peer.endpoint().unwrap().remote, roamed);
+    let moved = PeerConfig {
+        endpoint: Some(address(7)),
+        ..config(2)
+    };
+    one.set_peers(&[(two, moved)], world.now);
+    assert_eq!(peer.endpoint().unwrap().remote, address(7));
+    world.now = world.now + seconds(1);
+}
+
+#[test]
+fn a_removed_peer_is_gone_with_its_sessions_and_indices() {
+    let mut world = World::connected_pair();
+    world.send(0, &packet(1, 2, b"late"));
+    world.hosts[1].core.set_peers(&BTreeMap::new(), world.now);
+    world.settle();
+    assert_eq!(world.hosts[1].delivered, Vec::<Vec<u8>>::new());
+    assert_eq!(world.hosts[1].drops(Dropped::UnknownIndex), 1);
+}
+
+#[test]
+fn a_changed_private_key_means_a_new_handshake_at_once() {
+    let mut world = World::connected_pair();
+    let key = PrivateKey([7; 32]);
+    world.hosts[0].core.set_private_key(Some(key.clone()));
+    let peers = BTreeMap::from([(key.public_key(), config(1))]);
+    world.hosts[1].core.set_peers(&peers, world.now);
+    world.hosts[0].key = key;
+    world.settle();
+    world.assert_connected();
+}
+
+#[test]
+fn the_devices_own_key_is_no_peer() {
+    let world = World::of([1]);
+    let own = world.hosts[0].public();
+    world.hosts[0]
+        .core
+        .set_peers(&BTreeMap::from([(own, config(1))]), world.now);
+    assert!(world.hosts[0].core.table.load().peers.is_empty());
+    world.hosts[0]
+        .core
+        .change_peers(false, vec![PeerSet::new(own)], world.now);
+    assert!(world.hosts[0].core.table.load().peers.is_empty());
+
+    let other = PrivateKey([9; 32]);
+    world.hosts[0]
+        .core
+        .change_peers(false, vec![PeerSet::new(other.public_key())], world.now);
+    assert_eq!(world.hosts[0].core.table.load().peers.len(), 1);
+    world.hosts[0].core.set_private_key(Some(other));
+    assert!(world.hosts[0].core.table.load().peers.is_empty());
+}
+
+#[test]
+fn by_uapi_a_prefix_has_one_owner_and_a_live_peer_keeps_its_session() {
+    let mut world = World::connected_pair();
+    let [one, two] = world.hosts.as_slice() else {
+        unreachable!()
+    };
+    let handshakes = world.count(1);
+    let other = PublicKey([3; 32]);
+    let take = PeerSet {
+        allowed_ips: vec![AllowedIp::Add(net("10.0.2.0/24"))],
+        ..PeerSet::new(other)
+    };
+    one.core.change_peers(false, vec![take], world.now);
+    let shown = one.core.peers_for_uapi(|at| at.as_duration());
+    assert_eq!(
+        shown
+            .iter()
+            .map(|peer| (peer.public_key, peer.allowed_ips.len()))
+            .collect::<BTreeMap<_, _>>(),
+        BTreeMap::from([(two.public(), 0), (other, 1)])
+    );
+
+    let back = PeerSet {
+        preshared_key: KeyUpdate::Clear,
+        allowed_ips: vec![AllowedIp::Add(net("10.0.2.0/24"))],
+        ..PeerSet::new(two.public())
+    };
+    one.core.change_peers(true, vec![back], world.now);
+    assert_eq!(one.core.table.load().peers.len(), 1);
+    world.assert_connected();
+    assert_eq!(world.count(1), handshakes);
+}
+
+#[test]
+fn update_only_creates_no_peer_and_a_removed_prefix_is_refused_to_others() {
+    let world = World::of([1]);
+    let core = &world.hosts[0].core;
+    let (one, two) = (PublicKey([3; 32]), PublicKey([4; 32]));
+    let change = |key, allowed_ips| PeerSet {
+        allowed_ips,
+        ..PeerSet::new(key)
+    };
+    core.change_peers(
+        false,
+        vec![PeerSet {
+            update_only: true,
+            ..PeerSet::new(one)
+        }],
+        world.now,
+    );
+    assert!(core.table.load().peers.is_empty());
+
+    core.change_peers(
+        false,
+        vec![
+            change(one, vec![AllowedIp::Add(net("10.0.0.0/8"))]),
+            PeerSet::new(two),
+        ],
+        world.now,
+    );
+    core.change_peers(
+        false,
+        vec![change(two, vec![AllowedIp::Remove(net("10.0.0.0/8"))])],
+        world.now,
+    );
+    assert!(
+        core.table.load().route(ip("10.1.1.1"), || 0).is_some(),
+        "it was not its to give away"
+    );
+    core.change_peers(
+        false,
+        vec![change(one, vec![AllowedIp::Remove(net("10.0.0.0/8"))])],
+        world.now,
+    );
+    assert!(core.table.load().route(ip("10.1.1.1"), || 0).is_none());
+}
+
+#[test]
+fn congestion_marks_cross_the_tunnel_and_nothing_else_of_the_outer_header() {
+    let mut world = World::connected_pair();
+    let marked = |bits| {
+        let mut marked = packet(1, 2, b"x");
+        // A DSCP that must not show outside.
+        marked[1] = 0xb8;
+        marked[10..12].fill(0);
+        let sum = checksum::finish(checksum::sum(&marked[..20]));
+        marked[10..12].copy_from_slice(&sum.to_be_bytes());
+        crate::wireguard::packet::set_ecn(&mut marked, Ecn::from_bits(bits));
+        marked
+    };
+    world.send(0, &marked(2));
+    let mut datagram = world.under_way.pop_front().unwrap();
+    assert_eq!(datagram.ecn, Ecn::Ect0);
+    datagram.ecn = Ecn::Congested;
+    world.deliver(&datagram);
+    assert_eq!(world.hosts[1].delivered.pop().unwrap(), marked(3));
+
+    world.send(0, &marked(0));
+    let mut datagram = world.under_way.pop_front().unwrap();
+    datagram.ecn = Ecn::Congested;
+    world.deliver(&datagram);
+    assert_eq!(world.hosts[1].delivered, Vec::<Vec<u8>>::new());
+    assert_eq!(world.hosts[1].drops(Dropped::Congested), 1);
+}
+
+#[test]
+fn peers_are_set_again_without_effect() {
+    let mut world = World::connected_pair();
+    let [one, two] = world.hosts.as_slice() else {
+        unreachable!()
+    };
+    let peers = peers_of(&[(two, config(2))]);
+    let sent = world.log.len();
+    for _ in 0..10 {
+        one.core.set_peers(&peers, world.now);
+    }
+    world.work();
+    assert_eq!(world.log.len(), sent);
+    world.assert_connected();
+}
