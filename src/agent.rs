@@ -16,6 +16,7 @@ pub mod reconcile;
 pub mod report;
 pub mod resolve;
 pub mod schedule;
+pub mod state;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

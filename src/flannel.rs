@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use crate::plan::NextHop;
 use crate::refusal::Refusal;
@@ -22,7 +23,7 @@ pub use netconf::{NetConf, NetConfError};
 mod lease;
 
 /// A flannel backend that Selvedge works beside.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Backend {
     /// VXLAN, with or without `DirectRouting`.
     Vxlan,
@@ -31,11 +32,11 @@ pub enum Backend {
 }
 
 /// A VTEP's hardware address.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Mac(pub [u8; 6]);
 
 /// What flannel's annotations on a Node say (contract 2).
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Lease {
     /// `backend-type`; `None` for one that is not in [`Backend`].
     pub backend: Option<Backend>,

@@ -9,6 +9,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use crate::wireguard::key::PublicKey;
 
@@ -22,13 +23,13 @@ pub use address::{is_public, is_public_to_kilo, is_unicast};
 pub use excluded::{Excluded, Field, Overlap, Reason, Subject};
 
 /// The name of a Kubernetes Node.
-#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct NodeName(pub String);
 
 /// The value of the topology label or the `kilo.squat.ai/location` annotation, trimmed.
 ///
 /// The empty name is the region of all nodes that carry neither.
-#[derive(Clone, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct RegionName(pub String);
 
 /// What shares one leader: the nodes of a location, or a node on its own.
@@ -43,7 +44,7 @@ pub enum SegmentName {
 }
 
 /// Where a peer can be reached.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Endpoint {
     /// An address and port.
     Addr(SocketAddr),
@@ -60,7 +61,7 @@ pub enum Endpoint {
 pub type InterfaceAddr = IpNet;
 
 /// A node as its agent, flannel and the operator describe it; every field is already valid.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Node {
     /// `metadata.name`.
     pub name: NodeName,
@@ -127,7 +128,7 @@ pub struct ExternalPeer {
 }
 
 /// How nodes are grouped (`--mesh-granularity`).
-#[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Granularity {
     /// One leader for each region.
     #[default]

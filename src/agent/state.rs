@@ -1,0 +1,552 @@
+//! What the agent remembers over a restart: the cluster as it was last seen, and how far handshakes'
+//! timestamps have come.
+//!
+//! With it the tunnels come up while no API server answers. It is a cache: what is damaged, of
+//! another version or somebody else's is ignored with a warning, and what cannot be written costs a
+//! warning. Preshared keys of external peers are in it, or those peers would be cut off by a restart
+//! during an outage; so it is the agent's alone (0600), like the private key beside it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::net::IpAddr;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use sha2::{Digest as _, Sha256};
+use zeroize::Zeroizing;
+
+use crate::topology::{Endpoint, ExternalPeer, Node, NodeName, Snapshot};
+use crate::wireguard::key::PublicKey;
+use crate::wireguard::{Persist, Timestamp};
+
+/// The cluster's file below `--state-dir`.
+const STATE: &str = "state.json";
+/// The timestamp's file. Separate, because it must outlive changes of the other's form.
+const TIMESTAMP: &str = "handshake-time";
+
+/// The form of the file; it changes with any type in it.
+const FORMAT: u32 = 1;
+/// Five thousand Nodes are some four megabytes; whatever is larger than this was never a cache.
+const MAX_SIZE: u64 = 64 << 20;
+/// The file is written this often at most; a cluster that is being built changes all the time.
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// What is remembered of the cluster.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Saved {
+    /// Nodes and Peers, with the addresses that names resolved to. Its `now` is not kept.
+    pub snapshot: Snapshot,
+    /// The addresses of the API servers.
+    pub servers: BTreeSet<IpAddr>,
+}
+
+#[derive(Deserialize, Serialize)]
+struct Envelope<'a> {
+    format: u32,
+    /// SHA-256 of the text of `state`, in hexadecimal.
+    sha256: String,
+    #[serde(borrow)]
+    state: &'a RawValue,
+}
+
+#[derive(Deserialize, Serialize)]
+struct State {
+    nodes: BTreeMap<NodeName, Node>,
+    peers: Vec<Peer>,
+    resolved: BTreeMap<String, IpAddr>,
+    servers: BTreeSet<IpAddr>,
+}
+
+/// An [`ExternalPeer`]. Only here is its preshared key ever written anywhere.
+#[derive(Deserialize, Serialize)]
+struct Peer {
+    name: String,
+    created: i64,
+    public_key: PublicKey,
+    preshared_key: Option<Secret>,
+    endpoint: Option<Endpoint>,
+    persistent_keepalive: u16,
+    allowed_ips: Vec<IpNet>,
+}
+
+/// A preshared key in base64, wiped when dropped.
+struct Secret(Zeroizing<String>);
+
+impl Serialize for Secret {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer).map(|text| Self(Zeroizing::new(text)))
+    }
+}
+
+impl From<&ExternalPeer> for Peer {
+    fn from(peer: &ExternalPeer) -> Self {
+        Self {
+            name: peer.name.clone(),
+            created: peer.created,
+            public_key: peer.public_key,
+            preshared_key: peer
+                .preshared_key
+                .as_ref()
+                .map(|key| Secret(key.to_base64())),
+            endpoint: peer.endpoint.clone(),
+            persistent_keepalive: peer.persistent_keepalive,
+            allowed_ips: peer.allowed_ips.clone(),
+        }
+    }
+}
+
+impl TryFrom<Peer> for ExternalPeer {
+    type Error = crate::wireguard::key::InvalidKey;
+
+    fn try_from(peer: Peer) -> Result<Self, Self::Error> {
+        let preshared_key = peer.preshared_key.map(|key| key.0.parse()).transpose()?;
+        Ok(Self {
+            name: peer.name,
+            created: peer.created,
+            public_key: peer.public_key,
+            preshared_key,
+            endpoint: peer.endpoint,
+            persistent_keepalive: peer.persistent_keepalive,
+            allowed_ips: peer.allowed_ips,
+        })
+    }
+}
+
+/// Reads what was remembered below `state_dir`; none where there is nothing of use.
+pub fn load(state_dir: &Path) -> Option<Saved> {
+    let path = state_dir.join(STATE);
+    let read = read(&path).and_then(|text| text.map(|text| decode(&text)).transpose());
+    match read {
+        Ok(saved) => saved,
+        Err(error) => {
+            tracing::warn!("ignoring the cached state in {}: {error:#}", path.display());
+            None
+        }
+    }
+}
+
+/// Reads how far timestamps had come; zero where that is not known.
+pub fn load_timestamp(state_dir: &Path) -> Timestamp {
+    let path = state_dir.join(TIMESTAMP);
+    let parse = |text: Zeroizing<String>| {
+        let seconds = text
+            .trim()
+            .parse()
+            .context("it is not a count of seconds")?;
+        Ok(Timestamp::from_unix(Duration::from_secs(seconds)))
+    };
+    match read(&path).and_then(|text| text.map(parse).transpose()) {
+        Ok(timestamp) => timestamp.unwrap_or_default(),
+        Err(error) => {
+            tracing::warn!("ignoring {}: {error:#}", path.display());
+            Timestamp::default()
+        }
+    }
+}
+
+/// Writes timestamps below `state_dir`, rounded up to seconds, before it returns.
+pub fn timestamp_keeper(state_dir: PathBuf) -> Persist {
+    Box::new(move |timestamp| {
+        let seconds = timestamp.to_unix().as_secs().saturating_add(1);
+        let text = format!("{seconds}\n");
+        if let Err(error) = write(&state_dir, TIMESTAMP, text.as_bytes()) {
+            tracing::warn!(
+                "cannot write {}: {error}; after a restart with the clock set back, peers may refuse handshakes for a while",
+                state_dir.join(TIMESTAMP).display()
+            );
+        }
+    })
+}
+
+/// Writes the cluster's state on a thread of its own, for disks may be slow: the last that was given,
+/// at most every five seconds, and once more when it is dropped.
+#[derive(Debug)]
+pub struct Writer {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    next: Mutex<Next>,
+    wake: Condvar,
+    failures: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Next {
+    saved: Option<Saved>,
+    end: bool,
+}
+
+impl Writer {
+    /// Will write below `state_dir`.
+    ///
+    /// # Errors
+    ///
+    /// When no thread can be started.
+    pub fn start(state_dir: PathBuf) -> io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let thread = {
+            let shared = Arc::clone(&shared);
+            let name = "state".to_owned();
+            std::thread::Builder::new()
+                .name(name)
+                .spawn(move || shared.run(&state_dir))?
+        };
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Has `saved` be written; returns at once.
+    pub fn save(&self, saved: Saved) {
+        self.shared.next().saved = Some(saved);
+        self.shared.wake.notify_one();
+    }
+
+    /// How often writing has failed.
+    pub fn failures(&self) -> u64 {
+        self.shared.failures.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.shared.next().end = true;
+        self.shared.wake.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // A panic there has aborted the process, or printed itself in a test.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn next(&self) -> MutexGuard<'_, Next> {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, state_dir: &Path) {
+        let mut written = None;
+        let mut failing = false;
+        loop {
+            let (saved, end) = {
+                let idle = |next: &mut Next| next.saved.is_none() && !next.end;
+                let mut next = self
+                    .wake
+                    .wait_while(self.next(), idle)
+                    .unwrap_or_else(PoisonError::into_inner);
+                (next.saved.take(), next.end)
+            };
+            if let Some(saved) = saved.filter(|saved| written.as_ref() != Some(saved)) {
+                let path = state_dir.join(STATE);
+                match encode(&saved).and_then(|text| Ok(write(state_dir, STATE, text.as_bytes())?))
+                {
+                    Ok(()) => {
+                        if failing {
+                            tracing::info!("{} can be written again", path.display());
+                        }
+                        failing = false;
+                        written = Some(saved);
+                    }
+                    Err(error) => {
+                        self.failures.fetch_add(1, Ordering::Relaxed);
+                        if !failing {
+                            tracing::warn!(
+                                "cannot write the cached state {}: {error:#}; without it a restart needs an API server",
+                                path.display()
+                            );
+                        }
+                        failing = true;
+                        written = None;
+                    }
+                }
+            }
+            if end {
+                return;
+            }
+            // Only the end cuts the interval short.
+            let until_end = |next: &mut Next| !next.end;
+            drop(
+                self.wake
+                    .wait_timeout_while(self.next(), INTERVAL, until_end),
+            );
+        }
+    }
+}
+
+fn encode(saved: &Saved) -> anyhow::Result<Zeroizing<String>> {
+    let Saved { snapshot, servers } = saved;
+    let state = State {
+        nodes: snapshot.nodes.clone(),
+        peers: snapshot.peers.values().map(Peer::from).collect(),
+        resolved: snapshot.resolved.clone(),
+        servers: servers.clone(),
+    };
+    let state = RawValue::from_string(serde_json::to_string(&state)?)?;
+    let envelope = Envelope {
+        format: FORMAT,
+        sha256: checksum(&state),
+        state: &state,
+    };
+    Ok(Zeroizing::new(serde_json::to_string(&envelope)?))
+}
+
+fn decode(text: &str) -> anyhow::Result<Saved> {
+    // Errors of serde quote the text, in which there may be preshared keys.
+    let envelope: Envelope<'_> = serde_json::from_str(text).ok().context("it is damaged")?;
+    ensure!(
+        envelope.format == FORMAT,
+        "it has format {}, and this version reads format {FORMAT}",
+        envelope.format
+    );
+    ensure!(
+        envelope.sha256 == checksum(envelope.state),
+        "its checksum is wrong"
+    );
+    let state: State = serde_json::from_str(envelope.state.get())
+        .ok()
+        .context("it is of another version")?;
+    let mut peers = BTreeMap::new();
+    for peer in state.peers {
+        let peer = ExternalPeer::try_from(peer).context("a preshared key in it is damaged")?;
+        peers.insert(peer.name.clone(), peer);
+    }
+    Ok(Saved {
+        snapshot: Snapshot {
+            nodes: state.nodes,
+            peers,
+            resolved: state.resolved,
+            ..Snapshot::default()
+        },
+        servers: state.servers,
+    })
+}
+
+fn checksum(state: &RawValue) -> String {
+    let digest = Sha256::digest(state.get().as_bytes());
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Reads a file that nobody else could have written; none where there is no such file.
+fn read(path: &Path) -> anyhow::Result<Option<Zeroizing<String>>> {
+    let opened = OpenOptions::new()
+        .read(true)
+        // Not through a link that someone put there, and not for ever from a pipe.
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path);
+    let file = match opened {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let metadata = file.metadata()?;
+    ensure!(metadata.is_file(), "it is not a file");
+    ensure!(
+        metadata.uid() == nix::unistd::geteuid().as_raw() && metadata.mode() & 0o077 == 0,
+        "others may read or write it"
+    );
+    if metadata.len() > MAX_SIZE {
+        bail!("it is too large");
+    }
+    let mut text = Zeroizing::new(String::new());
+    file.take(MAX_SIZE).read_to_string(&mut text)?;
+    Ok(Some(text))
+}
+
+/// Replaces a file as a whole: what is there is the old or the new, whenever the power fails.
+fn write(dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
+    let new = dir.join(format!(".{name}.new"));
+    let written = (|| {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .open(&new)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&new, dir.join(name))?;
+        // The rename itself is in the directory.
+        File::open(dir)?.sync_all()
+    })();
+    if written.is_err() {
+        // Half a file on a full disk helps nobody; the first error is the one to tell.
+        let _ = fs::remove_file(&new);
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use super::*;
+    use crate::cluster::{ParseSettings, node, peer};
+
+    fn saved() -> Saved {
+        let node = serde_json::from_value(serde_json::json!({
+            "metadata": {
+                "name": "a1",
+                "creationTimestamp": "2026-01-01T00:00:00Z",
+                "labels": {"topology.kubernetes.io/region": "nd"},
+                "annotations": {
+                    "flannel.alpha.coreos.com/backend-data": "{\"VNI\":1,\"VtepMAC\":\"9e:94:f2:d4:ca:3a\"}",
+                    "flannel.alpha.coreos.com/backend-type": "vxlan",
+                    "flannel.alpha.coreos.com/kube-subnet-manager": "true",
+                    "flannel.alpha.coreos.com/public-ip": "192.168.50.11",
+                    "kilo.squat.ai/allowed-location-ips": "10.6.0.0/24",
+                    "kilo.squat.ai/discovered-endpoints": "{\"ZFYh7Bi5FA0fNTizfHhMy0v+Wy+BVP2U85lC5PnHtFs=\":{\"IP\":\"198.51.100.7\",\"Port\":24276,\"Zone\":\"\"}}",
+                    "kilo.squat.ai/force-endpoint": "vpn.example.com:51820",
+                    "kilo.squat.ai/granularity": "location",
+                    "kilo.squat.ai/internal-ip": "192.168.50.11/24",
+                    "kilo.squat.ai/key": "jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w=",
+                    "kilo.squat.ai/last-seen": "1767225600",
+                    "kilo.squat.ai/persistent-keepalive": "25",
+                    "kilo.squat.ai/wireguard-ip": "10.4.0.2/16",
+                },
+            },
+            "spec": {"podCIDRs": ["10.42.1.0/24"]},
+            "status": {"addresses": [{"type": "InternalIP", "address": "192.168.50.11"}]},
+        }));
+        let (node, rejected) = node::parse(&node.unwrap(), &ParseSettings::default());
+        assert!(rejected.is_empty(), "{rejected:?}");
+        let peer = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "laptop", "creationTimestamp": "2026-01-01T00:00:00Z"},
+            "spec": {
+                "allowedIPs": ["10.5.0.1/32"],
+                "endpoint": {"dnsOrIP": {"ip": "198.51.100.7"}, "port": 51820},
+                "persistentKeepalive": 10,
+                "presharedKey": "PSKwdG9wUHVibGljS2V5Rm9yRG9jc09ubHkwMDAwMDA=",
+                "publicKey": "ZFYh7Bi5FA0fNTizfHhMy0v+Wy+BVP2U85lC5PnHtFs=",
+            },
+        }));
+        let (peer, rejected) = peer::parse(&peer.unwrap());
+        assert!(rejected.is_empty(), "{rejected:?}");
+        let (node, peer) = (node.unwrap(), peer.unwrap());
+        Saved {
+            snapshot: Snapshot {
+                nodes: BTreeMap::from([(node.name.clone(), node)]),
+                peers: BTreeMap::from([(peer.name.clone(), peer)]),
+                resolved: BTreeMap::from([(
+                    "vpn.example.com".to_owned(),
+                    "203.0.113.7".parse().unwrap(),
+                )]),
+                ..Snapshot::default()
+            },
+            servers: BTreeSet::from(["203.0.113.10".parse().unwrap()]),
+        }
+    }
+
+    fn save(dir: &Path, saved: Saved) -> u64 {
+        let writer = Writer::start(dir.to_owned()).unwrap();
+        writer.save(saved);
+        // The end of the thread is the end of writing.
+        let shared = Arc::clone(&writer.shared);
+        drop(writer);
+        shared.failures.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn what_is_saved_is_loaded() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(load(dir.path()), None);
+        save(dir.path(), saved());
+        assert_eq!(load(dir.path()), Some(saved()));
+        let mode = fs::metadata(dir.path().join(STATE)).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    /// When this fails, a file that older versions wrote cannot be read any more: raise [`FORMAT`].
+    #[test]
+    fn the_form_of_the_file_is_that_of_its_number() {
+        let text = include_str!("../../tests/testdata/state-1.json");
+        assert_eq!(encode(&saved()).unwrap().as_str(), text.trim_end());
+        assert_eq!(decode(text).unwrap(), saved());
+    }
+
+    #[test]
+    fn a_file_with_any_byte_changed_is_ignored() {
+        let text = encode(&saved()).unwrap();
+        assert!(decode(&text).is_ok());
+        for at in 0..text.len() {
+            let mut bytes = text.as_bytes().to_vec();
+            bytes[at] ^= 1;
+            let Ok(changed) = String::from_utf8(bytes) else {
+                continue;
+            };
+            // A name of an envelope's field is all that may differ without harm: there is none.
+            assert!(decode(&changed).is_err(), "byte {at}");
+        }
+        for length in 0..text.len() {
+            assert!(decode(&text[..length]).is_err(), "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn a_file_of_another_version_is_ignored() {
+        let text = encode(&saved()).unwrap();
+        let newer = text.replacen("\"format\":1", "\"format\":2", 1);
+        let error = decode(&newer).unwrap_err().to_string();
+        assert_eq!(error, "it has format 2, and this version reads format 1");
+    }
+
+    #[test]
+    fn a_file_that_others_could_have_written_is_ignored() {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), saved());
+        let path = dir.path().join(STATE);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(load(dir.path()), None);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        assert!(load(dir.path()).is_some());
+        let elsewhere = dir.path().join("elsewhere");
+        fs::rename(&path, &elsewhere).unwrap();
+        symlink(&elsewhere, &path).unwrap();
+        assert_eq!(load(dir.path()), None);
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_written_costs_a_warning() {
+        assert_eq!(save(Path::new("/proc/nonexistent"), saved()), 1);
+        assert_eq!(save(Path::new("/dev/full"), saved()), 1);
+    }
+
+    #[test]
+    fn no_error_quotes_the_file() {
+        let text = encode(&saved()).unwrap();
+        let damaged = text.replace("\"created\":", "\"created\":x");
+        let error = format!("{:#}", decode(&damaged).unwrap_err());
+        assert!(!error.contains("PSK"), "{error}");
+    }
+
+    #[test]
+    fn timestamps_are_rounded_up_and_survive() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(load_timestamp(dir.path()), Timestamp::default());
+        let used = Timestamp::from_unix(Duration::new(1_767_225_600, 999_999_999));
+        timestamp_keeper(dir.path().to_owned())(used);
+        assert!(load_timestamp(dir.path()) >= used);
+        fs::write(dir.path().join(TIMESTAMP), "nonsense").unwrap();
+        assert_eq!(load_timestamp(dir.path()), Timestamp::default());
+    }
+}
