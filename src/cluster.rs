@@ -29,6 +29,7 @@ use tokio::time::Instant;
 pub use access::{Access, Origin, Sources};
 pub use events::Report;
 pub use node::ParseSettings;
+pub use pace::Patience;
 pub use publish::{Annotations, withdraw};
 pub use rejected::{Object, Rejected, quote};
 pub use servers::Servers;
@@ -89,6 +90,17 @@ impl Cluster {
         settings: ParseSettings,
         cached: Option<View>,
     ) -> Self {
+        Self::start_with(access, own, settings, cached, &Patience::default())
+    }
+
+    /// [`Self::start`] with another patience, for tests that have little.
+    pub fn start_with(
+        access: Access,
+        own: NodeName,
+        settings: ParseSettings,
+        cached: Option<View>,
+        patience: &Patience,
+    ) -> Self {
         let cached = cached.map(|view| View {
             live: false,
             ..view
@@ -114,11 +126,12 @@ impl Cluster {
         let mut tasks = JoinSet::new();
         tasks.spawn(connect(access, connections, contacts, complaint));
         tasks.spawn(
-            ListWatch::new(known(nodes, true), node_events)
+            ListWatch::new(known(nodes, true), patience.clone(), node_events)
                 .run(connection.clone(), complaints.clone()),
         );
         tasks.spawn(
-            ListWatch::new(known(peers, false), peer_events).run(connection.clone(), complaints),
+            ListWatch::new(known(peers, false), patience.clone(), peer_events)
+                .run(connection.clone(), complaints),
         );
         tasks.spawn(servers::run(connection.clone(), servers));
         tasks.spawn(publish::run(
@@ -185,7 +198,8 @@ async fn connect(
     contacts: watch::Sender<Contact>,
     mut complaints: mpsc::Receiver<Complaint>,
 ) {
-    let mut backoff = pace::Backoff::default();
+    // Short: the data plane waits for no server, but people wait for their changes.
+    let mut backoff = pace::Backoff::up_to(Duration::from_secs(5));
     let mut avoid = None;
     let mut last = None;
     for number in 1.. {

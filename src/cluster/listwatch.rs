@@ -19,9 +19,9 @@ use serde_json::value::RawValue;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use super::access::{Connection, SILENCE};
+use super::access::Connection;
 use super::call::{self, Failure, Status};
-use super::pace::{Backoff, Budget, jitter};
+use super::pace::{Backoff, Budget, Patience, jitter};
 
 /// Objects on a page of a list; a hundred Nodes are some two megabytes while they are decoded.
 const PAGE: u32 = 100;
@@ -31,13 +31,6 @@ const WATCH_SECONDS: std::ops::RangeInclusive<u32> = 300..=600;
 const SHORT_WATCH: Duration = Duration::from_secs(5);
 /// Longest line of a watch; an object is at most 1.5 MB (etcd's limit) and escapes add to that.
 const MAX_LINE: usize = 4 << 20;
-/// How long the objects of a streamed list may be waited for. Servers before 1.27 do not know the
-/// request and never say that the list is complete.
-const STREAMED_LIST: Duration = Duration::from_secs(20);
-/// A list of suspicious size is asked for again after this long.
-const SECOND_LOOK: Duration = Duration::from_secs(5);
-/// A resource that is not there is asked for again after this long.
-const ABSENT: Duration = Duration::from_secs(60);
 /// Failures in a row after which another server is looked for.
 const PATIENCE: u32 = 3;
 
@@ -100,6 +93,7 @@ pub(super) struct Complaint {
 /// Follows one collection over any number of connections.
 pub(super) struct ListWatch<K> {
     path: String,
+    patience: Patience,
     strategy: Strategy,
     /// Where the watch goes on; none until a list is complete.
     version: Option<String>,
@@ -167,7 +161,11 @@ where
     K: Resource<DynamicType = ()> + DeserializeOwned + Send + 'static,
 {
     /// Prepares to follow the collection of `K`.
-    pub(super) fn new(expectation: Expectation, events: mpsc::Sender<Event<K>>) -> Self {
+    pub(super) fn new(
+        expectation: Expectation,
+        patience: Patience,
+        events: mpsc::Sender<Event<K>>,
+    ) -> Self {
         Self {
             path: K::url_path(&(), None),
             strategy: Strategy::Streamed,
@@ -175,9 +173,10 @@ where
             expectation,
             doubted: false,
             absences: 0,
-            // Enough for a start and a stumble; then one list each half minute.
-            lists: Budget::new(3, Duration::from_secs(30)),
-            backoff: Backoff::default(),
+            // Enough for a start and a stumble.
+            lists: Budget::new(3, patience.between_lists),
+            patience,
+            backoff: Backoff::up_to(Duration::from_secs(30)),
             events,
             kind: PhantomData,
         }
@@ -199,7 +198,7 @@ where
             let began = Instant::now();
             let pause = match self.session(&connection.client).await {
                 Ok(End::Unwanted) => return,
-                Ok(End::Doubted) => jitter(SECOND_LOOK * 2),
+                Ok(End::Doubted) => jitter(self.patience.second_look),
                 Ok(End::Watched) if began.elapsed() >= SHORT_WATCH => {
                     self.backoff.reset();
                     continue;
@@ -242,7 +241,7 @@ where
                     self.expectation.known = 0;
                     self.events.send(Event::Absent).await.ok()?;
                 }
-                Some(jitter(ABSENT))
+                Some(jitter(self.patience.absent))
             }
             Failure::Forbidden(reason) => {
                 self.version = None;
@@ -384,11 +383,19 @@ where
         let mut body = response.into_body();
         let mut lines = Lines::default();
         let mut listed = 0;
+        let mut last_listed = Instant::now();
         loop {
             let listing = self.version.is_none();
-            let patience = if listing { STREAMED_LIST } else { SILENCE };
+            let patience = match listing {
+                // Bookmarks say nothing of the list, so only its objects are waited for.
+                true => self
+                    .patience
+                    .streamed_list
+                    .saturating_sub(last_listed.elapsed()),
+                false => self.patience.silence,
+            };
             let piece = match call::next_piece(&mut body, patience).await {
-                Err(Failure::Silent(_)) if listing && listed > 0 => {
+                Err(Failure::Silent(_)) if listing => {
                     tracing::info!(
                         path = self.path,
                         "the API server does not stream lists; asking for pages"
@@ -403,8 +410,12 @@ where
             };
             lines.push(&piece)?;
             while let Some(line) = lines.next() {
+                let before = listed;
                 if let Some(end) = self.line(&line, &mut listed).await? {
                     return Ok(end);
+                }
+                if listed > before {
+                    last_listed = Instant::now();
                 }
             }
         }

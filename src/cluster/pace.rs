@@ -7,21 +7,58 @@ use std::time::Duration;
 use rand::Rng as _;
 use tokio::time::Instant;
 
-/// Pauses that double from 0.8 s to 30 s, each between half and all of its length.
-#[derive(Debug, Default)]
+/// How long things may take before something is done about them.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Patience {
+    /// Nothing is heard for this long on a watch: the connection is half-open. API servers send a
+    /// bookmark every minute.
+    pub silence: Duration,
+    /// The objects of a streamed list may take this long. Servers before Kubernetes 1.27 do not know
+    /// the request and never say that the list is complete.
+    pub streamed_list: Duration,
+    /// A list of suspicious size is asked for again after this long.
+    pub second_look: Duration,
+    /// A resource that is not there is asked for again after this long.
+    pub absent: Duration,
+    /// Lists beyond the first few are this far apart.
+    pub between_lists: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            silence: Duration::from_secs(90),
+            streamed_list: Duration::from_secs(20),
+            second_look: Duration::from_secs(10),
+            absent: Duration::from_secs(60),
+            between_lists: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Pauses that double from 0.8 s on, each between half and all of its length.
+#[derive(Debug)]
 pub(super) struct Backoff {
+    longest: Duration,
     failures: u32,
 }
 
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(800);
-    const LONGEST: Duration = Duration::from_secs(30);
+
+    /// Pauses that grow up to `longest`.
+    pub(super) const fn up_to(longest: Duration) -> Self {
+        Self {
+            longest,
+            failures: 0,
+        }
+    }
 
     /// The pause after one more failure; at least what the server asked for.
     pub(super) fn pause(&mut self, asked: Option<Duration>) -> Duration {
         let doubled = Self::FIRST.saturating_mul(1 << self.failures.min(10));
         self.failures = self.failures.saturating_add(1);
-        let pause = jitter(doubled.min(Self::LONGEST));
+        let pause = jitter(doubled.min(self.longest));
         asked.map_or(pause, |asked| asked + pause.min(asked / 2))
     }
 
@@ -78,7 +115,7 @@ mod tests {
 
     #[test]
     fn pauses_grow_to_half_a_minute_and_begin_again_after_success() {
-        let mut backoff = Backoff::default();
+        let mut backoff = Backoff::up_to(Duration::from_secs(30));
         let pauses: Vec<_> = (0..20).map(|_| backoff.pause(None)).collect();
         assert!(pauses[0] <= Duration::from_millis(800), "{pauses:?}");
         assert!(pauses[0] >= Duration::from_millis(400), "{pauses:?}");
@@ -93,7 +130,7 @@ mod tests {
 
     #[test]
     fn no_pause_is_shorter_than_the_server_asks() {
-        let mut backoff = Backoff::default();
+        let mut backoff = Backoff::up_to(Duration::from_secs(30));
         for _ in 0..20 {
             let pause = backoff.pause(Some(Duration::from_secs(7)));
             assert!((7.0..=10.5).contains(&pause.as_secs_f64()), "{pause:?}");

@@ -37,7 +37,7 @@ pub(super) async fn run(
     mut desired: watch::Receiver<Option<Annotations>>,
     mut shown: watch::Receiver<Shown>,
 ) {
-    let mut backoff = pace::Backoff::default();
+    let mut backoff = pace::Backoff::up_to(Duration::from_secs(30));
     // A start and a few changes of mind; then two a minute, whoever else writes these annotations.
     let mut writes = pace::Budget::new(10, Duration::from_secs(30));
     loop {

@@ -227,9 +227,9 @@ fn answer(
             let apply = call.media_type.starts_with("application/apply-patch");
             if apply && call.asks("fieldManager").is_empty() {
                 return Err(Refused::new(
-                    400,
-                    "BadRequest",
-                    "fieldManager is required for apply patch",
+                    422,
+                    "Invalid",
+                    "fieldManager: Required value: is required for apply patch",
                 ));
             }
             if apply && state.store.get(target.kind, &namespace, name).is_err() {
