@@ -11,7 +11,9 @@ use ipnet::IpNet;
 
 use super::address::{PrefixMap, is_unicast, overlap};
 use super::excluded::{Excluded, Field, Overlap, Reason, Subject};
-use super::{Endpoint, ExternalPeer, Node, NodeName, SegmentName, Settings, Snapshot};
+use super::{
+    Endpoint, ExternalPeer, InterfaceAddr, Node, NodeName, SegmentName, Settings, Snapshot,
+};
 use crate::wireguard::key::PublicKey;
 
 /// No prefix shorter than this is carried for a peer or a location: IPv4, IPv6.
@@ -24,6 +26,8 @@ pub(super) struct Belief {
     pub(super) key: bool,
     pub(super) pod_cidrs: Vec<IpNet>,
     pub(super) addresses: Vec<IpAddr>,
+    /// Its private address, if that is one of its own and tells its network.
+    pub(super) private_ip: Option<InterfaceAddr>,
     pub(super) allowed_location_ips: Vec<IpNet>,
 }
 
@@ -259,6 +263,10 @@ impl<'a> Claims<'a> {
     }
 
     fn judge_addresses(&mut self, node: &'a Node, holders: &mut Holders<'a>) {
+        let believed = node.private_ip.filter(|private| {
+            self.is_believed(node, private.addr()) && !is_too_wide(&private.trunc())
+        });
+        self.belief(node).private_ip = believed;
         let private = node.private_ip.map(|private| private.addr());
         let status = node.internal_ips.iter().copied();
         let mut addresses = private.into_iter().chain(status).collect::<Vec<_>>();
@@ -293,12 +301,16 @@ impl<'a> Claims<'a> {
         if !is_unicast(ip) {
             return Some(Reason::NotUnicast);
         }
-        let believed = node.internal_ips.contains(&ip)
-            || self.internal_cidrs.iter().any(|net| net.contains(&ip));
-        if !believed {
+        if !self.is_believed(node, ip) {
             return Some(Reason::NotInStatus);
         }
         self.reserved_for(&ip.into()).map(Reason::Reserved)
+    }
+
+    /// Whether an address is the node's: the kubelet says so, which may write no other Node's
+    /// status, or the operator.
+    fn is_believed(&self, node: &Node, ip: IpAddr) -> bool {
+        node.internal_ips.contains(&ip) || self.internal_cidrs.iter().any(|net| net.contains(&ip))
     }
 
     fn judge_peer(&mut self, index: usize, subject: Subject, holders: &mut Holders<'a>) {

@@ -153,7 +153,7 @@ fn member(node: &Node) -> Member {
         endpoint: node.endpoint.clone(),
         pod_cidrs: node.pod_cidrs.first().copied().into_iter().collect(),
         addresses: node.private_ip.map(|ip| ip.addr()).into_iter().collect(),
-        underlay: underlay(node),
+        underlay: underlay(node, node.private_ip),
         private_ip: node.private_ip,
     }
 }
@@ -169,7 +169,7 @@ fn outsider(node: &Node, granularity: Granularity) -> Outsider {
         endpoint: node.endpoint.clone(),
         group,
         pod_cidrs: node.pod_cidrs.clone(),
-        underlay: underlay(node),
+        underlay: underlay(node, node.private_ip),
     }
 }
 

@@ -138,7 +138,7 @@ fn outsider(node: &Node, belief: &Belief, granularity: Granularity) -> Outsider 
         endpoint: node.endpoint.clone(),
         group,
         pod_cidrs: belief.pod_cidrs.clone(),
-        underlay: underlay(node),
+        underlay: underlay(node, belief.private_ip),
     }
 }
 
@@ -148,18 +148,18 @@ fn member(node: &Node, belief: &Belief) -> Member {
         endpoint: node.endpoint.clone(),
         pod_cidrs: belief.pod_cidrs.clone(),
         addresses: belief.addresses.clone(),
-        underlay: underlay(node),
-        private_ip: node.private_ip,
+        underlay: underlay(node, belief.private_ip),
+        private_ip: belief.private_ip,
     }
 }
 
 /// Every address under which the nodes of its region may know a node.
-pub(super) fn underlay(node: &Node) -> BTreeSet<IpAddr> {
+pub(super) fn underlay(node: &Node, private_ip: Option<InterfaceAddr>) -> BTreeSet<IpAddr> {
     let lease = node.lease.iter().flat_map(|lease| {
         let v4 = lease.public_ip.map(IpAddr::V4);
         v4.into_iter().chain(lease.public_ipv6.map(IpAddr::V6))
     });
-    let private = node.private_ip.map(|private| private.addr());
+    let private = private_ip.map(|private| private.addr());
     node.internal_ips
         .iter()
         .copied()

@@ -1,0 +1,78 @@
+//! `allowed-location-ips`.
+
+use super::*;
+
+/// `a` offers its storage network and an address; `b` is elsewhere.
+fn mesh() -> Mesh {
+    Mesh::new([
+        node("a1", "a", 1, "192.168.1.1/24").with(|n| {
+            n.allowed_location_ips = vec![net("10.6.0.1/32"), net("192.168.0.0/16")];
+        }),
+        node("b1", "b", 2, "192.168.2.1/24"),
+        node("b2", "b", 3, "192.168.2.2/24"),
+    ])
+}
+
+#[test]
+fn what_a_location_offers_is_carried_but_nothing_near_is_captured() {
+    let mut mesh = mesh();
+    mesh.api_servers = [ip("192.168.9.9")].into();
+    insta::assert_snapshot!(routes(&mesh, "b1"), @"
+    ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.2.0 mtu 1420
+    ip route replace table 5130 10.6.0.1 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 10.42.1.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 throw 10.42.2.0/24
+    ip route replace table 5130 192.168.0.0/16 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 throw 192.168.1.1
+    ip route replace table 5130 throw 192.168.2.0/24
+    ip route replace table 5130 throw 192.168.2.1
+    ip route replace table 5130 throw 192.168.2.2
+    ip route replace table 5130 throw 192.168.9.9
+    ip route replace table 5131 192.168.1.1 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5131 192.168.9.9 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5132 192.168.2.2 via 10.42.3.0 dev flannel.1 onlink
+    ");
+    insta::assert_snapshot!(routes(&mesh, "b2"), @"
+    ip route replace table 5130 10.4.0.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.4.0.2 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.6.0.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.42.1.0/24 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 throw 10.42.3.0/24
+    ip route replace table 5130 192.168.0.0/16 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 192.168.1.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 throw 192.168.2.0/24
+    ip route replace table 5130 throw 192.168.2.1
+    ip route replace table 5130 throw 192.168.2.2
+    ip route replace table 5130 throw 192.168.9.9
+    ip route replace table 5131 192.168.9.9 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ");
+}
+
+#[test]
+fn what_goes_to_it_is_masqueraded_by_its_leader() {
+    let mesh = mesh();
+    let firewall = firewall(&mesh, "a1");
+    assert_eq!(
+        firewall.masquerade_destinations,
+        [net("10.6.0.1/32"), net("192.168.0.0/16")].into()
+    );
+    assert!(firewall.known.contains(&net("192.168.2.1/32")));
+    assert!(
+        super::firewall(&mesh, "b1")
+            .masquerade_destinations
+            .is_empty()
+    );
+}
+
+#[test]
+fn of_two_overlapping_claims_the_older_one_stays() {
+    let mut mesh = mesh();
+    mesh.node("b2").allowed_location_ips = vec![net("10.6.0.0/24"), net("10.7.0.0/24")];
+
+    let topology = mesh.topology();
+    assert_eq!(
+        topology.segments[1].allowed_location_ips,
+        [net("10.7.0.0/24")]
+    );
+    insta::assert_snapshot!(topology.excluded[0], @"node b2: left out allowed location IPs 10.6.0.0/24: claimed by node a1 before");
+}

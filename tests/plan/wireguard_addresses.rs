@@ -1,0 +1,101 @@
+//! Sticky addresses out of the pool.
+
+use super::*;
+
+fn addresses(mesh: &Mesh) -> BTreeMap<String, String> {
+    let topology = mesh.topology();
+    let segments = topology.segments.into_iter();
+    segments
+        .map(|s| (s.leader.0, s.wireguard_ips[0].to_string()))
+        .collect()
+}
+
+fn regions(names: &[&str]) -> Mesh {
+    let nodes = names.iter().enumerate().map(|(index, name)| {
+        let seed = u8::try_from(index).unwrap() + 1;
+        node(name, name, seed, &format!("192.168.{seed}.1/24"))
+    });
+    Mesh::new(nodes)
+}
+
+#[test]
+fn a_new_mesh_is_numbered_as_kilo_does() {
+    let mesh = regions(&["d", "b", "a", "c"]);
+    let expected = [
+        ("a", "10.4.0.1"),
+        ("b", "10.4.0.2"),
+        ("c", "10.4.0.3"),
+        ("d", "10.4.0.4"),
+    ];
+    assert_eq!(
+        addresses(&mesh),
+        expected.map(|(n, a)| (n.to_owned(), a.to_owned())).into()
+    );
+}
+
+#[test]
+fn who_joins_or_leaves_renumbers_nobody() {
+    let mut mesh = regions(&["b", "d"]);
+    mesh.node("b").wireguard_ips = vec![net("10.4.0.1/16")];
+    mesh.node("d").wireguard_ips = vec![net("10.4.0.2/16")];
+    let newcomers = [
+        node("a", "a", 8, "192.168.8.1/24"),
+        node("c", "c", 9, "192.168.9.1/24"),
+    ];
+    let newcomers = newcomers.map(|node| (node.name.clone(), node));
+    mesh.snapshot.nodes.extend(newcomers);
+    mesh.snapshot.nodes.remove(&NodeName("b".into()));
+
+    let expected = [("a", "10.4.0.1"), ("c", "10.4.0.3"), ("d", "10.4.0.2")];
+    assert_eq!(
+        addresses(&mesh),
+        expected.map(|(n, a)| (n.to_owned(), a.to_owned())).into()
+    );
+}
+
+#[test]
+fn of_two_equal_wishes_the_older_nodes_is_granted() {
+    let mut mesh = regions(&["b", "a"]);
+    for name in ["a", "b"] {
+        mesh.node(name).wireguard_ips = vec![net("10.4.0.7/16")];
+    }
+    let expected = [("a", "10.4.0.1"), ("b", "10.4.0.7")];
+    assert_eq!(
+        addresses(&mesh),
+        expected.map(|(n, a)| (n.to_owned(), a.to_owned())).into()
+    );
+    let excluded = mesh.topology().excluded;
+    let sentences = excluded.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(
+        sentences,
+        ["node a: left out WireGuard address 10.4.0.7: claimed by node b before"]
+    );
+}
+
+#[test]
+fn addresses_that_no_host_can_have_are_not_granted() {
+    for wish in ["10.5.0.1/16", "10.4.0.0/16", "10.4.255.255/16"] {
+        let mut mesh = regions(&["a"]);
+        mesh.node("a").wireguard_ips = vec![net(wish)];
+        assert_eq!(addresses(&mesh)["a"], "10.4.0.1", "{wish}");
+        assert_eq!(mesh.topology().excluded.len(), 1, "{wish}");
+    }
+}
+
+#[test]
+fn without_one_a_leader_still_works() {
+    let mut mesh = regions(&["a", "b", "c"]);
+    mesh.agreed.subnets = vec![net("10.4.0.0/30")];
+
+    let topology = mesh.topology();
+    assert!(topology.segments[2].wireguard_ips.is_empty());
+    insta::assert_snapshot!(topology.excluded[0], @"node c: left out WireGuard address 10.4.0.0: no address is left in --subnet; choose a larger one");
+    insta::assert_snapshot!(routes(&mesh, "a"), @"
+    ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420
+    ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 10.42.2.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
+    ip route replace table 5130 10.42.3.0/24 dev kilo0 src 10.42.1.0 mtu 1420
+    ip route replace table 5131 192.168.2.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
+    ip route replace table 5131 192.168.3.1 dev kilo0 src 10.42.1.0 mtu 1420
+    ");
+}
