@@ -32,6 +32,7 @@ mod peer;
 mod ratelimit;
 mod receive;
 pub mod replay;
+mod routes;
 mod session;
 mod staged;
 pub mod table;
@@ -222,6 +223,7 @@ impl Device {
         }
         let fwmark = self.io.fwmark.load(Ordering::Relaxed);
         self.io.replace_sockets(Sockets::bind(port, fwmark)?);
+        self.clear_sources();
         Ok(())
     }
 
@@ -237,7 +239,15 @@ impl Device {
     pub fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {
         self.io.sockets.load().set_fwmark(fwmark)?;
         self.io.fwmark.store(fwmark, Ordering::Relaxed);
+        self.clear_sources();
         Ok(())
+    }
+
+    /// Forgets from which addresses peers were spoken to: what decided that has changed.
+    fn clear_sources(&self) {
+        for peer in self.core.table.load().peers.values() {
+            peer.clear_source();
+        }
     }
 
     /// Keeps the link when the process ends, or lets it go with it.

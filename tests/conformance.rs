@@ -21,14 +21,18 @@ use anyhow::Result;
 
 /// One test per pairing of programs for each scenario of two ends.
 macro_rules! pairs {
-    ($($name:ident $(fails with $program:ident on $side:ident: $words:literal)?;)*) => {
-        pairs!(@pairing control, WireguardGo, WireguardGo; $($name $(($program $side $words))?)*);
-        pairs!(@pairing ours, Selvedge, Selvedge; $($name $(($program $side $words))?)*);
-        pairs!(@pairing ours_left, Selvedge, WireguardGo; $($name $(($program $side $words))?)*);
-        pairs!(@pairing ours_right, WireguardGo, Selvedge; $($name $(($program $side $words))?)*);
+    ($($name:ident $(fails with $program:ident on $($side:ident: $words:literal),+)?;)*) => {
+        pairs!(@pairing control, WireguardGo, WireguardGo;
+               $($name $(($program $($side $words),+))?)*);
+        pairs!(@pairing ours, Selvedge, Selvedge;
+               $($name $(($program $($side $words),+))?)*);
+        pairs!(@pairing ours_left, Selvedge, WireguardGo;
+               $($name $(($program $($side $words),+))?)*);
+        pairs!(@pairing ours_right, WireguardGo, Selvedge;
+               $($name $(($program $($side $words),+))?)*);
     };
     (@pairing $module:ident, $left:ident, $right:ident;
-     $($name:ident $(($program:ident $side:ident $words:literal))?)*) => {
+     $($name:ident $(($program:ident $($side:ident $words:literal),+))?)*) => {
         mod $module {
             $(
                 #[test]
@@ -38,7 +42,7 @@ macro_rules! pairs {
                         right: crate::tunnel::Program::$right,
                     };
                     let known: &[(bool, &str)] = &[
-                        $((pairing.$side == crate::tunnel::Program::$program, $words))?
+                        $($((pairing.$side == crate::tunnel::Program::$program, $words)),+)?
                     ];
                     crate::judge(known, || super::$name(pairing));
                 }

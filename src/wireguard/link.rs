@@ -1,12 +1,16 @@
 //! Follows the state of the TUN link: its MTU, whether it is up, and where it went.
 //!
-//! The link may be moved to another network namespace while the sockets stay. There it is watched
-//! through sockets that were made in that namespace; entering it for that needs `CAP_SYS_ADMIN`, and
-//! without it the link counts as it was last seen.
+//! The link may be moved to another network namespace while the sockets stay. There it is looked at
+//! every second, by a thread that enters that namespace and leaves nothing in it: a socket there would
+//! keep the namespace, and so the link, from ever going away. Entering needs `CAP_SYS_ADMIN`; without
+//! it the link counts as it was last seen.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::thread;
+use std::time::Duration;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket as Netlink, SocketAddr};
@@ -18,10 +22,16 @@ use super::tun::{Tun, interface_socket, link_state};
 /// The multicast group of links (`RTMGRP_LINK`).
 const LINKS: u32 = 1;
 
-/// The sockets that see the link where it is.
+/// How often a link in another namespace is looked at.
+const ELSEWHERE: Duration = Duration::from_secs(1);
+
+/// What sees the link where it is.
 pub(super) struct LinkWatch {
     events: Netlink,
     query: Socket,
+    /// The namespace that the sockets are in.
+    home: u64,
+    elsewhere: bool,
 }
 
 /// The link as it was last seen.
@@ -40,7 +50,14 @@ impl LinkWatch {
         Ok(Self {
             events,
             query: interface_socket()?,
+            home: File::open("/proc/thread-self/ns/net")?.metadata()?.ino(),
+            elsewhere: false,
         })
+    }
+
+    /// When to look again though nothing was heard, if at all.
+    pub(super) fn interval(&self) -> Option<Duration> {
+        self.elsewhere.then_some(ELSEWHERE)
     }
 
     /// What to poll for reading.
@@ -50,41 +67,48 @@ impl LinkWatch {
 
     /// Reads away what made the descriptor readable: what happened is asked for, not followed.
     pub(super) fn drain(&self) {
-        let mut buffer = Vec::with_capacity(8192);
-        // An overrun is reported once as an error and means no more than "look again".
-        for _ in 0..64 {
-            buffer.clear();
-            match self.events.recv(&mut buffer, 0) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => {}
-            }
-        }
+        drain(&self.events);
     }
 
     /// Looks at the link, and follows it where it has gone.
     pub(super) fn look(&mut self, tun: &Tun) -> io::Result<LinkState> {
         let name = tun.name()?;
-        let (mtu, up) = match link_state(&self.query, &name) {
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
-                *self = follow(tun)?;
-                link_state(&self.query, &name)?
-            }
-            state => state?,
+        // A kernel that cannot tell the namespace leaves the one we are in.
+        let namespace = tun.network_namespace().ok().map(File::from);
+        let namespace = match namespace {
+            Some(namespace) if namespace.metadata()?.ino() != self.home => Some(namespace),
+            _ => None,
+        };
+        self.elsewhere = namespace.is_some();
+        let (mtu, up) = match namespace {
+            Some(namespace) => state_elsewhere(namespace.into(), &name)?,
+            None => link_state(&self.query, &name)?,
         };
         Ok(LinkState { mtu, up })
     }
 }
 
-/// Makes the sockets in the namespace of the link, on a thread that enters it and ends there.
-fn follow(tun: &Tun) -> io::Result<LinkWatch> {
-    let namespace = tun.network_namespace()?;
+/// The MTU of a link in another namespace, and whether it is up.
+fn state_elsewhere(namespace: OwnedFd, name: &str) -> io::Result<(u32, bool)> {
     let entered = thread::scope(|scope| {
         let inside = scope.spawn(|| {
-            setns(&namespace, CloneFlags::CLONE_NEWNET)?;
-            LinkWatch::new()
+            setns(namespace, CloneFlags::CLONE_NEWNET)?;
+            link_state(&interface_socket()?, name)
         });
         inside.join()
     });
-    entered.unwrap_or_else(|_| Err(io::Error::other("the thread that looked for the link died")))
+    entered.unwrap_or_else(|_| Err(io::Error::other("the thread that looked at the link died")))
+}
+
+/// Reads away what waits on a socket of notifications.
+pub(super) fn drain(events: &Netlink) {
+    let mut buffer = Vec::with_capacity(8192);
+    // An overrun is reported once as an error and means no more than "look again".
+    for _ in 0..64 {
+        buffer.clear();
+        match events.recv(&mut buffer, 0) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Ok(_) | Err(_) => {}
+        }
+    }
 }

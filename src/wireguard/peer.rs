@@ -235,12 +235,9 @@ impl Peer {
         *lock(&self.endpoint)
     }
 
-    /// Points to where the peer is configured to be.
+    /// Points to where the peer is configured to be; the kernel chooses from where to speak to it.
     pub(super) fn set_endpoint(&self, remote: SocketAddr) {
-        let mut endpoint = lock(&self.endpoint);
-        if endpoint.is_none_or(|endpoint| endpoint.remote != remote) {
-            *endpoint = Some(remote.into());
-        }
+        *lock(&self.endpoint) = Some(remote.into());
     }
 
     /// Knows no more where the peer is.

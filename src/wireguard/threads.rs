@@ -26,6 +26,7 @@ use super::link::LinkWatch;
 use super::packet::{Ecn, Header};
 use super::peer::Wire;
 use super::receive::Receive;
+use super::routes::RouteWatch;
 use super::transmit::Transmit;
 use super::tun::{MAX_READ, Tun};
 use super::udp::{Arena, Endpoint, MAX_MESSAGES, Sockets};
@@ -178,7 +179,7 @@ pub(super) fn start(core: &Arc<Core>, io: &Arc<Io>) -> io::Result<Vec<JoinHandle
         }))
     };
     core.jobs.set_waker(waker);
-    let link = LinkWatch::new()?;
+    let (link, routes) = (LinkWatch::new()?, RouteWatch::new()?);
     let mut threads = Vec::new();
     let mut spawn = |name: String, body: Body| {
         let (core, io) = (core.clone(), io.clone());
@@ -204,7 +205,7 @@ pub(super) fn start(core: &Arc<Core>, io: &Arc<Io>) -> io::Result<Vec<JoinHandle
     let handshaker = Handshaker::new(core.clone());
     spawn(
         "wg-handshake".to_owned(),
-        Box::new(move |core, io| handshake(core, io, handshaker, link)),
+        Box::new(move |core, io| handshake(core, io, handshaker, link, &routes)),
     )?;
     Ok(threads)
 }
@@ -336,10 +337,25 @@ fn write_apart(core: &Core, tun: &Tun, joined: &[u8]) {
     }
 }
 
-fn handshake(core: &Core, io: &Io, mut handshaker: Handshaker, mut link: LinkWatch) {
+fn handshake(
+    core: &Core,
+    io: &Io,
+    mut handshaker: Handshaker,
+    mut link: LinkWatch,
+    routes: &RouteWatch,
+) {
     look_at_link(core, io, &mut link);
+    let mut looked = Time::now();
     while !io.is_stopping() {
-        let next = handshaker.tick(&**io.sockets.load(), Time::now());
+        let now = Time::now();
+        let next = handshaker.tick(&**io.sockets.load(), now);
+        if link
+            .interval()
+            .is_some_and(|interval| now.since(looked) >= interval)
+        {
+            look_at_link(core, io, &mut link);
+            looked = now;
+        }
         let timeout = match next {
             Some(next) => next.since(Time::now()).min(TICK),
             None => TICK,
@@ -347,6 +363,7 @@ fn handshake(core: &Core, io: &Io, mut handshaker: Handshaker, mut link: LinkWat
         let mut fds = [
             PollFd::new(io.jobs.as_fd(), PollFlags::POLLIN),
             PollFd::new(link.events(), PollFlags::POLLIN),
+            PollFd::new(routes.events(), PollFlags::POLLIN),
         ];
         // Rounded up, lest the thread wakes just before and goes round for nothing.
         let timeout = u16::try_from(timeout.as_millis())
@@ -354,6 +371,7 @@ fn handshake(core: &Core, io: &Io, mut handshaker: Handshaker, mut link: LinkWat
             .saturating_add(1);
         let _ = poll(&mut fds, PollTimeout::from(timeout));
         let link_changed = fds[1].any().unwrap_or(false);
+        let routes_changed = fds[2].any().unwrap_or(false);
         // Empty if it was not the reason to wake up.
         let _ = io.jobs.read();
         if io.gone.load(Ordering::Acquire)
@@ -366,7 +384,24 @@ fn handshake(core: &Core, io: &Io, mut handshaker: Handshaker, mut link: LinkWat
             link.drain();
             look_at_link(core, io, &mut link);
         }
+        if routes_changed {
+            routes.drain();
+            look_at_routes(core, io, routes);
+        }
         handshaker.run(&**io.sockets.load(), Time::now);
+    }
+}
+
+/// Lets the kernel choose anew from where to speak to the peers that are reached another way now.
+fn look_at_routes(core: &Core, io: &Io, routes: &RouteWatch) {
+    let mark = io.fwmark.load(Ordering::Relaxed);
+    for peer in core.table.load().peers.values() {
+        if peer
+            .endpoint()
+            .is_some_and(|endpoint| !routes.still_leads(&endpoint, mark))
+        {
+            peer.clear_source();
+        }
     }
 }
 

@@ -159,7 +159,9 @@ pub(crate) fn the_answer_comes_from_the_address_that_was_called(pairing: Pairing
         "[fd00:aa::2]:1",
     ] {
         right.endpoint(left, endpoint)?;
-        right.ping(LEFT4)?;
+        right
+            .ping(LEFT4)
+            .with_context(|| format!("calling {endpoint}"))?;
         expect_endpoint(right, left, endpoint)?;
     }
     Ok(())
@@ -254,9 +256,11 @@ pairs! {
     an_ipv4_source_that_is_gone_is_replaced;
     an_ipv6_source_that_is_gone_is_replaced;
     a_source_of_one_family_does_not_spoil_the_other
-        fails with WireguardGo on left: "to [fd00:aa::2]:2";
+        fails with WireguardGo on left: "to [fd00:aa::2]:2", right: "to [fd00:aa::2]:2";
     the_answer_comes_from_the_address_that_was_called
-        fails with WireguardGo on left: "the peer is at 10.0.0.1:1, not at 10.0.0.2:1";
+        fails with WireguardGo on
+            left: "the peer is at 10.0.0.1:1, not at 10.0.0.2:1",
+            right: "calling [fd00:aa::1]:1";
     the_answer_comes_from_an_address_of_another_interface
         fails with WireguardGo on left: "the peer is at 10.0.0.1:1, not at 10.50.0.1:1";
     a_better_route_is_taken_with_its_own_source;

@@ -251,7 +251,8 @@ pairs! {
     padding_fills_blocks_of_sixteen;
     padding_never_exceeds_the_mtu;
     padding_never_exceeds_an_mtu_set_elsewhere
-        fails with WireguardGo on right: "-s 1269 192.168.241.1";
+        fails with WireguardGo on
+            left: "-s 1269 192.168.241.1", right: "-s 1269 192.168.241.1";
     a_tenth_of_the_datagrams_may_be_lost;
     reordered_and_doubled_datagrams_arrive_once;
     an_idle_tunnel_is_silent;

@@ -395,7 +395,8 @@ pub(crate) fn a_narrow_underlay_still_carries_tcp(pairing: Pairing) -> Result<()
 }
 
 pairs! {
-    a_narrow_underlay_still_carries_tcp fails with WireguardGo on left: "are unsent after 15s";
+    a_narrow_underlay_still_carries_tcp
+        fails with WireguardGo on left: "are unsent after 15s", right: "are unsent after 15s";
     a_tunnel_carries_a_tunnel;
     a_routing_loop_does_not_swell fails with WireguardGo on left: "were sent around the loop";
     a_peer_may_be_behind_a_peer_but_not_behind_itself

@@ -1,0 +1,118 @@
+//! Watches the routes by which peers are reached.
+//!
+//! A peer is spoken to from the address it called, as long as the way back leads through the
+//! interface it came in by. When another route is better, its own source address is right, and
+//! sticking to the old one would make the peer answer to where nothing goes any more. The kernel's
+//! WireGuard looks at the route of each packet; here it is looked at when routes change.
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "netlink's messages and attributes are many; one of each is wanted here"
+)]
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, BorrowedFd};
+
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{Socket as Netlink, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
+
+use super::udp::Endpoint;
+
+/// The multicast groups of routes and rules (`RTMGRP_IPV4_ROUTE` and so on, linux/rtnetlink.h).
+const ROUTES_AND_RULES: u32 = 0x40 | 0x80 | 0x400 | 0x4_0000;
+
+/// The sockets that hear of changed routes, and that ask for one.
+pub(super) struct RouteWatch {
+    events: Netlink,
+    query: Netlink,
+}
+
+impl RouteWatch {
+    /// Watches the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(super) fn new() -> io::Result<Self> {
+        let mut events = Netlink::new(NETLINK_ROUTE)?;
+        events.set_non_blocking(true)?;
+        events.bind(&SocketAddr::new(0, ROUTES_AND_RULES))?;
+        let query = Netlink::new(NETLINK_ROUTE)?;
+        query.connect(&SocketAddr::new(0, 0))?;
+        // The kernel answers at once; what takes this long is never coming.
+        setsockopt(&query, sockopt::ReceiveTimeout, &TimeVal::new(1, 0))?;
+        Ok(Self { events, query })
+    }
+
+    /// What to poll for reading.
+    pub(super) fn events(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+
+    /// Reads away what made the descriptor readable.
+    pub(super) fn drain(&self) {
+        super::link::drain(&self.events);
+    }
+
+    /// Whether datagrams from the local address of an endpoint still leave by the interface that
+    /// the peer came in by; `mark` is that of the datagrams.
+    pub(super) fn still_leads(&self, endpoint: &Endpoint, mark: u32) -> bool {
+        match endpoint.local {
+            None => true,
+            // A zone is an interface: there is no other way.
+            Some((IpAddr::V6(local), _)) if local.is_unicast_link_local() => true,
+            Some((local, interface)) => self
+                .interface_of(endpoint.remote.ip(), local, mark)
+                .is_ok_and(|found| found == Some(interface)),
+        }
+    }
+
+    /// The interface of the route to an address from one of ours.
+    fn interface_of(&self, to: IpAddr, from: IpAddr, mark: u32) -> io::Result<Option<u32>> {
+        let mut route = RouteMessage::default();
+        let (family, bits) = match to {
+            IpAddr::V4(_) => (AddressFamily::Inet, 32),
+            IpAddr::V6(_) => (AddressFamily::Inet6, 128),
+        };
+        route.header.address_family = family;
+        route.header.destination_prefix_length = bits;
+        route.header.source_prefix_length = bits;
+        route.attributes = vec![
+            RouteAttribute::Destination(RouteAddress::from(to)),
+            RouteAttribute::Source(RouteAddress::from(from)),
+        ];
+        if mark != 0 {
+            route.attributes.push(RouteAttribute::Mark(mark));
+        }
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST;
+        let mut message = NetlinkMessage::new(
+            header,
+            NetlinkPayload::from(RouteNetlinkMessage::GetRoute(route)),
+        );
+        message.finalize();
+        let mut request = vec![0; message.buffer_len()];
+        message.serialize(&mut request);
+        self.query.send(&request, 0)?;
+
+        let mut answer = Vec::with_capacity(4096);
+        self.query.recv(&mut answer, 0)?;
+        let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)
+            .map_err(io::Error::other)?;
+        match answer.payload {
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => {
+                let interface = |attribute: &RouteAttribute| match *attribute {
+                    RouteAttribute::Oif(interface) => Some(interface),
+                    _ => None,
+                };
+                Ok(route.attributes.iter().find_map(interface))
+            }
+            NetlinkPayload::Error(error) => Err(error.to_io()),
+            _ => Ok(None),
+        }
+    }
+}
