@@ -191,36 +191,35 @@ impl<'a> Text<'a> {
 
     /// Pure transit is not tracked: flannel would masquerade it, and where the way back leads over
     /// another leader, kube-proxy would drop it as invalid.
+    ///
+    /// A leader may also be its region's router. What it forwards past the tunnel is tracked as ever,
+    /// or it would not be translated.
     fn transit(&mut self) {
         if !self.firewall.leader {
             return;
         }
         let tunnel = &self.firewall.tunnel;
-        self.chain(
-            "transit",
-            Some("filter hook prerouting priority raw"),
-            |text| {
-                // To an address of this node, or a service's that is translated here.
-                text.rule("fib daddr type local return");
-                for family in Family::BOTH {
-                    let ip = family.ip();
-                    let Some(remote) = text.set("remote", family) else {
-                        continue;
-                    };
-                    if let Some(region) = text.set("region", family) {
-                        text.rule(format!(
-                            "iifname \"{tunnel}\" {ip} saddr {remote} {ip} daddr {region} notrack"
-                        ));
-                        text.rule(format!(
-                        "iifname != \"{tunnel}\" {ip} saddr {region} {ip} daddr {remote} notrack"
-                    ));
-                    }
+        let hook = Some("filter hook prerouting priority raw");
+        self.chain("transit", hook, |text| {
+            text.rule("fib daddr type local return");
+            for family in Family::BOTH {
+                let ip = family.ip();
+                let Some(remote) = text.set("remote", family) else {
+                    continue;
+                };
+                if let Some(region) = text.set("region", family) {
                     text.rule(format!(
-                        "iifname \"{tunnel}\" {ip} saddr {remote} {ip} daddr {remote} notrack"
+                        "iifname \"{tunnel}\" {ip} saddr {remote} {ip} daddr {region} notrack"
+                    ));
+                    text.rule(format!(
+                        "iifname != \"{tunnel}\" {ip} saddr {region} {ip} daddr {remote} fib daddr oifname \"{tunnel}\" notrack"
                     ));
                 }
-            },
-        );
+                text.rule(format!(
+                    "iifname \"{tunnel}\" {ip} saddr {remote} {ip} daddr {remote} notrack"
+                ));
+            }
+        });
     }
 
     /// Decides on translation before flannel's rules at `srcnat` do: a source translated to itself is

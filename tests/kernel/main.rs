@@ -4,6 +4,7 @@
 
 #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
+mod firewall;
 mod fixture;
 mod linux;
 mod state;
