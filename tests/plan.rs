@@ -31,6 +31,8 @@ mod regions;
 mod scenario_000;
 #[path = "plan/scenario_002.rs"]
 mod scenario_002;
+#[path = "plan/scenario_003.rs"]
+mod scenario_003;
 #[path = "plan/wireguard_addresses.rs"]
 mod wireguard_addresses;
 

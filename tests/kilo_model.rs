@@ -1,0 +1,417 @@
+//! Kilo's algorithm once more, slow and obvious, written from its contract and not from our code.
+//!
+//! While a real `kg` is in the mesh, our agents must come to the same topology as it does: two that
+//! disagree on a leader are a black hole. The model works on text and bit masks, rule by rule.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use proptest::prelude::*;
+use selvedge::topology::{Endpoint, ExternalPeer, Granularity, Mode, Node, Segment, Topology};
+
+#[expect(dead_code, reason = "every test binary uses its own part")]
+mod mesh;
+
+#[expect(dead_code, reason = "every test binary uses its own part")]
+mod cluster_strategy;
+
+use cluster_strategy::{nodes, peers};
+use mesh::{Mesh, With, addr, ip, net, node};
+
+/// An IPv4 prefix: first address and mask.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Net(u32, u32);
+
+impl Net {
+    fn parse(text: &str) -> Self {
+        let (address, length) = text.split_once('/').expect("a prefix");
+        let address = u32::from(address.parse::<Ipv4Addr>().expect("IPv4"));
+        let mask = match length.parse::<u32>().expect("a length") {
+            0 => 0,
+            length => u32::MAX << (32 - length),
+        };
+        Self(address & mask, mask)
+    }
+
+    fn contains(self, address: u32) -> bool {
+        address & self.1 == self.0
+    }
+
+    fn intersects(self, other: Self) -> bool {
+        self.contains(other.0) || other.contains(self.0)
+    }
+}
+
+/// What the model says of a segment.
+#[derive(Debug, PartialEq)]
+struct ModelSegment {
+    name: String,
+    leader: String,
+    nodes: Vec<String>,
+    wireguard_ip: String,
+    allowed_ips: Vec<String>,
+    allowed_location_ips: Vec<String>,
+    keepalive: u16,
+    /// Where others send, if they saw nothing themselves.
+    endpoint: Option<SocketAddr>,
+}
+
+/// Contract 2.4.
+fn is_ready(node: &Node, now: i64) -> bool {
+    let endpoint = node.endpoint.is_some();
+    let key = node.public_key.is_some();
+    let pods = !node.pod_cidrs.is_empty();
+    let fresh = now - node.last_seen.unwrap_or(0) < 60;
+    endpoint && key && pods && fresh
+}
+
+/// Contract 2.6.
+fn is_public(address: IpAddr) -> bool {
+    let IpAddr::V4(address) = address else {
+        panic!("the clusters of this test are IPv4")
+    };
+    let private = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"];
+    !private
+        .iter()
+        .any(|net| Net::parse(net).contains(u32::from(address)))
+}
+
+fn resolve(endpoint: &Endpoint, names: &BTreeMap<String, IpAddr>) -> Option<SocketAddr> {
+    match endpoint {
+        Endpoint::Addr(address) => Some(*address),
+        Endpoint::Dns { host, port } => {
+            let address = names.get(host)?;
+            Some(SocketAddr::new(*address, *port))
+        }
+    }
+}
+
+/// Contract 3.1 to 3.7.
+fn model(mesh: &Mesh) -> Vec<ModelSegment> {
+    let names = &mesh.snapshot.resolved;
+    let ready = mesh.snapshot.nodes.values();
+    let ready = ready.filter(|node| is_ready(node, mesh.snapshot.now));
+
+    // 3.1: segments by name; nodes in them by name.
+    let mut segments = BTreeMap::<String, Vec<&Node>>::new();
+    for node in ready {
+        let own = format!("node:{}", node.name.0);
+        let name = if mesh.agreed.granularity == Granularity::Full || node.private_ip.is_none() {
+            own
+        } else {
+            format!("location:{}", node.region.0)
+        };
+        segments.entry(name).or_default().push(node);
+    }
+    for nodes in segments.values_mut() {
+        nodes.sort_by(|a, b| a.name.0.as_bytes().cmp(b.name.0.as_bytes()));
+    }
+
+    // 3.5: what anybody saw, the first by segment and node.
+    let mut discovered = BTreeMap::new();
+    for nodes in segments.values() {
+        for node in nodes {
+            for (key, address) in &node.discovered_endpoints {
+                if !discovered.contains_key(key) {
+                    discovered.insert(*key, *address);
+                }
+            }
+        }
+    }
+
+    let mut result = Vec::new();
+    let mut location_ips = Vec::new();
+    for (position, (name, nodes)) in segments.iter().enumerate() {
+        // 3.2.
+        let public = |node: &Node| {
+            let endpoint = node.endpoint.as_ref().and_then(|e| resolve(e, names));
+            endpoint.is_some_and(|endpoint| is_public(endpoint.ip()))
+        };
+        let mut index = 0;
+        if let Some(found) = nodes.iter().position(|node| node.leader && public(node)) {
+            index = found;
+        } else if let Some(found) = nodes.iter().position(|node| node.leader) {
+            index = found;
+        } else if let Some(found) = nodes.iter().position(|node| public(node)) {
+            index = found;
+        }
+        let leader = nodes[index];
+
+        // 3.3: network address + k, k from 1.
+        let first = u32::from(Ipv4Addr::new(10, 4, 0, 0));
+        let wireguard_ip = Ipv4Addr::from(first + u32::try_from(position).expect("few") + 1);
+
+        // 3.4.
+        let mut allowed_ips = Vec::new();
+        for node in nodes {
+            allowed_ips.push(node.pod_cidrs[0].to_string());
+            if let Some(private) = node.private_ip {
+                allowed_ips.push(format!("{}/32", private.addr()));
+            }
+        }
+        allowed_ips.push(format!("{wireguard_ip}/32"));
+
+        // 3.7: the union; sorted as text in 3.4.
+        let mut offered = Vec::new();
+        for node in nodes {
+            for net in &node.allowed_location_ips {
+                offered.push(net.to_string());
+            }
+        }
+        offered.sort();
+        offered.dedup();
+        location_ips.push(offered);
+
+        let keepalive = leader.persistent_keepalive.unwrap_or(0);
+        let key = leader.public_key.expect("ready");
+        let annotated = resolve(leader.endpoint.as_ref().expect("ready"), names);
+        let endpoint = match discovered.get(&key) {
+            Some(seen) if keepalive != 0 => Some(*seen),
+            _ => annotated,
+        };
+        result.push(ModelSegment {
+            name: name.clone(),
+            leader: leader.name.0.clone(),
+            nodes: nodes.iter().map(|node| node.name.0.clone()).collect(),
+            wireguard_ip: wireguard_ip.to_string(),
+            allowed_ips,
+            allowed_location_ips: Vec::new(),
+            keepalive,
+            endpoint,
+        });
+    }
+
+    // 3.7: in the order of segments, each against the others as they are by then.
+    let peer_nets = model_peers(mesh).into_iter().flat_map(|(_, nets)| nets);
+    let peer_nets = peer_nets.map(|net| Net::parse(&net)).collect::<Vec<_>>();
+    for index in 0..result.len() {
+        let mut kept = Vec::new();
+        for item in &location_ips[index] {
+            let net = Net::parse(item);
+            let mut dropped = false;
+            for (other, items) in location_ips.iter().enumerate() {
+                if other != index && items.iter().any(|item| Net::parse(item).intersects(net)) {
+                    dropped = true;
+                }
+            }
+            for (other, segment) in result.iter().enumerate() {
+                for allowed in &segment.allowed_ips {
+                    // Later segments have no WireGuard address yet.
+                    let not_yet =
+                        other > index && *allowed == format!("{}/32", segment.wireguard_ip);
+                    if !not_yet && Net::parse(allowed).contains(net.0) {
+                        dropped = true;
+                    }
+                }
+            }
+            if peer_nets.iter().any(|peer| peer.intersects(net)) {
+                dropped = true;
+            }
+            if !dropped {
+                kept.push(item.clone());
+            }
+        }
+        location_ips[index].clone_from(&kept);
+        result[index].allowed_location_ips = kept;
+    }
+    result
+}
+
+/// Contract 3.6: by name; an equal CIDR belongs to the first.
+fn model_peers(mesh: &Mesh) -> Vec<(String, Vec<String>)> {
+    let mut peers = Vec::new();
+    let mut keys = Vec::new();
+    let mut claimed = Vec::new();
+    for peer in mesh.snapshot.peers.values() {
+        if peer.allowed_ips.is_empty() || keys.contains(&peer.public_key) {
+            continue;
+        }
+        keys.push(peer.public_key);
+        let mut nets = Vec::new();
+        for net in &peer.allowed_ips {
+            let net = net.to_string();
+            if !claimed.contains(&net) {
+                claimed.push(net.clone());
+                nets.push(net);
+            }
+        }
+        peers.push((peer.name.clone(), nets));
+    }
+    peers
+}
+
+/// Ours, in the model's terms.
+fn told(segment: &Segment) -> ModelSegment {
+    let seen = segment.discovered.filter(|_| segment.behind_nat);
+    ModelSegment {
+        name: segment.name.to_string(),
+        leader: segment.leader.0.clone(),
+        nodes: segment
+            .nodes
+            .iter()
+            .map(|node| node.name.0.clone())
+            .collect(),
+        wireguard_ip: segment.wireguard_ips[0].to_string(),
+        allowed_ips: segment
+            .node_allowed_ips()
+            .map(|net| net.to_string())
+            .collect(),
+        allowed_location_ips: segment
+            .allowed_location_ips
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
+        keepalive: segment.persistent_keepalive,
+        endpoint: seen.or(segment.address),
+    }
+}
+
+/// A cluster in which one node certainly runs a real `kg`.
+fn mixed() -> impl Strategy<Value = Mesh> {
+    let ours = proptest::collection::vec(any::<bool>(), 10);
+    (nodes(), peers(), any::<bool>(), ours).prop_map(|(nodes, peers, full, ours)| {
+        let mut mesh = Mesh::new(nodes);
+        mesh.add_peers(peers);
+        if full {
+            mesh.agreed.granularity = Granularity::Full;
+        }
+        mesh.snapshot.now = 1_000_000;
+        mesh.snapshot.resolved = [("a.example".to_owned(), ip("203.0.113.4"))].into();
+        for (node, ours) in mesh.snapshot.nodes.values_mut().zip(ours) {
+            node.ours = ours;
+            node.pod_cidrs.truncate(1);
+        }
+        let kilo = node("kilo", "r1", 12, "192.168.9.9/24").with(|node| {
+            node.ours = false;
+            node.last_seen = Some(999_990);
+        });
+        mesh.snapshot.nodes.insert(kilo.name.clone(), kilo);
+        mesh
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1000) })]
+
+    #[test]
+    fn beside_a_real_kilo_the_topology_is_kilos(mesh in mixed()) {
+        let topology = mesh.topology();
+
+        prop_assert!(matches!(topology.mode, Mode::Kilo(_)));
+        let ours = topology.segments.iter().map(told).collect::<Vec<_>>();
+        prop_assert_eq!(ours, model(&mesh));
+        let peers = topology.peers.iter().map(|peer: &ExternalPeer| {
+            let nets = peer.allowed_ips.iter().map(ToString::to_string);
+            (peer.name.clone(), nets.collect::<Vec<_>>())
+        });
+        prop_assert_eq!(peers.collect::<Vec<_>>(), model_peers(&mesh));
+    }
+
+    /// Kilo's claims may collide; a tunnel device has one owner for each prefix all the same.
+    #[test]
+    fn beside_a_real_kilo_no_allowed_ip_has_two_owners(mesh in mixed()) {
+        let topology = mesh.topology();
+        for me in mesh.names() {
+            let Some(state) = mesh.plan(&topology, me) else { continue };
+            let nets = state.peers.values().flat_map(|peer| &peer.allowed_ips);
+            let nets = nets.collect::<Vec<_>>();
+            let distinct = nets.iter().collect::<std::collections::BTreeSet<_>>();
+            prop_assert_eq!(nets.len(), distinct.len());
+        }
+    }
+}
+
+/// `a` runs a real `kg`, `b` runs ours.
+fn two_nodes() -> Mesh {
+    Mesh::new([
+        node("a", "a", 1, "192.168.1.1/24").with(|node| node.ours = false),
+        node("b", "b", 2, "192.168.2.1/24"),
+    ])
+    .with(|mesh| {
+        mesh.snapshot.now = 1_000;
+        for node in mesh.snapshot.nodes.values_mut() {
+            node.last_seen = Some(1_000);
+        }
+    })
+}
+
+#[test]
+fn kilos_algorithm_holds_until_the_last_real_kilo_has_been_silent_for_a_minute() {
+    let mut mesh = two_nodes();
+    let kilo = Mode::Kilo(vec![selvedge::topology::NodeName("a".into())]);
+    for (now, expected) in [(1_000, kilo.clone()), (1_059, kilo), (1_060, Mode::Native)] {
+        mesh.snapshot.now = now;
+        assert_eq!(mesh.topology().mode, expected, "at {now}");
+    }
+}
+
+#[test]
+fn changing_over_moves_no_address_and_interrupts_no_tunnel() {
+    let mut mesh = two_nodes();
+    let before = mesh.topology();
+    // The agents have published what Kilo gave them.
+    for segment in &before.segments {
+        let ip = segment.wireguard_ips[0];
+        mesh.node(&segment.leader.0).wireguard_ips = vec![net(&format!("{ip}/16"))];
+    }
+    let old = mesh.state("b");
+    mesh.node("a").ours = true;
+
+    assert_eq!(mesh.topology().mode, Mode::Native);
+    let changes = selvedge::diff::diff(&old, &mesh.state("b"));
+    // A node behind NAT keeps its mapping open by itself; nothing else changes.
+    let changes = changes.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(
+        changes,
+        [
+            "wg set kilo0 peer AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE= endpoint 192.168.1.1:51820 persistent-keepalive 25 allowed-ips 10.4.0.1/32,10.42.1.0/24,192.168.1.1/32"
+        ]
+    );
+}
+
+#[test]
+fn followers_empty_their_wireguard_ip_beside_kilo_and_keep_it_otherwise() {
+    let mut mesh = two_nodes();
+    let follower = node("b2", "b", 3, "192.168.2.2/24").with(|node| node.last_seen = Some(1_000));
+    mesh.snapshot
+        .nodes
+        .insert(follower.name.clone(), follower.clone());
+
+    let annotation = |mesh: &Mesh, name: &str| {
+        let topology = Topology::new(&mesh.snapshot, &mesh.agreed);
+        topology.wireguard_annotation(&selvedge::topology::NodeName(name.into()))
+    };
+    assert_eq!(annotation(&mesh, "b"), Some(vec![net("10.4.0.2/16")]));
+    assert_eq!(annotation(&mesh, "b2"), Some(vec![]));
+
+    mesh.node("a").ours = true;
+    assert_eq!(annotation(&mesh, "b"), Some(vec![net("10.4.0.2/16")]));
+    assert_eq!(annotation(&mesh, "b2"), None);
+}
+
+#[test]
+fn a_node_that_kilo_would_not_count_changes_nothing_on_itself() {
+    let mut mesh = two_nodes();
+    mesh.node("b").last_seen = Some(0);
+    let me = selvedge::topology::NodeName("b".into());
+    assert_eq!(mesh.plan(&mesh.topology(), &me), None);
+}
+
+#[test]
+fn a_name_that_nobody_could_resolve_is_not_public_to_kilo() {
+    let mut mesh = two_nodes();
+    let other = node("b2", "b", 3, "192.168.2.2/24").with(|node| {
+        node.last_seen = Some(1_000);
+        node.endpoint = addr("203.0.113.9:51820");
+    });
+    mesh.snapshot.nodes.insert(other.name.clone(), other);
+    mesh.node("b").endpoint = Some(Endpoint::Dns {
+        host: "b.example".into(),
+        port: 51820,
+    });
+    let leader = |mesh: &Mesh| mesh.topology().segments[1].leader.0.clone();
+    assert_eq!(leader(&mesh), "b2");
+
+    mesh.snapshot.resolved = [("b.example".to_owned(), ip("203.0.113.2"))].into();
+    assert_eq!(leader(&mesh), "b");
+}
