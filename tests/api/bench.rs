@@ -42,10 +42,10 @@ impl Server {
         media_type: &str,
         body: &Value,
     ) -> (u16, Value) {
-        let body = match body {
-            Value::Null => Vec::new(),
-            Value::String(text) => text.clone().into_bytes(),
-            json => json.to_string().into_bytes(),
+        let body = match (body.is_null(), body.as_str()) {
+            (true, _) => Vec::new(),
+            (false, Some(text)) => text.as_bytes().to_vec(),
+            (false, None) => body.to_string().into_bytes(),
         };
         let mut request = http::Request::builder().method(method).uri(path);
         if !media_type.is_empty() {

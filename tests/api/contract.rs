@@ -85,7 +85,7 @@ fn a_real_kube_apiserver_is_as_the_stand_in() {
         runtime().block_on(async {
             let server = Server::at(&plane.kubeconfig_path("admin")).await;
             for (name, case) in CASES {
-                println!("{name}");
+                eprintln!("{name}");
                 case(&server).await;
                 clean(&server).await;
             }
