@@ -56,6 +56,11 @@ const TICK: Duration = Duration::from_secs(1);
 const SESSION: Duration = Duration::from_secs(180);
 /// Changes logged one by one; more of them are a new cluster, and a number says as much.
 const LOGGED: usize = 40;
+/// A new agent is ready when nothing had to be changed for so long: what others publish in answer to
+/// it has come in by then.
+const SETTLED: Duration = Duration::from_secs(1);
+/// How long a new agent waits for its peers' first answers before it is ready without them.
+const FIRST_HANDSHAKES: Duration = Duration::from_secs(10);
 /// What to do beside each other: the agent itself needs one thread, look-ups of names block others.
 const BLOCKING_THREADS: usize = 4;
 
@@ -111,6 +116,10 @@ struct Agent {
     forgotten: Vec<Repair>,
     /// What the last pass could not do.
     failed: Vec<String>,
+    /// When the agent began, when it last had to change something, and whether it has been ready.
+    begun: Instant,
+    last_change: Instant,
+    settled: bool,
     /// What was already said to have failed.
     complained: BTreeSet<String>,
     traffic: BTreeMap<PublicKey, Traffic>,
@@ -198,6 +207,9 @@ impl Agent {
             awaited: None,
             forgotten: Vec::new(),
             failed: Vec::new(),
+            begun: now(),
+            last_change: now(),
+            settled: false,
             complained: BTreeSet::new(),
             traffic: BTreeMap::new(),
             drops: BTreeMap::new(),
@@ -284,6 +296,9 @@ impl Agent {
                 .map(|(repair, error)| format!("{repair}: {error:#}")),
         );
         let outcome = pass.outcome();
+        if outcome != Outcome::Unchanged {
+            self.last_change = now();
+        }
         log_changes(&pass.made);
         self.complain(pass.failed);
         self.shown
@@ -407,7 +422,25 @@ impl Agent {
             self.facts.heard = heard;
             self.schedule.handle_cause(now());
         }
+        self.settled |= self.problems().is_empty() && self.unsettled().is_none();
         self.show();
+    }
+
+    /// What a new agent waits for although it has done all it can.
+    fn unsettled(&self) -> Option<String> {
+        if self.last_change.elapsed() < SETTLED {
+            return Some("waiting for the mesh to settle".to_owned());
+        }
+        let peers = self
+            .decision
+            .desired
+            .iter()
+            .flat_map(|desired| &desired.peers);
+        let unheard = peers
+            .filter(|(key, peer)| peer.endpoint.is_some() && !self.facts.heard.contains_key(key))
+            .count();
+        (unheard > 0 && self.begun.elapsed() < FIRST_HANDSHAKES)
+            .then(|| format!("waiting for the first handshake with {unheard} peers"))
     }
 
     /// Says once what cannot be done, and once that it can be done again.
@@ -455,6 +488,10 @@ impl Agent {
             .map(ToString::to_string)
             .collect::<Vec<_>>();
         let contact = self.cluster.contact();
+        let mut problems = self.problems();
+        if !self.settled {
+            problems.extend(self.unsettled());
+        }
         let report = report::report(&report::Inputs {
             config: &self.config,
             public_key: self.public_key,
@@ -463,7 +500,7 @@ impl Agent {
             contact: &contact.borrow(),
             live: self.view.as_ref().is_some_and(|view| view.live),
             rejected: &rejected,
-            problems: &self.problems(),
+            problems: &problems,
             traffic: &self.traffic,
             drops: &self.drops,
             leak_drops: self

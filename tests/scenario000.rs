@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail, ensure};
 use selvedge_lab::capture::Capture;
-use selvedge_lab::claims::{self, By};
+use selvedge_lab::claims::{self, By, Pairs};
 use selvedge_lab::controlplane::POD_NETWORK;
 use selvedge_lab::lab::{Access, Mesh, Options, Proxy, SCENARIO_FLAGS};
 use selvedge_lab::netns::unique_prefix;
@@ -136,7 +136,7 @@ fn reachability(steps: &mut Steps, lab: &Lab) {
         },
     );
     steps.step("a_megabyte_arrives_intact_between_all_pairs", || {
-        claims::bytes_arrive_intact(lab, 1_000_000)
+        claims::bytes_arrive_intact(lab, 1_000_000, Pairs::BesidesPublicHosts)
     });
     steps.step("nothing_crosses_the_internet_in_clear", || {
         let capture = capture.context("the capture did not start")?.0;
@@ -150,7 +150,7 @@ fn reachability(steps: &mut Steps, lab: &Lab) {
         Ok(findings.to_string())
     });
     steps.step("ten_megabytes_arrive_intact_between_all_pairs", || {
-        claims::bytes_arrive_intact(lab, 10_000_000)
+        claims::bytes_arrive_intact(lab, 10_000_000, Pairs::All)
     });
 }
 
@@ -201,9 +201,13 @@ fn faults(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
             stream(lab, "pod@node-agent-02", "pod@node-agent-03")?,
         ];
         for name in [MASTER, LEADER, FOLLOWER] {
+            // flannel takes its own rules out and in again when it starts. Under a policy of DROP
+            // that alone loses packets, in a region as between regions.
+            lab.node(name)?.run("iptables -P FORWARD ACCEPT")?;
             lab.stop_flannel(name)?;
             lab.start_flannel(name)?;
             sleep(Duration::from_secs(2));
+            lab.node(name)?.run("iptables -P FORWARD DROP")?;
         }
         let mut told = Vec::new();
         for stream in streams {
@@ -266,7 +270,7 @@ fn wg_on_both_leaders(lab: &Lab) -> anyhow::Result<String> {
     Ok(told.join("; "))
 }
 
-fn flannel_device_deleted(lab: &Lab, node: &str) -> anyhow::Result<String> {
+fn flannel_device_deleted(lab: &mut Lab, node: &str) -> anyhow::Result<String> {
     let streams = [
         stream(lab, "pod@node-agent-02", "pod@node-master")?,
         stream(lab, "pod@node-agent-02", "pod@node-agent-01")?,
@@ -274,6 +278,12 @@ fn flannel_device_deleted(lab: &Lab, node: &str) -> anyhow::Result<String> {
     ];
     sleep(Duration::from_millis(500));
     lab.node(node)?.run("ip link delete flannel.1")?;
+    // Without IPv6 flannel 0.28.4 panics over it, and the kubelet starts it again.
+    wait_for("flannel to notice", Duration::from_secs(1), || {
+        lab.flannel_has_ended(node)
+    })
+    .and_then(|_| lab.start_flannel(node))
+    .ok();
     sleep(Duration::from_secs(5));
     let mut told = Vec::new();
     for stream in streams {

@@ -273,6 +273,13 @@ impl Lab {
         Ok(())
     }
 
+    /// Whether the flanneld that was started on a node is no more.
+    pub fn flannel_has_ended(&mut self, node: &str) -> bool {
+        self.flanneld
+            .get_mut(node)
+            .is_none_or(|process| process.ended().is_some())
+    }
+
     /// Leaves everything up when the value is dropped.
     pub fn keep(&mut self) {
         self.agents.values_mut().for_each(Process::keep);

@@ -14,7 +14,8 @@ use super::access::Connection;
 use super::call::{self, Failure};
 use super::pace::jitter;
 
-const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices?labelSelector=kubernetes.io%2Fservice-name%3Dkubernetes";
+/// Asked for by name, so that the agent's role can be narrowed to that name.
+const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices?fieldSelector=metadata.name%3Dkubernetes";
 
 /// Servers come and go rarely, and a new connection asks at once.
 const PERIOD: Duration = Duration::from_secs(600);
@@ -120,7 +121,8 @@ async fn endpoints(connection: &Connection) -> Result<BTreeSet<IpAddr>, Failure>
 
 fn explain(failure: &Failure) -> String {
     if let Failure::Forbidden(_) = failure {
-        "the agent may not list EndpointSlices in the namespace default: check its Role".to_owned()
+        "the agent may not list EndpointSlices in the namespace default: check its ClusterRole"
+            .to_owned()
     } else {
         format!("the endpoints of the kubernetes service cannot be read: {failure}")
     }
