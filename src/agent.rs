@@ -34,7 +34,8 @@ use self::machine::Machine;
 use self::reconcile::{Decision, Facts};
 use self::report::Traffic;
 use self::schedule::{Outcome, Schedule};
-use crate::cluster::{Access, Cluster, ParseSettings, Sources, View};
+use self::state::Saved;
+use crate::cluster::{self, Access, Cluster, ParseSettings, Sources, View};
 use crate::config::Config;
 use crate::flannel::{Files, Flannel, Unready};
 use crate::kernel::heal::{self, FlannelState, Repair};
@@ -105,6 +106,8 @@ struct Agent {
     access: Access,
     cluster: Cluster,
     view: Option<Arc<View>>,
+    /// Remembers the view for the next agent.
+    writer: state::Writer,
     /// The last good address of each name.
     resolved: resolve::Addresses,
     facts: Facts,
@@ -184,10 +187,17 @@ impl Agent {
         let settings = ParseSettings {
             topology_label: config.topology_label.clone(),
         };
-        let cluster = Cluster::start(access.clone(), config.node.clone(), settings, None);
+        // A node that starts while no API server answers is as it was when it stopped.
+        let saved = state::load(&config.state_dir);
+        let resolved = saved
+            .as_ref()
+            .map(|saved| saved.snapshot.resolved.clone())
+            .unwrap_or_default();
+        let cached = saved.map(Saved::into_view);
+        let cluster = Cluster::start(access.clone(), config.node.clone(), settings, cached);
         let (names, wanted) = mpsc::channel(8);
         let (found, addresses) = mpsc::channel(8);
-        tokio::spawn(resolve::follow(wanted, found, resolve::Addresses::new()));
+        tokio::spawn(resolve::follow(wanted, found, resolved.clone()));
 
         tracing::info!(
             node = %config.node,
@@ -201,7 +211,8 @@ impl Agent {
             access,
             cluster,
             view: None,
-            resolved: resolve::Addresses::new(),
+            writer: state::Writer::start(config.state_dir.clone()).context("starting a thread")?,
+            resolved,
             facts: Facts::default(),
             decision: Decision::default(),
             awaited: None,
@@ -231,6 +242,7 @@ impl Agent {
         let _hangup = signal(SignalKind::hangup()).context("listening for SIGHUP")?;
         let mut views = self.cluster.views();
         let mut contact = self.cluster.contact();
+        self.view = views.borrow_and_update().clone();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
 
@@ -270,14 +282,10 @@ impl Agent {
         let begun = now();
         self.gather();
         self.decision = reconcile::decide(&self.facts, &self.config, self.public_key);
-        if let Some(annotations) = self
-            .decision
-            .annotations
-            .clone()
-            .filter(|_| self.view.is_some())
-        {
+        if let Some(annotations) = self.decision.annotations.clone().filter(|_| self.is_live()) {
             self.cluster.publish(annotations);
         }
+        self.tell();
         // A full queue means that the names are about to be looked at anyway.
         let _ = self.names.try_send(self.decision.names.clone());
 
@@ -309,6 +317,23 @@ impl Agent {
             .topology
             .send_replace(Arc::new(self.decision.topology.clone()));
         self.show();
+    }
+
+    /// Whether what is known of the cluster comes from the API.
+    fn is_live(&self) -> bool {
+        self.view.as_ref().is_some_and(|view| view.live)
+    }
+
+    /// Remembers the cluster, and has what the topology leaves out be reported.
+    fn tell(&self) {
+        let Some(view) = self.view.as_ref().filter(|view| view.live) else {
+            return;
+        };
+        self.writer.save(Saved::new(view, &self.resolved));
+        let topology = &self.decision.topology;
+        let excluded = topology.excluded.iter().map(cluster::Report::from);
+        let overlaps = topology.overlaps.iter().map(cluster::Report::from);
+        self.cluster.report(excluded.chain(overlaps).collect());
     }
 
     /// Reads what the kernel and flannel's files say, and takes what else has come in.
@@ -498,7 +523,7 @@ impl Agent {
             facts: &self.facts,
             decision: &self.decision,
             contact: &contact.borrow(),
-            live: self.view.as_ref().is_some_and(|view| view.live),
+            live: self.is_live(),
             rejected: &rejected,
             problems: &problems,
             traffic: &self.traffic,
@@ -570,6 +595,8 @@ fn start_tunnel(config: &Config, key: PrivateKey) -> Result<Arc<Device>, Refusal
         persistent: true,
         listen_port: config.port,
         fwmark: config.fwmark,
+        timestamp_floor: state::load_timestamp(&config.state_dir),
+        persist_timestamp: Some(state::timestamp_keeper(config.state_dir.clone())),
         ..wireguard::Options::new(config.interface.clone())
     };
     let device =

@@ -24,6 +24,7 @@ use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
+use crate::cluster::{Servers, View};
 use crate::topology::{Endpoint, ExternalPeer, Node, NodeName, Snapshot};
 use crate::wireguard::key::PublicKey;
 use crate::wireguard::{Persist, Timestamp};
@@ -47,6 +48,32 @@ pub struct Saved {
     pub snapshot: Snapshot,
     /// The addresses of the API servers.
     pub servers: BTreeSet<IpAddr>,
+}
+
+impl Saved {
+    /// What is worth remembering of a view.
+    pub fn new(view: &View, resolved: &BTreeMap<String, IpAddr>) -> Self {
+        Self {
+            snapshot: Snapshot {
+                resolved: resolved.clone(),
+                now: 0,
+                ..view.snapshot.clone()
+            },
+            servers: view.servers.addresses.clone(),
+        }
+    }
+
+    /// The view as it was.
+    pub fn into_view(self) -> View {
+        View {
+            snapshot: self.snapshot,
+            servers: Servers {
+                addresses: self.servers,
+                incomplete: None,
+            },
+            ..View::default()
+        }
+    }
 }
 
 #[derive(Deserialize, Serialize)]

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::access::Connection;
 use super::call::{self, Failure};
 use super::{Object, Rejected, peer};
-use crate::topology::{NodeName, Snapshot};
+use crate::topology::{Excluded, NodeName, Overlap, Snapshot, Subject};
 
 /// One report of a field in this time, however often its value changes.
 const QUIET: Duration = Duration::from_secs(600);
@@ -52,6 +52,37 @@ impl From<&Rejected> for Report {
             field: rejected.field.to_owned(),
             reason,
             note: rejected.to_string(),
+        }
+    }
+}
+
+impl From<&Excluded> for Report {
+    fn from(excluded: &Excluded) -> Self {
+        Self {
+            object: (&excluded.subject).into(),
+            field: excluded.field.to_string(),
+            reason: "SelvedgeExcluded",
+            note: excluded.to_string(),
+        }
+    }
+}
+
+impl From<&Overlap> for Report {
+    fn from(overlap: &Overlap) -> Self {
+        Self {
+            object: Object::Node(overlap.node.clone()),
+            field: overlap.address.to_string(),
+            reason: "SelvedgeAddressOverlap",
+            note: overlap.to_string(),
+        }
+    }
+}
+
+impl From<&Subject> for Object {
+    fn from(subject: &Subject) -> Self {
+        match subject {
+            Subject::Node(name) => Self::Node(name.clone()),
+            Subject::Peer(name) => Self::Peer(name.clone()),
         }
     }
 }
