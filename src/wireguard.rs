@@ -24,6 +24,7 @@ mod core;
 mod drops;
 pub mod gso;
 mod handshake;
+mod icmp;
 mod indices;
 pub mod key;
 mod link;

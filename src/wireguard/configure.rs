@@ -273,6 +273,7 @@ impl Core {
             .map(|(&net, keys)| (net, owners(keys)));
         let table = Table::new(peers.collect(), allowed_ips.collect());
         self.table.store(Arc::new(table));
+        self.note_known_addresses();
     }
 
     /// The peers as `wg` shows them.

@@ -2,7 +2,8 @@
 //!
 //! No I/O and no clock: the same core runs under a test that carries its datagrams by hand.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,6 +24,8 @@ use super::udp::Endpoint;
 
 /// The most handshake messages that wait, as in the kernel.
 pub(super) const MAX_QUEUED: usize = 4096;
+/// The most that wait from addresses of peers.
+const MAX_QUEUED_KNOWN: usize = 512;
 
 /// The bytes of the longest handshake message, an initiation.
 pub(super) const MAX_HANDSHAKE: usize = 148;
@@ -78,17 +81,19 @@ pub(super) enum Job {
 /// A handshake message as it came.
 pub(super) struct HandshakeMessage {
     pub(super) from: Endpoint,
+    /// Whether it came from the address of a peer.
+    pub(super) known: bool,
     bytes: [u8; MAX_HANDSHAKE],
     length: usize,
 }
 
 impl HandshakeMessage {
-    /// Keeps a message of at most [`MAX_HANDSHAKE`] bytes.
-    pub(super) fn new(message: &[u8], from: Endpoint) -> Option<Self> {
+    fn new(message: &[u8], from: Endpoint, known: bool) -> Option<Self> {
         let mut bytes = [0; MAX_HANDSHAKE];
         bytes.get_mut(..message.len())?.copy_from_slice(message);
         Some(Self {
             from,
+            known,
             bytes,
             length: message.len(),
         })
@@ -100,10 +105,15 @@ impl HandshakeMessage {
 }
 
 /// The queue of the handshake thread.
+///
+/// Messages from the addresses of peers have a lane of their own: a flood from elsewhere can neither
+/// fill it nor delay it.
 #[derive(Default)]
 pub(super) struct Jobs {
     queue: Mutex<Queue>,
-    /// Called after a job was queued.
+    /// The addresses that peers were last seen at.
+    known: ArcSwap<HashSet<IpAddr>>,
+    /// Called when there is something to do after there was nothing.
     waker: ArcSwapOption<Waker>,
 }
 
@@ -113,8 +123,8 @@ pub(super) struct Waker(pub(super) Box<dyn Fn() + Send + Sync>);
 struct Queue {
     /// Asked for by the device itself, and bounded by the number of peers.
     own: VecDeque<Job>,
-    /// Handshake messages, from anybody.
-    messages: VecDeque<Box<HandshakeMessage>>,
+    known: VecDeque<Box<HandshakeMessage>>,
+    strangers: VecDeque<Box<HandshakeMessage>>,
 }
 
 impl Jobs {
@@ -137,26 +147,58 @@ impl Jobs {
         self.wake();
     }
 
-    /// Queues a message, unless there are too many.
-    pub(super) fn push_message(&self, message: HandshakeMessage) -> Result<(), Dropped> {
+    /// Queues a message of at most [`MAX_HANDSHAKE`] bytes, unless there are too many.
+    pub(super) fn push_message(&self, message: &[u8], from: Endpoint) -> Result<(), Dropped> {
+        let known = self.known.load().contains(&from.remote.ip());
         let mut queue = self.queue();
-        if queue.messages.len() >= MAX_QUEUED {
+        let (lane, limit) = if known {
+            (&mut queue.known, MAX_QUEUED_KNOWN)
+        } else {
+            (&mut queue.strangers, MAX_QUEUED)
+        };
+        if lane.len() >= limit {
             return Err(Dropped::QueueFull);
         }
-        queue.messages.push_back(Box::new(message));
+        let message = HandshakeMessage::new(message, from, known).ok_or(Dropped::Malformed)?;
+        lane.push_back(Box::new(message));
+        // Whoever is at work on a lane looks at it again.
+        let was_empty = lane.len() == 1;
         drop(queue);
-        self.wake();
+        if was_empty {
+            self.wake();
+        }
         Ok(())
     }
 
-    /// The next job, those of the device itself first, and how many messages wait behind it.
-    pub(super) fn pop(&self) -> Option<(Job, usize)> {
+    /// The next job: the device's own first, then known peers', then, if asked for, strangers'.
+    /// Tells also how many strangers wait behind it.
+    pub(super) fn pop(&self, strangers: bool) -> Option<(Job, usize)> {
         let mut queue = self.queue();
-        let job = match queue.own.pop_front() {
-            Some(job) => job,
-            None => Job::Message(queue.messages.pop_front()?),
+        let job = if let Some(job) = queue.own.pop_front() {
+            job
+        } else if let Some(message) = queue.known.pop_front() {
+            Job::Message(message)
+        } else {
+            let message = if strangers {
+                queue.strangers.pop_front()
+            } else {
+                None
+            };
+            Job::Message(message?)
         };
-        Some((job, queue.messages.len()))
+        Some((job, queue.strangers.len()))
+    }
+
+    /// How many messages of strangers wait.
+    pub(super) fn strangers(&self) -> usize {
+        self.queue().strangers.len()
+    }
+
+    /// Takes note of where peers are.
+    pub(super) fn set_known(&self, known: HashSet<IpAddr>) {
+        if **self.known.load() != known {
+            self.known.store(Arc::new(known));
+        }
     }
 }
 
@@ -206,6 +248,14 @@ impl Core {
         if !peer.handshake_asked.swap(true, Ordering::Relaxed) {
             self.jobs.push(Job::Initiate(peer.clone()));
         }
+    }
+
+    /// Looks where the peers are, for the queue of handshakes.
+    pub(super) fn note_known_addresses(&self) {
+        let table = self.table.load();
+        let endpoints = table.peers.values().filter_map(|peer| peer.endpoint());
+        self.jobs
+            .set_known(endpoints.map(|endpoint| endpoint.remote.ip()).collect());
     }
 
     /// The bytes to append to an inner packet: up to a multiple of 16, but never beyond the MTU

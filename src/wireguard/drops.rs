@@ -39,6 +39,8 @@ reasons! {
     ForeignSource = "foreign_source",
     /// A packet to an address that no peer owns.
     NoPeer = "no_peer",
+    /// A packet that fits into no datagram.
+    TooBig = "too_big",
     /// A packet to a peer without an endpoint.
     NoEndpoint = "no_endpoint",
     /// A packet that waited too long for a session, or too many with it.

@@ -62,6 +62,11 @@ impl VnetHeader {
         Some((header, packet))
     }
 
+    /// Whether the packet stands for several.
+    pub fn is_joined(&self) -> bool {
+        self.kind & !GSO_ECN != GSO_NONE
+    }
+
     /// The header as it is written.
     pub fn to_bytes(self) -> [u8; VNET_HEADER] {
         let [h0, h1] = self.header_length.to_ne_bytes();

@@ -2,7 +2,8 @@
 //!
 //! Nothing is answered that does not carry a valid first MAC, so the device is silent to whoever does
 //! not know its public key. Under load it also wants the second, which proves that the sender
-//! receives at its address, and limits each source.
+//! receives at its address, and limits each source; and it spends no more than a tenth of its time on
+//! strangers, so that a flood costs the packet threads little.
 
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -35,11 +36,21 @@ const INITIATION_INTERVAL: Duration = Duration::from_millis(20);
 /// A cookie is used for so long: the 120 seconds of its secret but for what it was under way.
 const COOKIE_LASTS: Duration = Duration::from_secs(115);
 
+/// Under load strangers get so much of each [`SLICE`].
+const STRANGERS_SHARE: Duration = Duration::from_millis(1);
+const SLICE: Duration = Duration::from_millis(10);
+
 /// The handshake thread's state.
 pub(super) struct Handshaker {
     core: Arc<Core>,
+    /// Of sources that have shown a cookie.
     limit: RateLimit,
+    /// Of the addresses of peers, which need none as long as they keep to it.
+    known_limit: RateLimit,
     loaded: Option<Time>,
+    /// When the current slice began, and what of it strangers have had.
+    slice: Option<Time>,
+    spent: Duration,
     /// For what waited for a session, and for keepalives.
     transmit: Transmit,
 }
@@ -49,20 +60,27 @@ impl Handshaker {
         Self {
             core,
             limit: RateLimit::default(),
+            known_limit: RateLimit::default(),
             loaded: None,
+            slice: None,
+            spent: Duration::ZERO,
             transmit: Transmit::default(),
         }
     }
 
-    /// Does every job that is queued.
-    pub(super) fn run(&mut self, wire: &impl Wire, now: impl Fn() -> Time) {
+    /// Does every job that is queued, but for those of strangers that have had their share; returns
+    /// when to go on with them.
+    pub(super) fn run(&mut self, wire: &impl Wire, clock: impl Fn() -> Time) -> Option<Time> {
         let core = self.core.clone();
-        while let Some((job, waiting)) = core.jobs.pop() {
-            let now = now();
+        let mut now = clock();
+        while let Some((job, waiting)) = core.jobs.pop(self.has_time_for_strangers(now)) {
             match job {
                 Job::Message(message) => {
                     if let Err(reason) = self.message(&message, waiting, wire, now) {
                         core.drops.add(reason, 1);
+                    }
+                    if !message.known {
+                        self.spent += clock().since(now);
                     }
                 }
                 Job::Initiate(peer) => {
@@ -75,8 +93,20 @@ impl Handshaker {
                 }
                 Job::Keepalive(peer) => self.transmit.keepalive(&core, wire, &peer, now),
             }
+            now = clock();
         }
         self.transmit.rest();
+        self.slice
+            .filter(|_| core.jobs.strangers() > 0)
+            .map(|slice| slice + SLICE)
+    }
+
+    fn has_time_for_strangers(&mut self, now: Time) -> bool {
+        if self.slice.is_none_or(|slice| now.since(slice) >= SLICE) {
+            self.slice = Some(now);
+            self.spent = Duration::ZERO;
+        }
+        self.spent < STRANGERS_SHARE || !self.is_loaded(0, now)
     }
 
     /// Does what the timers of all peers ask for; returns when to ask again.
@@ -104,6 +134,7 @@ impl Handshaker {
             next = [next, due.next].into_iter().flatten().min();
         }
         self.transmit.rest();
+        core.note_known_addresses();
         next
     }
 
@@ -127,17 +158,7 @@ impl Handshaker {
             return Err(Dropped::Unauthentic);
         }
         if loaded {
-            let remote = message.from.remote;
-            if !identity
-                .cookies
-                .verify_mac2(bytes, remote, now.as_duration())
-            {
-                send_cookie(identity, message, wire, now)?;
-                return Err(Dropped::RateLimited);
-            }
-            if !self.limit.allows(remote.ip(), now) {
-                return Err(Dropped::RateLimited);
-            }
+            self.admit(identity, message, wire, now)?;
         }
         match packet {
             Packet::HandshakeInit(init) => respond(&core, identity, &init, message, wire, now),
@@ -145,6 +166,30 @@ impl Handshaker {
                 self.complete(identity, response, message, wire, now)
             }
             Packet::PacketCookieReply(_) | Packet::PacketData(_) => Err(Dropped::Malformed),
+        }
+    }
+
+    /// Under load: whether a message may cost the work of a handshake.
+    fn admit(
+        &mut self,
+        identity: &Identity,
+        message: &HandshakeMessage,
+        wire: &impl Wire,
+        now: Time,
+    ) -> Result<(), Dropped> {
+        let (bytes, remote) = (message.bytes(), message.from.remote);
+        if message.known && self.known_limit.allows(remote.ip(), now) {
+            return Ok(());
+        }
+        let cookies = &identity.cookies;
+        if !cookies.verify_mac2(bytes, remote, now.as_duration()) {
+            send_cookie(identity, message, wire, now)?;
+            return Err(Dropped::RateLimited);
+        }
+        if self.limit.allows(remote.ip(), now) {
+            Ok(())
+        } else {
+            Err(Dropped::RateLimited)
         }
     }
 

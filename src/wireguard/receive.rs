@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use super::clock::Time;
-use super::core::{Core, HandshakeMessage, Job};
+use super::core::{Core, Job};
 use super::drops::Dropped;
 use super::gso::Coalescer;
 use super::packet::{Header, set_ecn};
@@ -199,10 +199,7 @@ fn pass_on(core: &Core, datagram: &[u8], message: &Message) {
     let kind = datagram.first_chunk().map(|kind| u32::from_le_bytes(*kind));
     let dropped = match (kind, datagram.len()) {
         (Some(1), 148) | (Some(2), 92) | (Some(3), 64) => {
-            match HandshakeMessage::new(datagram, message.from) {
-                Some(message) => core.jobs.push_message(message).err(),
-                None => Some(Dropped::Malformed),
-            }
+            core.jobs.push_message(datagram, message.from).err()
         }
         _ => Some(Dropped::Malformed),
     };

@@ -186,6 +186,21 @@ impl World {
         world
     }
 
+    /// Two hosts, of which the second does not know where the first is.
+    fn pair_with_a_stranger() -> Self {
+        let world = Self::of([1, 2]);
+        let [one, two] = world.hosts.as_slice() else {
+            unreachable!()
+        };
+        one.set_peers(&[(two, config(2))], world.now);
+        let anywhere = PeerConfig {
+            endpoint: None,
+            ..config(1)
+        };
+        two.set_peers(&[(one, anywhere)], world.now);
+        world
+    }
+
     /// Two hosts with a session.
     fn connected_pair() -> Self {
         let mut world = Self::pair();

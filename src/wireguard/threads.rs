@@ -22,12 +22,13 @@ use super::core::{Core, Waker};
 use super::drops::Dropped;
 use super::gso::{MAX_SEGMENTS, Split, VnetHeader};
 use super::handshake::Handshaker;
+use super::icmp::{self, Answer, Pace};
 use super::link::LinkWatch;
 use super::packet::{Ecn, Header};
 use super::peer::Wire;
 use super::receive::Receive;
 use super::routes::RouteWatch;
-use super::transmit::Transmit;
+use super::transmit::{Refused, Transmit};
 use super::tun::{MAX_READ, Tun};
 use super::udp::{Arena, Endpoint, MAX_MESSAGES, Sockets};
 
@@ -224,6 +225,7 @@ impl Drop for AbortOnPanic {
 fn transmit(core: &Core, io: &Io, queue: usize) {
     let mut buffer = vec![0; MAX_READ];
     let mut transmit = Transmit::default();
+    let mut pace = Pace::default();
     while !io.is_stopping() {
         let tuns = io.tuns.load();
         let Some(tun) = tuns.get(queue) else {
@@ -232,9 +234,12 @@ fn transmit(core: &Core, io: &Io, queue: usize) {
         };
         match tun.read(&mut buffer) {
             Ok(length) => {
-                let sockets = io.sockets.load();
-                let refused = transmit.packet(core, &**sockets, &buffer[..length], Time::now());
-                if let Err(_refused) = refused {}
+                let (sockets, now, bytes) = (io.sockets.load(), Time::now(), &buffer[..length]);
+                if let Err(Refused(Some(answer))) = transmit.packet(core, &**sockets, bytes, now)
+                    && pace.allows(now)
+                {
+                    tell_sender(tun, bytes, answer);
+                }
             }
             Err(error) => match error.raw_os_error() {
                 Some(libc::EAGAIN) => {
@@ -255,6 +260,16 @@ fn transmit(core: &Core, io: &Io, queue: usize) {
                 }
             },
         }
+    }
+}
+
+/// Answers a packet that goes nowhere.
+fn tell_sender(tun: &Tun, bytes: &[u8], answer: Answer) {
+    let told = VnetHeader::read(bytes).and_then(|(_, packet)| icmp::answer(packet, answer));
+    if let Some(packet) = told {
+        let vnet = VnetHeader::default().to_bytes();
+        // While the link goes down nobody is told.
+        let _ = tun.write(&[IoSlice::new(&vnet), IoSlice::new(&packet)]);
     }
 }
 
@@ -346,6 +361,7 @@ fn handshake(
 ) {
     look_at_link(core, io, &mut link);
     let mut looked = Time::now();
+    let mut strangers = None;
     while !io.is_stopping() {
         let now = Time::now();
         let next = handshaker.tick(&**io.sockets.load(), now);
@@ -356,10 +372,8 @@ fn handshake(
             look_at_link(core, io, &mut link);
             looked = now;
         }
-        let timeout = match next {
-            Some(next) => next.since(Time::now()).min(TICK),
-            None => TICK,
-        };
+        let next = [next, strangers].into_iter().flatten().min();
+        let timeout = next.map_or(TICK, |next| next.since(Time::now()).min(TICK));
         let mut fds = [
             PollFd::new(io.jobs.as_fd(), PollFlags::POLLIN),
             PollFd::new(link.events(), PollFlags::POLLIN),
@@ -388,7 +402,7 @@ fn handshake(
             routes.drain();
             look_at_routes(core, io, routes);
         }
-        handshaker.run(&**io.sockets.load(), Time::now);
+        strangers = handshaker.run(&**io.sockets.load(), Time::now);
     }
 }
 

@@ -11,17 +11,20 @@ use super::clock::Time;
 use super::core::Core;
 use super::drops::Dropped;
 use super::gso::{Split, VnetHeader};
+use super::icmp::Answer;
 use super::packet::{Ecn, Header};
 use super::peer::{Peer, Wire};
 use super::session::{DATA_HEADER, OVERHEAD, Session, TAG};
 use super::tun::MAX_READ;
 use super::udp::{MAX_DATAGRAMS, MAX_SEND};
 
-/// A packet that goes nowhere, and whose sender may be told.
+/// A packet that goes nowhere, and what its sender may be told.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct Refused {
-    pub(super) reason: Dropped,
-}
+pub(super) struct Refused(pub(super) Option<Answer>);
+
+/// The longest packet that a datagram of IPv4 has room for: 65,535 bytes less the headers of IP, UDP
+/// and WireGuard. The link's MTU is to be less; where it isn't, the sender is told.
+const MAX_INNER: u16 = 65_475;
 
 /// The datagrams that are being gathered.
 pub(super) struct Transmit {
@@ -65,19 +68,22 @@ impl Transmit {
         bytes: &[u8],
         now: Time,
     ) -> Result<(), Refused> {
-        let refuse = |reason| {
+        let refuse = |reason, answer| {
             core.drops.add(reason, 1);
-            Err(Refused { reason })
+            Err(Refused(answer))
         };
-        let Some((_, packet)) = VnetHeader::read(bytes) else {
-            return refuse(Dropped::Malformed);
+        let Some((vnet, packet)) = VnetHeader::read(bytes) else {
+            return refuse(Dropped::Malformed, None);
         };
         let Some(ip) = Header::parse(packet) else {
-            return refuse(Dropped::Malformed);
+            return refuse(Dropped::Malformed, None);
         };
+        if ip.length > usize::from(MAX_INNER) && !vnet.is_joined() {
+            return refuse(Dropped::TooBig, Some(Answer::TooBig(MAX_INNER)));
+        }
         let table = core.table.load();
         let Some(peer) = table.route(ip.destination, || ip.flow_hash(packet)) else {
-            return refuse(Dropped::NoPeer);
+            return refuse(Dropped::NoPeer, Some(Answer::Unreachable));
         };
         let session = peer.session();
         if let Some(session) = session.as_ref().filter(|session| session.may_send(now)) {
@@ -88,7 +94,7 @@ impl Transmit {
             return Ok(());
         }
         if peer.endpoint().is_none() {
-            return refuse(Dropped::NoEndpoint);
+            return refuse(Dropped::NoEndpoint, Some(Answer::Unreachable));
         }
         let dropped = peer.stage(bytes);
         core.drops.add(Dropped::NoSession, dropped);

@@ -102,7 +102,7 @@ fn gap_5_replayed_initiations_do_not_make_load_for_others() {
 
 #[test]
 fn gap_5_under_load_a_cookie_is_asked_for_that_counts_for_one_address_and_port() {
-    let mut world = World::pair();
+    let mut world = World::pair_with_a_stranger();
     world.work();
     let initiation = world
         .log
@@ -136,6 +136,27 @@ fn gap_5_under_load_a_cookie_is_asked_for_that_counts_for_one_address_and_port()
         .rfind(|datagram| datagram.to == address(2) && datagram.kind() == 1)
         .unwrap();
     assert_ne!(with_cookie.bytes[132..], [0; 16]);
+}
+
+#[test]
+fn gap_5_a_flood_of_strangers_does_not_hold_up_a_peer_at_its_known_address() {
+    let mut world = World::pair();
+    world.work();
+    let to_two = |datagram: &&Datagram| datagram.to == address(2);
+    let initiation = world.log.iter().find(to_two).unwrap().clone();
+    world.under_way.clear();
+    for n in 0..20_000_u16 {
+        let from = (Ipv4Addr::from(0xc633_6400 | u32::from(n)), n).into();
+        world.deliver(&Datagram {
+            from,
+            ..initiation.clone()
+        });
+    }
+    assert!(world.hosts[1].drops(Dropped::QueueFull) > 10_000);
+    world.deliver(&initiation);
+    world.work();
+    let answers = |datagram: &&Datagram| datagram.kind() == 2 && datagram.to == address(1);
+    assert_eq!(world.log.iter().filter(answers).count(), 1);
 }
 
 #[test]
@@ -261,7 +282,7 @@ fn gap_10_a_peer_roams_with_every_authentic_message_and_with_no_other() {
 
 #[test]
 fn gap_10_a_cookie_says_nothing_about_where_a_peer_is() {
-    let mut world = World::pair();
+    let mut world = World::pair_with_a_stranger();
     world.work();
     let initiation = world
         .log
