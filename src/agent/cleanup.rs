@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::anyhow;
 
 use super::control::NodeLock;
+use super::state;
 use crate::cluster::{self, Access, Sources};
 use crate::config::Config;
 use crate::kernel::Kernel;
@@ -39,6 +40,9 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
         if let Err(error) = remove(socket) {
             failures.push(format!("removing {}: {error}", socket.display()));
         }
+    }
+    if let Err(error) = state::forget(&config.state_dir) {
+        failures.push(format!("removing the cached state: {error}"));
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

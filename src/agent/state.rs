@@ -167,6 +167,19 @@ pub fn load(state_dir: &Path) -> Option<Saved> {
     }
 }
 
+/// Removes what was remembered of the cluster. How far timestamps had come stays, like the key they
+/// belong to.
+///
+/// # Errors
+///
+/// When the file is there and cannot be removed.
+pub fn forget(state_dir: &Path) -> io::Result<()> {
+    match fs::remove_file(state_dir.join(STATE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// Reads how far timestamps had come; zero where that is not known.
 pub fn load_timestamp(state_dir: &Path) -> Timestamp {
     let path = state_dir.join(TIMESTAMP);
@@ -549,6 +562,15 @@ mod tests {
         let elsewhere = dir.path().join("elsewhere");
         fs::rename(&path, &elsewhere).unwrap();
         symlink(&elsewhere, &path).unwrap();
+        assert_eq!(load(dir.path()), None);
+    }
+
+    #[test]
+    fn what_is_forgotten_is_not_loaded() {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), saved());
+        forget(dir.path()).unwrap();
+        forget(dir.path()).unwrap();
         assert_eq!(load(dir.path()), None);
     }
 

@@ -275,6 +275,7 @@ impl Access {
         let config =
             Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
         let mut config = config.ok()?;
+        config.proxy_url = None;
         config.root_cert_file = Some(ca);
         Some(config)
     }
@@ -289,9 +290,17 @@ fn at(config: &Config, url: &str) -> Result<Config, String> {
 
 async fn from_kubeconfig(path: &Path, master: Option<&str>) -> Result<Config, String> {
     let kubeconfig = Kubeconfig::read_from(path).map_err(|e| chain(&e))?;
-    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+    let clusters = kubeconfig.clusters.iter();
+    let names_proxy = clusters
+        .filter_map(|named| named.cluster.as_ref())
+        .any(|cluster| cluster.proxy_url.is_some());
+    let mut config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
         .await
         .map_err(|e| chain(&e))?;
+    if !names_proxy {
+        // A proxy in the environment is for the way out of the cluster.
+        config.proxy_url = None;
+    }
     master.map_or(Ok(config.clone()), |url| at(&config, url))
 }
 
