@@ -408,7 +408,10 @@ impl Agent {
         let others = members
             .chain(outsiders)
             .filter(|name| **name != self.config.node)
-            .filter_map(|name| nodes.get(name))
+            .filter_map(|name| {
+                let node = nodes.get(name)?;
+                Some((node.pod_cidrs.as_slice(), node.lease.as_ref()?))
+            })
             .collect::<Vec<_>>();
         heal::missing(flannel, &others, found)
     }

@@ -46,9 +46,6 @@ use crate::diff::Change;
 use crate::flannel::Vtep;
 use crate::plan::{Link, Route, RouteKey, Ruleset, Scope, State, Table};
 
-/// The routing table `main`.
-const MAIN: u32 = 254;
-
 /// The kernel of this node, in one network namespace.
 #[derive(Debug)]
 pub struct Kernel {
@@ -164,12 +161,11 @@ impl Kernel {
             .collect();
         let mut state = FlannelState::default();
         for v6 in [false, true] {
-            for message in list::routes(&mut netlink, v6, MAIN)? {
+            for message in list::flannel_routes(&mut netlink, v6)? {
                 let hops = route::next_hops(&message, &names);
                 if let Some(dst) = route::destination(&message)
                     && networks.iter().any(|net| net.contains(&dst))
                     && let [hop] = &Vec::from_iter(hops)[..]
-                    && hop.via.is_some()
                 {
                     state.next_hops.insert(dst, hop.clone());
                 }

@@ -19,9 +19,8 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::route;
-use crate::flannel::{Backend, Flannel, Mac, Vtep};
+use crate::flannel::{Backend, Flannel, Lease, Mac, Vtep};
 use crate::plan::NextHop;
-use crate::topology::Node;
 
 /// The metric that IPv6 routes get where none is asked for; flannel asks for none.
 const IPV6_METRIC: u32 = 1024;
@@ -79,19 +78,20 @@ pub struct Link {
     pub name: String,
 }
 
-/// What is missing to reach the pods of `members`, the other nodes of the own region, by flannel's
-/// vxlan devices. Pure.
-pub fn missing(flannel: &Flannel, members: &[&Node], found: &FlannelState) -> Vec<Repair> {
+/// Another node of the own region: its pod CIDRs, and what flannel says of it.
+pub type Member<'a> = (&'a [IpNet], &'a Lease);
+
+/// What is missing to reach the pods of `members` by flannel's vxlan devices. Pure.
+pub fn missing(flannel: &Flannel, members: &[Member<'_>], found: &FlannelState) -> Vec<Repair> {
     let mut repairs = Vec::new();
     if flannel.backend != Backend::Vxlan {
         return repairs;
     }
-    for (lease, pod_cidrs) in members
+    for (pod_cidrs, lease) in members
         .iter()
-        .filter_map(|node| Some((node.lease.as_ref()?, &node.pod_cidrs)))
-        .filter(|(lease, _)| lease.backend == Some(Backend::Vxlan))
+        .filter(|(_, lease)| lease.backend == Some(Backend::Vxlan))
     {
-        for &dst in pod_cidrs {
+        for &dst in *pod_cidrs {
             let v6 = dst.addr().is_ipv6();
             let Some(vtep) = flannel.vteps.iter().find(|vtep| is_for(vtep, v6)) else {
                 continue;
@@ -272,7 +272,8 @@ fn to_neighbour_address(ip: IpAddr) -> NeighbourAddress {
 
 /// The link, addresses and state in a message about a neighbour or a forwarding entry.
 pub(super) fn from_message(message: &NeighbourMessage) -> Option<(u32, IpAddr, Mac)> {
-    if message.header.state != NeighbourState::Permanent {
+    // `bridge` sets NUD_NOARP, too; flannel does not.
+    if u16::from(message.header.state) & u16::from(NeighbourState::Permanent) == 0 {
         return None;
     }
     let mut ip = None;
@@ -300,5 +301,138 @@ fn to_ip(address: &NeighbourAddress) -> Option<IpAddr> {
                 .ok()
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAC: Mac = Mac([0x8e, 0x4d, 0x2a, 0x67, 0xf4, 0xa5]);
+
+    fn flannel() -> Flannel {
+        let vtep = |name: &str, index| Vtep {
+            name: name.to_owned(),
+            index,
+            vni: 1,
+            port: 8472,
+            mac: Mac([2; 6]),
+            mtu: 1450,
+            local: None,
+            parent: Some("eth0".to_owned()),
+            addresses: Vec::new(),
+        };
+        Flannel {
+            backend: Backend::Vxlan,
+            direct_routing: false,
+            networks: vec![
+                "10.42.0.0/16".parse().unwrap(),
+                "fd42::/56".parse().unwrap(),
+            ],
+            subnets: Vec::new(),
+            mtu: 1450,
+            vteps: vec![vtep("flannel.1", 3), vtep("flannel-v6.1", 4)],
+            next_hops: BTreeMap::new(),
+        }
+    }
+
+    fn pods() -> Vec<IpNet> {
+        vec![
+            "10.42.2.0/24".parse().unwrap(),
+            "fd42:0:0:2::/64".parse().unwrap(),
+        ]
+    }
+
+    fn lease() -> Lease {
+        Lease {
+            backend: Some(Backend::Vxlan),
+            vni: Some(1),
+            vtep_mac: Some(MAC),
+            vtep_mac_v6: Some(Mac([6; 6])),
+            public_ip: Some([192, 168, 50, 12].into()),
+            public_ipv6: Some("2001:db8:50::12".parse().unwrap()),
+        }
+    }
+
+    fn commands(flannel: &Flannel, pods: &[IpNet], found: &FlannelState) -> String {
+        let repairs = missing(flannel, &[(pods, &lease())], found);
+        let lines: Vec<String> = repairs.iter().map(Repair::to_string).collect();
+        lines.join("\n")
+    }
+
+    fn v4_route(dev: &str) -> FlannelState {
+        let hop = NextHop {
+            via: Some([10, 42, 2, 0].into()),
+            dev: dev.to_owned(),
+            onlink: true,
+        };
+        FlannelState {
+            next_hops: [("10.42.2.0/24".parse().unwrap(), hop)].into(),
+            ..FlannelState::default()
+        }
+    }
+
+    #[test]
+    fn a_device_made_anew_gets_all_that_flannel_would_give_it() {
+        insta::assert_snapshot!(commands(&flannel(), &pods(), &FlannelState::default()), @r"
+        ip neigh add 10.42.2.0 lladdr 8e:4d:2a:67:f4:a5 dev flannel.1 nud permanent
+        bridge fdb add 8e:4d:2a:67:f4:a5 dst 192.168.50.12 dev flannel.1 self permanent
+        ip route add 10.42.2.0/24 via 10.42.2.0 dev flannel.1 onlink
+        ip neigh add fd42:0:0:2:: lladdr 06:06:06:06:06:06 dev flannel-v6.1 nud permanent
+        bridge fdb add 06:06:06:06:06:06 dst 2001:db8:50::12 dev flannel-v6.1 self permanent
+        ip route add fd42:0:0:2::/64 via fd42:0:0:2:: dev flannel-v6.1 onlink
+        ");
+    }
+
+    #[test]
+    fn what_is_there_is_left_as_it_is_also_where_it_differs() {
+        let mut found = v4_route("flannel.1");
+        found
+            .neighbours
+            .insert((3, [10, 42, 2, 0].into()), Mac([9; 6]));
+        found
+            .forwarding
+            .insert((3, MAC), [IpAddr::from([192, 0, 2, 1])].into());
+        let v4 = &pods()[..1];
+        assert_eq!(commands(&flannel(), v4, &found), "");
+
+        // The same on a link that is gone is not there.
+        let mut anew = flannel();
+        anew.vteps[0].index = 9;
+        assert_eq!(commands(&anew, v4, &found).lines().count(), 2);
+    }
+
+    #[test]
+    fn what_flannel_reaches_directly_gets_no_way_through_vxlan() {
+        let mut direct = flannel();
+        direct.direct_routing = true;
+        let v4 = &pods()[..1];
+        assert_eq!(commands(&direct, v4, &v4_route("eth0")), "");
+        assert_eq!(commands(&direct, v4, &FlannelState::default()), "");
+        // But one it reaches through VXLAN keeps the rest.
+        let rest = commands(&direct, v4, &v4_route("flannel.1"));
+        assert_eq!(rest.lines().count(), 2, "{rest}");
+
+        let mut host_gw = flannel();
+        host_gw.backend = Backend::HostGw;
+        assert_eq!(commands(&host_gw, v4, &FlannelState::default()), "");
+    }
+
+    #[test]
+    fn a_node_that_flannel_would_not_take_gets_nothing() {
+        let found = FlannelState::default();
+        let broken: [fn(&mut Lease); 4] = [
+            |lease| lease.backend = None,
+            |lease| lease.backend = Some(Backend::HostGw),
+            |lease| lease.vni = Some(2),
+            |lease| (lease.vtep_mac, lease.public_ipv6) = (None, None),
+        ];
+        for spoil in broken {
+            let mut lease = lease();
+            spoil(&mut lease);
+            assert_eq!(missing(&flannel(), &[(&pods(), &lease)], &found), vec![]);
+        }
+        let elsewhere = ["10.99.0.0/24".parse().unwrap()];
+        assert_eq!(commands(&flannel(), &elsewhere, &found), "");
     }
 }

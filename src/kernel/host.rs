@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use anyhow::Context as _;
 use ipnet::IpNet;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteType};
+use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteType};
 
 use super::{Kernel, link, list, route};
 
@@ -120,11 +120,10 @@ impl Kernel {
         if mark != 0 {
             request.attributes.push(RouteAttribute::Mark(mark));
         }
-        request.header.flags = RouteFlags::LookupTable;
         let mut netlink = self.netlink();
         let answers = match netlink.get(RouteNetlinkMessage::GetRoute(request)) {
             Ok(answers) => answers,
-            // An unreachable, prohibit, blackhole route, or none at all.
+            // The route is unreachable, prohibit or blackhole (invalid), or there is none at all.
             Err(refused)
                 if [
                     libc::EHOSTUNREACH,

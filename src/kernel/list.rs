@@ -57,13 +57,26 @@ pub(super) fn routes(
     v6: bool,
     table: u32,
 ) -> anyhow::Result<Vec<RouteMessage>> {
-    let request = RouteNetlinkMessage::GetRoute(route::to_dump(v6, table));
-    let answers = match netlink.dump(request) {
+    let mut routes = routes_like(netlink, route::to_dump(v6, table))
+        .with_context(|| format!("listing the routes of table {table}"))?;
+    // An older kernel lists all tables, and another family where it lacks this one.
+    routes.retain(|message| route::table(message) == table);
+    Ok(routes)
+}
+
+/// The routes in table main that may be flannel's.
+pub(super) fn flannel_routes(netlink: &mut Netlink, v6: bool) -> anyhow::Result<Vec<RouteMessage>> {
+    let mut routes =
+        routes_like(netlink, route::to_flannel_dump(v6)).context("listing flannel's routes")?;
+    routes.retain(route::may_be_flannels);
+    Ok(routes)
+}
+
+fn routes_like(netlink: &mut Netlink, like: RouteMessage) -> anyhow::Result<Vec<RouteMessage>> {
+    let answers = match netlink.dump(RouteNetlinkMessage::GetRoute(like)) {
         Ok(answers) => answers,
         Err(refused) if is_absent(&refused) => Vec::new(),
-        Err(refused) => {
-            return Err(refused).context(format!("listing the routes of table {table}"));
-        }
+        Err(refused) => return Err(refused.into()),
     };
     Ok(answers
         .into_iter()
@@ -71,8 +84,6 @@ pub(super) fn routes(
             RouteNetlinkMessage::NewRoute(message) => Some(message),
             _ => None,
         })
-        // An older kernel lists all tables, and another family where it lacks this one.
-        .filter(|message| route::table(message) == table)
         .collect())
 }
 

@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use netlink_packet_core::{NetlinkDeserializable, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage as Message;
 use netlink_packet_route::link::{LinkAttribute, LinkMessage};
-use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
+use netlink_packet_route::route::{RouteHeader, RouteMessage};
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket};
 
@@ -271,12 +271,7 @@ fn of_route(message: &RouteMessage) -> Event {
     if message.header.destination_prefix_length == 0 {
         return Event::UNDERLAY;
     }
-    // flannel's routes to other nodes' pods have a gateway, with whatever backend.
-    let has_gateway = message
-        .attributes
-        .iter()
-        .any(|attribute| matches!(attribute, RouteAttribute::Gateway(_)));
-    if has_gateway {
+    if route::may_be_flannels(message) {
         Event::FLANNEL
     } else {
         Event::NOTHING
@@ -285,6 +280,8 @@ fn of_route(message: &RouteMessage) -> Event {
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_route::route::{RouteAttribute, RouteProtocol};
+
     use super::*;
     use crate::plan::Scope;
 
@@ -371,10 +368,11 @@ mod tests {
     #[test]
     fn a_route_counts_by_its_table() {
         let mut classifier = classifier();
-        let mut of = |table, length, via: bool| {
+        let mut of = |table, length, protocol| {
             let mut message = route::to_dump(false, table);
             message.header.destination_prefix_length = length;
-            if via {
+            message.header.protocol = protocol;
+            if protocol != RouteProtocol::Kernel {
                 let gateway = std::net::IpAddr::from([10, 42, 2, 0]);
                 message
                     .attributes
@@ -382,11 +380,12 @@ mod tests {
             }
             classifier.classify(&Message::NewRoute(message))
         };
-        assert_eq!(of(5130, 24, true), Event::OWN);
-        assert_eq!(of(254, 0, true), Event::UNDERLAY);
-        assert_eq!(of(254, 24, true), Event::FLANNEL);
-        assert_eq!(of(254, 24, false), Event::NOTHING);
-        assert_eq!(of(255, 32, false), Event::NOTHING);
-        assert_eq!(of(100, 0, true), Event::NOTHING);
+        assert_eq!(of(5130, 24, RouteProtocol::Static), Event::OWN);
+        assert_eq!(of(254, 0, RouteProtocol::Dhcp), Event::UNDERLAY);
+        assert_eq!(of(254, 24, RouteProtocol::Boot), Event::FLANNEL);
+        assert_eq!(of(254, 24, RouteProtocol::Bgp), Event::NOTHING);
+        assert_eq!(of(254, 24, RouteProtocol::Kernel), Event::NOTHING);
+        assert_eq!(of(255, 32, RouteProtocol::Kernel), Event::NOTHING);
+        assert_eq!(of(100, 0, RouteProtocol::Boot), Event::NOTHING);
     }
 }

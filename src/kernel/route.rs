@@ -99,6 +99,22 @@ pub(super) fn to_dump(v6: bool, table: u32) -> RouteMessage {
     message
 }
 
+/// The request for flannel's routes: those in table main without a protocol of their own.
+///
+/// The kernel leaves out all others, so that a router's hundred thousands cost nothing here.
+pub(super) fn to_flannel_dump(v6: bool) -> RouteMessage {
+    let mut message = to_dump(v6, RouteHeader::RT_TABLE_MAIN.into());
+    message.header.protocol = RouteProtocol::Boot;
+    message
+}
+
+/// Whether a route may be flannel's: it sets no protocol, and its routes have a gateway.
+pub(super) fn may_be_flannels(message: &RouteMessage) -> bool {
+    message.header.protocol == RouteProtocol::Boot
+        && table(message) == u32::from(RouteHeader::RT_TABLE_MAIN)
+        && via(&message.attributes).is_some()
+}
+
 fn to_hop(hop: &NextHop, v6: bool, indexes: &Indexes) -> anyhow::Result<RouteNextHop> {
     let mut message = RouteNextHop::default();
     message.interface_index = *indexes

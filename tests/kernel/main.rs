@@ -6,6 +6,8 @@
 
 mod firewall;
 mod fixture;
+mod flannel;
+mod host;
 mod linux;
 mod state;
 mod watching;
