@@ -181,10 +181,15 @@ impl<'a> Site<'a> {
     /// One behind NAT is where it was last seen, by this node first, since a mapping may hold for one
     /// observer alone (contract 3.5). An address of the own region is not where a leader elsewhere
     /// is, even if it calls itself so: two regions may use the same subnet.
+    ///
+    /// Two that others see at one public address are behind one router, which need not let a packet
+    /// out and in again: they meet at their private addresses.
     pub(super) fn endpoint_of(&self, segment: &Segment) -> Option<SocketAddr> {
+        let own = self.led().and_then(|own| own.discovered);
+        let beside_us = |seen: &SocketAddr| own.is_some_and(|own| own.ip() == seen.ip());
         let seen = || {
             let observed = self.inputs.observed.get(&segment.public_key).copied();
-            observed.or(segment.discovered)
+            observed.or(segment.discovered.filter(|seen| !beside_us(seen)))
         };
         let endpoint = seen().filter(|_| segment.behind_nat).or(segment.address);
         endpoint.filter(|address| !self.region_underlay.contains(&address.ip()))

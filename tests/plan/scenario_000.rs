@@ -246,6 +246,22 @@ fn a_leader_behind_nat_is_sent_to_where_it_was_seen() {
 }
 
 #[test]
+fn leaders_behind_one_router_meet_at_their_private_addresses() {
+    let mut mesh = scenario_000();
+    mesh.node("node-agent-03").region = selvedge::topology::RegionName("edge".into());
+    let nd = mesh.node("node-agent-01").public_key.unwrap();
+    let edge = mesh.node("node-agent-03").public_key.unwrap();
+    let seen = |port| format!("198.51.100.7:{port}").parse().unwrap();
+    mesh.node("node-master").discovered_endpoints = [(nd, seen(1001)), (edge, seen(1003))].into();
+
+    let endpoint = |me: &str, key| mesh.state(me).peers[&key].endpoint;
+    let private = |last| Some(format!("192.168.50.{last}:51820").parse().unwrap());
+    assert_eq!(endpoint("node-agent-01", edge), private(13));
+    assert_eq!(endpoint("node-agent-03", nd), private(11));
+    assert_eq!(endpoint("node-master", edge), Some(seen(1003)));
+}
+
+#[test]
 fn followers_are_not_believed_what_they_saw() {
     let mut mesh = scenario_000();
     let nd = mesh.node("node-agent-01").public_key.unwrap();
