@@ -8,6 +8,7 @@
 pub mod address;
 pub mod cleanup;
 pub mod control;
+pub mod hearing;
 pub mod keyfile;
 pub mod machine;
 pub mod preflight;
@@ -29,6 +30,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use self::control::NodeLock;
+use self::hearing::Hearing;
 use self::keyfile::Origin;
 use self::machine::Machine;
 use self::reconcile::{Decision, Facts};
@@ -52,9 +54,6 @@ use crate::wireguard::{self, Device, uapi};
 
 /// How often the tunnel is asked where its peers are, and flannel's files are looked at.
 const TICK: Duration = Duration::from_secs(1);
-/// A session that had no handshake for so long carries nothing (WireGuard paper, 6.1:
-/// REJECT_AFTER_TIME).
-const SESSION: Duration = Duration::from_secs(180);
 /// Changes logged one by one; more of them are a new cluster, and a number says as much.
 const LOGGED: usize = 40;
 /// A new agent is ready when nothing had to be changed for so long: what others publish in answer to
@@ -111,6 +110,7 @@ struct Agent {
     /// The last good address of each name.
     resolved: resolve::Addresses,
     facts: Facts,
+    hearing: Hearing,
     decision: Decision,
     schedule: Schedule,
     /// What flannel keeps this node waiting for.
@@ -214,6 +214,7 @@ impl Agent {
             writer: state::Writer::start(config.state_dir.clone()).context("starting a thread")?,
             resolved,
             facts: Facts::default(),
+            hearing: Hearing::default(),
             decision: Decision::default(),
             awaited: None,
             forgotten: Vec::new(),
@@ -436,10 +437,15 @@ impl Agent {
                 continue;
             };
             heard.insert(*key, endpoint);
-            if age < SESSION {
+            let topology = &self.decision.topology;
+            let there = self
+                .hearing
+                .handle_stats(*key, peer.rx_bytes, age, topology, now());
+            if there {
                 alive.insert(*key, endpoint);
             }
         }
+        self.hearing.retain(|key| stats.peers.contains_key(key));
         self.drops = stats
             .drops
             .iter()
