@@ -6,6 +6,7 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use ipnet::Ipv4Net;
@@ -16,7 +17,7 @@ use crate::controlplane::ControlPlane;
 use crate::flannel::{self, Backend, Firewall};
 use crate::node::Node;
 use crate::pod::Pod;
-use crate::process::Process;
+use crate::process::{Process, wait_for};
 use crate::scratch::Scratch;
 use crate::topology::{MASTER, Network, Shape};
 use crate::traffic::Place;
@@ -273,11 +274,23 @@ impl Lab {
         Ok(())
     }
 
-    /// Whether the flanneld that was started on a node is no more.
-    pub fn flannel_has_ended(&mut self, node: &str) -> bool {
-        self.flanneld
-            .get_mut(node)
-            .is_none_or(|process| process.ended().is_some())
+    /// Stops flanneld on a node, starts it again and waits until it is up.
+    ///
+    /// # Errors
+    ///
+    /// When it does not end, or does not come up again.
+    pub fn restart_flannel(&mut self, node: &str) -> anyhow::Result<()> {
+        self.stop_flannel(node)?;
+        // It is written again once flannel is up.
+        let file = self.node(node)?.outside(flannel::SUBNET_ENV);
+        let before = fs::metadata(&file)?.modified()?;
+        self.start_flannel(node)?;
+        wait_for("flannel to be up again", Duration::from_secs(15), || {
+            fs::metadata(&file)
+                .and_then(|data| data.modified())
+                .is_ok_and(|written| written > before)
+        })?;
+        Ok(())
     }
 
     /// Leaves everything up when the value is dropped.

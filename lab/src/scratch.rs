@@ -1,4 +1,6 @@
 //! Directories for the files of a lab, removed with the value that stands for them.
+//!
+//! With `SELVEDGE_LAB_KEEP` in the environment they stay, logs and captures with them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -46,7 +48,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if !self.keep {
+        if !self.keep && std::env::var_os("SELVEDGE_LAB_KEEP").is_none() {
             let _ = fs::remove_dir_all(&self.path);
         }
     }

@@ -60,7 +60,7 @@ impl Lab {
         progress("nodes: registered, with an InternalIP and a pod CIDR each");
         lab.register()?;
         if options.shape.strict && options.firewall != Firewall::Nftables {
-            lab.drop_forwarded()?;
+            lab.policy_of_forward("DROP")?;
         }
         match options.parts {
             Parts::Real => {
@@ -83,6 +83,26 @@ impl Lab {
             lab.start_proxies()?;
         }
         Ok(lab)
+    }
+
+    /// Sets what happens to forwarded packets that no rule accepts, as docker or ufw do with `DROP`.
+    ///
+    /// # Errors
+    ///
+    /// When `iptables` fails on a node.
+    pub fn policy_of_forward(&self, policy: &str) -> anyhow::Result<()> {
+        for node in self.network.nodes() {
+            let mut command = Command::new("iptables");
+            command
+                .env("PATH", &self.search_path)
+                .args(["-P", "FORWARD", policy]);
+            let output = node.output(command)?;
+            if !output.status.success() {
+                let complaint = String::from_utf8_lossy(&output.stderr);
+                bail!("iptables -P FORWARD {policy}: {}", complaint.trim());
+            }
+        }
+        Ok(())
     }
 
     /// Registers the nodes one after the other, so that the pod CIDRs follow their order.
@@ -147,24 +167,6 @@ impl Lab {
                 .map(|(key, value)| (key.as_str(), Some(value.as_str())))
                 .collect();
             self.api().annotate(&lease.node, &annotations)?;
-        }
-        Ok(())
-    }
-
-    /// What a careful administrator, docker or ufw does.
-    fn drop_forwarded(&self) -> anyhow::Result<()> {
-        for node in self.network.nodes() {
-            let mut command = Command::new("iptables");
-            command
-                .env("PATH", &self.search_path)
-                .args(["-P", "FORWARD", "DROP"]);
-            let output = node.output(command)?;
-            if !output.status.success() {
-                bail!(
-                    "iptables -P FORWARD DROP: {}",
-                    String::from_utf8_lossy(&output.stderr).trim()
-                );
-            }
         }
         Ok(())
     }
