@@ -70,6 +70,28 @@ pub fn only_regions_are_connected(lab: &Lab) -> anyhow::Result<String> {
     Ok(format!("{apart} pairs of two regions, none answers"))
 }
 
+/// Inside each region everybody reaches everybody, hosts by their `InternalIP` too.
+///
+/// # Errors
+///
+/// When a pair of one region fails.
+pub fn regions_are_undisturbed(lab: &Lab) -> anyhow::Result<String> {
+    let places = lab.places();
+    let mut asked = 0;
+    for from in &places {
+        for to in places.iter().filter(|to| to.name != from.name) {
+            if lab.apart(&from.node, &to.node)? {
+                continue;
+            }
+            let server = SocketAddr::from((to.address, PORT));
+            crate::traffic::who(&from.namespace, server)
+                .with_context(|| format!("{} -> {}", from.name, to.name))?;
+            asked += 1;
+        }
+    }
+    Ok(format!("{asked} ordered pairs"))
+}
+
 /// A server in a pod sees the address of the pod that called, for every pair of pods.
 ///
 /// # Errors

@@ -65,6 +65,16 @@ impl Steps {
         self.required(name, claim);
     }
 
+    /// Whether a group of steps, whose names start with `group::`, is asked for at all.
+    #[must_use]
+    pub fn selects(&self, group: &str) -> bool {
+        let wanted = |filter: &String| {
+            let outer = filter.split("::").next().unwrap_or_default();
+            group.contains(outer)
+        };
+        self.filters.is_empty() || self.filters.iter().any(wanted)
+    }
+
     /// Runs a step that the following ones depend on, whatever was selected.
     ///
     /// Returns what it made, or `None` when it failed.
