@@ -164,7 +164,7 @@ impl Stopwatch {
 
     /// Seconds since the start.
     fn lap(&mut self, what: &str) -> f64 {
-        println!("{what}: {:.1} ms", self.last.elapsed().as_secs_f64() * 1e3);
+        eprintln!("{what}: {:.1} ms", self.last.elapsed().as_secs_f64() * 1e3);
         self.last += self.last.elapsed();
         self.start.elapsed().as_secs_f64()
     }
