@@ -39,6 +39,14 @@ mod staged;
 pub mod table;
 #[cfg(test)]
 mod tests;
+/// What the fuzzer drives.
+#[cfg(all(fuzzing, not(test)))]
+#[expect(
+    clippy::unwrap_used,
+    dead_code,
+    reason = "tests, of which the fuzzer runs some"
+)]
+pub mod tests;
 mod threads;
 mod timers;
 mod timestamp;

@@ -2,8 +2,16 @@
 //!
 //! [`boringtun_gaps`] has a test for each thing that boringtun leaves to whoever embeds it.
 
+#[cfg(test)]
 mod boringtun_gaps;
+#[cfg(test)]
 mod garbage;
+#[cfg_attr(
+    test,
+    expect(unreachable_pub, reason = "public for the fuzzer's crate")
+)]
+pub mod script;
+#[cfg(test)]
 mod sessions;
 
 use std::cell::RefCell;

@@ -1,4 +1,5 @@
 //! Tests of the configuration protocol: its text both ways, hostile input, the socket.
+#![expect(clippy::disallowed_methods, reason = "waits for threads")]
 
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};

@@ -1,0 +1,234 @@
+//! What is fuzzed: each function takes any bytes and must not panic, and where it knows better, it
+//! compares. `fuzz_targets` runs them with a fuzzer, `tests/fuzz_corpus.rs` over the corpora.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+use selvedge::cluster::annotation;
+use selvedge::cluster::node::{self, NodeObject, ParseSettings};
+use selvedge::cluster::peer::{self, PeerObject};
+use selvedge::flannel::{Lease, NetConf, SubnetEnv};
+use selvedge::wireguard::gso::{Coalescer, Split, VNET_HEADER, VnetHeader};
+use selvedge::wireguard::packet::Header;
+use selvedge::wireguard::replay::{ReplayWindow, WINDOW};
+use selvedge::wireguard::table::AllowedIps;
+use selvedge::wireguard::uapi::Parser;
+
+/// A target's name, which is that of its corpus, and what it runs.
+pub(crate) type Target = (&'static str, fn(&[u8]));
+
+/// Every target that needs no device.
+pub(crate) const ALL: &[Target] = &[
+    ("uapi", uapi),
+    ("allowed_ips", allowed_ips),
+    ("replay_window", replay_window),
+    ("vnet_header", vnet_header),
+    ("ip_header", ip_header),
+    ("node", node),
+    ("peer_object", peer_object),
+    ("net_conf", net_conf),
+    ("subnet_env", subnet_env),
+    ("lease", lease),
+    ("annotations", annotations),
+];
+
+/// The configuration protocol means the same however its bytes are cut.
+pub(crate) fn uapi(data: &[u8]) {
+    let Some((&piece, text)) = data.split_first() else {
+        return;
+    };
+    let parse = |piece: usize| {
+        let mut parser = Parser::default();
+        let mut requests = Vec::new();
+        for mut input in text.chunks(piece) {
+            while let Some(request) = parser.feed(&mut input) {
+                requests.push(request);
+            }
+        }
+        requests
+    };
+    assert_eq!(parse(usize::from(piece).max(1)), parse(text.len().max(1)));
+}
+
+/// The interval table against a look at every prefix.
+pub(crate) fn allowed_ips(data: &[u8]) {
+    let mut prefixes = BTreeMap::new();
+    let mut addresses = Vec::new();
+    for (owner, piece) in data.chunks_exact(6).take(200).enumerate() {
+        let &[kind, length, a, b, c, d] = piece else {
+            continue;
+        };
+        // Few different bits, so that prefixes nest.
+        let address: IpAddr = if kind & 1 == 0 {
+            Ipv4Addr::new(a & 3, b & 3, c, d).into()
+        } else {
+            Ipv6Addr::from([a & 3, b & 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, c, d]).into()
+        };
+        addresses.push(address);
+        let bits = if address.is_ipv4() { 33 } else { 129 };
+        if let Ok(net) = IpNet::new(address, length % bits) {
+            addresses.extend([net.network(), net.broadcast()]);
+            prefixes.insert(net.trunc(), owner);
+        }
+    }
+    let table = AllowedIps::new(prefixes.clone());
+    for address in addresses {
+        let owner = prefixes
+            .iter()
+            .filter(|(net, _)| net.contains(&address))
+            .max_by_key(|(net, _)| net.prefix_len())
+            .map(|(_, owner)| owner);
+        assert_eq!(table.get(address), owner, "{address} in {prefixes:?}");
+    }
+}
+
+/// The replay window against the set of all that it saw.
+pub(crate) fn replay_window(data: &[u8]) {
+    let mut window = ReplayWindow::default();
+    let mut seen = BTreeSet::new();
+    let mut counter = 0_u64;
+    for piece in data.chunks_exact(3) {
+        let &[how, low, high] = piece else {
+            continue;
+        };
+        let step = u64::from(u16::from_le_bytes([low, high]));
+        counter = match how % 4 {
+            0 => counter.saturating_add(1),
+            1 => counter.saturating_add(step),
+            2 => counter.saturating_sub(step),
+            _ => counter.saturating_add(step << 40),
+        }
+        .min(u64::MAX - 1);
+        let highest = seen.last().copied().unwrap_or(0);
+        let in_window = seen.is_empty() || counter > highest || highest - counter < WINDOW;
+        let fresh = in_window && !seen.contains(&counter);
+        assert_eq!(window.is_fresh(counter), fresh, "{counter} after {highest}");
+        assert_eq!(window.mark(counter), fresh);
+        if fresh {
+            seen.insert(counter);
+        }
+    }
+}
+
+/// What a large packet is cut into is joined to packets that are cut into the same again.
+pub(crate) fn vnet_header(data: &[u8]) {
+    let Some((vnet, packet)) = VnetHeader::read(data) else {
+        return;
+    };
+    let Some(pieces) = cut(&vnet, packet) else {
+        return;
+    };
+    let mut arena = Vec::new();
+    let mut coalescer = Coalescer::default();
+    let mut ranges = Vec::new();
+    for piece in &pieces {
+        let range = arena.len()..arena.len() + piece.len();
+        arena.extend(piece);
+        ranges.push(range);
+    }
+    for (range, piece) in ranges.into_iter().zip(&pieces) {
+        if let Some(header) = Header::parse(piece) {
+            coalescer.push(&arena, range, &header);
+        }
+    }
+    let parsed = pieces
+        .iter()
+        .filter(|piece| Header::parse(piece).is_some())
+        .count();
+    let mut again = 0;
+    coalescer.finish(&mut arena, |joined, count| {
+        let joined: Vec<u8> = joined
+            .iter()
+            .flat_map(|piece| piece.iter().copied())
+            .collect();
+        assert!(joined.len() >= VNET_HEADER);
+        again += count;
+        if let Some((vnet, packet)) = VnetHeader::read(&joined)
+            && count > 1
+        {
+            let cut = cut(&vnet, packet).map(|pieces| pieces.len());
+            assert_eq!(cut, Some(count), "joined packets come apart differently");
+        }
+    });
+    assert_eq!(again, parsed, "packets were lost or made");
+}
+
+fn cut(vnet: &VnetHeader, packet: &[u8]) -> Option<Vec<Vec<u8>>> {
+    let header = Header::parse(packet)?;
+    let split = Split::new(vnet, packet, &header)?;
+    // As many as the kernel makes of one packet, and some.
+    let count = split.count().min(256);
+    let pieces = (0..count).map(|n| {
+        let mut out = vec![0; split.length(n)];
+        split.write(n, &mut out);
+        out
+    });
+    Some(pieces.collect())
+}
+
+/// Headers of IP packets.
+pub(crate) fn ip_header(data: &[u8]) {
+    if let Some(header) = Header::parse(data) {
+        assert!(header.header <= header.length && header.length <= data.len());
+        header.flow_hash(data);
+    }
+}
+
+/// A Node object, as the API server sends it.
+pub(crate) fn node(data: &[u8]) {
+    if let Ok(object) = serde_json::from_slice::<NodeObject>(data) {
+        node::parse(&object, &ParseSettings::default());
+    }
+}
+
+/// A Peer object, as the API server sends it.
+pub(crate) fn peer_object(data: &[u8]) {
+    if let Ok(object) = serde_json::from_slice::<PeerObject>(data) {
+        peer::parse(&object);
+    }
+}
+
+/// flannel's net-conf.json.
+pub(crate) fn net_conf(data: &[u8]) {
+    let _ = NetConf::parse(data);
+}
+
+/// flannel's subnet.env.
+pub(crate) fn subnet_env(data: &[u8]) {
+    let _ = SubnetEnv::parse(data);
+}
+
+/// flannel's annotations of a Node: `KEY=VALUE` in lines, `~` for `flannel.alpha.coreos.com/`.
+pub(crate) fn lease(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let pairs = text.lines().filter_map(|line| line.split_once('='));
+    let annotations = pairs
+        .map(|(key, value)| {
+            let key = key.replace('~', "flannel.alpha.coreos.com/");
+            (key, value.to_owned())
+        })
+        .collect();
+    Lease::parse(&annotations, |_, _, reason| drop(reason.to_string()));
+}
+
+/// The values of annotations, each by itself; what is read and written is read as the same again.
+pub(crate) fn annotations(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else {
+        return;
+    };
+    if let Ok(endpoint) = annotation::endpoint(text) {
+        let again = annotation::format_endpoint(&endpoint);
+        assert_eq!(annotation::endpoint(&again).ok(), Some(endpoint));
+    }
+    let _ = annotation::address(text);
+    let _ = annotation::interface_addr(text);
+    if let Ok(addresses) = annotation::wireguard_ips(text) {
+        annotation::format_addrs(&addresses);
+    }
+    let _ = annotation::prefix(text);
+    let _ = annotation::keepalive(text);
+    let _ = annotation::region(text);
+    let _ = annotation::granularity(text);
+    let _ = annotation::discovered(text);
+}
