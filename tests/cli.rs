@@ -1,0 +1,238 @@
+//! Bad input to the program itself: flags, files, rights, what is in the way on the node. Each ends
+//! it at once, with one sentence on stderr and the exit code 64 or 78.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a test may wait, read the clock and run programs"
+)]
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use selvedge_lab::Namespace;
+use selvedge_lab::netns::require_root;
+
+const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
+/// A second is promised; a busy machine gets some more before it is a failure.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Runs the program to its end and checks how it tells what is wrong.
+fn refused(mut command: Command, code: i32, expected: &str) {
+    let begun = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while child.try_wait().unwrap().is_none() {
+        if begun.elapsed() > PATIENCE {
+            child.kill().unwrap();
+            panic!("it runs instead of saying {expected:?}");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let Output { status, stderr, .. } = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(stderr).unwrap();
+    let last = stderr.lines().last().unwrap_or_default();
+    assert!(last.contains(expected), "{expected:?} is not in {stderr:?}");
+    assert!(last.starts_with("selvedge: "), "{stderr:?}");
+    assert_eq!(status.code(), Some(code), "{stderr}");
+}
+
+fn selvedge(arguments: &[&str]) -> Command {
+    let mut command = Command::new(SELVEDGE);
+    command.args(arguments);
+    command
+}
+
+/// A node without anything: a namespace, and the agent's files in a directory of its own.
+struct Node {
+    namespace: Namespace,
+    files: tempfile::TempDir,
+}
+
+impl Node {
+    fn new() -> Self {
+        require_root().unwrap();
+        let namespace = Namespace::new("cli").unwrap();
+        namespace.run("ip link set lo up").unwrap();
+        let files = tempfile::tempdir().unwrap();
+        fs::write(
+            files.path().join("kubeconfig"),
+            "apiVersion: v1\nkind: Config\ncurrent-context: c\nclusters:\n- name: c\n  cluster: {server: \"http://127.0.0.1:1\"}\nusers:\n- name: u\n  user: {token: t}\ncontexts:\n- name: c\n  context: {cluster: c, user: u}\n",
+        )
+        .unwrap();
+        Self { namespace, files }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.files.path().join(name).display().to_string()
+    }
+
+    fn agent(&self, more: &[&str]) -> Command {
+        let mut command = self.namespace.command(SELVEDGE);
+        command.args(["agent", "--hostname=n1", "--interface=clitest0"]);
+        command.arg(format!("--kubeconfig={}", self.path("kubeconfig")));
+        command.arg(format!("--state-dir={}", self.path("state")));
+        command.arg(format!("--control-socket={}", self.path("control.sock")));
+        command.arg(format!("--subnet-file={}", self.path("subnet.env")));
+        command.args(more);
+        command
+    }
+
+    fn write(&self, name: &str, content: &str) -> String {
+        let path = self.path(name);
+        fs::create_dir_all(Path::new(&path).parent().unwrap()).unwrap();
+        fs::write(&path, content).unwrap();
+        path
+    }
+}
+
+#[test]
+fn bad_flags_are_refused_in_one_sentence() {
+    for (arguments, expected) in [
+        (&["agent", "--nosuch"][..], "unexpected argument '--nosuch'"),
+        (&["agent", "--compatibility=flanel"], "--compatibility"),
+        (&["agent", "--port=70000"], "--port"),
+        (&["--encapsulate=sometimes"], "--encapsulate"),
+        (&["agent", "--interface=sixteen-letters-"], "--interface"),
+        (&["agent", "--resync-period=30"], "--resync-period"),
+        (&["nosuch"], "unrecognized subcommand"),
+        (&[], "requires a subcommand"),
+    ] {
+        refused(selvedge(arguments), 64, expected);
+    }
+}
+
+#[test]
+fn a_bad_configuration_file_is_named() {
+    refused(
+        selvedge(&["agent", "--config=/nonexistent"]),
+        78,
+        "/nonexistent",
+    );
+}
+
+#[test]
+fn a_process_without_rights_is_refused() {
+    require_root().unwrap();
+    let mut command = Command::new("setpriv");
+    command.args([
+        "--bounding-set=-all",
+        "--inh-caps=-all",
+        SELVEDGE,
+        "agent",
+        "--hostname=n1",
+    ]);
+    refused(command, 78, "NET_ADMIN");
+}
+
+#[test]
+fn a_private_key_that_cannot_be_trusted_is_refused() {
+    let node = Node::new();
+    let key = node.write("state/key", "not a key");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+    refused(node.agent(&[]), 78, "state/key is damaged");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+    refused(node.agent(&[]), 78, "is open to others");
+}
+
+#[test]
+fn a_flannel_that_cannot_work_is_refused() {
+    let node = Node::new();
+    let conf = node.write(
+        "net-conf.json",
+        r#"{"Network":"10.42.0.0/16","Backend":{"Type":"wireguard"}}"#,
+    );
+    let flag = format!("--flannel-conf={conf}");
+    refused(
+        node.agent(&[&flag]),
+        78,
+        "net-conf.json sets Backend.Type to \"wireguard\"",
+    );
+    refused(
+        node.agent(&["--flannel-conf=/nonexistent"]),
+        78,
+        "/nonexistent does not exist",
+    );
+    node.write("subnet.env", "FLANNEL_NETWORK=10.42.0.0/16\n");
+    refused(node.agent(&[]), 78, "has no FLANNEL_SUBNET");
+    node.write(
+        "subnet.env",
+        "FLANNEL_NETWORK=10.4.0.0/15\nFLANNEL_SUBNET=10.4.1.1/24\nFLANNEL_MTU=1450\n",
+    );
+    refused(node.agent(&[]), 78, "overlaps the cluster network");
+}
+
+#[test]
+fn a_foreign_link_of_the_same_name_is_refused() {
+    let node = Node::new();
+    node.namespace
+        .run("ip link add clitest0 type bridge")
+        .unwrap();
+    refused(node.agent(&[]), 78, "there is a link clitest0 already");
+}
+
+#[test]
+fn anothers_rule_on_a_priority_of_ours_is_refused() {
+    let node = Node::new();
+    node.namespace
+        .run("ip rule add pref 5191 lookup 7")
+        .unwrap();
+    refused(node.agent(&[]), 78, "5191");
+}
+
+#[test]
+fn ports_in_use_are_refused() {
+    let node = Node::new();
+    let path = node.namespace.path();
+    let (udp, tcp) = node.namespace.within(|| {
+        (
+            std::net::UdpSocket::bind("0.0.0.0:51820").unwrap(),
+            std::net::TcpListener::bind("127.0.0.1:1107").unwrap(),
+        )
+    });
+    assert!(path.exists());
+    refused(node.agent(&[]), 78, "127.0.0.1:1107");
+    drop(tcp);
+    refused(node.agent(&[]), 78, "UDP port 51820 is in use");
+    drop(udp);
+}
+
+#[test]
+fn a_node_without_a_tun_device_is_refused() {
+    let node = Node::new();
+    let mut command = node.namespace.command("unshare");
+    let script = format!(
+        "mount -t tmpfs none /dev/net && exec {SELVEDGE} agent --hostname=n1 --state-dir={}",
+        node.path("state")
+    );
+    command.args(["-m", "sh", "-c", &script]);
+    refused(command, 78, "/dev/net/tun does not exist");
+}
+
+#[test]
+fn a_second_agent_on_a_node_is_refused() {
+    let node = Node::new();
+    let mut first = node.agent(&[]).stderr(Stdio::null()).spawn().unwrap();
+    let begun = Instant::now();
+    while !Path::new(&node.path("control.sock")).exists() && begun.elapsed() < PATIENCE {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    refused(node.agent(&[]), 78, "another agent runs on this node");
+    assert!(first.try_wait().unwrap().is_none(), "the first goes on");
+    first.kill().unwrap();
+    first.wait().unwrap();
+}
+
+#[test]
+fn nobody_to_ask_is_said() {
+    refused(
+        selvedge(&["status", "--control-socket=/nonexistent"]),
+        78,
+        "no agent answers",
+    );
+}
