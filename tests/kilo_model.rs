@@ -373,9 +373,7 @@ fn changing_over_moves_no_address_and_interrupts_no_tunnel() {
 fn followers_empty_their_wireguard_ip_beside_kilo_and_keep_it_otherwise() {
     let mut mesh = two_nodes();
     let follower = node("b2", "b", 3, "192.168.2.2/24").with(|node| node.last_seen = Some(1_000));
-    mesh.snapshot
-        .nodes
-        .insert(follower.name.clone(), follower.clone());
+    mesh.snapshot.nodes.insert(follower.name.clone(), follower);
 
     let annotation = |mesh: &Mesh, name: &str| {
         let topology = Topology::new(&mesh.snapshot, &mesh.agreed);
