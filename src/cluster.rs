@@ -31,6 +31,7 @@ pub use events::Report;
 pub use node::ParseSettings;
 pub use pace::Patience;
 pub use publish::{Annotations, withdraw};
+use rejected::message;
 pub use rejected::{Object, Rejected, quote};
 pub use servers::Servers;
 

@@ -289,6 +289,8 @@ fn at(config: &Config, url: &str) -> Result<Config, String> {
 }
 
 async fn from_kubeconfig(path: &Path, master: Option<&str>) -> Result<Config, String> {
+    // Its own error is clearer than what is made of it.
+    std::fs::metadata(path).map_err(|e| e.to_string())?;
     let kubeconfig = Kubeconfig::read_from(path).map_err(|e| chain(&e))?;
     let clusters = kubeconfig.clusters.iter();
     let names_proxy = clusters
@@ -316,7 +318,7 @@ fn chain(error: &dyn std::error::Error) -> String {
         }
         cause = error.source();
     }
-    super::quote(&text)
+    super::message(&text)
 }
 
 async fn probe(number: u64, origin: &Origin, mut config: Config) -> Result<Connection, String> {

@@ -108,7 +108,7 @@ async fn named(host: &str) -> BTreeSet<IpAddr> {
 async fn endpoints(connection: &Connection) -> Result<BTreeSet<IpAddr>, Failure> {
     let body = call::call(&connection.client, call::get(SLICES)).await?;
     let slices: Slices = serde_json::from_slice(&body)
-        .map_err(|error| Failure::Unreadable(super::quote(&error.to_string())))?;
+        .map_err(|error| Failure::Unreadable(super::message(&error.to_string())))?;
     let endpoints = slices
         .items
         .iter()
