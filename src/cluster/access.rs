@@ -49,6 +49,8 @@ pub struct Sources {
     pub local: Vec<SocketAddr>,
     /// The URL of the `kubernetes` service, from a pod's environment.
     pub service: Option<String>,
+    /// The tunnel's mark: connections that carry it tell which servers answer without the tunnel.
+    pub mark: Option<u32>,
 }
 
 impl Sources {
@@ -70,6 +72,7 @@ impl Sources {
                 .map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
                 .to_vec(),
             service,
+            mark: None,
         }
     }
 }
@@ -156,6 +159,11 @@ impl Access {
             )));
         }
         Ok(access)
+    }
+
+    /// The tunnel's mark.
+    pub(super) fn mark(&self) -> Option<u32> {
+        self.sources.mark
     }
 
     /// Connects to the first server that answers; `avoid` is tried last.

@@ -40,6 +40,7 @@ fn in_pod(
             .unwrap(),
         local,
         service,
+        mark: None,
     }
 }
 
@@ -156,6 +157,7 @@ async fn a_plain_master_is_spoken_to_without_a_token() {
         service_account: PathBuf::from("/nonexistent"),
         local: Vec::new(),
         service: None,
+        mark: None,
     };
     let mut agent = Agent::start(sources, "a1", None).await;
     agent.expect_nodes(&["a1"]).await;
