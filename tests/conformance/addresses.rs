@@ -140,8 +140,8 @@ pub(crate) fn a_source_of_one_family_does_not_spoil_the_other(pairing: Pairing) 
     ] {
         left.endpoint(right, endpoint)?;
         left.ping(RIGHT4)
+            .and_then(|()| right.ping(LEFT4))
             .with_context(|| format!("to {endpoint}"))?;
-        right.ping(LEFT4)?;
         let own = endpoint.replace("2:2", "1:1").replace("2]:2", "1]:1");
         expect_endpoint(right, left, &own)?;
     }

@@ -219,7 +219,8 @@ pub(crate) fn an_idle_tunnel_is_silent(pairing: Pairing) -> Result<()> {
     // The keepalive that answers the last message comes after ten seconds, and then nothing more.
     thread::sleep(Duration::from_secs(12));
     let before = relay.seen()?.len();
-    ensure!(before <= 5, "{before} datagrams for one echo");
+    // Two handshakes, where both sides begin one, and the echo.
+    ensure!(before <= 12, "{before} datagrams for one echo");
     thread::sleep(Duration::from_secs(12));
     let after = relay.seen()?.len();
     ensure!(
