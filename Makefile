@@ -40,9 +40,7 @@ check:
 	else echo "check: cargo-deny is not installed, so licences and advisories were not checked"; fi
 
 bench:
-	bench/peers.sh
-	$(CARGO) build --quiet --release
-	bench/tunnel.sh $(ARGS)
+	$(CARGO) bench
 
 fuzz:
 	tests/fuzz/run $(SECONDS_EACH)

@@ -11,6 +11,9 @@
 //!               .11   .12   .13                 .11   .12
 //! ```
 //!
+//! [`Shape::clouds`] adds more regions, each with a router that gives its nodes public addresses, one to
+//! one, as the master has with [`Master::ElasticIp`]: 203.0.113.111; .121 and .122; .131; and so on.
+//!
 //! With [`Master::ElasticIp`] the master is 172.16.0.10 behind a router that translates all of
 //! 203.0.113.10 to it, one to one, as clouds do.
 //!
@@ -65,6 +68,8 @@ pub struct Shape {
     pub master: Master,
     /// The third region.
     pub third: Third,
+    /// Further clouds, at most nine.
+    pub clouds: u8,
     /// What the NAT routers do.
     pub nat: Nat,
     /// Strict reverse path filters and a FORWARD policy of DROP on every node.
@@ -77,6 +82,7 @@ impl Default for Shape {
             agents: 3,
             master: Master::Direct,
             third: Third::None,
+            clouds: 0,
             nat: Nat::Cone,
             strict: true,
         }
@@ -115,6 +121,8 @@ pub enum Site {
     DataCentre,
     /// The third region.
     Third,
+    /// One of the further clouds, counted from 1.
+    Further(u8),
 }
 
 impl Site {
@@ -125,6 +133,13 @@ impl Site {
             Self::Cloud => "default",
             Self::DataCentre => "nd",
             Self::Third => "third",
+            Self::Further(number) => {
+                const NAMES: [&str; 10] = [
+                    "cloud-0", "cloud-1", "cloud-2", "cloud-3", "cloud-4", "cloud-5", "cloud-6",
+                    "cloud-7", "cloud-8", "cloud-9",
+                ];
+                NAMES[usize::from(number) % NAMES.len()]
+            }
         }
     }
 }
@@ -145,6 +160,13 @@ impl Shape {
             site: Site::DataCentre,
             address: Ipv4Addr::new(192, 168, 50, 10 + number),
         }));
+        for cloud in 1..=self.clouds {
+            all.extend((1..=nodes_of_cloud(cloud)).map(|number| Blueprint {
+                name: format!("node-cloud{cloud}-{number:02}"),
+                site: Site::Further(cloud),
+                address: Ipv4Addr::new(172, 16, cloud, 10 + number),
+            }));
+        }
         let third = match self.third {
             Third::None => return all,
             Third::Distinct => 60,
@@ -193,6 +215,9 @@ impl Network {
                  iptables -t nat -A POSTROUTING -o wan -s 172.16.0.10 -j SNAT --to 203.0.113.10
                  iptables -t nat -A POSTROUTING -o br0 -s 172.16.0.10 -d 172.16.0.10 -j MASQUERADE",
             )?;
+        }
+        for cloud in 1..=shape.clouds {
+            network.add_cloud(cloud)?;
         }
         for blueprint in shape.blueprints() {
             network.add_node(blueprint, directory.to_owned(), shape)?;
@@ -280,6 +305,7 @@ impl Network {
     /// The namespace whose bridge `br0` the nodes of a site hang on.
     fn switch(&self, site: Site) -> anyhow::Result<&Namespace> {
         match site {
+            Site::Further(cloud) => self.router(&format!("cloud{cloud}")),
             Site::Cloud => Ok(self.router("eip").unwrap_or(&self.internet)),
             Site::DataCentre => self.router("nat1"),
             Site::Third => self.router("nat2"),
@@ -304,6 +330,22 @@ impl Network {
         ))?;
         router.sysctl("ipv4/ip_forward", "1")?;
         self.routers.push(router);
+        Ok(())
+    }
+
+    fn add_cloud(&mut self, cloud: u8) -> anyhow::Result<()> {
+        let name = format!("cloud{cloud}");
+        let inside = format!("172.16.{cloud}.1/24");
+        self.add_router(&name, [203, 0, 113, 100 + 10 * cloud], &inside)?;
+        for number in 1..=nodes_of_cloud(cloud) {
+            let public = public_address(cloud, number);
+            let private = Ipv4Addr::new(172, 16, cloud, 10 + number);
+            self.router(&name)?.sh(&format!(
+                "ip address add {public}/24 dev wan
+                 iptables -t nat -A PREROUTING -d {public} -j DNAT --to {private}
+                 iptables -t nat -A POSTROUTING -o wan -s {private} -j SNAT --to {public}"
+            ))?;
+        }
         Ok(())
     }
 
@@ -356,6 +398,17 @@ impl Network {
         self.sites.push((name, site));
         Ok(())
     }
+}
+
+/// One region of two nodes among regions of one.
+const fn nodes_of_cloud(cloud: u8) -> u8 {
+    if cloud == 2 { 2 } else { 1 }
+}
+
+/// The public address of a node in one of the further clouds; both are counted from 1.
+#[must_use]
+pub const fn public_address(cloud: u8, number: u8) -> Ipv4Addr {
+    Ipv4Addr::new(203, 0, 113, 100 + 10 * cloud + number)
 }
 
 fn internet(prefix: &str) -> anyhow::Result<Namespace> {

@@ -266,14 +266,15 @@ fn wireguard_ips(
     given
 }
 
-/// Where the leaders saw the others: of two observations the older leader's.
+/// Where the leaders saw the others: of two observations that of a public leader, then the older one's.
 ///
-/// Who is no leader has no tunnels and saw nobody.
+/// A public leader is always reached, so it is the first to see that somebody moved; one behind NAT may
+/// never hear it. Who is no leader has no tunnels and saw nobody.
 fn discovered_endpoints(
     leaders: &BTreeMap<&SegmentName, &Node>,
 ) -> BTreeMap<PublicKey, SocketAddr> {
     let mut leaders = leaders.values().collect::<Vec<_>>();
-    leaders.sort_by_key(|leader| (leader.created, &leader.name));
+    leaders.sort_by_key(|leader| (!has_public_endpoint(leader), leader.created, &leader.name));
     let mut discovered = BTreeMap::new();
     for (key, address) in leaders
         .iter()

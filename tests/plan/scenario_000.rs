@@ -203,9 +203,6 @@ fn the_firewall_knows_who_is_near_and_who_is_not() {
             10.4.0.1/32,
             203.0.113.10/32,
         },
-        mesh_nodes: {
-            10.4.0.1/32,
-        },
         region_pods: {
             10.42.2.0/24,
             10.42.3.0/24,
@@ -262,6 +259,22 @@ fn leaders_behind_one_router_meet_at_their_private_addresses() {
     assert_eq!(endpoint("node-agent-01", edge), private(13));
     assert_eq!(endpoint("node-agent-03", nd), private(11));
     assert_eq!(endpoint("node-master", edge), Some(seen(1003)));
+}
+
+#[test]
+fn a_public_leader_is_the_first_to_see_that_somebody_moved() {
+    let mut mesh = scenario_000();
+    let gone = "203.0.113.40:1001".parse().unwrap();
+    let here = "203.0.113.40:1002".parse().unwrap();
+    let laptop = vpn_peer("laptop", 9, &["10.5.0.1/32"]);
+    let key = laptop.public_key;
+    mesh.add_peers([laptop]);
+    mesh.node("node-agent-01").discovered_endpoints = [(key, gone)].into();
+    mesh.node("node-agent-01").created = 0;
+    let seen = &mut mesh.node("node-master").discovered_endpoints;
+    seen.insert(key, here);
+
+    assert_eq!(mesh.topology().whereabouts[&key].discovered, Some(here));
 }
 
 #[test]
