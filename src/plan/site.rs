@@ -189,7 +189,7 @@ impl<'a> Site<'a> {
         let beside_us = |seen: &SocketAddr| own.is_some_and(|own| own.ip() == seen.ip());
         let seen = || {
             let observed = self.inputs.observed.get(&segment.public_key).copied();
-            observed.or(segment.discovered.filter(|seen| !beside_us(seen)))
+            observed.or_else(|| segment.discovered.filter(|seen| !beside_us(seen)))
         };
         let endpoint = seen().filter(|_| segment.behind_nat).or(segment.address);
         endpoint.filter(|address| !self.region_underlay.contains(&address.ip()))
