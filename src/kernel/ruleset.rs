@@ -60,7 +60,15 @@ impl Rulesets {
             return Ok(id);
         }
         let id = if self.exists()? {
-            Some(sealed(&list()?).unwrap_or(FirewallId::UNKNOWN))
+            match list() {
+                Ok(listing) => Some(sealed(&listing).unwrap_or(FirewallId::UNKNOWN)),
+                // Without `nft` nothing is known of the table; whoever replaces or deletes it is told
+                // why not, and all else goes on.
+                Err(error) => {
+                    tracing::debug!("listing the nft table: {error:#}");
+                    return Ok(Some(FirewallId::UNKNOWN));
+                }
+            }
         } else {
             None
         };
