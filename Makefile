@@ -32,10 +32,11 @@ test:
 	$(MAKE) check
 	$(CARGO) test --workspace --no-fail-fast
 
+# Documentation is made for those who work on it, so it may link to what is private.
 check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items --quiet
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --workspace --no-deps --document-private-items --quiet
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check; \
 	else echo "check: cargo-deny is not installed, so licences and advisories were not checked"; fi
 

@@ -267,7 +267,9 @@ impl<'a> Text<'a> {
                         let devices = firewall.vxlan.keys().chain([tunnel]);
                         format!("oifname {} ", one_of(devices.map(|name| format!("\"{name}\""))))
                     };
-                    text.rule(format!("{devices}{ip} saddr {pods} {ip} daddr {remote} {keep}"));
+                    text.rule(format!(
+                        "{devices}{ip} saddr {pods} {ip} daddr {remote} {keep}"
+                    ));
                 }
             }
         });
