@@ -194,12 +194,24 @@ impl<'a> Text<'a> {
     ///
     /// A leader may also be its region's router. What it forwards past the tunnel is tracked as ever,
     /// or it would not be translated.
+    ///
+    /// Who led a moment ago still gets what other nodes have not turned away yet, and passes it on to
+    /// the new leader. Were that tracked, flannel would masquerade it in the middle of a connection.
     fn transit(&mut self) {
-        if !self.firewall.leader {
-            return;
-        }
         let tunnel = &self.firewall.tunnel;
         let hook = Some("filter hook prerouting priority raw");
+        if !self.firewall.leader {
+            self.chain("transit", hook, |text| {
+                for family in Family::BOTH {
+                    let ip = family.ip();
+                    let sets = (text.set("region", family), text.set("remote_pods", family));
+                    if let (Some(region), Some(pods)) = sets {
+                        text.rule(format!("{ip} saddr {region} {ip} daddr {pods} notrack"));
+                    }
+                }
+            });
+            return;
+        }
         self.chain("transit", hook, |text| {
             text.rule("fib daddr type local return");
             for family in Family::BOTH {

@@ -235,6 +235,11 @@ fn an_operator_reads_what_a_follower_does() {
     		elements = { 10.42.0.0/24, 10.42.4.0/24 }
     	}
 
+    	chain transit {
+    		type filter hook prerouting priority raw; policy accept;
+    		ip saddr @region4 ip daddr @remote_pods4 notrack
+    	}
+
     	chain translate {
     		type nat hook postrouting priority srcnat - 1; policy accept;
     		meta mark & 0x00004000 == 0x00004000 return comment "kube-proxy masquerades it"
