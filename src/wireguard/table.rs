@@ -1,6 +1,6 @@
 //! Cryptokey routing: which peers own an address.
 //!
-//! A [`Table`] never changes; a new one takes its place. So the packet threads look up without a
+//! A table never changes; a new one takes its place. So the packet threads look up without a
 //! lock, and a packet sees either the old peers or the new.
 
 use std::collections::BTreeMap;

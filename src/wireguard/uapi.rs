@@ -2,7 +2,7 @@
 //! speaks: requests and answers as values, a strict incremental parser, the text of an answer.
 //!
 //! Nothing here does I/O but looking up the zone of a link-local endpoint; the socket is in
-//! [`server`]. What a request means for a device is the device's business ([`Control`]).
+//! the server in this folder. What a request means for a device is the device's business ([`Control`]).
 
 mod server;
 
