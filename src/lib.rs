@@ -15,7 +15,6 @@ pub mod doctor;
 pub mod flannel;
 pub mod graph;
 pub mod kernel;
-pub mod liveness;
 pub mod plan;
 pub mod refusal;
 pub mod showconf;

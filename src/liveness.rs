@@ -1,1 +1,0 @@
-//! Decides from probes which leaders carry traffic. Pure: time is passed in.
