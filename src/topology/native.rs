@@ -24,6 +24,7 @@ pub(super) fn topology(snapshot: &Snapshot, settings: &Settings) -> Topology {
 
     let mut members = BTreeMap::<SegmentName, Vec<&Node>>::new();
     let mut outsiders = Vec::new();
+    let mut expected = BTreeMap::<SegmentName, Vec<&NodeName>>::new();
     for node in snapshot.nodes.values() {
         let belief = &claims.nodes[&node.name];
         if belief.is_meshed() {
@@ -31,13 +32,15 @@ pub(super) fn topology(snapshot: &Snapshot, settings: &Settings) -> Topology {
             members.entry(name).or_default().push(node);
         } else {
             outsiders.push(outsider(node, belief, granularity));
+            let name = expected_segment_name(node, granularity);
+            expected.entry(name).or_default().push(&node.name);
         }
     }
     let leaders = members
         .iter()
         .map(|(name, nodes)| (name, leader(nodes)))
         .collect::<BTreeMap<_, _>>();
-    let mut wireguard_ips = wireguard_ips(&mut claims, settings, &leaders);
+    let mut wireguard_ips = wireguard_ips(&mut claims, settings, &leaders, &expected);
     let discovered = discovered_endpoints(&leaders);
 
     let segments = members.iter().filter_map(|(name, nodes)| {
@@ -203,24 +206,38 @@ fn keepalive(node: &Node) -> u16 {
     })
 }
 
+/// The segment a node will be in once its agent has told its private address: the one that its status
+/// suggests.
+fn expected_segment_name(node: &Node, granularity: Granularity) -> SegmentName {
+    let private = node.internal_ips.iter().any(|ip| !is_public(*ip));
+    match granularity {
+        Granularity::Location if private => SegmentName::Location(node.region.clone()),
+        Granularity::Location | Granularity::Full | Granularity::Cross => {
+            segment_name(node, granularity)
+        }
+    }
+}
+
 /// Gives each leader one address of each pool.
 ///
 /// An annotation is honoured, whoever leads now, so that who joins or leaves renumbers nobody; of
 /// two equal ones the older node's. A leader without one gets the lowest free address, in the order
 /// of segments, which in a new mesh is what Kilo gives.
+///
+/// Nodes whose agents have not come up yet keep their places (`expected`, by the segments they will be
+/// in), so that the numbers of a new mesh do not depend on which agent was first.
 fn wireguard_ips(
     claims: &mut Claims<'_>,
     settings: &Settings,
     leaders: &BTreeMap<&SegmentName, &Node>,
+    expected: &BTreeMap<SegmentName, Vec<&NodeName>>,
 ) -> BTreeMap<NodeName, Vec<IpAddr>> {
     let mut given = BTreeMap::<NodeName, Vec<IpAddr>>::new();
     for pool in &settings.subnets {
         let mut holders = BTreeMap::<IpAddr, &NodeName>::new();
         let mut kept = BTreeMap::<&NodeName, IpAddr>::new();
         for node in claims.by_age() {
-            if !claims.nodes[&node.name].is_meshed() {
-                continue;
-            }
+            let meshed = claims.nodes[&node.name].is_meshed();
             let wished = node.wireguard_ips.iter().map(InterfaceAddr::addr);
             let Some(ip) = wished
                 .into_iter()
@@ -235,6 +252,7 @@ fn wireguard_ips(
                 holder.map(|holder| Reason::TakenBy(Subject::Node(holder)))
             };
             match reason {
+                Some(_) if !meshed => {}
                 Some(reason) => {
                     let subject = Subject::Node(node.name.clone());
                     claims.exclude(subject, Field::WireguardIp(ip), reason);
@@ -249,7 +267,14 @@ fn wireguard_ips(
         let mut free = (1..)
             .map_while(|offset| nth(pool, offset))
             .filter(|ip| is_host_of(pool, *ip) && !holders.contains_key(ip));
-        for leader in leaders.values() {
+        let names = leaders.keys().copied().chain(expected.keys());
+        for name in names.collect::<BTreeSet<_>>() {
+            let Some(leader) = leaders.get(name) else {
+                if !expected[name].iter().any(|node| kept.contains_key(node)) {
+                    free.next();
+                }
+                continue;
+            };
             match kept.get(&leader.name).copied().or_else(|| free.next()) {
                 Some(ip) => given.entry(leader.name.clone()).or_default().push(ip),
                 None => {

@@ -34,6 +34,28 @@ fn a_new_mesh_is_numbered_as_kilo_does() {
 }
 
 #[test]
+fn the_numbers_of_a_new_mesh_do_not_depend_on_whose_agent_is_first() {
+    let complete = addresses(&regions(&["a", "b", "c"]));
+    for first in ["a", "b", "c"] {
+        let mut mesh = regions(&["a", "b", "c"]);
+        for other in ["a", "b", "c"].into_iter().filter(|name| *name != first) {
+            let node = mesh.node(other);
+            // Before its agent came up; the status is the kubelet's.
+            (node.public_key, node.private_ip) = (None, None);
+        }
+        assert_eq!(addresses(&mesh).get(first), complete.get(first));
+    }
+}
+
+#[test]
+fn a_wish_is_kept_for_a_node_whose_agent_comes_up_later() {
+    let mut mesh = regions(&["a", "b"]);
+    mesh.node("b").wireguard_ips = vec![net("10.4.0.1/16")];
+    mesh.node("b").public_key = None;
+    assert_eq!(addresses(&mesh)["a"], "10.4.0.2");
+}
+
+#[test]
 fn who_joins_or_leaves_renumbers_nobody() {
     let mut mesh = regions(&["b", "d"]);
     mesh.node("b").wireguard_ips = vec![net("10.4.0.1/16")];
