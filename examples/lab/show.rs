@@ -89,27 +89,50 @@ pub(crate) fn hints(lab: &mut Lab) -> anyhow::Result<()> {
     let pid = lab.agent("node-agent-02").map_or(0, |agent| agent.pid());
     let directory = lab.directory().display().to_string();
     let kubeconfig = lab.admin_kubeconfig();
-    println!("\nIt stays up. To play:");
-    println!(
-        "  ip netns exec {prefix}-pod-node-agent-02 ping {pod}            # a pod calls another region"
-    );
-    println!(
-        "  ip netns exec {prefix}-internet tcpdump -ni any udp           # what the internet sees of it"
-    );
-    println!(
-        "  ip netns exec {prefix}-node-agent-01 ip link delete flannel.1 # and see it come back"
-    );
-    println!(
-        "  nsenter -t {pid} -a bash                                 # a shell on node-agent-02, with its files"
-    );
-    println!("  nsenter -t {pid} -a target/debug/selvedge status");
-    println!("  tail -f {directory}/nodes/node-agent-01/log/agent");
+    let mut hints = vec![
+        (
+            format!("ip netns exec {prefix}-pod-node-agent-02 ping {pod}"),
+            "a pod calls another region",
+        ),
+        (
+            format!("ip netns exec {prefix}-internet tcpdump -ni any udp"),
+            "what the internet sees of it",
+        ),
+        (
+            format!("ip netns exec {prefix}-node-agent-02 ip route flush table 5130"),
+            "and see it come back",
+        ),
+        (
+            format!("nsenter -t {pid} -a bash"),
+            "a shell on node-agent-02, with its files",
+        ),
+        (
+            format!("nsenter -t {pid} -a $PWD/target/debug/selvedge status"),
+            "what its agent says",
+        ),
+        (
+            format!("tail -f {directory}/nodes/node-agent-01/log/agent"),
+            "what the leader's agent does",
+        ),
+    ];
     if lab.options().parts == Parts::Real {
-        println!(
-            "  ip netns exec {prefix}-{MASTER} ~/.cache/selvedge/bin/labcp kubectl --kubeconfig {} get nodes",
-            kubeconfig.display()
-        );
+        let kubectl = "~/.cache/selvedge/bin/labcp kubectl --kubeconfig";
+        hints.push((
+            format!("ip netns exec {prefix}-node-agent-01 ip link delete flannel.1"),
+            "flannel makes it again, Selvedge tells it what it forgot",
+        ));
+        hints.push((
+            format!(
+                "ip netns exec {prefix}-{MASTER} {kubectl} {} get nodes",
+                kubeconfig.display()
+            ),
+            "the cluster",
+        ));
     }
-    println!("  make lab ARGS=--down                                       # the end of it");
+    hints.push(("make lab ARGS=--down".to_owned(), "the end of it"));
+    println!("\nIt stays up. To play:");
+    for (command, meaning) in hints {
+        println!("  # {meaning}\n  {command}");
+    }
     Ok(())
 }
