@@ -41,7 +41,9 @@ check:
 	else echo "check: cargo-deny is not installed, so licences and advisories were not checked"; fi
 
 bench:
-	$(CARGO) bench
+	bench/peers.sh
+	$(CARGO) build --quiet --release
+	bench/tunnel.sh $(ARGS)
 
 fuzz:
 	tests/fuzz/run $(SECONDS_EACH)

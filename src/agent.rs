@@ -147,7 +147,10 @@ impl Agent {
     /// Opens and starts everything, in the order in which it may be refused.
     async fn start(config: Config, key: PrivateKey) -> anyhow::Result<Self> {
         let listener = pages::bind(config.listen).await?;
-        let sources = Sources::new(config.kubeconfig.clone(), config.master.clone());
+        let sources = Sources {
+            mark: Some(config.fwmark),
+            ..Sources::new(config.kubeconfig.clone(), config.master.clone())
+        };
         let access = Access::new(sources).await?;
         let kernel = Kernel::open(&config.interface)?;
         kernel.check(config.rule_priorities())?;

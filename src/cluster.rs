@@ -31,6 +31,7 @@ pub use events::Report;
 pub use node::ParseSettings;
 pub use pace::Patience;
 pub use publish::{Annotations, withdraw};
+use rejected::message;
 pub use rejected::{Object, Rejected, quote};
 pub use servers::Servers;
 
@@ -123,6 +124,7 @@ impl Cluster {
         let (peer_events, of_peers) = mpsc::channel(16);
         let known = |known, never_empty| Expectation { known, never_empty };
 
+        let mark = access.mark();
         let mut tasks = JoinSet::new();
         tasks.spawn(connect(access, connections, contacts, complaint));
         tasks.spawn(
@@ -133,7 +135,7 @@ impl Cluster {
             ListWatch::new(known(peers, false), patience.clone(), peer_events)
                 .run(connection.clone(), complaints),
         );
-        tasks.spawn(servers::run(connection.clone(), servers));
+        tasks.spawn(servers::run(mark, connection.clone(), servers));
         tasks.spawn(publish::run(
             own.clone(),
             connection.clone(),

@@ -179,6 +179,8 @@ pub struct Firewall {
     pub remote_pods: BTreeSet<IpNet>,
     /// Node, WireGuard and allowed-location addresses of other regions.
     pub remote_nodes: BTreeSet<IpNet>,
+    /// Those of them that this host itself reaches through the mesh, not directly.
+    pub mesh_nodes: BTreeSet<IpNet>,
     /// Pod CIDRs of the own region without this node's.
     pub region_pods: BTreeSet<IpNet>,
     /// Node addresses of the own region without this node's.

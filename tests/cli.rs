@@ -2,6 +2,7 @@
 //! it at once, with one sentence on stderr and the exit code 64 or 78.
 #![expect(
     clippy::disallowed_methods,
+    clippy::unwrap_used,
     reason = "a test may wait, read the clock and run programs"
 )]
 

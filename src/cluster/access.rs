@@ -49,6 +49,8 @@ pub struct Sources {
     pub local: Vec<SocketAddr>,
     /// The URL of the `kubernetes` service, from a pod's environment.
     pub service: Option<String>,
+    /// The tunnel's mark: connections that carry it tell which servers answer without the tunnel.
+    pub mark: Option<u32>,
 }
 
 impl Sources {
@@ -70,6 +72,7 @@ impl Sources {
                 .map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
                 .to_vec(),
             service,
+            mark: None,
         }
     }
 }
@@ -156,6 +159,11 @@ impl Access {
             )));
         }
         Ok(access)
+    }
+
+    /// The tunnel's mark.
+    pub(super) fn mark(&self) -> Option<u32> {
+        self.sources.mark
     }
 
     /// Connects to the first server that answers; `avoid` is tried last.
@@ -289,6 +297,8 @@ fn at(config: &Config, url: &str) -> Result<Config, String> {
 }
 
 async fn from_kubeconfig(path: &Path, master: Option<&str>) -> Result<Config, String> {
+    // Its own error is clearer than what is made of it.
+    std::fs::metadata(path).map_err(|e| e.to_string())?;
     let kubeconfig = Kubeconfig::read_from(path).map_err(|e| chain(&e))?;
     let clusters = kubeconfig.clusters.iter();
     let names_proxy = clusters
@@ -316,7 +326,7 @@ fn chain(error: &dyn std::error::Error) -> String {
         }
         cause = error.source();
     }
-    super::quote(&text)
+    super::message(&text)
 }
 
 async fn probe(number: u64, origin: &Origin, mut config: Config) -> Result<Connection, String> {

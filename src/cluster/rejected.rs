@@ -104,25 +104,36 @@ impl Refusals {
     }
 }
 
-/// Makes foreign text fit for a log line: control characters, quotes and bidirectional marks are
-/// escaped, and the result is cut to 256 bytes.
+/// Makes foreign text fit to stand between quotes in a log line: control characters, quotes and
+/// bidirectional marks are escaped, and the result is cut to 256 bytes.
 pub fn quote(text: &str) -> String {
-    let mut quoted = String::new();
-    for c in text.chars() {
-        let escaped: String = c.escape_debug().collect();
-        if quoted.len() + escaped.len() > MAX_VALUE {
-            let cut = quoted
+    cut(text.chars().map(|c| c.escape_debug().collect()))
+}
+
+/// Makes another program's message fit for a log line. As [`quote`], but quotes stay as they are.
+pub(super) fn message(text: &str) -> String {
+    cut(text.chars().map(|c| match c {
+        '"' | '\'' => c.to_string(),
+        _ => c.escape_debug().collect(),
+    }))
+}
+
+fn cut(pieces: impl Iterator<Item = String>) -> String {
+    let mut text = String::new();
+    for piece in pieces {
+        if text.len() + piece.len() > MAX_VALUE {
+            let end = text
                 .char_indices()
                 .map(|(at, _)| at)
                 .take_while(|at| at + '…'.len_utf8() <= MAX_VALUE)
                 .last();
-            quoted.truncate(cut.unwrap_or(0));
-            quoted.push('…');
+            text.truncate(end.unwrap_or(0));
+            text.push('…');
             break;
         }
-        quoted.push_str(&escaped);
+        text.push_str(&piece);
     }
-    quoted
+    text
 }
 
 #[cfg(test)]
@@ -135,6 +146,11 @@ mod tests {
             quote("a\r\n\u{1b}[31m\"\u{202e}"),
             "a\\r\\n\\u{1b}[31m\\\"\\u{202e}"
         );
+    }
+
+    #[test]
+    fn messages_keep_their_quotes_and_nothing_else() {
+        assert_eq!(message("no \"file\"\u{7}"), "no \"file\"\\u{7}");
     }
 
     #[test]

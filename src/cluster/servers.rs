@@ -1,31 +1,41 @@
 //! The addresses of the API servers: what this host must reach without the tunnel.
 //!
 //! A balancer on this host or the `kubernetes` service hides them, but where they are is what the
-//! plan needs; the endpoints of that service tell.
+//! plan needs; the endpoints of that service tell. They may advertise private addresses that only
+//! their own region knows. Such a one counts if it answers a connection that carries the tunnel's
+//! mark: were it kept out of the tunnel for nothing, this host could not reach that node at all.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use futures::future::join_all;
 use serde::Deserialize;
+use tokio::net::TcpSocket;
 use tokio::sync::watch;
 
 use super::access::Connection;
 use super::call::{self, Failure};
 use super::pace::jitter;
+use crate::topology::is_public;
 
 /// Asked for by name, so that the agent's role can be narrowed to that name.
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices?fieldSelector=metadata.name%3Dkubernetes";
 
 /// Servers come and go rarely, and a new connection asks at once.
 const PERIOD: Duration = Duration::from_secs(600);
+/// The port of a slice that names none.
+const HTTPS: u16 = 443;
 /// After a failure.
 const RETRY: Duration = Duration::from_secs(60);
+
+/// How long a server on a far continent may take to answer.
+const PROBE: Duration = Duration::from_secs(3);
 
 /// Where the API servers are.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Servers {
-    /// Every address that is known, also from before: an address too many costs nothing.
+    /// Every address that this host reaches directly, also from before.
     pub addresses: BTreeSet<IpAddr>,
     /// Why there may be more: a clause for the operator.
     pub incomplete: Option<String>,
@@ -41,6 +51,8 @@ struct Slices {
 struct Slice {
     #[serde(default)]
     endpoints: Option<Vec<Endpoint>>,
+    #[serde(default)]
+    ports: Option<Vec<Port>>,
 }
 
 #[derive(Deserialize)]
@@ -49,8 +61,17 @@ struct Endpoint {
     addresses: Vec<String>,
 }
 
+#[derive(Deserialize)]
+struct Port {
+    #[serde(default)]
+    port: Option<u16>,
+}
+
 /// Keeps the addresses up to date until nobody wants them any more.
+///
+/// Without the tunnel's `mark` every address is taken to be reached directly.
 pub(super) async fn run(
+    mark: Option<u32>,
     mut connections: watch::Receiver<Option<Connection>>,
     servers: watch::Sender<Servers>,
 ) {
@@ -63,7 +84,10 @@ pub(super) async fn run(
         };
         let named = named(&connection.host).await;
         let (endpoints, incomplete) = match endpoints(&connection).await {
-            Ok(endpoints) => (endpoints, None),
+            Ok(endpoints) => {
+                let before = servers.borrow().addresses.clone();
+                (direct(endpoints, &before, mark).await, None)
+            }
             Err(failure) => (BTreeSet::new(), Some(explain(&failure))),
         };
         let pause = if incomplete.is_some() { RETRY } else { PERIOD };
@@ -105,18 +129,55 @@ async fn named(host: &str) -> BTreeSet<IpAddr> {
     ips.into_iter().filter(|ip| !ip.is_loopback()).collect()
 }
 
-async fn endpoints(connection: &Connection) -> Result<BTreeSet<IpAddr>, Failure> {
+/// Those of the addresses that this host reaches directly. One that did so before still does: it may
+/// be down for a moment.
+async fn direct(
+    endpoints: BTreeSet<SocketAddr>,
+    before: &BTreeSet<IpAddr>,
+    mark: Option<u32>,
+) -> BTreeSet<IpAddr> {
+    let probes = endpoints.into_iter().map(|address| async move {
+        let known = is_public(address.ip()) || before.contains(&address.ip());
+        let direct = match mark {
+            Some(mark) if !known => answers(address, mark).await,
+            Some(_) | None => true,
+        };
+        direct.then_some(address.ip())
+    });
+    join_all(probes).await.into_iter().flatten().collect()
+}
+
+/// Whether anything answers at an address without the tunnel, be it with a refusal.
+async fn answers(address: SocketAddr, mark: u32) -> bool {
+    let connect = async {
+        let socket = if address.is_ipv4() {
+            TcpSocket::new_v4()?
+        } else {
+            TcpSocket::new_v6()?
+        };
+        socket2::SockRef::from(&socket).set_mark(mark)?;
+        socket.connect(address).await
+    };
+    match tokio::time::timeout(PROBE, connect).await {
+        Ok(Ok(_)) => true,
+        Ok(Err(error)) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+        Err(_) => false,
+    }
+}
+
+async fn endpoints(connection: &Connection) -> Result<BTreeSet<SocketAddr>, Failure> {
     let body = call::call(&connection.client, call::get(SLICES)).await?;
     let slices: Slices = serde_json::from_slice(&body)
-        .map_err(|error| Failure::Unreadable(super::quote(&error.to_string())))?;
-    let endpoints = slices
-        .items
-        .iter()
-        .flat_map(|slice| slice.endpoints.iter().flatten());
-    Ok(endpoints
-        .flat_map(|endpoint| &endpoint.addresses)
-        .filter_map(|text| text.parse().ok())
-        .collect())
+        .map_err(|error| Failure::Unreadable(super::message(&error.to_string())))?;
+    let addresses = slices.items.iter().flat_map(|slice| {
+        let ports = slice.ports.iter().flatten();
+        let port = ports.filter_map(|port| port.port).next().unwrap_or(HTTPS);
+        let endpoints = slice.endpoints.iter().flatten();
+        let addresses = endpoints.flat_map(|endpoint| &endpoint.addresses);
+        let addresses = addresses.filter_map(|text| text.parse().ok());
+        addresses.map(move |ip| SocketAddr::new(ip, port))
+    });
+    Ok(addresses.collect())
 }
 
 fn explain(failure: &Failure) -> String {
@@ -125,5 +186,29 @@ fn explain(failure: &Failure) -> String {
             .to_owned()
     } else {
         format!("the endpoints of the kubernetes service cannot be read: {failure}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn public_addresses_and_those_that_answered_before_are_not_asked_again() {
+        let endpoints = ["203.0.113.10:6443", "172.16.0.10:6443", "10.0.0.10:6443"];
+        let endpoints = endpoints.map(|text| text.parse().unwrap());
+        let before = ["172.16.0.10", "10.0.0.10"].map(|text| text.parse().unwrap());
+
+        let found = direct(endpoints.into(), &before.into(), Some(1)).await;
+
+        let all = ["203.0.113.10", "172.16.0.10", "10.0.0.10"];
+        assert_eq!(found, all.map(|text| text.parse().unwrap()).into());
+    }
+
+    #[tokio::test]
+    async fn without_a_mark_every_address_counts() {
+        let endpoint = "172.16.0.10:6443".parse().unwrap();
+        let found = direct([endpoint].into(), &BTreeSet::new(), None).await;
+        assert_eq!(found, [endpoint.ip()].into());
     }
 }

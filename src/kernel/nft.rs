@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
@@ -126,6 +127,7 @@ impl<'a> Text<'a> {
             ("local_pods", firewall.local_pods.clone()),
             ("masquerade_from", firewall.masquerade_sources.clone()),
             ("masquerade_to", firewall.masquerade_destinations.clone()),
+            ("mesh", &firewall.remote_pods | &firewall.mesh_nodes),
             ("region", &firewall.region_pods | &firewall.region_nodes),
             ("region_underlay", underlay.collect()),
             ("remote", &firewall.remote_pods | &firewall.remote_nodes),
@@ -155,6 +157,13 @@ impl<'a> Text<'a> {
         self.sets
             .contains_key(&(name, family))
             .then(|| format!("@{name}{}", family.digit()))
+    }
+
+    /// This node's address in the pod network: the first of its pod CIDR.
+    fn own(&self, family: Family) -> Option<IpAddr> {
+        let mut pods = self.firewall.local_pods.iter();
+        pods.find(|net| Family::of(net) == family)
+            .map(IpNet::network)
     }
 
     fn line(&mut self, depth: usize, line: impl AsRef<str>) {
@@ -236,13 +245,27 @@ impl<'a> Text<'a> {
 
     /// Decides on translation before flannel's rules at `srcnat` do: a source translated to itself is
     /// bound for the connection's life, and later chains are not asked. `accept` would not do that.
+    ///
+    /// What kube-proxy wants masqueraded gets this node's own address in the pod network, whatever
+    /// device it leaves by. By the underlay's address, which masquerading would take where flannel
+    /// routes directly, the leader's FORWARD chain would not know it.
     fn translate(&mut self) {
         let firewall = self.firewall;
         let tunnel = &firewall.tunnel;
         let hook = Some("nat hook postrouting priority srcnat - 1");
+        let marked = format!("meta mark & {KUBE_MASQUERADE} == {KUBE_MASQUERADE}");
         self.chain("translate", hook, |text| {
+            for family in Family::BOTH {
+                let ip = family.ip();
+                let (Some(mesh), Some(own)) = (text.set("mesh", family), text.own(family)) else {
+                    continue;
+                };
+                text.rule(format!(
+                    "{marked} {ip} daddr {mesh} snat {ip} to {own} fully-random"
+                ));
+            }
             text.rule(format!(
-                "meta mark & {KUBE_MASQUERADE} == {KUBE_MASQUERADE} return comment \"kube-proxy masquerades it\""
+                "{marked} return comment \"kube-proxy masquerades it\""
             ));
             for family in Family::BOTH {
                 let ip = family.ip();
@@ -277,7 +300,10 @@ impl<'a> Text<'a> {
                         String::new()
                     } else {
                         let devices = firewall.vxlan.keys().chain([tunnel]);
-                        format!("oifname {} ", one_of(devices.map(|name| format!("\"{name}\""))))
+                        format!(
+                            "oifname {} ",
+                            one_of(devices.map(|name| format!("\"{name}\"")))
+                        )
                     };
                     text.rule(format!(
                         "{devices}{ip} saddr {pods} {ip} daddr {remote} {keep}"

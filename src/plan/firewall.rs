@@ -23,6 +23,10 @@ pub(super) fn firewall(site: &Site<'_>) -> Firewall {
         let wide = segment.allowed_location_ips.iter().copied();
         addresses.copied().map(IpNet::from).chain(wide)
     });
+    let remote_nodes = remote_nodes.collect::<BTreeSet<_>>();
+    let direct =
+        |net: &IpNet| net.prefix_len() == net.max_prefix_len() && site.is_direct(net.addr());
+    let mesh_nodes = remote_nodes.iter().filter(|net| !direct(net));
     let remote_pods = site
         .remotes()
         .flat_map(|segment| &segment.nodes)
@@ -61,7 +65,8 @@ pub(super) fn firewall(site: &Site<'_>) -> Firewall {
             .collect(),
         region_underlay: site.region_underlay.clone(),
         remote_pods: remote_pods.copied().collect(),
-        remote_nodes: remote_nodes.collect(),
+        mesh_nodes: mesh_nodes.copied().collect(),
+        remote_nodes,
         region_pods: region_pods
             .copied()
             .filter(|net| !local_pods.contains(net))

@@ -26,6 +26,7 @@ use super::icmp::{self, Answer, Pace};
 use super::link::LinkWatch;
 use super::packet::{Ecn, Header};
 use super::peer::Wire;
+use super::priority::Priority;
 use super::receive::Receive;
 use super::routes::RouteWatch;
 use super::transmit::{Refused, Transmit};
@@ -46,6 +47,8 @@ pub(super) struct Io {
     /// The queues of the TUN link, as many as there are transmit threads.
     pub(super) tuns: ArcSwap<Vec<Tun>>,
     pub(super) fwmark: AtomicU32,
+    /// Whether the packet threads run before ordinary programs.
+    realtime: bool,
     /// Set once: every thread ends.
     stopping: AtomicBool,
     /// Readable from when the threads are to end.
@@ -84,6 +87,7 @@ impl Io {
         sockets: Sockets,
         tuns: Vec<Tun>,
         fwmark: u32,
+        realtime: bool,
         on_gone: OnGone,
     ) -> io::Result<Self> {
         let event = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
@@ -91,6 +95,7 @@ impl Io {
             sockets: ArcSwap::from_pointee(sockets),
             tuns: ArcSwap::from_pointee(tuns),
             fwmark: AtomicU32::new(fwmark),
+            realtime,
             stopping: AtomicBool::new(false),
             stop: event()?,
             jobs: event()?,
@@ -226,6 +231,7 @@ fn transmit(core: &Core, io: &Io, queue: usize) {
     let mut buffer = vec![0; MAX_READ];
     let mut transmit = Transmit::default();
     let mut pace = Pace::default();
+    let mut priority = Priority::raise(io.realtime, Time::now());
     while !io.is_stopping() {
         let tuns = io.tuns.load();
         let Some(tun) = tuns.get(queue) else {
@@ -240,6 +246,7 @@ fn transmit(core: &Core, io: &Io, queue: usize) {
                 {
                     tell_sender(tun, bytes, answer);
                 }
+                priority.check(now);
             }
             Err(error) => match error.raw_os_error() {
                 Some(libc::EAGAIN) => {
@@ -276,6 +283,7 @@ fn tell_sender(tun: &Tun, bytes: &[u8], answer: Answer) {
 fn receive(core: &Core, io: &Io, v6: bool) {
     let mut arena = Arena::default();
     let mut receive = Receive::default();
+    let mut priority = Priority::raise(io.realtime, Time::now());
     let mut limit = 1;
     while !io.is_stopping() {
         let sockets = io.sockets.load_full();
@@ -302,6 +310,7 @@ fn receive(core: &Core, io: &Io, v6: bool) {
             receive.message(core, bytes, message, now);
         }
         receive.finish(bytes, |pieces, count| write(core, tun, pieces, count));
+        priority.check(now);
         limit = if total > LARGE * messages.len() {
             1
         } else {

@@ -40,6 +40,7 @@ fn in_pod(
             .unwrap(),
         local,
         service,
+        mark: None,
     }
 }
 
@@ -156,6 +157,7 @@ async fn a_plain_master_is_spoken_to_without_a_token() {
         service_account: PathBuf::from("/nonexistent"),
         local: Vec::new(),
         service: None,
+        mark: None,
     };
     let mut agent = Agent::start(sources, "a1", None).await;
     agent.expect_nodes(&["a1"]).await;
@@ -169,9 +171,9 @@ async fn what_cannot_work_is_refused_with_the_file_or_the_flag() {
         refused.sentence
     };
     let sentence = refused(sources(&PathBuf::from("/nonexistent/kubeconfig"))).await;
-    assert!(
-        sentence.starts_with("--kubeconfig /nonexistent/kubeconfig: "),
-        "{sentence}"
+    assert_eq!(
+        sentence,
+        "--kubeconfig /nonexistent/kubeconfig: No such file or directory (os error 2)"
     );
 
     let directory = tempfile::tempdir().unwrap();

@@ -117,6 +117,7 @@ pub(crate) fn sources(kubeconfig: &Path) -> Sources {
         service_account: PathBuf::from("/nonexistent"),
         local: Vec::new(),
         service: None,
+        mark: None,
     }
 }
 

@@ -1,6 +1,6 @@
 //! A kernel and a tunnel device that fit in a test.
 //!
-//! They refuse what the real ones refuse and forget what the real ones forget; `tests/kernel.rs`
+//! They refuse what the real ones refuse and forget what the real ones forget; `tests/kernel`
 //! holds the agent against the real ones. Beyond that they refuse changes that change nothing: a
 //! minimal list of changes has none.
 

@@ -58,6 +58,20 @@ fn an_operator_reads_what_a_leader_does() {
     		elements = { 172.16.0.0/24 }
     	}
 
+    	set mesh4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.4.0.1, 10.42.0.0/24,
+    			     10.42.4.0/24 }
+    	}
+
+    	set mesh6 {
+    		type ipv6_addr
+    		flags interval
+    		elements = { fd04::1,
+    			     fd42::/64 }
+    	}
+
     	set region4 {
     		type ipv4_addr
     		flags interval
@@ -122,6 +136,8 @@ fn an_operator_reads_what_a_leader_does() {
 
     	chain translate {
     		type nat hook postrouting priority srcnat - 1; policy accept;
+    		meta mark & 0x00004000 == 0x00004000 ip daddr @mesh4 snat ip to 10.42.1.0 fully-random
+    		meta mark & 0x00004000 == 0x00004000 ip6 daddr @mesh6 snat ip6 to fd42:0:0:1:: fully-random
     		meta mark & 0x00004000 == 0x00004000 return comment "kube-proxy masquerades it"
     		ip saddr @masquerade_from4 ip daddr @known4 snat ip to ip saddr
     		ip saddr @masquerade_from4 masquerade
@@ -210,6 +226,13 @@ fn an_operator_reads_what_a_follower_does() {
     		elements = { 10.42.1.0/24 }
     	}
 
+    	set mesh4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.4.0.1, 10.42.0.0/24,
+    			     10.42.4.0/24 }
+    	}
+
     	set region4 {
     		type ipv4_addr
     		flags interval
@@ -242,6 +265,7 @@ fn an_operator_reads_what_a_follower_does() {
 
     	chain translate {
     		type nat hook postrouting priority srcnat - 1; policy accept;
+    		meta mark & 0x00004000 == 0x00004000 ip daddr @mesh4 snat ip to 10.42.1.0 fully-random
     		meta mark & 0x00004000 == 0x00004000 return comment "kube-proxy masquerades it"
     		ip saddr @local_pods4 ip daddr @remote4 snat ip to ip saddr
     	}
@@ -562,6 +586,7 @@ fn v4_only(firewall: Firewall) -> Firewall {
             .collect(),
         remote_pods: v4(firewall.remote_pods),
         remote_nodes: v4(firewall.remote_nodes),
+        mesh_nodes: v4(firewall.mesh_nodes),
         region_pods: v4(firewall.region_pods),
         region_nodes: v4(firewall.region_nodes),
         local_pods: v4(firewall.local_pods),

@@ -4,10 +4,9 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
-use http_body_util::channel::{Channel, Sender};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
@@ -18,6 +17,9 @@ use serde_json::{Value, json};
 use super::fault::Faults;
 use super::store::{KINDS, Kind, PEERS, Refused, Selector, kind_of};
 use super::{Logged, Shared, State, patch};
+
+mod discovery;
+mod watch;
 
 type Body = BoxBody<Bytes, io::Error>;
 
@@ -183,7 +185,7 @@ fn answer(
         let message = format!("User \"{user}\" cannot {} {}", call.method, call.path);
         return Err(Refused::new(403, "Forbidden", message));
     }
-    if let Some(fixed) = fixed(&call.path) {
+    if let Some(fixed) = discovery::fixed(&call.path) {
         return Ok(fixed);
     }
 
@@ -195,7 +197,7 @@ fn answer(
     let namespace = target.namespace.clone().unwrap_or_default();
     match (&call.method, &target.name) {
         (&Method::GET, None) if call.is_set("watch") => {
-            watch(shared, &mut state, call, &target, user)
+            watch::watch(shared, &mut state, call, &target, user)
         }
         (&Method::GET, None) => list(&mut state, call, &target, user),
         (&Method::GET, Some(name)) => {
@@ -422,219 +424,6 @@ fn list(
             "items": items,
         }),
     ))
-}
-
-fn watch(
-    shared: &Arc<Shared>,
-    state: &mut State,
-    call: &Call,
-    target: &Target,
-    user: &str,
-) -> Result<Response<Body>, Refused> {
-    let selector = state.selector(call, target, user)?;
-    let mut from = call.revision()?;
-    let streamed = call.is_set("sendInitialEvents") && !state.faults.ignore_streamed_lists;
-    if streamed && state.faults.no_streamed_lists {
-        let message = "sendInitialEvents: Forbidden: sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled";
-        return Err(Refused::new(422, "Invalid", message));
-    }
-    let mut first = Vec::new();
-    let mut ended = false;
-    if from > 0 && !streamed && Faults::spend(&mut state.faults.gone) {
-        if state.faults.gone_as_status {
-            return Err(Refused::gone());
-        }
-        first.push(line("ERROR", &Refused::gone().status()));
-        ended = true;
-    } else if streamed || from == 0 {
-        let mut items: Vec<_> = state.store.list(target.kind, &selector).collect();
-        if streamed && Faults::spend(&mut state.faults.truncate.0) {
-            items.truncate(state.faults.truncate.1);
-        }
-        first.extend(items.iter().map(|object| line("ADDED", object)));
-        from = state.store.revision();
-        if streamed {
-            first.push(bookmark(target.kind, from, true));
-        }
-    } else if !state.store.keeps(from) {
-        first.push(line("ERROR", &Refused::gone().status()));
-        ended = true;
-    }
-
-    let (sender, body) = Channel::<Bytes, io::Error>::new(16);
-    let seconds = call.asks("timeoutSeconds").parse().unwrap_or(1800);
-    let watcher = Watcher {
-        shared: Arc::clone(shared),
-        kind: target.kind,
-        selector,
-        from,
-        bookmarks: call.is_set("allowWatchBookmarks"),
-        until: tokio::time::Instant::now() + Duration::from_secs(seconds),
-        epoch: state.watch_epoch,
-        ended,
-    };
-    tokio::spawn(watcher.run(sender, first));
-    Ok(respond(200, "application/json", body.boxed()))
-}
-
-/// Feeds one watch.
-struct Watcher {
-    shared: Arc<Shared>,
-    kind: &'static Kind,
-    selector: Selector,
-    from: u64,
-    bookmarks: bool,
-    until: tokio::time::Instant,
-    epoch: u64,
-    /// Whether it ends after what it begins with.
-    ended: bool,
-}
-
-impl Watcher {
-    async fn run(mut self, mut sender: Sender<Bytes, io::Error>, first: Vec<Bytes>) {
-        for line in first {
-            if sender.send_data(line).await.is_err() {
-                return;
-            }
-        }
-        let mut changes = self.shared.changes.subscribe();
-        let mut bookmark_at = tokio::time::Instant::now() + self.shared.bookmarks;
-        let shared = Arc::clone(&self.shared);
-        while !self.ended {
-            let (lines, stalled) = {
-                let state = shared.state();
-                let faults = &state.faults;
-                if faults.short_watches || state.watch_epoch != self.epoch {
-                    return;
-                }
-                match faults.stall_watches || faults.half_open {
-                    true => (Vec::new(), true),
-                    false => (self.take(&state), false),
-                }
-            };
-            for line in lines {
-                if sender.send_data(line).await.is_err() {
-                    return;
-                }
-            }
-            tokio::select! {
-                changed = changes.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep_until(self.until) => return,
-                () = tokio::time::sleep_until(bookmark_at) => {
-                    bookmark_at += self.shared.bookmarks;
-                    if self.bookmarks && !stalled {
-                        let line = bookmark(self.kind, self.from, false);
-                        if sender.send_data(line).await.is_err() {
-                            return;
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// What happened since the last look.
-    fn take(&mut self, state: &State) -> Vec<Bytes> {
-        let lines = match state.store.changes_after(self.from) {
-            Ok(changes) => changes
-                .filter(|change| {
-                    change.plural == self.kind.plural && self.selector.matches(&change.object)
-                })
-                .map(|change| line(change.event, &change.object))
-                .collect(),
-            Err(gone) => {
-                self.ended = true;
-                vec![line("ERROR", &gone.status())]
-            }
-        };
-        self.from = state.store.revision();
-        lines
-    }
-}
-
-fn line(event: &str, object: &Value) -> Bytes {
-    let mut line = json!({"type": event, "object": object}).to_string();
-    line.push('\n');
-    line.into()
-}
-
-fn bookmark(kind: &Kind, revision: u64, ends_list: bool) -> Bytes {
-    let mut metadata = json!({"resourceVersion": revision.to_string(), "creationTimestamp": null});
-    if ends_list {
-        metadata["annotations"] = json!({"k8s.io/initial-events-end": "true"});
-    }
-    line(
-        "BOOKMARK",
-        &json!({
-            "kind": kind.kind,
-            "apiVersion": kind.api_version(),
-            "metadata": metadata,
-        }),
-    )
-}
-
-/// Paths that do not name objects.
-fn fixed(path: &str) -> Option<Response<Body>> {
-    let segments: Vec<_> = path.trim_matches('/').split('/').collect();
-    let resources = |group: &str, version: &str| {
-        let resources: Vec<_> = KINDS
-            .iter()
-            .filter(|kind| kind.group == group && kind.version == version)
-            .map(|kind| {
-                json!({
-                    "name": kind.plural,
-                    "singularName": kind.kind.to_lowercase(),
-                    "namespaced": kind.namespaced,
-                    "kind": kind.kind,
-                    "verbs": ["create", "delete", "get", "list", "patch", "update", "watch"],
-                })
-            })
-            .collect();
-        let version = match group {
-            "" => version.to_owned(),
-            group => format!("{group}/{version}"),
-        };
-        json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": resources})
-    };
-    let body = match segments.as_slice() {
-        ["readyz" | "livez" | "healthz"] => {
-            return Some(respond(200, "text/plain", full(Bytes::from_static(b"ok"))));
-        }
-        ["version"] => json!({
-            "major": "1",
-            "minor": "34",
-            "gitVersion": "v1.34.0-selvedge-lab",
-            "gitCommit": "",
-            "gitTreeState": "clean",
-            "buildDate": "1970-01-01T00:00:00Z",
-            "goVersion": "",
-            "compiler": "rustc",
-            "platform": "linux",
-        }),
-        ["api"] => {
-            json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []})
-        }
-        ["apis"] => {
-            let mut groups = BTreeMap::new();
-            for kind in KINDS.iter().filter(|kind| !kind.group.is_empty()) {
-                let version = json!({"groupVersion": kind.api_version(), "version": kind.version});
-                groups.insert(
-                    kind.group,
-                    json!({
-                        "name": kind.group,
-                        "versions": [version],
-                        "preferredVersion": version,
-                    }),
-                );
-            }
-            let groups: Vec<_> = groups.into_values().collect();
-            json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
-        }
-        ["api", version] => resources("", version),
-        ["apis", group, version] => resources(group, version),
-        _ => return None,
-    };
-    Some(ok(200, &body))
 }
 
 /// As API Priority and Fairness answers: plain text and a header.

@@ -1,12 +1,5 @@
 //! Two devices and the network between them, driven by any bytes: what the fuzzer runs, and the
 //! corpora of what it ran.
-#![cfg_attr(
-    test,
-    expect(
-        unreachable_pub,
-        reason = "public for the fuzzer's crate, where this is no test"
-    )
-)]
 
 use super::*;
 
