@@ -269,6 +269,10 @@ impl<'a> Site<'a> {
         let flannel = self.inputs.flannel;
         let pods = node.pod_cidrs.iter();
         let pods = pods.into_iter().find(|net| net.addr().is_ipv6() == v6)?;
+        // Kilo judges no claims: two nodes may have the same pods, and this may be one of them.
+        if flannel.subnets.contains(pods) {
+            return None;
+        }
         let hop = flannel_hop(flannel, pods);
         match self.inputs.settings.encapsulation {
             // Where flannel itself goes directly its VXLAN device has no neighbour to send to.

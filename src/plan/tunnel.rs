@@ -53,7 +53,8 @@ pub(super) fn sysctls(site: &Site<'_>) -> BTreeMap<String, String> {
     // Loose, also where `all` says strict: what comes out of the tunnel has been checked against its
     // sender's allowed IPs, and another leader of this region may be the way back.
     sysctls.insert(format!("net/ipv4/conf/{name}/rp_filter"), "2".to_owned());
-    if site.has_family(true) {
+    let mut subnets = site.inputs.flannel.subnets.iter();
+    if subnets.any(|subnet| subnet.addr().is_ipv6()) {
         // No link-local address: there is no link.
         sysctls.insert(
             format!("net/ipv6/conf/{name}/addr_gen_mode"),

@@ -156,6 +156,21 @@ pub(crate) fn peers() -> impl Strategy<Value = Vec<ExternalPeer>> {
     })
 }
 
+/// A whole cluster, of ours or with real agents of Kilo's in it.
+pub(crate) fn any_mesh() -> impl Strategy<Value = Mesh> {
+    let foreign = prop_oneof![2 => Just(vec![]), 1 => vec(0..10u8, 1..4)];
+    (mesh(), foreign).prop_map(|(mut mesh, foreign)| {
+        for number in foreign {
+            let name = NodeName(format!("node-{number}"));
+            if let Some(node) = mesh.snapshot.nodes.get_mut(&name) {
+                node.ours = false;
+                node.last_seen = Some(mesh.snapshot.now);
+            }
+        }
+        mesh
+    })
+}
+
 /// A whole cluster of ours.
 pub(crate) fn mesh() -> impl Strategy<Value = Mesh> {
     let granularity = prop_oneof![
