@@ -34,10 +34,16 @@ fn stranger(pair: &Pair) -> Result<UdpSocket> {
 
 /// Fails if anything came back to a socket.
 fn expect_silence(socket: &UdpSocket) -> Result<()> {
-    match socket.recv(&mut [0; 2048]) {
-        Ok(length) => bail!("{length} bytes were sent to a stranger"),
-        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(()),
-        Err(error) => Err(error.into()),
+    loop {
+        return match socket.recv(&mut [0; 2048]) {
+            Ok(length) => bail!("{length} bytes were sent to a stranger"),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                Ok(())
+            }
+            // A wait with a time-out is not resumed after a signal (signal(7)).
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => Err(error.into()),
+        };
     }
 }
 

@@ -128,16 +128,17 @@ pub(crate) fn a_peer_may_be_behind_a_peer_but_not_behind_itself(pairing: Pairing
     left.tunnel
         .set(&format!("peer {} endpoint 192.168.242.2:5", key.public))?;
     left.ping_fails("192.168.242.2")?;
+    // What is still on its way when the cause ends may finish.
+    thread::sleep(Duration::from_secs(3));
     let before = cpu_time(left.tunnel.pid()?)?;
     thread::sleep(Duration::from_secs(1));
     let spent = cpu_time(left.tunnel.pid()?)? - before;
     ensure!(!pair.left.tunnel.ended(), "the daemon is gone");
-    pair.left.ping(RIGHT4)?;
     ensure!(
         spent < Duration::from_millis(500),
         "{spent:?} of a second went into the loop"
     );
-    Ok(())
+    pair.left.ping(RIGHT4)
 }
 
 /// The processor time that all threads of a process have taken.
@@ -399,8 +400,7 @@ pairs! {
         fails with WireguardGo on left: "ing over TCP", right: "ing over TCP";
     a_tunnel_carries_a_tunnel;
     a_routing_loop_ends_with_its_cause;
-    a_peer_may_be_behind_a_peer_but_not_behind_itself
-        fails with WireguardGo on left: "went into the loop";
+    a_peer_may_be_behind_a_peer_but_not_behind_itself;
     a_mark_keeps_the_tunnel_out_of_its_own_default_route;
     bound_and_marked_packets_pass;
     a_removed_peer_is_reported_by_the_router fails with WireguardGo on right: "no ICMP";

@@ -118,6 +118,17 @@ pub(crate) struct Tunnel {
 impl Tunnel {
     /// Starts a daemon whose UDP sockets, and at first its link, are in a namespace.
     pub(crate) fn start(program: Program, namespace: &Namespace) -> Result<Self> {
+        // wireguard-go looks for the socket it has just bound and may not find it while others come
+        // and go in the directory; it then gives up, and is started once more.
+        match Self::start_once(program, namespace) {
+            Err(error) if format!("{error:#}").contains("Failed to listen on uapi socket") => {
+                Self::start_once(program, namespace)
+            }
+            started => started,
+        }
+    }
+
+    fn start_once(program: Program, namespace: &Namespace) -> Result<Self> {
         let name = format!("{}w", unique_prefix());
         let log = tempfile::tempdir()?;
         let command = program.command(namespace, &name)?;
