@@ -63,7 +63,12 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(set_interface, 0x4004_54ca, libc::ifreq);
     nix::ioctl_write_int_bad!(set_persist, 0x4004_54cb);
     nix::ioctl_write_int_bad!(set_offload, 0x4004_54d0);
-    nix::ioctl_read_bad!(interface, 0x8004_54d2, libc::ifreq);
+    // By its parts: as a number it does not fit the type that musl has for requests.
+    nix::ioctl_read_bad!(
+        interface,
+        nix::request_code_read!(b'T', 210, 4),
+        libc::ifreq
+    );
     nix::ioctl_none_bad!(network_namespace, 0x54e3);
     nix::ioctl_readwrite_bad!(mtu, libc::SIOCGIFMTU, libc::ifreq);
     nix::ioctl_write_ptr_bad!(set_mtu, libc::SIOCSIFMTU, libc::ifreq);
