@@ -682,6 +682,22 @@ fn six_clouds(steps: &mut Steps) -> Option<()> {
         }
         Ok(String::new())
     });
+    steps.step("the_agents_page_draws_what_the_command_draws", || {
+        let command = selvedge(lab.node(MASTER)?, &lab, &["graph"])?;
+        let (status, page) = lab.ask_agent(MASTER, "/graph?format=dot&layout=neato")?;
+        ensure!(
+            status == 200 && format!("{page}\n") == command,
+            "{status} {page}\n{command}"
+        );
+        let (_, picture) = lab.ask_agent(MASTER, "/graph")?;
+        ensure!(picture.starts_with("<svg "), "{picture}");
+        let (status, refusal) = lab.ask_agent(MASTER, "/graph?format=foo")?;
+        ensure!(
+            status == 500 && refusal.trim() == "unsupported format",
+            "{status} {refusal}"
+        );
+        Ok(String::new())
+    });
     steps.step("across_five_clouds_showconf_and_wg_agree", || {
         let master = lab.node(MASTER)?;
         let conf = selvedge(master, &lab, &["showconf", "node", MASTER])?;
@@ -703,7 +719,59 @@ fn six_clouds(steps: &mut Steps) -> Option<()> {
         ensure!(shown == real, "showconf: {shown:?}\nwg: {real:?}");
         Ok(String::new())
     });
+    steps.step("an_agent_needs_no_more_than_its_manifest_grants", || {
+        confined(&mut lab, &flags)
+    });
     Some(())
+}
+
+/// The master's agent again, with the one capability of the manifest, no way to more, a read-only root
+/// and read-only sysctls.
+fn confined(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String> {
+    lab.take_agent(MASTER)?.stop()?;
+    let node = lab.node(MASTER)?;
+    let script = format!(
+        "mount --make-rprivate /
+         mount --bind /proc/sys /proc/sys
+         mount -o remount,bind,ro /proc/sys
+         mount -o remount,bind,ro /
+         exec setpriv --no-new-privs --bounding-set=-all,+net_admin --inh-caps=-all --ambient-caps=-all \
+             {SELVEDGE} agent --kubeconfig=/run/selvedge-lab.kubeconfig --hostname={MASTER} {}",
+        flags.join(" ")
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-euc", &script]);
+    let agent = node.spawn("agent", command)?;
+    let ready = || {
+        lab.ask_agent(MASTER, "/ready")
+            .is_ok_and(|(status, _)| status == 200)
+    };
+    wait_for("the confined agent", Duration::from_secs(30), ready)
+        .with_context(|| lab.tail(MASTER, "agent"))?;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid()))?;
+    // Bit 12 is CAP_NET_ADMIN (linux/capability.h).
+    for set in ["CapEff", "CapPrm", "CapBnd"] {
+        let expected = format!("{set}:\t0000000000001000");
+        ensure!(status.contains(&expected), "{status}");
+    }
+
+    // It does not only stand there: what is taken away comes back.
+    node.run("nft delete table inet selvedge")?;
+    node.run("ip route flush table 5130")?;
+    node.run("ip link set kilo0 mtu 1300")?;
+    let repaired = wait_for("the repair", PATIENCE, || {
+        node.run("nft list table inet selvedge").is_ok()
+            && node
+                .run("ip route show table 5130")
+                .is_ok_and(|routes| routes.contains("kilo0"))
+            && node
+                .run("ip link show kilo0")
+                .is_ok_and(|link| link.contains("mtu 1420"))
+    });
+    repaired.with_context(|| lab.tail(MASTER, "agent"))?;
+    let pairs = settled(lab)?;
+    agent.stop()?;
+    Ok(pairs)
 }
 
 /// Everybody reaches everybody, at the latest when the nodes behind NAT have found each other.
