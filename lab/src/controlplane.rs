@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::client::Client;
@@ -249,6 +250,19 @@ impl ControlPlane {
             .arg("--conntrack-tcp-timeout-established=0")
             .arg("--conntrack-tcp-timeout-close-wait=0");
         node.spawn("kube-proxy", command)
+    }
+
+    /// Stops the API server in its tracks, so that connections stand and nothing answers; or lets it
+    /// go on.
+    pub fn freeze(&self, frozen: bool) {
+        let signal = if frozen {
+            Signal::SIGSTOP
+        } else {
+            Signal::SIGCONT
+        };
+        if let Some(apiserver) = &self.apiserver {
+            apiserver.signal(signal);
+        }
     }
 
     /// Leaves all parts running when the value is dropped.

@@ -21,6 +21,9 @@ pub enum Access {
     InCluster,
 }
 
+/// Where an agent finds its kubeconfig, on its node.
+const KUBECONFIG: &str = "/run/selvedge-lab.kubeconfig";
+
 /// The flags of scenario 000, after `--kubeconfig` and `--hostname`.
 pub const SCENARIO_FLAGS: [&str; 4] = [
     "--cni=false",
@@ -125,13 +128,10 @@ impl Lab {
     ) -> anyhow::Result<()> {
         let token = self.server.node_token("kube-system", "selvedge", node)?;
         let machine = self.network.node(node)?;
-        let mut command = Command::new(binary);
-        command.env_clear().env("NODE_NAME", node).arg("agent");
         match access {
             Access::Kubeconfig => {
-                let file = machine.outside("/run/selvedge-lab.kubeconfig");
-                fs::write(&file, self.server.kubeconfig(&token, "kube-system")?)?;
-                command.arg("--kubeconfig=/run/selvedge-lab.kubeconfig");
+                let kubeconfig = self.server.kubeconfig(&token, "kube-system")?;
+                fs::write(machine.outside(KUBECONFIG), kubeconfig)?;
             }
             Access::InCluster => {
                 let directory = machine.outside("/run/secrets/kubernetes.io/serviceaccount");
@@ -139,6 +139,31 @@ impl Lab {
                 fs::write(directory.join("token"), &token)?;
                 fs::write(directory.join("namespace"), "kube-system")?;
                 fs::copy(self.plane()?.authority(), directory.join("ca.crt"))?;
+            }
+        }
+        self.restart_agent(binary, node, access, flags)
+    }
+
+    /// Starts an agent with what one before it was given: that needs no API server.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started.
+    pub fn restart_agent(
+        &mut self,
+        binary: &Path,
+        node: &str,
+        access: Access,
+        flags: &[&str],
+    ) -> anyhow::Result<()> {
+        let machine = self.network.node(node)?;
+        let mut command = Command::new(binary);
+        command.env_clear().env("NODE_NAME", node).arg("agent");
+        match access {
+            Access::Kubeconfig => {
+                command.arg(format!("--kubeconfig={KUBECONFIG}"));
+            }
+            Access::InCluster => {
                 command
                     .env("KUBERNETES_SERVICE_HOST", "10.43.0.1")
                     .env("KUBERNETES_SERVICE_PORT", "443");
