@@ -45,8 +45,10 @@ use crate::topology::{NodeName, Snapshot};
 const QUIET: Duration = Duration::from_millis(50);
 /// A cluster that never rests is looked at this often all the same.
 const AT_MOST: Duration = Duration::from_millis(500);
-/// How long the first view waits for the Peers once the Nodes are there.
-const PEERS: Duration = Duration::from_secs(5);
+/// How long the first view waits for the Peers and the servers' addresses once the Nodes are there.
+///
+/// Without the addresses the plan could take the way to the API server away from this very node.
+const REST: Duration = Duration::from_secs(5);
 
 /// What is known of the cluster at one moment.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -115,6 +117,7 @@ impl Cluster {
         let (shown, to_compare) = watch::channel(None);
         let (dispatches, to_send) = mpsc::channel(events::QUEUE);
         let cached = cached.unwrap_or_default();
+        let knows_servers = !cached.servers.addresses.is_empty();
         let (servers, addresses) = watch::channel(cached.servers);
 
         let store = Store::new(settings, own.clone(), cached.snapshot);
@@ -151,6 +154,7 @@ impl Cluster {
             shown,
             dispatches,
             addresses,
+            knows_servers,
             reports: to_report,
         };
         tasks.spawn(keeper.run(of_nodes, of_peers));
@@ -264,6 +268,7 @@ struct Keeper {
     shown: watch::Sender<publish::Shown>,
     dispatches: mpsc::Sender<events::Dispatch>,
     addresses: watch::Receiver<Servers>,
+    knows_servers: bool,
     reports: watch::Receiver<BTreeSet<Report>>,
 }
 
@@ -275,18 +280,18 @@ impl Keeper {
     ) {
         // When the first and the last change came that were not shown yet.
         let mut changed: Option<(Instant, Instant)> = None;
-        let mut peers_by: Option<Instant> = None;
+        let mut rest_by: Option<Instant> = None;
         loop {
             let now = Instant::now();
-            if self.store.knows_nodes() && !self.store.knows_peers() && peers_by.is_none() {
-                peers_by = Some(now + PEERS);
+            let all = self.store.knows_peers() && self.knows_servers;
+            if self.store.knows_nodes() && rest_by.is_none() {
+                rest_by = Some(now + REST);
             }
-            let complete = self.store.knows_nodes()
-                && (self.store.knows_peers() || peers_by.is_some_and(|by| now >= by));
+            let complete = self.store.knows_nodes() && (all || rest_by.is_some_and(|by| now >= by));
             let show_at = changed.map(|(first, last)| (last + QUIET).min(first + AT_MOST));
             let show_at = match (complete, show_at) {
                 (true, at) => at,
-                (false, _) => peers_by,
+                (false, _) => rest_by,
             };
 
             let news = tokio::select! {
@@ -305,7 +310,10 @@ impl Keeper {
                     None => return,
                 },
                 addresses = self.addresses.changed() => match addresses {
-                    Ok(()) => true,
+                    Ok(()) => {
+                        self.knows_servers = true;
+                        true
+                    }
                     Err(_) => return,
                 },
                 reports = self.reports.changed() => match reports {

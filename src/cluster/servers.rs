@@ -67,7 +67,8 @@ struct Port {
     port: Option<u16>,
 }
 
-/// Keeps the addresses up to date until nobody wants them any more.
+/// Keeps the addresses up to date until nobody wants them any more. The first answer is shown even
+/// when it says nothing new, so that it can be waited for.
 ///
 /// Without the tunnel's `mark` every address is taken to be reached directly.
 pub(super) async fn run(
@@ -75,6 +76,8 @@ pub(super) async fn run(
     mut connections: watch::Receiver<Option<Connection>>,
     servers: watch::Sender<Servers>,
 ) {
+    let mut known = servers.borrow().addresses.clone();
+    let mut first = true;
     loop {
         let Some(connection) = connections.borrow_and_update().clone() else {
             if connections.changed().await.is_err() {
@@ -83,37 +86,51 @@ pub(super) async fn run(
             continue;
         };
         let named = named(&connection.host).await;
-        let (endpoints, incomplete) = match endpoints(&connection).await {
-            Ok(endpoints) => {
-                let before = servers.borrow().addresses.clone();
-                (direct(endpoints, &before, mark).await, None)
-            }
-            Err(failure) => (BTreeSet::new(), Some(explain(&failure))),
+        let endpoints = endpoints(&connection).await;
+        if let (true, Ok(endpoints)) = (first, &endpoints) {
+            // Until it is known which of them answer, none goes through the tunnel: the way to the
+            // API server is worth more than the way to a node, for a moment.
+            let mut all = known.clone();
+            all.extend(&named);
+            all.extend(endpoints.iter().map(SocketAddr::ip));
+            show(&servers, all, None, first);
+            first = false;
+        }
+        let (mut direct, incomplete) = match endpoints {
+            Ok(endpoints) => (direct(endpoints, &known, mark).await, None),
+            Err(failure) => (known, Some(explain(&failure))),
         };
+        direct.extend(named);
+        known = direct.clone();
         let pause = if incomplete.is_some() { RETRY } else { PERIOD };
-        servers.send_if_modified(|servers| {
-            let mut addresses = match incomplete {
-                None => endpoints,
-                Some(_) => servers.addresses.clone(),
-            };
-            addresses.extend(named);
-            let now = Servers {
-                addresses,
-                incomplete,
-            };
-            let changed = *servers != now;
-            if changed && let Some(reason) = &now.incomplete {
-                tracing::info!(%reason, "not every address of the API servers may be known");
-            }
-            *servers = now;
-            changed
-        });
+        show(&servers, direct, incomplete, first);
+        first = false;
         tokio::select! {
             () = tokio::time::sleep(jitter(pause)) => {}
             changed = connections.changed() => if changed.is_err() { return },
             () = servers.closed() => return,
         }
     }
+}
+
+fn show(
+    servers: &watch::Sender<Servers>,
+    addresses: BTreeSet<IpAddr>,
+    incomplete: Option<String>,
+    first: bool,
+) {
+    let now = Servers {
+        addresses,
+        incomplete,
+    };
+    servers.send_if_modified(|servers| {
+        let changed = *servers != now;
+        if changed && let Some(reason) = &now.incomplete {
+            tracing::info!(%reason, "not every address of the API servers may be known");
+        }
+        *servers = now;
+        changed || first
+    });
 }
 
 /// The addresses behind the host of a URL that are not this host.
