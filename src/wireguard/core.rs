@@ -22,8 +22,8 @@ use super::timers::REKEY_TIMEOUT;
 use super::timestamp::{Timestamp, Timestamps};
 use super::udp::Endpoint;
 
-/// The most handshake messages that wait, as in the kernel.
-pub(super) const MAX_QUEUED: usize = 4096;
+/// The most handshake messages that wait, as in the kernel; an eighth of it means load.
+const MAX_QUEUED: usize = 4096;
 /// The most that wait from addresses of peers.
 const MAX_QUEUED_KNOWN: usize = 512;
 
@@ -171,8 +171,8 @@ impl Jobs {
     }
 
     /// The next job: the device's own first, then known peers', then, if asked for, strangers'.
-    /// Tells also how many strangers wait behind it.
-    pub(super) fn pop(&self, strangers: bool) -> Option<(Job, usize)> {
+    /// Tells also whether so many wait behind it that it means load.
+    pub(super) fn pop(&self, strangers: bool) -> Option<(Job, bool)> {
         let mut queue = self.queue();
         let job = if let Some(job) = queue.own.pop_front() {
             job
@@ -186,7 +186,9 @@ impl Jobs {
             };
             Job::Message(message?)
         };
-        Some((job, queue.strangers.len()))
+        let loaded =
+            queue.strangers.len() >= MAX_QUEUED / 8 || queue.known.len() >= MAX_QUEUED_KNOWN / 8;
+        Some((job, loaded))
     }
 
     /// How many messages of strangers wait.

@@ -17,7 +17,7 @@ use boringtun::noise::{
 use boringtun::x25519;
 
 use super::clock::Time;
-use super::core::{Core, HandshakeMessage, Identity, Job, MAX_QUEUED};
+use super::core::{Core, HandshakeMessage, Identity, Job};
 use super::drops::Dropped;
 use super::key::PublicKey;
 use super::packet::Ecn;
@@ -27,8 +27,6 @@ use super::session::Session;
 use super::timers::{Attempt, REKEY_TIMEOUT};
 use super::transmit::Transmit;
 
-/// An eighth of the queue means load, as in the kernel.
-const LOAD: usize = MAX_QUEUED / 8;
 /// Load lasts at least so long, so that it does not come and go with every batch.
 const LOAD_LASTS: Duration = Duration::from_secs(1);
 /// A peer is taken at most 50 initiations of per second.
@@ -73,13 +71,18 @@ impl Handshaker {
     pub(super) fn run(&mut self, wire: &impl Wire, clock: impl Fn() -> Time) -> Option<Time> {
         let core = self.core.clone();
         let mut now = clock();
-        while let Some((job, waiting)) = core.jobs.pop(self.has_time_for_strangers(now)) {
+        while let Some((job, loaded)) = core.jobs.pop(self.has_time_for_strangers(now)) {
+            if loaded {
+                self.loaded = Some(now);
+            }
             match job {
                 Job::Message(message) => {
-                    if let Err(reason) = self.message(&message, waiting, wire, now) {
+                    let result = self.message(&message, wire, now);
+                    if let Err(reason) = result {
                         core.drops.add(reason, 1);
                     }
-                    if !message.known {
+                    // A peer's address may be made up as well as any other.
+                    if !message.known || result.is_err() {
                         self.spent += clock().since(now);
                     }
                 }
@@ -106,7 +109,7 @@ impl Handshaker {
             self.slice = Some(now);
             self.spent = Duration::ZERO;
         }
-        self.spent < STRANGERS_SHARE || !self.is_loaded(0, now)
+        self.spent < STRANGERS_SHARE || !self.is_loaded(now)
     }
 
     /// Does what the timers of all peers ask for; returns when to ask again.
@@ -141,7 +144,6 @@ impl Handshaker {
     fn message(
         &mut self,
         message: &HandshakeMessage,
-        waiting: usize,
         wire: &impl Wire,
         now: Time,
     ) -> Result<(), Dropped> {
@@ -150,14 +152,13 @@ impl Handshaker {
         let identity = core.identity.load();
         let identity = identity.as_ref().ok_or(Dropped::UnknownIndex)?;
         let packet = parse_incoming_packet(bytes).map_err(|_| Dropped::Malformed)?;
-        let loaded = self.is_loaded(waiting, now);
         if let Packet::PacketCookieReply(reply) = packet {
             return cookie(&core, reply, now);
         }
         if !identity.cookies.verify_mac1(bytes) {
             return Err(Dropped::Unauthentic);
         }
-        if loaded {
+        if self.is_loaded(now) {
             self.admit(identity, message, wire, now)?;
         }
         match packet {
@@ -181,6 +182,9 @@ impl Handshaker {
         if message.known && self.known_limit.allows(remote.ip(), now) {
             return Ok(());
         }
+        if !self.has_time_for_strangers(now) {
+            return Err(Dropped::RateLimited);
+        }
         let cookies = &identity.cookies;
         if !cookies.verify_mac2(bytes, remote, now.as_duration()) {
             send_cookie(identity, message, wire, now)?;
@@ -193,10 +197,7 @@ impl Handshaker {
         }
     }
 
-    fn is_loaded(&mut self, waiting: usize, now: Time) -> bool {
-        if waiting >= LOAD {
-            self.loaded = Some(now);
-        }
+    fn is_loaded(&self, now: Time) -> bool {
         self.loaded
             .is_some_and(|loaded| now.since(loaded) < LOAD_LASTS)
     }
