@@ -53,6 +53,7 @@ mod timers;
 mod timestamp;
 mod transmit;
 mod tun;
+mod turnstile;
 pub mod uapi;
 mod udp;
 

@@ -20,7 +20,7 @@ pub struct Header {
     pub source: IpAddr,
     /// The destination address.
     pub destination: IpAddr,
-    /// The bytes of the packet, which are all there; what follows is padding.
+    /// The bytes of the packet.
     pub length: usize,
     /// The bytes of the header, with IPv4 options, without IPv6 extensions.
     pub header: usize,
@@ -76,9 +76,14 @@ fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
 impl Header {
     /// Reads the header of a packet, which may be followed by padding.
     pub fn parse(packet: &[u8]) -> Option<Self> {
-        match packet.first()? >> 4 {
-            4 => Self::parse_v4(packet),
-            6 => Self::parse_v6(packet),
+        Self::parse_piece(packet).filter(|header| header.length <= packet.len())
+    }
+
+    /// Reads the header of a packet of which only the first piece is there.
+    pub fn parse_piece(piece: &[u8]) -> Option<Self> {
+        match piece.first()? >> 4 {
+            4 => Self::parse_v4(piece),
+            6 => Self::parse_v6(piece),
             _ => None,
         }
     }
@@ -87,7 +92,7 @@ impl Header {
         let fixed: &[u8; IPV4_HEADER] = packet.first_chunk()?;
         let header = usize::from(fixed[0] & 15) * 4;
         let length = usize::from(u16_at(fixed, 2)?);
-        if header < IPV4_HEADER || length < header || packet.len() < length {
+        if header < IPV4_HEADER || length < header {
             return None;
         }
         let [.., s0, s1, s2, s3, d0, d1, d2, d3] = *fixed;
@@ -106,9 +111,6 @@ impl Header {
     fn parse_v6(packet: &[u8]) -> Option<Self> {
         let fixed: &[u8; IPV6_HEADER] = packet.first_chunk()?;
         let length = IPV6_HEADER + usize::from(u16_at(fixed, 4)?);
-        if packet.len() < length {
-            return None;
-        }
         let source: [u8; 16] = *fixed[8..].first_chunk()?;
         let destination: [u8; 16] = *fixed[24..].first_chunk()?;
         Some(Self {

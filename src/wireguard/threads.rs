@@ -1,9 +1,11 @@
-//! The threads of a device: one for each TUN queue, one for each address family of the socket, one
+//! The threads of a device: one for each TUN queue, as many for each address family of the socket, one
 //! for handshakes, timers and the state of the link.
 //!
 //! A transmit thread reads until there is nothing more to read, then sends what it gathered and
 //! sleeps; a receive thread sleeps in `recvmmsg`. None waits for another one but for the length of a
-//! batch. A thread that panics takes the process with it: a tunnel that is half alive is worse than
+//! batch. With several queues the kernel spreads flows over the transmit threads, which seal for one
+//! peer side by side; the receive threads take turns at the socket and open side by side, see
+//! `turnstile`. On one or two CPUs there is one of each. A thread that panics takes the process with it: a tunnel that is half alive is worse than
 //! one that is restarted.
 
 use std::io::{self, IoSlice};
@@ -31,6 +33,7 @@ use super::receive::Receive;
 use super::routes::RouteWatch;
 use super::transmit::{Refused, Transmit};
 use super::tun::{MAX_READ, Tun};
+use super::turnstile::Turnstile;
 use super::udp::{Arena, Endpoint, MAX_MESSAGES, Sockets};
 
 /// The timers of peers with sessions are looked at this often: the packet threads arm them without
@@ -195,18 +198,21 @@ pub(super) fn start(core: &Arc<Core>, io: &Arc<Io>) -> io::Result<Vec<JoinHandle
         });
         thread.map(|thread| threads.push(thread))
     };
-    for queue in 0..io.tuns.load().len() {
+    let queues = io.tuns.load().len();
+    for queue in 0..queues {
         spawn(
-            format!("wg-tx{queue}"),
+            format!("wg-tx-{queue}"),
             Box::new(move |core, io| transmit(core, io, queue)),
         )?;
     }
     for v6 in [false, true] {
-        let name = if v6 { "wg-rx6" } else { "wg-rx4" };
-        spawn(
-            name.to_owned(),
-            Box::new(move |core, io| receive(core, io, v6)),
-        )?;
+        let turnstile = Arc::new(Turnstile::default());
+        for queue in 0..queues {
+            let turnstile = turnstile.clone();
+            let name = format!("wg-rx{}-{queue}", if v6 { 6 } else { 4 });
+            let body = move |core: &Core, io: &Io| receive(core, io, v6, &turnstile);
+            spawn(name, Box::new(body))?;
+        }
     }
     let handshaker = Handshaker::new(core.clone());
     spawn(
@@ -280,7 +286,7 @@ fn tell_sender(tun: &Tun, bytes: &[u8], answer: Answer) {
     }
 }
 
-fn receive(core: &Core, io: &Io, v6: bool) {
+fn receive(core: &Core, io: &Io, v6: bool, turnstile: &Turnstile) {
     let mut arena = Arena::default();
     let mut receive = Receive::default();
     let mut priority = Priority::raise(io.realtime, Time::now());
@@ -291,6 +297,7 @@ fn receive(core: &Core, io: &Io, v6: bool) {
             thread::sleep(RETRY);
             continue;
         };
+        let mut entrance = turnstile.enter();
         if let Err(error) = socket.receive(&mut arena, limit) {
             if error.kind() != io::ErrorKind::Interrupted {
                 tracing::debug!(%error, "receiving");
@@ -298,18 +305,25 @@ fn receive(core: &Core, io: &Io, v6: bool) {
             }
             continue;
         }
-        let now = Time::now();
-        let tuns = io.tuns.load();
-        let Some(tun) = tuns.first() else {
-            continue;
-        };
-        receive.join_udp(tun.takes_udp());
+        let ticket = entrance.take();
         let Arena { bytes, messages } = &mut arena;
         let total: usize = messages.iter().map(|message| message.range.len()).sum();
+        // To open a small batch takes less than to wake another thread for the next one.
+        let entrance = (total < LARGE).then_some(entrance);
+        let now = Time::now();
+        let tuns = io.tuns.load();
+        receive.join_udp(tuns.first().is_some_and(Tun::takes_udp));
         for message in &*messages {
             receive.message(core, bytes, message, now);
         }
-        receive.finish(bytes, |pieces, count| write(core, tun, pieces, count));
+        turnstile.leave(ticket, || {
+            receive.finish(bytes, |pieces, count| {
+                if let Some(tun) = queue_of(&tuns, pieces) {
+                    write(core, tun, pieces, count);
+                }
+            });
+        });
+        drop(entrance);
         priority.check(now);
         limit = if total > LARGE * messages.len() {
             1
@@ -317,6 +331,18 @@ fn receive(core: &Core, io: &Io, v6: bool) {
             MAX_MESSAGES
         };
     }
+}
+
+/// The queue to write a packet to: by flow, because the kernel hands a flow's packets to the queue
+/// that the other direction of it was last written to.
+fn queue_of<'a>(tuns: &'a [Tun], pieces: &[IoSlice<'_>]) -> Option<&'a Tun> {
+    if tuns.len() < 2 {
+        return tuns.first();
+    }
+    let packet = pieces.get(1)?;
+    let hash = Header::parse_piece(packet)?.flow_hash(packet);
+    let queue = usize::try_from(hash >> 32).ok()? % tuns.len();
+    tuns.get(queue)
 }
 
 /// Writes one packet, or what it stands for one by one where the kernel does not take it joined.
