@@ -17,6 +17,7 @@ use selvedge::topology::NodeName;
 #[expect(dead_code, reason = "every test binary uses its own part")]
 mod mesh;
 
+#[expect(dead_code, reason = "every test binary uses its own part")]
 mod cluster_strategy;
 mod fake_kernel;
 
