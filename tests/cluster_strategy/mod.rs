@@ -58,6 +58,7 @@ fn location_ips() -> impl Strategy<Value = Vec<IpNet>> {
         Just("10.42.1.5/32"),
         Just("0.0.0.0/0"),
         Just("10.4.0.1/32"),
+        Just("10.4.0.3/32"),
         Just("10.5.0.1/32"),
         Just("172.30.0.0/16"),
     ];

@@ -203,6 +203,9 @@ fn the_firewall_knows_who_is_near_and_who_is_not() {
             10.4.0.1/32,
             203.0.113.10/32,
         },
+        mesh_nodes: {
+            10.4.0.1/32,
+        },
         region_pods: {
             10.42.2.0/24,
             10.42.3.0/24,
