@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use selvedge::diff::Change;
 use selvedge::plan::{Link, NextHop, Route, RouteKey, State};
+use selvedge::wireguard::key::PublicKey;
 
 /// Longest name of a link (IFNAMSIZ without the terminator).
 const MAX_NAME: usize = 15;
@@ -26,6 +27,8 @@ pub(crate) struct FakeKernel {
     /// Links of others, all up.
     pub(crate) links: BTreeMap<String, ForeignLink>,
     state: State,
+    /// Peers that lost an allowed IP to another: telling them so again is not redundant.
+    robbed: BTreeSet<PublicKey>,
 }
 
 impl FakeKernel {
@@ -85,12 +88,17 @@ impl FakeKernel {
             }
             Change::SetPeer { dev, key, peer } => {
                 own(state, dev)?;
-                refuse(state.peers.get(key) == Some(peer), "redundant")?;
+                let robbed = self.robbed.remove(key);
+                let same = state.peers.get(key) == Some(peer);
+                refuse(same && !robbed, "redundant")?;
                 // An allowed IP has one owner: the last it was given to.
-                for other in state.peers.values_mut() {
-                    other
-                        .allowed_ips
-                        .retain(|net| !peer.allowed_ips.contains(net));
+                for (other_key, other) in &mut state.peers {
+                    let before = other.allowed_ips.len();
+                    let taken = &peer.allowed_ips;
+                    other.allowed_ips.retain(|net| !taken.contains(net));
+                    if other_key != key && other.allowed_ips.len() < before {
+                        self.robbed.insert(*other_key);
+                    }
                 }
                 state.peers.insert(*key, peer.clone());
             }
