@@ -337,7 +337,10 @@ impl Agent {
         let topology = &self.decision.topology;
         let excluded = topology.excluded.iter().map(cluster::Report::from);
         let overlaps = topology.overlaps.iter().map(cluster::Report::from);
-        self.cluster.report(excluded.chain(overlaps).collect());
+        let reports = excluded.chain(overlaps).collect();
+        let verdicts = cluster::verdicts(&self.config.node, view, &reports);
+        self.cluster.judge(verdicts);
+        self.cluster.report(reports);
     }
 
     /// Reads what the kernel and flannel's files say, and takes what else has come in.

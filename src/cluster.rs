@@ -7,6 +7,7 @@
 mod access;
 pub mod annotation;
 mod call;
+mod conditions;
 mod events;
 mod listwatch;
 pub mod node;
@@ -27,6 +28,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 pub use access::{Access, Origin, Sources};
+pub use conditions::{Verdict, Verdicts, verdicts};
 pub use events::Report;
 pub use node::ParseSettings;
 pub use pace::Patience;
@@ -79,6 +81,7 @@ pub struct Cluster {
     contact: watch::Receiver<Contact>,
     desired: watch::Sender<Option<Annotations>>,
     reports: watch::Sender<BTreeSet<Report>>,
+    verdicts: watch::Sender<Verdicts>,
     _tasks: JoinSet<()>,
 }
 
@@ -111,6 +114,8 @@ impl Cluster {
         let (views, seen) = watch::channel(cached.clone().map(Arc::new));
         let (desired, to_publish) = watch::channel(None);
         let (reports, to_report) = watch::channel(BTreeSet::new());
+        let (verdicts, to_judge) = watch::channel(Verdicts::new());
+        let (conditions, told) = watch::channel(conditions::Conditions::new());
         let (connections, connection) = watch::channel(None);
         let (contacts, contact) = watch::channel(Contact::default());
         let (complaints, complaint) = mpsc::channel(8);
@@ -145,6 +150,7 @@ impl Cluster {
             to_publish,
             to_compare,
         ));
+        tasks.spawn(conditions::run(connection.clone(), to_judge, told));
         tasks.spawn(events::run(own.clone(), connection, to_send));
         let keeper = Keeper {
             own,
@@ -152,6 +158,7 @@ impl Cluster {
             herald: events::Herald::default(),
             views,
             shown,
+            conditions,
             dispatches,
             addresses,
             knows_servers,
@@ -164,6 +171,7 @@ impl Cluster {
             contact,
             desired,
             reports,
+            verdicts,
             _tasks: tasks,
         }
     }
@@ -183,6 +191,15 @@ impl Cluster {
         self.desired.send_if_modified(|desired| {
             let changed = desired.as_ref() != Some(&annotations);
             *desired = Some(annotations);
+            changed
+        });
+    }
+
+    /// Says what became of the Peers. Told to them in the background, where it is news.
+    pub fn judge(&self, verdicts: Verdicts) {
+        self.verdicts.send_if_modified(|current| {
+            let changed = *current != verdicts;
+            *current = verdicts;
             changed
         });
     }
@@ -266,6 +283,7 @@ struct Keeper {
     herald: events::Herald,
     views: watch::Sender<Option<Arc<View>>>,
     shown: watch::Sender<publish::Shown>,
+    conditions: watch::Sender<conditions::Conditions>,
     dispatches: mpsc::Sender<events::Dispatch>,
     addresses: watch::Receiver<Servers>,
     knows_servers: bool,
@@ -345,6 +363,13 @@ impl Keeper {
         self.shown.send_if_modified(|shown| {
             let changed = *shown != published;
             *shown = published;
+            changed
+        });
+
+        let told = self.store.conditions();
+        self.conditions.send_if_modified(|conditions| {
+            let changed = *conditions != told;
+            *conditions = told;
             changed
         });
 

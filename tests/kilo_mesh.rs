@@ -513,6 +513,18 @@ fn duplicate_claim(lab: &Lab) -> anyhow::Result<String> {
             .is_ok_and(|events| events.contains("a-newer"))
     });
     told.with_context(|| lab.tail(MASTER, "agent"))?;
+    let condition = |name: &str| -> anyhow::Result<(String, String)> {
+        let peer = lab.api().get(&format!("{PEERS}/{name}"))?;
+        let condition = &peer["status"]["conditions"][0];
+        let field = |name: &str| condition[name].as_str().unwrap_or_default().to_owned();
+        Ok((field("status"), field("message")))
+    };
+    let told = wait_for("the conditions", PATIENCE, || {
+        let (newer, older) = (condition("a-newer"), condition("z-older"));
+        newer.is_ok_and(|(status, message)| status == "False" && message.contains("z-older"))
+            && older.is_ok_and(|(status, _)| status == "True")
+    });
+    told.with_context(|| format!("{:?} {:?}", condition("a-newer"), condition("z-older")))?;
     let dump = lab.node(MASTER)?.run("wg show kilo0 allowed-ips")?;
     let owner = dump.lines().find(|line| line.contains("10.10.12.1/32"));
     ensure!(

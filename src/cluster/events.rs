@@ -185,7 +185,7 @@ fn event(own: &NodeName, dispatch: &Dispatch, time: Timestamp, random: u64) -> s
 }
 
 /// The beginning of a text that has at most `limit` bytes.
-fn cut(text: &str, limit: usize) -> &str {
+pub(super) fn cut(text: &str, limit: usize) -> &str {
     let ends = |at: &usize| text.is_char_boundary(*at);
     let end = (0..=limit.min(text.len())).rev().find(ends).unwrap_or(0);
     &text[..end]

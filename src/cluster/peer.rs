@@ -41,6 +41,9 @@ pub struct PeerObject {
     pub metadata: ObjectMeta,
     #[serde(default)]
     spec: serde_json::Value,
+    /// What an agent told it before.
+    #[serde(default)]
+    pub(super) status: serde_json::Value,
 }
 
 super::object::cluster_scoped!(

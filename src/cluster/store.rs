@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::conditions::{self, Condition, Conditions};
 use super::listwatch::Event;
 use super::node::{self, NodeObject, ParseSettings};
 use super::peer::{self, PeerObject};
@@ -33,6 +34,8 @@ struct Entry<T> {
     uid: String,
     /// What the agents of this product and Kilo's publish; of this node's own Node only.
     published: BTreeMap<String, String>,
+    /// What an agent told a Peer.
+    condition: Option<Condition>,
 }
 
 impl<T> Collection<T> {
@@ -42,6 +45,7 @@ impl<T> Collection<T> {
             rejected: Vec::new(),
             uid: String::new(),
             published: BTreeMap::new(),
+            condition: None,
         };
         Self {
             known: cached
@@ -132,6 +136,7 @@ impl Store {
                     rejected,
                     uid,
                     published,
+                    condition: None,
                 },
             )
         })
@@ -141,6 +146,7 @@ impl Store {
     pub(super) fn handle_peer(&mut self, event: Event<PeerObject>) -> bool {
         self.peers.handle(event, |object| {
             let (value, rejected) = peer::parse(&object);
+            let condition = conditions::read(&object.status);
             let name = object.metadata.name.unwrap_or_default();
             let uid = object.metadata.uid.unwrap_or_default();
             (
@@ -150,6 +156,7 @@ impl Store {
                     rejected,
                     uid,
                     published: BTreeMap::new(),
+                    condition,
                 },
             )
         })
@@ -207,6 +214,14 @@ impl Store {
             .get(&self.own.0)
             .filter(|_| self.nodes.live);
         entry.map(|entry| &entry.published)
+    }
+
+    /// What the Peers were told, as far as the API has said.
+    pub(super) fn conditions(&self) -> Conditions {
+        let known = self.peers.known.iter().filter(|_| self.peers.live);
+        known
+            .map(|(name, entry)| (name.clone(), entry.condition.clone()))
+            .collect()
     }
 
     /// The identity of a Peer object; empty where it is not known.
