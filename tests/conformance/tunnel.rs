@@ -160,11 +160,6 @@ impl Tunnel {
             .is_none_or(|process| process.ended().is_some())
     }
 
-    /// The daemon's process id; an error when it is gone.
-    pub(crate) fn pid(&self) -> Result<u32> {
-        Ok(self.process.as_ref().context("stopped before")?.pid())
-    }
-
     pub(crate) fn signal(&self, signal: Signal) {
         if let Some(process) = &self.process {
             process.signal(signal);
