@@ -77,6 +77,11 @@ impl Core {
                 known.endpoint = config.endpoint;
                 if let Some(endpoint) = config.endpoint {
                     known.peer.set_endpoint(endpoint);
+                    // Whoever keeps a way through a NAT open opens one to the new place at once: the
+                    // peer may be waiting before it.
+                    if config.persistent_keepalive.is_some() && known.peer.has_session() {
+                        self.jobs.push(Job::Keepalive(known.peer.clone()));
+                    }
                 }
             }
             let peer = known.peer.clone();

@@ -226,6 +226,35 @@ fn a_roamed_endpoint_stays_until_the_configured_one_changes() {
 }
 
 #[test]
+fn a_new_endpoint_is_told_at_once_where_keepalives_hold_a_way_open() {
+    let mut world = World::connected_pair();
+    let elsewhere = |persistent_keepalive| PeerConfig {
+        endpoint: Some(address(7)),
+        persistent_keepalive,
+        ..config(2)
+    };
+    for (keepalive, told) in [(None, 0), (NonZeroU16::new(25), 1)] {
+        let [one, two] = world.hosts.as_slice() else {
+            unreachable!()
+        };
+        let already = PeerConfig {
+            persistent_keepalive: keepalive,
+            ..config(2)
+        };
+        one.set_peers(&[(two, already)], world.now);
+        world.settle();
+        world.log.clear();
+        let [one, two] = world.hosts.as_slice() else {
+            unreachable!()
+        };
+        one.set_peers(&[(two, elsewhere(keepalive))], world.now);
+        world.settle();
+        let there = world.log.iter().filter(|sent| sent.to == address(7));
+        assert_eq!(there.count(), told, "{keepalive:?}");
+    }
+}
+
+#[test]
 fn a_removed_peer_is_gone_with_its_sessions_and_indices() {
     let mut world = World::connected_pair();
     world.send(0, &packet(1, 2, b"late"));
