@@ -14,6 +14,7 @@ use std::time::Duration;
 use clap::{Args as _, Command, FromArgMatches as _};
 use ipnet::IpNet;
 
+use crate::plan::RULES;
 use crate::refusal::Refusal;
 use crate::telemetry::{LogFormat, LogLevel};
 use crate::topology::{Granularity, NodeName};
@@ -29,9 +30,6 @@ pub(crate) use values::{boolean, link_name, resync_period};
 
 /// Where the agent answers `selvedge status`, `doctor` and `graph`.
 pub const CONTROL_SOCKET: &str = "/run/selvedge/selvedge.sock";
-
-/// How many priorities the agent's rules take, from `--rule-priority` on.
-pub const RULES: u32 = 5;
 
 /// `--encapsulate`: how the nodes of a region reach their leader.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -128,7 +126,7 @@ pub struct Config {
     pub prioritise_private_addresses: bool,
     /// `--resync-period`.
     pub resync_period: Duration,
-    /// `--rule-priority`: the first of five.
+    /// `--rule-priority`: the first of four.
     pub rule_priority: u32,
     /// `--fwmark`: of the tunnel's own datagrams, compared whole.
     pub fwmark: u32,
