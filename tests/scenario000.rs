@@ -341,6 +341,7 @@ fn repairs(lab: &Lab, node: &str) -> anyhow::Result<String> {
     if addresses.contains('/') {
         commands.push("ip link set kilo0 down".to_owned());
     }
+    commands.push("ip link delete kilo0".to_owned());
     let mut slowest = (Duration::ZERO, String::new());
     for command in &commands {
         let time = claims::repaired_within(lab, node, command, REPAIR)?;

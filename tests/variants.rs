@@ -141,6 +141,9 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
         || joined(&lab),
     );
     if overlapping {
+        steps.step(&format!("{name}::everybody_reaches_every_pod"), || {
+            claims::everybody_reaches_every_pod(&lab)
+        });
         steps.step(&format!("{name}::pods_reach_pods_everywhere"), || {
             claims::pods_keep_their_address(&lab)
         });

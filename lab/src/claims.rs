@@ -70,6 +70,18 @@ pub fn only_regions_are_connected(lab: &Lab) -> anyhow::Result<String> {
     Ok(format!("{apart} pairs of two regions, none answers"))
 }
 
+/// Every pod and host reaches every pod, of all regions, whatever the hosts' addresses are.
+///
+/// # Errors
+///
+/// When a pair does not answer.
+pub fn everybody_reaches_every_pod(lab: &Lab) -> anyhow::Result<String> {
+    let matrix = Matrix::ask(&lab.places(), |to| to.pod.then_some((to.address, PORT)));
+    let failures = matrix.failures();
+    ensure!(failures.is_empty(), "{matrix}\n{}", failures.join("\n"));
+    Ok(format!("{} ordered pairs", matrix.asked()))
+}
+
 /// Inside each region everybody reaches everybody, hosts by their `InternalIP` too.
 ///
 /// # Errors

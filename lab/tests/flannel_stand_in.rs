@@ -27,7 +27,7 @@ fn state(backend: Backend, parts: Parts) -> anyhow::Result<State> {
     let directory = scratch("stand-in")?;
     let lab = Lab::up(&unique_prefix(), directory, options, &|_| {})?;
     let mut state = State::new();
-    let mut macs = Vec::new();
+    let mut names = Vec::new();
     for name in lab.node_names() {
         let node = lab.node(&name)?;
         for line in [
@@ -43,22 +43,24 @@ fn state(backend: Backend, parts: Parts) -> anyhow::Result<State> {
         }
         let env = fs::read_to_string(node.outside(SUBNET_ENV))?;
         state.insert(format!("{name}: {SUBNET_ENV}"), env);
+        let [a, b, c, _] = lab.pod_cidr(&name)?.network().octets();
+        names.push((format!("{a}.{b}.{c}."), format!("<the pods of {name}>.")));
         let object = lab.api().get(&format!("/api/v1/nodes/{name}"))?;
         let annotations = object["metadata"]["annotations"].as_object();
         for (key, value) in annotations.into_iter().flatten() {
             if key.starts_with("flannel.alpha.coreos.com/") {
                 let value = value.as_str().unwrap_or_default().to_owned();
                 if let Some((_, rest)) = value.split_once("VtepMAC\":\"") {
-                    macs.push((rest[..17].to_owned(), format!("<the MAC of {name}>")));
+                    names.push((rest[..17].to_owned(), format!("<the MAC of {name}>")));
                 }
                 state.insert(format!("{name}: {key}"), value);
             }
         }
     }
-    // flannel draws its devices' addresses by lot.
+    // flannel draws its devices' addresses by lot, and pod CIDRs go to whoever comes first.
     for text in state.values_mut() {
-        for (mac, meaning) in &macs {
-            *text = text.replace(mac, meaning);
+        for (name, meaning) in &names {
+            *text = text.replace(name, meaning);
         }
         let mut lines: Vec<&str> = text.lines().collect();
         lines.sort_unstable();
