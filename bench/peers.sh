@@ -24,11 +24,11 @@ if [[ ! -x $bin/tailscale-wireguard-go ]]; then
   mv "$tmp/wireguard-go" "$bin/tailscale-wireguard-go"
 fi
 
-crate() { # NAME VERSION
-  [[ -x $bin/$1 ]] && return
+crate() { # CRATE VERSION PROGRAM
+  [[ -x $bin/$3 ]] && return
   # Outside of any workspace, whose toolchain and lock file are none of theirs.
   (cd / && cargo install --quiet --locked --root "$cache" "$1@$2")
 }
-crate boringtun-cli "$boringtun"
-crate gotatun-cli "$gotatun"
-ls -l "$bin"/{wireguard-go,tailscale-wireguard-go,boringtun-cli,gotatun-cli}
+crate boringtun-cli "$boringtun" boringtun-cli
+crate gotatun-cli "$gotatun" gotatun
+ls -l "$bin"/{wireguard-go,tailscale-wireguard-go,boringtun-cli,gotatun}

@@ -38,7 +38,7 @@ declare -A command=(
   [wireguard-go]="env WG_PROCESS_FOREGROUND=1 LOG_LEVEL=error $bin/wireguard-go -f {}"
   [tailscale]="env WG_PROCESS_FOREGROUND=1 LOG_LEVEL=error $bin/tailscale-wireguard-go -f {}"
   [boringtun]="$bin/boringtun-cli -f --disable-drop-privileges {}"
-  [gotatun]="$bin/gotatun-cli -f --disable-drop-privileges {}"
+  [gotatun]="$bin/gotatun -f --disable-drop-privileges {}"
 )
 if [[ -z $names ]]; then
   for name in selvedge wireguard-go tailscale boringtun gotatun; do
@@ -62,7 +62,7 @@ clean() {
   stop "${pids[@]}"
   ip netns del $left 2>/dev/null || true
   ip netns del $right 2>/dev/null || true
-  rm -rf "$dir"
+  rm -rf "$dir" /var/run/wireguard/"$prefix"{a,b}.sock
 }
 trap clean EXIT
 trap 'exit 130' INT TERM
@@ -184,6 +184,8 @@ tunnel() { # NAME: both ends, configured, measured, stopped
   local name=$1 a=${prefix}a b=${prefix}b key_a key_b i
   daemons=()
   link
+  # Not every tunnel removes its socket, and one that is left over says that the next is ready.
+  rm -f "/var/run/wireguard/$a.sock" "/var/run/wireguard/$b.sock"
   if [[ $name = none ]]; then
     target=192.0.2.2
     measure
