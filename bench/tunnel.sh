@@ -149,7 +149,8 @@ resident_kib() { # the larger of the daemons
 
 measure() {
   local server loader
-  in_right iperf3 -s >/dev/null 2>&1 &
+  # Not by the function: its shell would be what is stopped, and not the server.
+  ip netns exec $right iperf3 -s >/dev/null 2>&1 &
   server=$!
   pids+=($server)
   if ! in_left ping -q -c 3 -i 0.2 -W 10 "$target" >/dev/null; then
@@ -167,7 +168,7 @@ measure() {
   wants tcp4 && iperf tcp4 -P 4
   wants bidir && iperf tcp_both_ways --bidir
   if wants load; then
-    in_left iperf3 -c "$target" -t $((seconds + 1)) >/dev/null 2>&1 &
+    ip netns exec $left iperf3 -c "$target" -t $((seconds + 1)) >/dev/null 2>&1 &
     loader=$!
     sleep 0.7
     in_left ping -c $((seconds * 40)) -i 0.02 -w "$seconds" "$target" >"$dir/ping" 2>/dev/null || true
