@@ -187,7 +187,7 @@ impl Kernel {
     pub fn heal<'a>(&self, repairs: &'a [Repair]) -> Vec<(&'a Repair, anyhow::Error)> {
         let requests = repairs
             .iter()
-            .map(|repair| (heal::to_message(repair), NLM_F_CREATE | NLM_F_EXCL))
+            .map(|repair| (heal::to_message(repair), heal::flags(repair)))
             .collect();
         let results = self.netlink().change_all(requests);
         repairs

@@ -1,5 +1,6 @@
-//! Restores what flannel forgets when its vxlan device is recreated: it replays no lease until the
-//! other node changes or flannel itself restarts (contract 0.7), so its own nodes stay cut off.
+//! Restores what flannel forgets when its vxlan device is recreated, or when somebody deletes one of
+//! its entries: it replays no lease until the other node changes or flannel itself restarts, so its
+//! own nodes stay cut off.
 //!
 //! Only what is missing is added, with the very values flannel would give it, so that flannel's own
 //! later replacement changes nothing; only for nodes of the own region, since to others flannel's way
@@ -10,6 +11,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
@@ -201,7 +203,16 @@ impl fmt::Display for Colons {
     }
 }
 
-/// The message that makes a repair. It is to fail where the thing is there meanwhile.
+/// How a repair is to be made: it fails where flannel was quicker, but for neighbours. Of those the
+/// kernel makes half-known ones itself as soon as traffic asks for them, which would be in the way.
+pub(super) fn flags(repair: &Repair) -> u16 {
+    match repair {
+        Repair::Neighbour { .. } => NLM_F_CREATE | NLM_F_REPLACE,
+        Repair::Forwarding { .. } | Repair::Route { .. } => NLM_F_CREATE | NLM_F_EXCL,
+    }
+}
+
+/// The message that makes a repair.
 pub(super) fn to_message(repair: &Repair) -> RouteNetlinkMessage {
     match repair {
         Repair::Neighbour { vtep, ip, mac } => {

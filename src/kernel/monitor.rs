@@ -20,9 +20,9 @@ use super::nfnetlink::NftMessage;
 use super::{link, list, nft, route};
 use crate::plan::Table;
 
-/// `RTNLGRP_LINK`, `RTNLGRP_IPV4_IFADDR`, `…_ROUTE`, `…_RULE`, `RTNLGRP_IPV6_IFADDR`, `…_ROUTE` and
-/// `…_RULE`.
-const ROUTE_GROUPS: [u32; 7] = [1, 5, 7, 8, 9, 11, 19];
+/// `RTNLGRP_LINK`, `RTNLGRP_NEIGH`, `RTNLGRP_IPV4_IFADDR`, `…_ROUTE`, `…_RULE`,
+/// `RTNLGRP_IPV6_IFADDR`, `…_ROUTE` and `…_RULE`.
+const ROUTE_GROUPS: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
 /// `NFNLGRP_NFTABLES`
 const NFTABLES_GROUP: u32 = 7;
 /// Room for the news of some thousand routes of our own.
@@ -209,6 +209,16 @@ impl Classifier {
             }
             Message::NewRoute(message) | Message::DelRoute(message) => of_route(message),
             Message::NewRule(_) | Message::DelRule(_) => Event::OWN,
+            // A neighbour or a forwarding entry. Pods' own come and go on other links; what is new
+            // on flannel's is flannel's doing.
+            Message::DelNeighbour(message) => {
+                let known = self.links.get(&message.header.ifindex);
+                if known.is_some_and(|link| is_flannels(&link.name)) {
+                    Event::FLANNEL
+                } else {
+                    Event::NOTHING
+                }
+            }
             _ => Event::NOTHING,
         }
     }
@@ -248,7 +258,7 @@ impl Classifier {
     fn of_link(&self, name: &str, other: Event) -> Event {
         if name == self.interface {
             Event::OWN
-        } else if name.starts_with("flannel.") || name.starts_with("flannel-v6.") {
+        } else if is_flannels(name) {
             // Routes of our own lead through it.
             Event {
                 own: true,
@@ -258,6 +268,10 @@ impl Classifier {
             other
         }
     }
+}
+
+fn is_flannels(link: &str) -> bool {
+    link.starts_with("flannel.") || link.starts_with("flannel-v6.")
 }
 
 fn of_route(message: &RouteMessage) -> Event {
@@ -280,6 +294,7 @@ fn of_route(message: &RouteMessage) -> Event {
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_route::neighbour::NeighbourMessage;
     use netlink_packet_route::route::{RouteAttribute, RouteProtocol};
 
     use super::*;
@@ -363,6 +378,20 @@ mod tests {
         assert!(of(3, "10.42.1.0/32").flannel);
         assert_eq!(of(2, "192.168.50.11/24"), Event::UNDERLAY);
         assert_eq!(of(2, "fe80::1/64"), Event::NOTHING);
+    }
+
+    #[test]
+    fn a_neighbour_counts_where_it_is_flannels_and_goes() {
+        let mut classifier = classifier();
+        let mut message = NeighbourMessage::default();
+        message.header.ifindex = 3;
+        let new = Message::NewNeighbour(message.clone());
+        assert_eq!(classifier.classify(&new), Event::NOTHING);
+        let gone = Message::DelNeighbour(message.clone());
+        assert_eq!(classifier.classify(&gone), Event::FLANNEL);
+        message.header.ifindex = 4;
+        let elsewhere = Message::DelNeighbour(message);
+        assert_eq!(classifier.classify(&elsewhere), Event::NOTHING);
     }
 
     #[test]

@@ -130,6 +130,30 @@ fn a_device_made_anew_is_given_back_what_flannel_had_in_it() {
 }
 
 #[test]
+fn one_deleted_entry_is_given_back_also_while_traffic_asks_for_it() {
+    let node = Node::new("entry");
+    let pods = [net("10.42.2.0/24")];
+    let dump =
+        || node.sh("ip neigh show dev flannel.1; bridge fdb show dev flannel.1 | grep dst || true");
+    let before = dump();
+    for damage in [
+        "ip neigh del 10.42.2.0 dev flannel.1",
+        "bridge fdb del 8e:4d:2a:67:f4:a5 dst 192.168.50.12 dev flannel.1",
+    ] {
+        node.run(damage);
+        // Whoever sends makes the kernel look for the neighbour itself.
+        node.sh("ping -c 1 -W 1 10.42.2.9 >/dev/null || true");
+        assert_ne!(dump(), before, "{damage}");
+
+        let found = read(&node);
+        let repairs = heal::missing(&flannel(&found), &[(&pods, &lease())], &found);
+        assert!(node.with(|kernel| kernel.heal(&repairs).is_empty()));
+
+        assert_eq!(dump(), before, "{damage}");
+    }
+}
+
+#[test]
 fn a_repair_that_comes_too_late_is_told() {
     let node = Node::new("late");
     let pods = [net("fd42:0:0:2::/64")];

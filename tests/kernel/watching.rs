@@ -90,6 +90,11 @@ fn what_happens_to_flannel_and_below_is_told_as_such() {
                 }
                 (all.flannel, all.underlay)
             };
+            assert_eq!(after("ip neigh del 10.42.2.0 dev flannel.1").await, (true, false));
+            assert_eq!(
+                after("bridge fdb del 8e:4d:2a:67:f4:a5 dst 192.168.50.12 dev flannel.1").await,
+                (true, false)
+            );
             assert_eq!(after("ip link del flannel.1").await, (true, false));
             assert_eq!(
                 after("ip link add flannel.1 type vxlan id 1 local 192.168.50.11 dev eth0 dstport 8472").await,
@@ -122,6 +127,7 @@ fn what_concerns_nobody_of_us_is_not_told() {
                 ip route add 198.51.100.0/24 dev eth0
                 ip route add 198.51.101.0/24 via 192.168.50.1 table 77
                 ip neigh add 192.168.50.77 lladdr 02:00:00:00:00:01 dev eth0
+                ip neigh del 192.168.50.77 dev eth0
                 ip link add veth1 type veth peer name eth0 netns {}
                 ip link set veth1 master cni0
                 ip link set veth1 up
