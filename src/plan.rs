@@ -169,7 +169,7 @@ pub struct Peer {
 pub struct Firewall {
     /// The tunnel's device.
     pub tunnel: String,
-    /// The tunnel's UDP port, accepted on input.
+    /// The tunnel's UDP port, which is not for pods.
     pub port: u16,
     /// flannel's vxlan devices and their UDP ports on this node.
     pub vxlan: BTreeMap<String, u16>,

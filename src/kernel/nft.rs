@@ -20,7 +20,7 @@ pub const TABLE: &str = "selvedge";
 pub const LEAK_DROPS: &str = "leak_drops";
 /// The counter of what did leave the region in clear, where the operator asked for that.
 pub const LEAKS: &str = "leaks";
-/// The counter of what pods sent to the ports of VXLAN and the tunnel.
+/// The counter of what pods sent to the ports of VXLAN and the tunnel, and of VXLAN out of the tunnel.
 pub const POD_DROPS: &str = "pod_drops";
 /// The chain that sees no packets; the comment of its only rule says what was installed.
 pub(super) const SEAL: &str = "seal";
@@ -375,15 +375,21 @@ impl<'a> Text<'a> {
     }
 
     /// Pods must not speak VXLAN to nodes: it would carry packets with any source into the cluster.
-    /// Nor have they any business with the tunnel's port.
+    /// Nor have they any business with the tunnel's port. Pods of other regions and VPN peers, who come
+    /// out of the tunnel, are no better; VXLAN between nodes never takes it.
     fn guard_ports(&mut self) {
+        let tunnel = &self.firewall.tunnel;
         let end = format!("counter name \"{POD_DROPS}\" drop");
         let mut ports = self.vxlan_ports.clone();
         ports.insert(self.firewall.port);
         let ports = one_of(ports);
+        let vxlan = (!self.vxlan_ports.is_empty()).then(|| one_of(&self.vxlan_ports));
         let hook = Some("filter hook input priority filter");
         self.chain("from_pods", hook, |text| {
             text.rule(format!("iifname \"{POD_BRIDGE}\" udp dport {ports} {end}"));
+            if let Some(vxlan) = &vxlan {
+                text.rule(format!("iifname \"{tunnel}\" udp dport {vxlan} {end}"));
+            }
             for family in Family::BOTH {
                 if let Some(pods) = text.set("local_pods", family) {
                     text.rule(format!(
@@ -393,10 +399,9 @@ impl<'a> Text<'a> {
                 }
             }
         });
-        if self.vxlan_ports.is_empty() {
+        let Some(ports) = vxlan else {
             return;
-        }
-        let ports = one_of(&self.vxlan_ports);
+        };
         let hook = Some("filter hook forward priority filter");
         self.chain("from_pods_on", hook, |text| {
             for family in Family::BOTH {
@@ -405,7 +410,7 @@ impl<'a> Text<'a> {
                     continue;
                 };
                 text.rule(format!(
-                    "iifname \"{POD_BRIDGE}\" {ip} daddr {nodes} udp dport {ports} {end}"
+                    "iifname {{ \"{POD_BRIDGE}\", \"{tunnel}\" }} {ip} daddr {nodes} udp dport {ports} {end}"
                 ));
                 if let Some(pods) = text.set("local_pods", family) {
                     text.rule(format!(

@@ -35,7 +35,8 @@ pub struct Counters {
     pub leak_drops: u64,
     /// Left the region in clear, because the operator wants that rather than no connection.
     pub leaks: u64,
-    /// Dropped because a pod sent them to the port of VXLAN or of the tunnel.
+    /// Dropped because a pod sent them to the port of VXLAN or of the tunnel, or because they were
+    /// VXLAN out of the tunnel.
     pub pod_drops: u64,
 }
 

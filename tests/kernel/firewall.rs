@@ -175,15 +175,16 @@ fn an_operator_reads_what_a_leader_does() {
     	chain from_pods {
     		type filter hook input priority filter; policy accept;
     		iifname "cni0" udp dport { 8472, 51820 } counter name "pod_drops" drop
+    		iifname "kilo0" udp dport 8472 counter name "pod_drops" drop
     		iifname != "lo" ip saddr @local_pods4 udp dport { 8472, 51820 } counter name "pod_drops" drop
     		iifname != "lo" ip6 saddr @local_pods6 udp dport { 8472, 51820 } counter name "pod_drops" drop
     	}
 
     	chain from_pods_on {
     		type filter hook forward priority filter; policy accept;
-    		iifname "cni0" ip daddr @region_underlay4 udp dport 8472 counter name "pod_drops" drop
+    		iifname { "cni0", "kilo0" } ip daddr @region_underlay4 udp dport 8472 counter name "pod_drops" drop
     		ip saddr @local_pods4 ip daddr @region_underlay4 udp dport 8472 counter name "pod_drops" drop
-    		iifname "cni0" ip6 daddr @region_underlay6 udp dport 8472 counter name "pod_drops" drop
+    		iifname { "cni0", "kilo0" } ip6 daddr @region_underlay6 udp dport 8472 counter name "pod_drops" drop
     		ip6 saddr @local_pods6 ip6 daddr @region_underlay6 udp dport 8472 counter name "pod_drops" drop
     	}
 
@@ -287,12 +288,13 @@ fn an_operator_reads_what_a_follower_does() {
     	chain from_pods {
     		type filter hook input priority filter; policy accept;
     		iifname "cni0" udp dport { 8472, 51820 } counter name "pod_drops" drop
+    		iifname "kilo0" udp dport 8472 counter name "pod_drops" drop
     		iifname != "lo" ip saddr @local_pods4 udp dport { 8472, 51820 } counter name "pod_drops" drop
     	}
 
     	chain from_pods_on {
     		type filter hook forward priority filter; policy accept;
-    		iifname "cni0" ip daddr @region_underlay4 udp dport 8472 counter name "pod_drops" drop
+    		iifname { "cni0", "kilo0" } ip daddr @region_underlay4 udp dport 8472 counter name "pod_drops" drop
     		ip saddr @local_pods4 ip daddr @region_underlay4 udp dport 8472 counter name "pod_drops" drop
     	}
 
@@ -557,6 +559,30 @@ fn pods_cannot_speak_vxlan_or_wireguard_to_nodes() {
         "192.168.50.11",
         8472
     ));
+}
+
+#[test]
+fn no_vxlan_comes_out_of_the_tunnel() {
+    let mesh = Mesh::new("out");
+    let attempts = [
+        // A pod of another region, and somebody's laptop.
+        ("10.42.0.5", "192.168.50.11"),
+        ("10.42.0.5", "192.168.50.12"),
+        ("10.5.0.1", "192.168.50.11"),
+        ("10.5.0.1", "192.168.50.12"),
+    ];
+    let arrives = |(source, to): (&str, &str), port| {
+        mesh.delivered(&mesh.far, source, mesh.owner(to), to, port)
+    };
+    for attempt in attempts {
+        assert!(arrives(attempt, 8472), "control: {attempt:?}");
+    }
+    mesh.install(&firewall());
+    for attempt in attempts {
+        assert!(!arrives(attempt, 8472), "{attempt:?}");
+        assert!(arrives(attempt, 53), "all else goes: {attempt:?}");
+    }
+    assert_eq!(mesh.counters().pod_drops, 4);
 }
 
 /// The table as `nft` shows it, without the identities in its seal.
