@@ -2,6 +2,7 @@
 
 pub mod metrics;
 pub mod pages;
+mod visitors;
 
 use std::str::FromStr;
 

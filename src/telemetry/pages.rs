@@ -17,6 +17,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use super::metrics::Metrics;
+use super::visitors::Visitors;
 use crate::config::Listen;
 use crate::refusal::Refusal;
 use crate::status::Report;
@@ -65,7 +66,7 @@ pub async fn serve(listener: TcpListener, pages: Pages) {
         .route("/status", get(status))
         .route("/graph", get(graph))
         .with_state(pages);
-    if let Err(error) = axum::serve(listener, router).await {
+    if let Err(error) = axum::serve(Visitors::new(listener), router).await {
         tracing::warn!(%error, "pages");
     }
 }
@@ -178,6 +179,34 @@ mod tests {
                 .await
                 .starts_with("HTTP/1.1 404")
         );
+        server.abort();
+    }
+
+    #[tokio::test]
+    async fn who_connects_and_says_nothing_keeps_nobody_out() {
+        let (_report, report) = watch::channel(Arc::default());
+        let (_alive, alive) = watch::channel(tokio::time::Instant::now());
+        let (_topology, topology) = watch::channel(Arc::default());
+        let pages = Pages {
+            metrics: Arc::new(Metrics::new()),
+            report,
+            topology,
+            alive,
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(serve(listener, pages));
+        let mut idle = Vec::new();
+        for _ in 0..100 {
+            idle.push(TcpStream::connect(address).await.unwrap());
+        }
+
+        assert!(fetch(address, "/health").await.starts_with("HTTP/1.1 200"));
+
+        // The first ones were sent away, so they cost no descriptor any more.
+        let mut byte = [0];
+        let end = tokio::time::timeout(Duration::from_secs(5), idle[0].read(&mut byte)).await;
+        assert!(matches!(end, Ok(Ok(0) | Err(_))), "{end:?}");
         server.abort();
     }
 
