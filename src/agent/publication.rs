@@ -12,6 +12,14 @@ use crate::config::Config;
 use crate::topology::{Endpoint, InterfaceAddr, Mode, Node, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
 
+/// Endpoints told at most: those behind NAT first, then VPN peers. An entry has up to 120 bytes, and the
+/// admission policy lets the annotation have 64 KiB; a longer one would keep all others from being
+/// written too.
+const MAX_DISCOVERED: usize = 512;
+/// How old the sign of life for Kilo's agents gets before it is renewed, in seconds. They give a node up
+/// after 60, and a node that nothing happens to is looked at every 30.
+const SIGN_OF_LIFE: i64 = 20;
+
 /// What is looked at.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
@@ -72,9 +80,17 @@ pub fn annotations(inputs: &Inputs<'_>) -> Annotations {
     }
     if matches!(topology.mode, Mode::Kilo(_)) {
         published.insert(annotation::CNI_COMPATIBILITY_IP, String::new());
-        published.insert(annotation::LAST_SEEN, inputs.snapshot.now.to_string());
+        published.insert(annotation::LAST_SEEN, sign_of_life(inputs).to_string());
     }
     published
+}
+
+/// The time, for Kilo's agents; not a newer one at every look, since each that is written makes all
+/// nodes look again.
+fn sign_of_life(inputs: &Inputs<'_>) -> i64 {
+    let now = inputs.snapshot.now;
+    let fresh = |seen: &i64| (0..SIGN_OF_LIFE).contains(&now.saturating_sub(*seen));
+    inputs.node.last_seen.filter(fresh).unwrap_or(now)
 }
 
 fn own<'a>(inputs: &'a Inputs<'_>) -> Own<'a> {
@@ -140,6 +156,7 @@ fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
             let endpoint = heard.or(before).or_else(others)?;
             Some((key, *endpoint))
         })
+        .take(MAX_DISCOVERED)
         .collect()
 }
 
@@ -313,5 +330,50 @@ mod tests {
 
         assert_eq!(published[annotation::LAST_SEEN], "100");
         assert_eq!(published[annotation::CNI_COMPATIBILITY_IP], "");
+    }
+
+    #[test]
+    fn a_fresh_sign_of_life_is_not_renewed() {
+        let mut world = World::new();
+        world.topology.mode = Mode::Kilo(vec![NodeName("b1".into())]);
+        world.node.last_seen = Some(1_000);
+        for (now, expected) in [
+            (1_000, "1000"),
+            (1_019, "1000"),
+            (1_020, "1020"),
+            (999, "999"),
+        ] {
+            world.snapshot.now = now;
+            assert_eq!(world.annotations()[annotation::LAST_SEEN], expected);
+        }
+    }
+
+    #[test]
+    fn any_number_of_vpn_peers_fits_into_the_annotation() {
+        let mut world = World::new();
+        for number in 0..2_000_u16 {
+            let mut key = [7; 32];
+            key[..2].copy_from_slice(&number.to_be_bytes());
+            let public_key = PublicKey(key);
+            let seen = format!("[2001:db8:ffff:ffff:ffff:ffff:ffff:{number:x}]:65535");
+            world.heard.insert(public_key, seen.parse().unwrap());
+            world.topology.peers.push(crate::topology::ExternalPeer {
+                name: number.to_string(),
+                created: 0,
+                public_key,
+                preshared_key: None,
+                endpoint: None,
+                persistent_keepalive: 0,
+                allowed_ips: vec![],
+            });
+        }
+        let behind_nat = "198.51.100.7:24276".parse().unwrap();
+        world.heard.insert(world.other, behind_nat);
+
+        let published = &world.annotations()[annotation::DISCOVERED_ENDPOINTS];
+
+        assert!(published.len() <= 64 << 10, "{} bytes", published.len());
+        let read = annotation::discovered(published).unwrap();
+        assert_eq!(read.endpoints.get(&world.other), Some(&behind_nat));
     }
 }

@@ -38,8 +38,9 @@ pub(super) async fn run(
     mut shown: watch::Receiver<Shown>,
 ) {
     let mut backoff = pace::Backoff::up_to(Duration::from_secs(30));
-    // A start and a few changes of mind; then two a minute, whoever else writes these annotations.
-    let mut writes = pace::Budget::new(10, Duration::from_secs(30));
+    // A start and a few changes of mind; then four a minute, whoever else writes these annotations.
+    // Beside Kilo's agents three signs of life a minute are due.
+    let mut writes = pace::Budget::new(10, Duration::from_secs(15));
     loop {
         let patch = {
             let desired = desired.borrow_and_update();
