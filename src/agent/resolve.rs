@@ -14,10 +14,10 @@ use tokio::time::Instant;
 /// How long an answer is taken for good. Names of home connections change; their TTL is not told by
 /// the system's resolver.
 const AGAIN: Duration = Duration::from_secs(30);
-/// How long a look-up may take.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Names looked up at once: each may block a thread of the runtime.
-const AT_ONCE: usize = 8;
+/// Names looked up at once. Each blocks a thread for as long as the system's resolver takes, which
+/// for a name whose servers do not answer is half a minute; there have to be threads left for the
+/// name of the API server.
+const AT_ONCE: usize = 2;
 
 /// Last good addresses, by name.
 pub type Addresses = BTreeMap<String, IpAddr>;
@@ -26,10 +26,21 @@ pub type Addresses = BTreeMap<String, IpAddr>;
 ///
 /// Ends when nobody listens any more.
 pub async fn follow(
+    names: mpsc::Receiver<BTreeSet<String>>,
+    addresses: mpsc::Sender<Addresses>,
+    known: Addresses,
+) {
+    follow_with(look_up, names, addresses, known).await;
+}
+
+async fn follow_with<L>(
+    look_up: impl Fn(String) -> L,
     mut names: mpsc::Receiver<BTreeSet<String>>,
     addresses: mpsc::Sender<Addresses>,
     mut known: Addresses,
-) {
+) where
+    L: Future<Output = (String, Vec<IpAddr>)> + Send + 'static,
+{
     let mut due = BTreeMap::<String, Instant>::new();
     let mut look_ups = JoinSet::new();
     let mut under_way = BTreeSet::new();
@@ -84,10 +95,10 @@ pub async fn follow(
 }
 
 async fn look_up(name: String) -> (String, Vec<IpAddr>) {
-    let look_up = tokio::net::lookup_host((name.clone(), 0));
-    let answer = match tokio::time::timeout(PATIENCE, look_up).await {
-        Ok(Ok(addresses)) => addresses.map(|address| address.ip()).collect(),
-        Ok(Err(_)) | Err(_) => Vec::new(),
+    // Without a deadline of its own: the thread stays blocked however soon one gives up.
+    let answer = match tokio::net::lookup_host((name.as_str(), 0)).await {
+        Ok(addresses) => addresses.map(|address| address.ip()).collect(),
+        Err(_) => Vec::new(),
     };
     (name, answer)
 }
@@ -128,6 +139,29 @@ mod tests {
     fn an_answer_that_leads_back_to_this_host_is_none() {
         let ips = ["127.0.0.1", "0.0.0.0", "::1", "fe80::1"].map(|ip| ip.parse().unwrap());
         assert_eq!(choose(&ips, None), None);
+    }
+
+    #[tokio::test]
+    async fn names_that_are_never_answered_leave_threads_for_others() {
+        let (names, wanted) = mpsc::channel(1);
+        let (sender, _addresses) = mpsc::channel(1);
+        let (begun, mut count) = mpsc::unbounded_channel();
+        let look_up = move |name: String| {
+            begun.send(name).unwrap();
+            std::future::pending()
+        };
+        let task = tokio::spawn(follow_with(look_up, wanted, sender, Addresses::new()));
+
+        let many = (0..9).map(|n| format!("{n}.example.com")).collect();
+        names.send(many).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+
+        let mut blocked = 0;
+        while count.try_recv().is_ok() {
+            blocked += 1;
+        }
+        assert_eq!(blocked, AT_ONCE);
+        task.abort();
     }
 
     #[tokio::test]
