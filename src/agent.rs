@@ -561,6 +561,8 @@ impl Agent {
             tracing::info!("stopped; link, routes and firewall stay for the next agent");
             return Ok(ExitCode::SUCCESS);
         }
+        // Or what is withdrawn would be published again.
+        self.cluster.end();
         let mut failures = self.remove_all();
         if let Err(error) = cleanup::withdraw(&self.access, &self.config).await {
             failures.push(format!("removing the annotations: {error:#}"));

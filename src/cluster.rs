@@ -82,7 +82,7 @@ pub struct Cluster {
     desired: watch::Sender<Option<Annotations>>,
     reports: watch::Sender<BTreeSet<Report>>,
     verdicts: watch::Sender<Verdicts>,
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 impl Cluster {
@@ -172,8 +172,13 @@ impl Cluster {
             desired,
             reports,
             verdicts,
-            _tasks: tasks,
+            tasks,
         }
+    }
+
+    /// Ends all dealings: nothing is published any more.
+    pub fn end(&mut self) {
+        self.tasks.abort_all();
     }
 
     /// The cluster as it is known; none until anything is. Only changes wake who waits for them.
