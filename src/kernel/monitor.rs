@@ -189,11 +189,10 @@ impl Classifier {
         match message {
             Message::NewLink(message) => self.link(message),
             Message::DelLink(message) => {
+                // One that came while news was lost is known by what the message says alone.
                 let known = self.links.remove(&message.header.index);
-                self.of_link(
-                    &known.map_or_else(String::new, |link| link.name),
-                    Event::NOTHING,
-                )
+                let name = known.map_or_else(|| link::from_message(message).name, |link| link.name);
+                self.of_link(&name, Event::NOTHING)
             }
             Message::NewAddress(message) | Message::DelAddress(message) => {
                 match link::from_address(message) {
@@ -356,6 +355,12 @@ mod tests {
             of(Message::NewLink(link_message(11, "veth1", 1450))),
             Event::NOTHING
         );
+    }
+
+    #[test]
+    fn a_link_that_was_never_told_of_counts_when_it_goes() {
+        let message = Message::DelLink(link_message(12, "flannel.1", 1450));
+        assert!(classifier().classify(&message).flannel);
     }
 
     #[test]

@@ -244,7 +244,14 @@ impl Netlink {
     where
         M: NetlinkDeserializable,
     {
-        let (bytes, _) = self.socket.recv_from_full()?;
+        let bytes = loop {
+            match self.socket.recv_from_full() {
+                Ok((bytes, _)) => break bytes,
+                // With a timeout set, no system call is restarted after a signal (signal(7)).
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        };
         messages(&bytes, handle);
         Ok(())
     }
