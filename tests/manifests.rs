@@ -740,7 +740,7 @@ fn the_agents_rights_are_these() {
                 "resourceNames": ["kubernetes"],
                 "verbs": ["list"],
             },
-            {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"]},
+            {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]},
         ])
     );
 }
