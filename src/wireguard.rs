@@ -28,6 +28,7 @@ mod icmp;
 mod indices;
 pub mod key;
 mod link;
+mod nested;
 pub mod packet;
 mod peer;
 mod priority;

@@ -41,6 +41,8 @@ reasons! {
     NoPeer = "no_peer",
     /// A packet that fits into no datagram.
     TooBig = "too_big",
+    /// A tunnel's datagram that is within too many tunnels, or goes round.
+    TooDeep = "too_deep",
     /// A packet to a peer without an endpoint.
     NoEndpoint = "no_endpoint",
     /// A packet that waited too long for a session, or too many with it.

@@ -20,7 +20,7 @@ use super::clock::Time;
 use super::core::{Core, HandshakeMessage, Identity, Job};
 use super::drops::Dropped;
 use super::key::PublicKey;
-use super::packet::Ecn;
+use super::packet::Outer;
 use super::peer::{HandshakeState, Peer, Wire};
 use super::ratelimit::RateLimit;
 use super::session::Session;
@@ -247,7 +247,7 @@ impl Handshaker {
                 wire,
                 message,
                 HANDSHAKE_INIT_SZ,
-                Ecn::NotCapable,
+                Outer::default(),
                 now,
                 &self.core.drops,
             );
@@ -339,7 +339,7 @@ fn respond(
         wire,
         &buffer,
         HANDSHAKE_RESP_SZ,
-        Ecn::NotCapable,
+        Outer::default(),
         now,
         &core.drops,
     );
@@ -388,7 +388,7 @@ fn send_cookie(
         reply,
         COOKIE_REPLY_SZ,
         &message.from,
-        Ecn::NotCapable,
+        Outer::default(),
         false,
     );
     sent.map(drop).map_err(|_| Dropped::SendFailed)

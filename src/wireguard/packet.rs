@@ -3,6 +3,7 @@
 //! Pure, over bytes that may be anything.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU8;
 
 /// The bytes of an IPv4 header without options.
 pub const IPV4_HEADER: usize = 20;
@@ -67,6 +68,15 @@ impl Ecn {
             (Self::NotCapable | Self::Ect0 | Self::Ect1, _) => Some(inner),
         }
     }
+}
+
+/// What the outer header of a datagram says because of the packet in it.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Outer {
+    /// The congestion bits (RFC 6040, 4.1).
+    pub ecn: Ecn,
+    /// The hop limit; `None` leaves it to the system.
+    pub hops: Option<NonZeroU8>,
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {

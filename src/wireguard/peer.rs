@@ -15,7 +15,7 @@ use boringtun::noise::handshake::Handshake;
 use super::clock::Time;
 use super::drops::{Dropped, Drops};
 use super::key::{PresharedKey, PublicKey};
-use super::packet::Ecn;
+use super::packet::Outer;
 use super::session::Session;
 use super::staged::Staged;
 use super::timers::Timers;
@@ -35,7 +35,7 @@ pub(super) trait Wire {
         run: &[u8],
         stride: usize,
         to: &Endpoint,
-        ecn: Ecn,
+        outer: Outer,
         offload: bool,
     ) -> io::Result<bool>;
 }
@@ -266,7 +266,7 @@ impl Peer {
         wire: &impl Wire,
         run: &[u8],
         stride: usize,
-        ecn: Ecn,
+        outer: Outer,
         now: Time,
         drops: &Drops,
     ) {
@@ -275,10 +275,10 @@ impl Peer {
             return drops.add(Dropped::NoEndpoint, count);
         };
         let offload = self.offload_after.load(Ordering::Relaxed) <= now.as_nanos();
-        let mut sent = wire.send(run, stride, &endpoint, ecn, offload);
+        let mut sent = wire.send(run, stride, &endpoint, outer, offload);
         if endpoint.local.is_some() && sent.as_ref().is_err_and(is_source_gone) {
             self.clear_source();
-            sent = wire.send(run, stride, &endpoint.remote.into(), ecn, offload);
+            sent = wire.send(run, stride, &endpoint.remote.into(), outer, offload);
         }
         match sent {
             Ok(offloaded) => {

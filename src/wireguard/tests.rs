@@ -30,7 +30,7 @@ use super::core::Core;
 use super::drops::Dropped;
 use super::handshake::Handshaker;
 use super::key::{PrivateKey, PublicKey};
-use super::packet::Ecn;
+use super::packet::{Ecn, Outer};
 use super::peer::{Peer, Wire};
 use super::receive::Receive;
 use super::timestamp::{Timestamp, Timestamps};
@@ -65,14 +65,14 @@ impl Wire for Captured {
         run: &[u8],
         stride: usize,
         to: &Endpoint,
-        ecn: Ecn,
+        outer: Outer,
         _: bool,
     ) -> io::Result<bool> {
         let datagrams = run.chunks(stride).map(|bytes| Datagram {
             from: self.address,
             to: to.remote,
             bytes: bytes.to_vec(),
-            ecn,
+            ecn: outer.ecn,
         });
         self.sent.borrow_mut().extend(datagrams);
         Ok(true)

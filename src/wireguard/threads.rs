@@ -26,7 +26,7 @@ use super::gso::{MAX_SEGMENTS, Split, VnetHeader};
 use super::handshake::Handshaker;
 use super::icmp::{self, Answer, Pace};
 use super::link::LinkWatch;
-use super::packet::{Ecn, Header};
+use super::packet::{Header, Outer};
 use super::peer::Wire;
 use super::priority::Priority;
 use super::receive::Receive;
@@ -78,10 +78,10 @@ impl Wire for Sockets {
         run: &[u8],
         stride: usize,
         to: &Endpoint,
-        ecn: Ecn,
+        outer: Outer,
         offload: bool,
     ) -> io::Result<bool> {
-        Self::send(self, run, stride, to, ecn, offload)
+        Self::send(self, run, stride, to, outer, offload)
     }
 }
 

@@ -12,7 +12,8 @@ use super::core::Core;
 use super::drops::Dropped;
 use super::gso::{Split, VnetHeader};
 use super::icmp::Answer;
-use super::packet::{Ecn, Header};
+use super::nested::Nesting;
+use super::packet::{Header, Outer};
 use super::peer::{Peer, Wire};
 use super::session::{DATA_HEADER, OVERHEAD, Session, TAG};
 use super::tun::MAX_READ;
@@ -37,7 +38,7 @@ pub(super) struct Transmit {
     open: bool,
     /// Whether any of them carries a packet; keepalives don't.
     data: bool,
-    ecn: Ecn,
+    outer: Outer,
     to: Option<(Arc<Peer>, Arc<Session>)>,
 }
 
@@ -51,7 +52,7 @@ impl Default for Transmit {
             stride: 0,
             open: false,
             data: false,
-            ecn: Ecn::NotCapable,
+            outer: Outer::default(),
             to: None,
         }
     }
@@ -80,6 +81,9 @@ impl Transmit {
         };
         if ip.length > usize::from(MAX_INNER) && !vnet.is_joined() {
             return refuse(Dropped::TooBig, Some(Answer::TooBig(MAX_INNER)));
+        }
+        if Nesting::of(packet, &ip) == Nesting::TooDeep {
+            return refuse(Dropped::TooDeep, Some(Answer::Unreachable));
         }
         let table = core.table.load();
         let Some(peer) = table.route(ip.destination, || ip.flow_hash(packet)) else {
@@ -140,7 +144,7 @@ impl Transmit {
         let session = peer.session();
         match session.as_ref().filter(|session| session.may_send(now)) {
             Some(session) => {
-                self.make_room(core, wire, (peer, session), OVERHEAD, Ecn::NotCapable, now);
+                self.make_room(core, wire, (peer, session), OVERHEAD, Outer::default(), now);
                 self.length += OVERHEAD;
                 self.count += 1;
                 self.flush(core, wire, now);
@@ -159,15 +163,19 @@ impl Transmit {
     ) {
         let split = VnetHeader::read(bytes).and_then(|(vnet, packet)| {
             let ip = Header::parse(packet)?;
-            Some((Split::new(&vnet, packet, &ip)?, ip.ecn))
+            let outer = Outer {
+                ecn: ip.ecn,
+                hops: Nesting::of(packet, &ip).hops(),
+            };
+            Some((Split::new(&vnet, packet, &ip)?, outer))
         });
-        let Some((split, ecn)) = split else {
+        let Some((split, outer)) = split else {
             return core.drops.add(Dropped::Malformed, 1);
         };
         for n in 0..split.count() {
             let inner = split.length(n);
             let padded = inner + core.padding(inner);
-            self.make_room(core, wire, to, padded + OVERHEAD, ecn, now);
+            self.make_room(core, wire, to, padded + OVERHEAD, outer, now);
             let datagram = &mut self.buffer[self.length..self.length + padded + OVERHEAD];
             let plaintext = &mut datagram[DATA_HEADER..DATA_HEADER + padded];
             let (packet, padding) = plaintext.split_at_mut(inner);
@@ -186,7 +194,7 @@ impl Transmit {
         wire: &impl Wire,
         (peer, session): (&Arc<Peer>, &Arc<Session>),
         length: usize,
-        ecn: Ecn,
+        outer: Outer,
         now: Time,
     ) {
         debug_assert!(length >= DATA_HEADER + TAG);
@@ -196,7 +204,7 @@ impl Transmit {
             .is_some_and(|to| Arc::ptr_eq(&to.1, session));
         let fits = same
             && self.open
-            && self.ecn == ecn
+            && self.outer == outer
             && length <= self.stride
             && self.count < MAX_DATAGRAMS
             && self.length + length <= MAX_SEND;
@@ -208,7 +216,7 @@ impl Transmit {
         if !same {
             self.to = Some((peer.clone(), session.clone()));
         }
-        (self.stride, self.open, self.ecn) = (length, true, ecn);
+        (self.stride, self.open, self.outer) = (length, true, outer);
     }
 
     /// Seals and sends what was gathered.
@@ -216,7 +224,7 @@ impl Transmit {
         let run = &mut self.buffer[..self.length];
         if let Some((peer, session)) = self.to.as_ref().filter(|_| self.count > 0) {
             if session.seal_batch(run, self.stride) {
-                peer.send(wire, run, self.stride, self.ecn, now, &core.drops);
+                peer.send(wire, run, self.stride, self.outer, now, &core.drops);
                 peer.timers.sent(self.data, now);
                 if session.wants_rekey(now) {
                     core.ask_handshake(peer, now);

@@ -18,7 +18,7 @@ use std::ptr;
 use nix::errno::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::packet::Ecn;
+use super::packet::{Ecn, Outer};
 
 /// The most bytes of one send with segmentation: what IPv4 and IPv6 both take, with some slack for
 /// the headers the kernel counts in.
@@ -143,14 +143,14 @@ impl Sockets {
         run: &[u8],
         stride: usize,
         to: &Endpoint,
-        ecn: Ecn,
+        outer: Outer,
         offload: bool,
     ) -> io::Result<bool> {
         let v6 = to.remote.is_ipv6();
         let socket = self.family(v6).ok_or(Errno::EAFNOSUPPORT)?;
         let mut offload = offload;
         if run.len() > stride && offload {
-            match socket.send(run, Some(stride), to, ecn) {
+            match socket.send(run, Some(stride), to, outer) {
                 Ok(()) => return Ok(true),
                 // No checksum offload on the way (EIO), or a path MTU below the stride (EINVAL,
                 // EMSGSIZE), where single datagrams are fragmented.
@@ -159,7 +159,7 @@ impl Sockets {
             }
         }
         for datagram in run.chunks(stride) {
-            socket.send(datagram, None, to, ecn)?;
+            socket.send(datagram, None, to, outer)?;
         }
         Ok(offload)
     }
@@ -280,7 +280,13 @@ impl UdpSocket {
         Ok(address.map_or(0, |address| address.port()))
     }
 
-    fn send(&self, bytes: &[u8], stride: Option<usize>, to: &Endpoint, ecn: Ecn) -> io::Result<()> {
+    fn send(
+        &self,
+        bytes: &[u8],
+        stride: Option<usize>,
+        to: &Endpoint,
+        outer: Outer,
+    ) -> io::Result<()> {
         let address = socket2::SockAddr::from(to.remote);
         let mut control = Control([0; 128]);
         let mut writer = ControlWriter {
@@ -317,8 +323,16 @@ impl UdpSocket {
             ),
             _ => {}
         }
-        if ecn != Ecn::NotCapable {
-            let tos = libc::c_int::from(ecn as u8);
+        if let Some(hops) = outer.hops {
+            let hops = libc::c_int::from(hops.get());
+            if self.v6 {
+                writer.push(libc::IPPROTO_IPV6, libc::IPV6_HOPLIMIT, hops);
+            } else {
+                writer.push(libc::IPPROTO_IP, libc::IP_TTL, hops);
+            }
+        }
+        if outer.ecn != Ecn::NotCapable {
+            let tos = libc::c_int::from(outer.ecn as u8);
             if self.v6 {
                 writer.push(libc::IPPROTO_IPV6, libc::IPV6_TCLASS, tos);
             } else {
@@ -539,6 +553,8 @@ fn socket_address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU8;
+
     use super::*;
 
     fn receive(sockets: &Sockets, v6: bool) -> Vec<(Vec<u8>, Message)> {
@@ -566,9 +582,13 @@ mod tests {
                 Ipv4Addr::LOCALHOST.into()
             };
             let to = Endpoint::from(SocketAddr::new(address, theirs.port()));
+            let outer = Outer {
+                ecn: Ecn::Ect0,
+                hops: NonZeroU8::new(56),
+            };
             let run: Vec<u8> = (0..250).map(|n| u8::try_from(n).unwrap()).collect();
 
-            assert!(ours.send(&run, 100, &to, Ecn::Ect0, true).unwrap());
+            assert!(ours.send(&run, 100, &to, outer, true).unwrap());
             let (mut bytes, mut strides) = (Vec::new(), Vec::new());
             while bytes.len() < run.len() {
                 for (received, message) in receive(&theirs, v6) {
@@ -586,7 +606,7 @@ mod tests {
                 remote: SocketAddr::new(address, ours.port()),
                 local: Some((address, 1)),
             };
-            theirs.send(b"x", 1, &back, Ecn::NotCapable, true).unwrap();
+            theirs.send(b"x", 1, &back, Outer::default(), true).unwrap();
             assert_eq!(receive(&ours, v6)[0].0, b"x");
         }
     }
@@ -597,7 +617,7 @@ mod tests {
         let to = Endpoint::from(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), theirs.port()));
         assert!(
             !ours
-                .send(&[7; 25], 10, &to, Ecn::NotCapable, false)
+                .send(&[7; 25], 10, &to, Outer::default(), false)
                 .unwrap()
         );
         let mut bytes = 0;
@@ -617,7 +637,7 @@ mod tests {
             local: Some((Ipv4Addr::new(192, 0, 2, 77).into(), 1)),
         };
         let error = sockets
-            .send(b"x", 1, &to, Ecn::NotCapable, true)
+            .send(b"x", 1, &to, Outer::default(), true)
             .unwrap_err();
         assert!(is_source_gone(&error), "{error}");
     }
