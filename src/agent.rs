@@ -6,6 +6,7 @@
 //! module, names are resolved by another; none of them is ever waited for.
 
 pub mod address;
+pub mod checkin;
 pub mod cleanup;
 pub mod control;
 pub mod hearing;
@@ -29,6 +30,7 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
+use self::checkin::CheckIn;
 use self::control::NodeLock;
 use self::hearing::Hearing;
 use self::keyfile::Origin;
@@ -48,7 +50,7 @@ use crate::status::Report;
 use crate::telemetry;
 use crate::telemetry::metrics::{Event, Metrics};
 use crate::telemetry::pages::{self, Pages};
-use crate::topology::Topology;
+use crate::topology::{Mode, Topology};
 use crate::wireguard::key::{PrivateKey, PublicKey};
 use crate::wireguard::{self, Device, uapi};
 
@@ -111,6 +113,7 @@ struct Agent {
     resolved: resolve::Addresses,
     facts: Facts,
     hearing: Hearing,
+    check_in: CheckIn,
     decision: Decision,
     schedule: Schedule,
     /// What flannel keeps this node waiting for.
@@ -218,6 +221,7 @@ impl Agent {
             resolved,
             facts: Facts::default(),
             hearing: Hearing::default(),
+            check_in: CheckIn::default(),
             decision: Decision::default(),
             awaited: None,
             forgotten: Vec::new(),
@@ -285,7 +289,11 @@ impl Agent {
     fn pass(&mut self) {
         let begun = now();
         self.gather();
+        let mode = self.decision.topology.mode.clone();
         self.decision = reconcile::decide(&self.facts, &self.config, self.public_key);
+        if self.decision.topology.mode != mode {
+            tracing::info!("the mesh follows {}", self.decision.topology.mode);
+        }
         if let Some(annotations) = self.decision.annotations.clone().filter(|_| self.is_live()) {
             self.cluster.publish(annotations);
         }
@@ -317,6 +325,11 @@ impl Agent {
             .metrics
             .reconciled(begun.elapsed(), pass.made.len(), outcome != Outcome::Failed);
         self.schedule.handle_outcome(now(), outcome);
+        if let Mode::Kilo(_) = self.decision.topology.mode {
+            let due = checkin::due(unix_now(), self.own_last_seen());
+            self.schedule
+                .handle_deadline(now() + Duration::from_secs(due));
+        }
         self.shown
             .topology
             .send_replace(Arc::new(self.decision.topology.clone()));
@@ -326,6 +339,12 @@ impl Agent {
     /// Whether what is known of the cluster comes from the API.
     fn is_live(&self) -> bool {
         self.view.as_ref().is_some_and(|view| view.live)
+    }
+
+    /// This node's last check-in, as the API shows it.
+    fn own_last_seen(&self) -> Option<i64> {
+        let own = self.facts.snapshot.nodes.get(&self.config.node)?;
+        own.last_seen
     }
 
     /// Remembers the cluster, and has what the topology leaves out be reported.
@@ -361,7 +380,9 @@ impl Agent {
             self.facts.snapshot.resolved = self.resolved.clone();
             self.facts.api_servers = view.servers.addresses.clone();
         }
-        self.facts.snapshot.now = unix_now();
+        let (now, own) = (unix_now(), self.own_last_seen());
+        self.facts.last_seen = checkin::last_seen(now, own);
+        self.facts.snapshot.now = self.check_in.handle_clock(now, own, self.is_live());
         // What was last known of flannel stays in force while it restarts or makes its device anew.
         self.forgotten = Vec::new();
         match self.flannel() {

@@ -40,6 +40,8 @@ pub struct Report {
     pub leader: Option<String>,
     /// Whose algorithm is in force, and why.
     pub mode: String,
+    /// The nodes on which a real `kg` runs; while there are any, Kilo's algorithm is in force.
+    pub kilo_nodes: Vec<String>,
     /// `location`, `full` or `cross`.
     pub granularity: String,
     /// The tunnel's link.

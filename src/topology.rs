@@ -392,6 +392,19 @@ impl fmt::Display for SegmentName {
     }
 }
 
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Native => f.write_str("Selvedge's own algorithm"),
+            Self::Kilo(nodes) => {
+                let nodes = nodes.iter().map(ToString::to_string).collect::<Vec<_>>();
+                let nodes = nodes.join(", ");
+                write!(f, "Kilo's algorithm, because Kilo runs on {nodes}")
+            }
+        }
+    }
+}
+
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

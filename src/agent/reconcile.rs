@@ -42,6 +42,8 @@ pub struct Facts {
     pub alive: BTreeMap<PublicKey, SocketAddr>,
     /// Where it heard each with which it ever had a session.
     pub heard: BTreeMap<PublicKey, SocketAddr>,
+    /// When this node checked in, in Unix seconds; only published beside a real `kg`.
+    pub last_seen: i64,
 }
 
 /// What follows from the facts.
@@ -93,6 +95,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             links: &facts.links,
             public_key,
             heard: &facts.heard,
+            last_seen: facts.last_seen,
         })
     });
     Decision {

@@ -81,7 +81,11 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
         },
         segment: segment.map(|segment| segment.name.to_string()),
         leader: segment.map(|segment| segment.leader.to_string()),
-        mode: mode(&topology.mode),
+        mode: topology.mode.to_string(),
+        kilo_nodes: match &topology.mode {
+            Mode::Native => Vec::new(),
+            Mode::Kilo(nodes) => strings(nodes),
+        },
         granularity: annotation::format_granularity(config.granularity).to_owned(),
         tunnel: Tunnel {
             interface: config.interface.clone(),
@@ -145,19 +149,6 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
         fail_open: config.on_tunnel_down == OnTunnelDown::Open,
         drops: inputs.drops.clone(),
         leak_drops: inputs.leak_drops,
-    }
-}
-
-fn mode(mode: &Mode) -> String {
-    match mode {
-        Mode::Native => "Selvedge's own algorithm".to_owned(),
-        Mode::Kilo(nodes) => {
-            let nodes = nodes.iter().map(ToString::to_string).collect::<Vec<_>>();
-            format!(
-                "Kilo's algorithm, because Kilo runs on {}",
-                nodes.join(", ")
-            )
-        }
     }
 }
 

@@ -71,6 +71,11 @@ impl Schedule {
         self.due = self.due.max(self.not_before);
     }
 
+    /// Something is to be done at that time, whatever else happens.
+    pub fn handle_deadline(&mut self, at: Instant) {
+        self.due = self.due.min(at).max(self.not_before);
+    }
+
     /// A pass has ended.
     pub fn handle_outcome(&mut self, now: Instant, outcome: Outcome) {
         self.first = None;
@@ -136,6 +141,17 @@ mod tests {
 
         schedule.handle_outcome(t0, Outcome::Unchanged);
         assert_eq!(schedule.poll_due(), t0 + RESYNC);
+    }
+
+    #[test]
+    fn a_deadline_is_kept_though_a_resync_is_far() {
+        let t0 = start();
+        let mut schedule = Schedule::new(t0, RESYNC);
+        schedule.handle_outcome(t0, Outcome::Unchanged);
+        schedule.handle_deadline(t0 + after(25_000));
+        assert_eq!(schedule.poll_due(), t0 + after(25_000));
+        schedule.handle_deadline(t0 + after(60_000));
+        assert_eq!(schedule.poll_due(), t0 + after(25_000));
     }
 
     #[test]

@@ -164,6 +164,11 @@ impl Collector for Latest {
             count(report.external_peers),
         )?;
         gauge(
+            "selvedge_kilo_nodes",
+            "Nodes that run a real kg; while there are any, Kilo's algorithm is in force",
+            count(report.kilo_nodes.len()),
+        )?;
+        gauge(
             "selvedge_ready",
             "Whether this node is as it should be",
             report.ready.into(),
@@ -290,6 +295,7 @@ mod tests {
             role: Role::Leader,
             ready_nodes: 4,
             external_peers: 2,
+            kilo_nodes: vec!["a".into()],
             ..Report::default()
         }));
 
@@ -300,6 +306,7 @@ mod tests {
             "kilo_leader 1",
             "kilo_nodes 4",
             "kilo_peers 2",
+            "selvedge_kilo_nodes 1",
             "kilo_reconciles_total 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
