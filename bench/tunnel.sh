@@ -7,7 +7,7 @@
 #   bench/tunnel.sh report RESULTS.jsonl          prints it again
 #
 # NAMES out of selvedge,wireguard-go,tailscale,boringtun,gotatun (default: those that are built; see
-# peers.sh). TESTS out of ping,tcp1,tcp1r,tcp4,bidir,load,udp64,rate64,rss (default: all).
+# peers.sh), and LABEL=PROGRAM for another build of selvedge, to compare the two. TESTS out of ping,tcp1,tcp1r,tcp4,bidir,load,udp64,rate64,rss (default: all).
 #
 # MODES, the link between the namespaces:
 #   veth    bundles of datagrams cross it as they are, as within one host
@@ -40,6 +40,12 @@ declare -A command=(
   [boringtun]="$bin/boringtun-cli -f --disable-drop-privileges {}"
   [gotatun]="$bin/gotatun -f --disable-drop-privileges {}"
 )
+for name in ${names//,/ }; do
+  if [[ $name = *=* ]]; then
+    command[${name%%=*}]="${name#*=} tunnel {}"
+    names=${names/"$name"/${name%%=*}}
+  fi
+done
 if [[ -z $names ]]; then
   for name in selvedge wireguard-go tailscale boringtun gotatun; do
     program=$(tr ' ' '\n' <<<"${command[$name]}" | grep -m1 ^/)

@@ -31,7 +31,6 @@ mod link;
 mod nested;
 pub mod packet;
 mod peer;
-mod priority;
 mod ratelimit;
 mod receive;
 pub mod replay;
@@ -97,9 +96,6 @@ pub struct Options {
     pub fwmark: u32,
     /// Queues of the link and threads that read them; `None` follows the number of CPUs.
     pub queues: Option<NonZeroUsize>,
-    /// Runs the packet threads before ordinary programs, where that is allowed (`CAP_SYS_NICE`), as
-    /// long as they leave a part of their CPU to them.
-    pub realtime: bool,
     /// The last timestamp that [`Self::persist_timestamp`] was called with, in any earlier run.
     pub timestamp_floor: Timestamp,
     /// Remembers the high-water mark of handshake timestamps; called about once an hour at most.
@@ -118,7 +114,6 @@ impl Options {
             listen_port: 0,
             fwmark: 0,
             queues: None,
-            realtime: true,
             timestamp_floor: Timestamp::default(),
             persist_timestamp: None,
             on_link_gone: Box::new(|| {}),
@@ -209,8 +204,7 @@ impl Device {
         } else {
             OnGone::Tell(options.on_link_gone)
         };
-        let io = Io::new(sockets, tuns, fwmark, options.realtime, on_gone)
-            .map_err(StartError::Threads)?;
+        let io = Io::new(sockets, tuns, fwmark, on_gone).map_err(StartError::Threads)?;
         let io = Arc::new(io);
         let threads = threads::start(&core, &io).map_err(StartError::Threads)?;
         Ok(Self { core, io, threads })

@@ -9,10 +9,11 @@ pub(super) fn sum(bytes: &[u8]) -> u64 {
     // Added in the machine's order and swapped once: the sum of swapped words is the swapped sum.
     // Four bytes at a time into eight, which the compiler turns into vector instructions.
     let (words, rest) = bytes.as_chunks::<4>();
-    let mut total: u64 = words
-        .iter()
-        .map(|&word| u64::from(u32::from_ne_bytes(word)))
-        .sum();
+    // Wrapping, because a check for overflow, which 16 GiB would have to be summed for, would keep it
+    // from doing so.
+    let mut total = words.iter().fold(0_u64, |total, &word| {
+        total.wrapping_add(u64::from(u32::from_ne_bytes(word)))
+    });
     let mut last = [0; 4];
     last[..rest.len()].copy_from_slice(rest);
     total += u64::from(u32::from_ne_bytes(last));

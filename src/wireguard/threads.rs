@@ -5,8 +5,12 @@
 //! sleeps; a receive thread sleeps in `recvmmsg`. None waits for another one but for the length of a
 //! batch. With several queues the kernel spreads flows over the transmit threads, which seal for one
 //! peer side by side; the receive threads take turns at the socket and open side by side, see
-//! `turnstile`. On one or two CPUs there is one of each. A thread that panics takes the process with it: a tunnel that is half alive is worse than
-//! one that is restarted.
+//! `turnstile`. On one or two CPUs there is one of each. A thread that panics takes the process with
+//! it: a tunnel that is half alive is worse than one that is restarted.
+//!
+//! The threads run at the ordinary priority. Raised (`SCHED_RR`, or nice -10) they preempt whoever
+//! sends the packets at each packet, so that no batch ever forms: twice the processor time for each
+//! small packet, and 15 % less throughput; `bench/README.md` has the figures.
 
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd as _;
@@ -28,7 +32,6 @@ use super::icmp::{self, Answer, Pace};
 use super::link::LinkWatch;
 use super::packet::{Header, Outer};
 use super::peer::Wire;
-use super::priority::Priority;
 use super::receive::Receive;
 use super::routes::RouteWatch;
 use super::transmit::{Refused, Transmit};
@@ -50,8 +53,6 @@ pub(super) struct Io {
     /// The queues of the TUN link, as many as there are transmit threads.
     pub(super) tuns: ArcSwap<Vec<Tun>>,
     pub(super) fwmark: AtomicU32,
-    /// Whether the packet threads run before ordinary programs.
-    realtime: bool,
     /// Set once: every thread ends.
     stopping: AtomicBool,
     /// Readable from when the threads are to end.
@@ -90,7 +91,6 @@ impl Io {
         sockets: Sockets,
         tuns: Vec<Tun>,
         fwmark: u32,
-        realtime: bool,
         on_gone: OnGone,
     ) -> io::Result<Self> {
         let event = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
@@ -98,7 +98,6 @@ impl Io {
             sockets: ArcSwap::from_pointee(sockets),
             tuns: ArcSwap::from_pointee(tuns),
             fwmark: AtomicU32::new(fwmark),
-            realtime,
             stopping: AtomicBool::new(false),
             stop: event()?,
             jobs: event()?,
@@ -237,7 +236,6 @@ fn transmit(core: &Core, io: &Io, queue: usize) {
     let mut buffer = vec![0; MAX_READ];
     let mut transmit = Transmit::default();
     let mut pace = Pace::default();
-    let mut priority = Priority::raise(io.realtime, Time::now());
     while !io.is_stopping() {
         let tuns = io.tuns.load();
         let Some(tun) = tuns.get(queue) else {
@@ -252,7 +250,6 @@ fn transmit(core: &Core, io: &Io, queue: usize) {
                 {
                     tell_sender(tun, bytes, answer);
                 }
-                priority.check(now);
             }
             Err(error) => match error.raw_os_error() {
                 Some(libc::EAGAIN) => {
@@ -289,7 +286,6 @@ fn tell_sender(tun: &Tun, bytes: &[u8], answer: Answer) {
 fn receive(core: &Core, io: &Io, v6: bool, turnstile: &Turnstile) {
     let mut arena = Arena::default();
     let mut receive = Receive::default();
-    let mut priority = Priority::raise(io.realtime, Time::now());
     let mut limit = 1;
     while !io.is_stopping() {
         let sockets = io.sockets.load_full();
@@ -324,7 +320,6 @@ fn receive(core: &Core, io: &Io, v6: bool, turnstile: &Turnstile) {
             });
         });
         drop(entrance);
-        priority.check(now);
         limit = if total > LARGE * messages.len() {
             1
         } else {
