@@ -5,16 +5,18 @@
 
 use std::fmt;
 use std::io::{self, Write as _};
-use std::path::Path;
 use std::process::ExitCode;
 
-use crate::agent::preflight;
 use crate::config::{Config, Flags};
 use crate::flannel::Files;
 use crate::refusal::Refusal;
 use crate::status::{self, Report, Role};
 
+mod api;
 mod firewall;
+mod host;
+mod leaders;
+mod port;
 
 /// One thing that is not as it should be.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -23,7 +25,7 @@ pub struct Finding {
     pub severity: Severity,
     /// What was found: a sentence.
     pub found: String,
-    /// What to do about it: a sentence.
+    /// What to do about it: a sentence; empty where there is nothing to do.
     pub remedy: String,
 }
 
@@ -34,6 +36,8 @@ pub enum Severity {
     Problem,
     /// Something may not work, or not for everybody.
     Warning,
+    /// Nothing is wrong; it helps to know.
+    Note,
 }
 
 impl Finding {
@@ -52,6 +56,14 @@ impl Finding {
             remedy: remedy.into(),
         }
     }
+
+    fn note(found: impl Into<String>) -> Self {
+        Self {
+            severity: Severity::Note,
+            found: found.into(),
+            remedy: String::new(),
+        }
+    }
 }
 
 impl fmt::Display for Finding {
@@ -59,8 +71,13 @@ impl fmt::Display for Finding {
         let severity = match self.severity {
             Severity::Problem => "problem",
             Severity::Warning => "warning",
+            Severity::Note => "note",
         };
-        write!(f, "{severity}: {}\n  to do: {}", self.found, self.remedy)
+        write!(f, "{severity}: {}", self.found)?;
+        if !self.remedy.is_empty() {
+            write!(f, "\n  to do: {}", self.remedy)?;
+        }
+        Ok(())
     }
 }
 
@@ -69,19 +86,25 @@ impl fmt::Display for Finding {
 /// The flags are the agent's own, so that files and names are looked for where it looks.
 pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
     let config = Config::new(flags)?;
-    let mut findings = host();
+    let report = status::ask(&config.control_socket);
+    let mut findings = host::findings(&config, report.as_ref().ok());
     findings.extend(flannel(&config));
     let mut port = config.port;
-    match status::ask(&config.control_socket) {
+    match report {
         Ok(report) => {
             port = report.tunnel.listen_port.unwrap_or(port);
             findings.extend(of_report(&report));
+            findings.extend(leaders::findings(&report));
         }
-        Err(error) => findings.push(Finding::problem(
-            format!("The agent cannot be asked: {error:#}."),
-            "Start the agent, or look into its log if it keeps ending.",
-        )),
+        Err(error) => {
+            findings.push(Finding::problem(
+                format!("The agent cannot be asked: {error:#}."),
+                "Start the agent, or look into its log if it keeps ending.",
+            ));
+            findings.extend(port::finding(port));
+        }
     }
+    findings.extend(api::findings(&config)?);
     match firewall::ruleset() {
         Ok(ruleset) => findings.extend(firewall::findings(&ruleset, port, &config.interface)),
         Err(error) => findings.push(Finding::warning(
@@ -89,13 +112,17 @@ pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
             "Run this as root.",
         )),
     }
+    findings.extend(firewall::legacy());
     findings.sort_by_key(|finding| finding.severity);
 
     let mut text = findings
         .iter()
         .map(|finding| format!("{finding}\n"))
         .collect::<String>();
-    if findings.is_empty() {
+    if findings
+        .iter()
+        .all(|finding| finding.severity == Severity::Note)
+    {
         text.push_str("Nothing is wrong with this node, as far as it can tell.\n");
     }
     // A reader that closed the pipe has read enough.
@@ -107,54 +134,6 @@ pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
         ExitCode::FAILURE
     } else {
         ExitCode::SUCCESS
-    })
-}
-
-/// What the host must have and be set to.
-fn host() -> Vec<Finding> {
-    let mut findings = Vec::new();
-    if let Err(Refusal { sentence, .. }) = preflight::check() {
-        findings.push(Finding::problem(
-            format!("An agent started like this would refuse to run: {sentence}."),
-            "Mend that, or run this as root on the node.",
-        ));
-    }
-    let sysctl = |path: &str| std::fs::read_to_string(Path::new("/proc/sys").join(path)).ok();
-    findings.extend(forwarding(
-        sysctl("net/ipv4/ip_forward").as_deref(),
-        "net.ipv4.ip_forward",
-    ));
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "whether the clock is right is what is asked"
-    )]
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |now| now.as_secs());
-    findings.extend(clock(now));
-    findings
-}
-
-/// Leaders forward, and so do nodes to their own pods.
-fn forwarding(value: Option<&str>, name: &str) -> Option<Finding> {
-    (value?.trim() == "0").then(|| {
-        Finding::problem(
-            format!("{name} is 0: this node forwards nothing, not even to its own pods."),
-            format!("Run sysctl -w {name}=1 and make it last in /etc/sysctl.d."),
-        )
-    })
-}
-
-/// Handshakes carry the time, and a peer takes none that is older than the last (WireGuard paper,
-/// 5.1); certificates are valid from some day on.
-fn clock(now: u64) -> Option<Finding> {
-    /// The first of January 2026, before which this program was not there.
-    const BEGINNING: u64 = 1_767_225_600;
-    (now < BEGINNING).then(|| {
-        Finding::problem(
-            "The clock is years behind: the API server's certificate is not valid yet for this node.",
-            "Set the clock, and run an NTP client.",
-        )
     })
 }
 
@@ -346,14 +325,5 @@ mod tests {
         let mut report = healthy();
         report.tunnel.mtu = Some(1500);
         assert!(found(&report).contains("exceed 1500"));
-    }
-
-    #[test]
-    fn forwarding_and_the_clock_are_looked_at() {
-        assert!(forwarding(Some("0\n"), "net.ipv4.ip_forward").is_some());
-        assert!(forwarding(Some("1\n"), "net.ipv4.ip_forward").is_none());
-        assert!(forwarding(None, "net.ipv4.ip_forward").is_none());
-        assert!(clock(0).is_some());
-        assert!(clock(1_800_000_000).is_none());
     }
 }

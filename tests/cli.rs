@@ -1,5 +1,6 @@
 //! Bad input to the program itself: flags, files, rights, what is in the way on the node. Each ends
-//! it at once, with one sentence on stderr and the exit code 64 or 78.
+//! it at once, with one sentence on stderr and the exit code 64 or 78. And what `selvedge doctor` says
+//! of such a node.
 #![expect(
     clippy::disallowed_methods,
     clippy::unwrap_used,
@@ -74,8 +75,24 @@ impl Node {
     }
 
     fn agent(&self, more: &[&str]) -> Command {
+        self.command("agent", more)
+    }
+
+    /// What `selvedge doctor` prints.
+    fn doctor(&self, more: &[&str]) -> String {
+        let output = self.command("doctor", more).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(
+            output.status.code(),
+            Some(1),
+            "no agent runs here: {stderr}"
+        );
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn command(&self, name: &str, more: &[&str]) -> Command {
         let mut command = self.namespace.command(SELVEDGE);
-        command.args(["agent", "--hostname=n1", "--interface=clitest0"]);
+        command.args([name, "--hostname=n1", "--interface=clitest0"]);
         command.arg(format!("--kubeconfig={}", self.path("kubeconfig")));
         command.arg(format!("--state-dir={}", self.path("state")));
         command.arg(format!("--control-socket={}", self.path("control.sock")));
@@ -235,5 +252,114 @@ fn nobody_to_ask_is_said() {
         selvedge(&["status", "--control-socket=/nonexistent"]),
         78,
         "no agent answers",
+    );
+}
+
+#[test]
+fn the_doctor_finds_no_fault_where_none_is_but_for_what_does_not_run() {
+    let node = Node::new();
+    node.namespace.sysctl("ipv4/ip_forward", "1").unwrap();
+
+    let text = node.doctor(&[]);
+
+    let problems: Vec<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("problem"))
+        .collect();
+    let [flannel, agent, api] = &problems[..] else {
+        panic!("{text}");
+    };
+    assert!(flannel.contains("subnet.env does not exist"), "{text}");
+    assert!(agent.contains("The agent cannot be asked"), "{text}");
+    assert!(
+        api.contains("No API server answers: the server in"),
+        "{text}"
+    );
+    assert!(!text.contains("warning"), "{text}");
+}
+
+#[test]
+fn the_doctor_names_who_has_the_tunnels_port() {
+    let node = Node::new();
+    let socket = node
+        .namespace
+        .within(|| std::net::UdpSocket::bind("0.0.0.0:51820").unwrap());
+
+    let text = node.doctor(&[]);
+
+    let whose = format!("(process {})", std::process::id());
+    assert!(text.contains("UDP port 51820 is held by "), "{text}");
+    assert!(text.contains(&whose), "{text}");
+    drop(socket);
+    assert!(!node.doctor(&[]).contains("UDP port 51820"));
+}
+
+#[test]
+fn the_doctor_says_what_an_agent_would_refuse() {
+    let node = Node::new();
+    node.namespace
+        .run("ip rule add pref 5191 lookup 7")
+        .unwrap();
+    assert!(node.doctor(&[]).contains("would refuse to run: "));
+    assert!(node.doctor(&[]).contains("5191"));
+    node.namespace.run("ip rule del pref 5191").unwrap();
+    node.namespace
+        .run("ip link add clitest0 type bridge")
+        .unwrap();
+    assert!(
+        node.doctor(&[])
+            .contains("there is a link clitest0 already, of the kind bridge")
+    );
+    node.namespace.run("ip link del clitest0").unwrap();
+
+    let conf = node.write(
+        "net-conf.json",
+        r#"{"Network":"10.42.0.0/16","Backend":{"Type":"ipip"}}"#,
+    );
+    let text = node.doctor(&[&format!("--flannel-conf={conf}")]);
+    assert!(text.contains("sets Backend.Type to \"ipip\""), "{text}");
+
+    let mut command = node.namespace.command("unshare");
+    let script = format!("mount -t tmpfs none /dev/net && exec {SELVEDGE} doctor --hostname=n1");
+    command.args(["-m", "sh", "-c", &script]);
+    let text = String::from_utf8(command.output().unwrap().stdout).unwrap();
+    assert!(text.contains("/dev/net/tun does not exist"), "{text}");
+}
+
+#[test]
+fn the_doctor_looks_at_the_hosts_settings_and_firewalls() {
+    let node = Node::new();
+    node.namespace.sysctl("ipv4/ip_forward", "0").unwrap();
+    node.namespace.run("iptables -P FORWARD DROP").unwrap();
+    node.namespace.run("iptables -P INPUT DROP").unwrap();
+    let text = node.doctor(&[]);
+    for expected in [
+        "problem: net.ipv4.ip_forward is 0",
+        "problem: The chain FORWARD of the firewall table ip filter drops what it does not know",
+        "warning: The chain INPUT of the firewall table ip filter drops what it does not know, and knows nothing of UDP port 51820",
+    ] {
+        assert!(text.contains(expected), "{expected} is not in {text}");
+    }
+    assert!(!text.contains("iptables-legacy"), "{text}");
+
+    // As flannel opens it for pods, and an operator for the tunnel.
+    node.namespace
+        .sh("iptables -N FLANNEL-FWD; iptables -A FORWARD -m comment --comment 'flanneld forward' -j FLANNEL-FWD
+             iptables -A INPUT -p udp --dport 51820 -j ACCEPT")
+        .unwrap();
+    let text = node.doctor(&[]);
+    assert!(
+        text.contains("VPN peers do not reach the nodes behind this one"),
+        "{text}"
+    );
+    assert!(!text.contains("UDP port 51820"), "{text}");
+
+    node.namespace
+        .run("iptables-legacy -A INPUT -p icmp -j ACCEPT")
+        .unwrap();
+    let text = node.doctor(&[]);
+    assert!(
+        text.contains("tables of iptables-legacy beside those of nf_tables (filter)"),
+        "{text}"
     );
 }

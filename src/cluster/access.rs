@@ -9,6 +9,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use futures::future::join_all;
 use kube::config::{
     AuthInfo, Cluster, Context, KubeConfigOptions, Kubeconfig, NamedAuthInfo, NamedCluster,
     NamedContext,
@@ -159,6 +160,19 @@ impl Access {
             )));
         }
         Ok(access)
+    }
+
+    /// Asks at every way at once, in order of preference: for people who want to know which answer.
+    /// The outcome of one that does not is why: a clause.
+    pub async fn try_all(&self) -> Vec<(Origin, Result<(), String>)> {
+        let ways = self.ways().await.into_iter().map(async |(origin, config)| {
+            let outcome = match config {
+                Ok(config) => probe(0, &origin, config).await.map(drop),
+                Err(reason) => Err(reason),
+            };
+            (origin, outcome)
+        });
+        join_all(ways).await
     }
 
     /// The tunnel's mark.

@@ -2,7 +2,7 @@
 //!
 //! In nf_tables one table's accept does not protect from another's drop, so the agent can only tell.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
@@ -34,6 +34,26 @@ pub(super) fn ruleset() -> anyhow::Result<Value> {
     serde_json::from_slice(&output.stdout).context("reading nft's answer")
 }
 
+/// Where the kernel lists the tables of iptables-legacy that exist in this network namespace.
+const LEGACY: [&str; 2] = ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"];
+
+/// Whether rules may exist that nf_tables does not know of.
+pub(super) fn legacy() -> Option<Finding> {
+    let names = LEGACY.map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    of_legacy(&names.concat())
+}
+
+fn of_legacy(names: &str) -> Option<Finding> {
+    let names = names.split_whitespace().collect::<BTreeSet<_>>();
+    let names = Vec::from_iter(names).join(", ");
+    (!names.is_empty()).then(|| {
+        Finding::warning(
+            format!("There are tables of iptables-legacy beside those of nf_tables ({names}): what either drops is dropped, and only nf_tables was looked at here."),
+            "Run iptables-legacy-save and see whether its INPUT or FORWARD chain drops; keep to one of the two.",
+        )
+    })
+}
+
 /// A base chain at the hook for input or forwarding.
 #[derive(Debug)]
 struct Chain<'a> {
@@ -45,6 +65,9 @@ struct Chain<'a> {
     knows_port: bool,
     /// Whether it, or a chain of its table, has a rule about the tunnel's link.
     knows_link: bool,
+    /// Whether it leads to flannel's chain, which accepts what comes from or goes to the cluster
+    /// network.
+    knows_flannel: bool,
 }
 
 /// What of a ruleset may stand in the way of the tunnel's port and of what comes through its link.
@@ -66,6 +89,7 @@ pub(super) fn findings(ruleset: &Value, port: u16, link: &str) -> Vec<Finding> {
             closed: text("policy") == "drop",
             knows_port: false,
             knows_link: false,
+            knows_flannel: false,
         };
         chains.insert(key, chain);
     }
@@ -85,6 +109,9 @@ pub(super) fn findings(ruleset: &Value, port: u16, link: &str) -> Vec<Finding> {
             }
             chain.knows_port |= port;
             chain.knows_link |= link;
+            if *name == text("chain") && expressions.iter().any(leads_to_flannel) {
+                chain.knows_flannel = true;
+            }
             // Rules come in order: the last one decides what the others let pass to it.
             if *name == text("chain") && ends_traffic(expressions) {
                 chain.closed = true;
@@ -105,13 +132,11 @@ pub(super) fn findings(ruleset: &Value, port: u16, link: &str) -> Vec<Finding> {
                     )
                 })
             } else {
-                // flannel lets its own networks through iptables' chain; see its contract, 5.
-                let flannels = chain.name == "FORWARD";
                 (!chain.knows_link).then(|| {
-                    if flannels {
+                    if chain.knows_flannel {
                         Finding::warning(
-                            format!("{whose} forwards only what flannel and others let through: pods pass, VPN peers and allowed-location-ips do not."),
-                            format!("Run iptables -I FORWARD -i {link} -j ACCEPT and the same with -o, if there are any."),
+                            format!("{whose} forwards only what flannel and others let through: pods pass, and so do hosts, which come from the cluster network; VPN peers do not reach the nodes behind this one, nor does anybody an allowed-location-ip behind it that is no pod's."),
+                            format!("Run iptables -I FORWARD -i {link} -j ACCEPT and the same with -o, if that is needed."),
                         )
                     } else {
                         Finding::problem(
@@ -132,6 +157,12 @@ fn ends_traffic(expressions: &[Value]) -> bool {
         && expressions
             .iter()
             .all(|e| is(e, &["drop", "reject", "counter", "log", "limit", "xt"]))
+}
+
+/// Whether a rule goes on in the chain that flannel makes for iptables (`FLANNEL-FWD`).
+fn leads_to_flannel(expression: &Value) -> bool {
+    let target = expression.pointer("/jump/target").and_then(Value::as_str);
+    target == Some("FLANNEL-FWD")
 }
 
 fn is_about_port(expression: &Value, port: u16) -> bool {
@@ -238,9 +269,26 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_iptables_forward_chain_is_a_warning() {
-        let text = found(&[chain("filter", "FORWARD", "forward", "drop")]);
+    fn a_closed_forward_chain_costs_less_where_flannel_opens_it_for_pods() {
+        let closed = chain("filter", "FORWARD", "forward", "drop");
+        let text = found(std::slice::from_ref(&closed));
+        assert!(text.starts_with("problem: The chain FORWARD"), "{text}");
+
+        let flannels = rule(
+            "filter",
+            "FORWARD",
+            json!([{"counter": {}}, {"jump": {"target": "FLANNEL-FWD"}}]),
+        );
+        let text = found(&[closed, flannels]);
         assert!(text.starts_with("warning: The chain FORWARD"), "{text}");
+        assert!(text.contains("VPN peers do not reach"), "{text}");
+    }
+
+    #[test]
+    fn tables_of_iptables_legacy_are_told_of() {
+        assert_eq!(of_legacy(""), None);
+        let text = of_legacy("nat\nfilter\nfilter\n").unwrap().to_string();
+        assert!(text.contains("(filter, nat)"), "{text}");
     }
 
     #[test]

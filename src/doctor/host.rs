@@ -1,0 +1,92 @@
+//! What the host must have and be set to.
+//!
+//! Nothing is said of reverse path filters: the mesh works under strict ones. Nor of a clock that is
+//! off by minutes or hours: no decision of the agent's depends on what time it is elsewhere.
+
+use std::path::Path;
+
+use super::Finding;
+use crate::agent::preflight;
+use crate::config::Config;
+use crate::kernel::Kernel;
+use crate::refusal::Refusal;
+use crate::status::Report;
+
+/// What an agent would refuse to start on here, and what keeps the node from forwarding. The report
+/// is that of the agent, if one runs.
+pub(super) fn findings(config: &Config, report: Option<&Report>) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let sentence = match preflight::check() {
+        Err(Refusal { sentence, .. }) => Some(sentence),
+        Ok(()) => others(config).err().map(|error| format!("{error:#}")),
+    };
+    findings.extend(sentence.map(|sentence| {
+        Finding::problem(
+            format!("An agent started like this would refuse to run: {sentence}."),
+            "Mend that, or run this as root on the node.",
+        )
+    }));
+    let sysctl = |path: &str| std::fs::read_to_string(Path::new("/proc/sys").join(path)).ok();
+    findings.extend(forwarding(
+        sysctl("net/ipv4/ip_forward").as_deref(),
+        "net.ipv4.ip_forward",
+    ));
+    let flannel = report.and_then(|report| report.flannel.as_ref());
+    if flannel.is_some_and(|flannel| flannel.networks.iter().any(|net| net.contains(':'))) {
+        findings.extend(forwarding(
+            sysctl("net/ipv6/conf/all/forwarding").as_deref(),
+            "net.ipv6.conf.all.forwarding",
+        ));
+    }
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "whether the clock is right is what is asked"
+    )]
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |now| now.as_secs());
+    findings.extend(clock(now));
+    findings
+}
+
+/// A link, a rule or routes of somebody else's where the agent's belong.
+fn others(config: &Config) -> anyhow::Result<()> {
+    Kernel::open(&config.interface)?.check(config.rule_priorities())
+}
+
+/// Leaders forward, and so do nodes to their own pods.
+fn forwarding(value: Option<&str>, name: &str) -> Option<Finding> {
+    (value?.trim() == "0").then(|| {
+        Finding::problem(
+            format!("{name} is 0: this node forwards nothing, not even to its own pods."),
+            format!("Run sysctl -w {name}=1 and make it last in /etc/sysctl.d."),
+        )
+    })
+}
+
+/// Handshakes carry the time, and a peer takes none that is older than the last (WireGuard paper,
+/// 5.1); certificates are valid from some day on.
+fn clock(now: u64) -> Option<Finding> {
+    /// The first of January 2026, before which this program was not there.
+    const BEGINNING: u64 = 1_767_225_600;
+    (now < BEGINNING).then(|| {
+        Finding::problem(
+            "The clock is years behind: the API server's certificate is not valid yet for this node.",
+            "Set the clock, and run an NTP client.",
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forwarding_and_the_clock_are_looked_at() {
+        assert!(forwarding(Some("0\n"), "net.ipv4.ip_forward").is_some());
+        assert!(forwarding(Some("1\n"), "net.ipv4.ip_forward").is_none());
+        assert!(forwarding(None, "net.ipv4.ip_forward").is_none());
+        assert!(clock(0).is_some());
+        assert!(clock(1_800_000_000).is_none());
+    }
+}

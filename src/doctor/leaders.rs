@@ -1,0 +1,147 @@
+//! Whether the leaders of the mesh answer, asked through the mesh itself.
+//!
+//! A datagram to a port where nobody listens is answered by the kernel of whoever has the address
+//! (RFC 1122, 4.1.3.1), so neither rights nor a program at the other end are needed.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::thread::sleep;
+use std::time::Duration;
+
+use super::Finding;
+use crate::status::{Report, Role};
+
+/// The port `discard`, where hardly anybody listens today.
+const PORT: u16 = 9;
+/// How long a leader on a far continent may take, and how often it is looked at meanwhile.
+const LOOK: Duration = Duration::from_millis(20);
+const LOOKS: usize = 50;
+
+/// A leader, and where it is in the mesh.
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct Leader {
+    name: String,
+    segment: String,
+    ip: IpAddr,
+}
+
+/// Who of the leaders does not answer.
+pub(super) fn findings(report: &Report) -> Vec<Finding> {
+    findings_at(report, PORT)
+}
+
+fn findings_at(report: &Report, port: u16) -> Vec<Finding> {
+    let mut asked = leaders(report)
+        .into_iter()
+        .map(|leader| (ask(leader.ip, port), leader))
+        .collect::<Vec<_>>();
+    for _ in 0..LOOKS {
+        asked.retain(|(socket, _)| !socket.as_ref().is_ok_and(has_answered));
+        if asked.iter().all(|(socket, _)| socket.is_err()) {
+            break;
+        }
+        sleep(LOOK);
+    }
+    asked
+        .into_iter()
+        .map(|(outcome, leader)| finding(&leader, outcome.err()))
+        .collect()
+}
+
+/// The leaders that this node depends on: every other region's, and its own unless it is that.
+fn leaders(report: &Report) -> Vec<Leader> {
+    if report.role == Role::Outside {
+        return Vec::new();
+    }
+    report
+        .segments
+        .iter()
+        .filter(|segment| segment.leader != report.node)
+        .filter_map(|segment| {
+            Some(Leader {
+                name: segment.leader.clone(),
+                segment: segment.name.clone(),
+                ip: segment.wireguard_ips.first()?.parse().ok()?,
+            })
+        })
+        .collect()
+}
+
+fn ask(ip: IpAddr, port: u16) -> io::Result<UdpSocket> {
+    let any: IpAddr = match ip {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.set_nonblocking(true)?;
+    socket.connect((ip, port))?;
+    socket.send(b"")?;
+    Ok(socket)
+}
+
+/// Refused, or even answered; an ICMP error of somebody on the way is none of both.
+fn has_answered(socket: &UdpSocket) -> bool {
+    match socket.recv(&mut [0; 8]) {
+        Ok(_) => true,
+        Err(error) => error.kind() == io::ErrorKind::ConnectionRefused,
+    }
+}
+
+fn finding(leader: &Leader, error: Option<io::Error>) -> Finding {
+    let Leader { name, segment, ip } = leader;
+    let why = error.map_or_else(String::new, |error| format!(" ({error})"));
+    Finding::warning(
+        format!("{name}, the leader of {segment}, does not answer on {ip}{why}."),
+        format!(
+            "See whether {name} is up and runs selvedge doctor there; a firewall of its own may drop what came through the tunnel, too."
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::Segment;
+
+    fn report(ips: &[&str]) -> Report {
+        let segment = |(number, ip): (usize, &&str)| Segment {
+            name: format!("location:{number}"),
+            leader: format!("n{number}"),
+            wireguard_ips: vec![(*ip).to_owned()],
+            ..Segment::default()
+        };
+        Report {
+            node: "n0".to_owned(),
+            role: Role::Follower,
+            segments: ips.iter().enumerate().map(segment).collect(),
+            ..Report::default()
+        }
+    }
+
+    #[test]
+    fn a_leader_that_is_there_answers_and_one_that_is_not_is_named() {
+        // Somebody listens there and says nothing; this node itself, n0, is not asked.
+        let silent = UdpSocket::bind("127.0.0.9:0").unwrap();
+        let port = silent.local_addr().unwrap().port();
+        let report = report(&["127.0.0.9", "127.0.0.1", "127.0.0.2", "127.0.0.9"]);
+        let found = findings_at(&report, port);
+        let [finding] = &found[..] else {
+            panic!("{found:?}");
+        };
+        assert!(
+            finding
+                .found
+                .starts_with("n3, the leader of location:3, does not answer on 127.0.0.9"),
+            "{finding}"
+        );
+    }
+
+    #[test]
+    fn a_node_outside_the_mesh_asks_nobody() {
+        let outside = Report {
+            role: Role::Outside,
+            ..report(&["127.0.0.9", "127.0.0.9"])
+        };
+        assert_eq!(findings(&outside), vec![]);
+    }
+}
