@@ -9,6 +9,7 @@ pub mod annotation;
 mod call;
 mod conditions;
 mod events;
+pub(crate) mod kubeconfig;
 mod listwatch;
 pub mod node;
 mod object;

@@ -8,16 +8,15 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use futures::future::join_all;
 use ipnet::IpNet;
 use kube::api::ListParams;
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
 
 use crate::cluster::node::{self, NodeObject, ParseSettings};
 use crate::cluster::peer::{self, PeerObject};
-use crate::cluster::{Rejected, annotation};
+use crate::cluster::{Rejected, annotation, kubeconfig};
 use crate::refusal::Refusal;
 use crate::topology::{Endpoint, Granularity, Node, Settings, Snapshot, Topology};
 
@@ -99,19 +98,15 @@ pub struct Access {
 ///
 /// When no kubeconfig is found or it is of no use.
 pub async fn access(args: &Args) -> anyhow::Result<Access> {
-    let options = KubeConfigOptions::default();
     let mut config = match &args.kubeconfig {
-        Some(path) => {
-            let file = Kubeconfig::read_from(path).map_err(|error| {
-                Refusal::configuration(format!(
-                    "--kubeconfig {} cannot be read: {error}",
-                    path.display()
-                ))
-            })?;
-            kube::Config::from_custom_kubeconfig(file, &options).await?
-        }
-        None => kube::Config::infer().await.map_err(|_| {
-            Refusal::configuration("found no kubeconfig: give --kubeconfig FILE, or set KUBECONFIG")
+        Some(path) => kubeconfig::load(path).await.map_err(|reason| {
+            Refusal::configuration(format!("--kubeconfig {}: {reason}", path.display()))
+        })?,
+        None => kube::Config::infer().await.map_err(|error| {
+            Refusal::configuration(match kubeconfig::explain_usual(&error) {
+                Some(reason) => format!("the kubeconfig is of no use: {reason}"),
+                None => "found no kubeconfig: give --kubeconfig FILE, or set KUBECONFIG".to_owned(),
+            })
         })?,
     };
     config.connect_timeout = Some(ANSWER);
@@ -135,13 +130,13 @@ pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
     };
     let all = ListParams::default();
     let nodes: Api<NodeObject> = Api::all(client.clone());
-    let nodes = nodes.list(&all).await.context("listing the nodes")?;
+    let nodes = nodes.list(&all).await.map_err(describe)?;
     let peers: Api<PeerObject> = Api::all(client.clone());
     let peers = match peers.list(&all).await {
         Ok(peers) => peers.items,
         // Without the resource's definition there are no peers.
         Err(kube::Error::Api(status)) if status.code == 404 => Vec::new(),
-        Err(error) => return Err(error).context("listing the peers"),
+        Err(error) => return Err(describe(error)),
     };
 
     let mut snapshot = Snapshot {
@@ -178,6 +173,35 @@ pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
         topology: Topology::new(&snapshot, &settings),
         rejected,
     })
+}
+
+/// The server's own sentence, or why there is none.
+pub(crate) fn describe(error: kube::Error) -> anyhow::Error {
+    let root = |error: &dyn std::error::Error| {
+        let (mut text, mut cause) = (error.to_string(), error.source());
+        while let Some(error) = cause {
+            (text, cause) = (error.to_string(), error.source());
+        }
+        text
+    };
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "all but two kinds of errors speak for themselves"
+    )]
+    match error {
+        kube::Error::Api(status) if status.code == 401 => Refusal::configuration(
+            "the API server does not accept the kubeconfig's token or certificate",
+        )
+        .into(),
+        kube::Error::Api(status) if matches!(status.code, 400 | 403 | 409 | 422) => {
+            Refusal::configuration(status.message).into()
+        }
+        kube::Error::Api(status) => anyhow!("the API server: {}", status.message),
+        kube::Error::Service(error) => {
+            anyhow!("the API server does not answer: {}", root(error.as_ref()))
+        }
+        other => anyhow!("{}", root(&other)),
+    }
 }
 
 /// What all agents publish; `location` while none does.

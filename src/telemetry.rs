@@ -76,7 +76,8 @@ pub fn start_logging(level: LogLevel, format: LogFormat) {
     };
     // Libraries speak up only when something is wrong with them.
     let others = level.min(LevelFilter::WARN);
-    let filter = EnvFilter::new(format!("{others},selvedge={level}"));
+    // kube's client logs every request that fails as an error, and hands the error on as well.
+    let filter = EnvFilter::new(format!("{others},selvedge={level},kube_client=off"));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

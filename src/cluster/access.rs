@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use kube::config::{
-    AuthInfo, Cluster, Context, KubeConfigOptions, Kubeconfig, NamedAuthInfo, NamedCluster,
-    NamedContext,
+    AuthInfo, Cluster, Context, Kubeconfig, NamedAuthInfo, NamedCluster, NamedContext,
 };
 use kube::{Client, Config};
 
 use super::call::{self, Failure};
+use super::kubeconfig;
 use crate::refusal::Refusal;
 
 /// Where a pod finds its service account.
@@ -294,9 +294,7 @@ impl Access {
             current_context: Some(name),
             ..Kubeconfig::default()
         };
-        let config =
-            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
-        let mut config = config.ok()?;
+        let mut config = kubeconfig::choose(kubeconfig).await.ok()?;
         config.proxy_url = None;
         config.root_cert_file = Some(ca);
         Some(config)
@@ -311,16 +309,12 @@ fn at(config: &Config, url: &str) -> Result<Config, String> {
 }
 
 async fn from_kubeconfig(path: &Path, master: Option<&str>) -> Result<Config, String> {
-    // Its own error is clearer than what is made of it.
-    std::fs::metadata(path).map_err(|e| e.to_string())?;
-    let kubeconfig = Kubeconfig::read_from(path).map_err(|e| chain(&e))?;
+    let kubeconfig = kubeconfig::read(path)?;
     let clusters = kubeconfig.clusters.iter();
     let names_proxy = clusters
         .filter_map(|named| named.cluster.as_ref())
         .any(|cluster| cluster.proxy_url.is_some());
-    let mut config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
-        .await
-        .map_err(|e| chain(&e))?;
+    let mut config = kubeconfig::choose(kubeconfig).await?;
     if !names_proxy {
         // A proxy in the environment is for the way out of the cluster.
         config.proxy_url = None;
@@ -329,7 +323,7 @@ async fn from_kubeconfig(path: &Path, master: Option<&str>) -> Result<Config, St
 }
 
 /// An error with its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

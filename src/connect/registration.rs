@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::cluster::peer::{self, API_VERSION, PeerObject, PeerSpec};
 use crate::refusal::Refusal;
+use crate::survey::describe;
 use crate::topology::{ExternalPeer, InterfaceAddr};
 use crate::wireguard::key::PublicKey;
 
@@ -139,14 +140,4 @@ impl Identity {
         }
         Ok(found)
     }
-}
-
-/// The server's own sentence, which says which rule a Peer breaks.
-fn describe(error: kube::Error) -> anyhow::Error {
-    if let kube::Error::Api(status) = &error
-        && matches!(status.code, 400 | 403 | 409 | 422)
-    {
-        return Refusal::configuration(status.message.clone()).into();
-    }
-    anyhow::Error::new(error).context("asking the API server for the peer")
 }
