@@ -166,6 +166,14 @@ impl Cluster {
         text
     }
 
+    /// A client with the rights of the kubelet of `node-b`.
+    fn kubelet_of_node_b(&self) -> Client {
+        let path = self.plane.kubeconfig_path("system:node:node-b");
+        let kubeconfig: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let token = &kubeconfig["users"][0]["user"]["token"];
+        self.api().with_token(token.as_str().unwrap())
+    }
+
     fn create_peer(&self, name: &str, spec: &Value) -> (u16, Value) {
         let peer = json!({
             "apiVersion": "kilo.squat.ai/v1alpha1", "kind": "Peer",
@@ -359,6 +367,39 @@ fn a_token_that_is_bound_to_no_node_changes_no_node() {
 
     assert_eq!(status, 403, "{message}");
     assert!(message.contains("must be bound to a node"), "{message}");
+}
+
+#[test]
+fn a_kubelet_does_not_speak_for_the_operator() {
+    let cluster = cluster();
+    let kubelet = cluster.kubelet_of_node_b();
+    let node = "/api/v1/nodes/node-b";
+    let status = "/api/v1/nodes/node-b/status";
+    for key in [
+        "force-endpoint",
+        "force-internal-ip",
+        "leader",
+        "location",
+        "persistent-keepalive",
+        "allowed-location-ips",
+    ] {
+        let change = annotations(&json!({format!("kilo.squat.ai/{key}"): "x"}));
+        for path in [node, status] {
+            let (code, message) = patch(&kubelet, path, &change);
+            assert_eq!(code, 403, "{key} of {path}: {message}");
+            assert!(message.contains("selvedge-operator"), "{key}: {message}");
+        }
+    }
+    // What the operator said stays, and all else is the kubelet's business.
+    let leader = annotations(&json!({"kilo.squat.ai/leader": "true"}));
+    let withdrawn = annotations(&json!({"kilo.squat.ai/leader": null}));
+    assert_eq!(patch(cluster.api(), node, &leader).0, 200);
+    assert_eq!(patch(&kubelet, node, &withdrawn).0, 403);
+    let other = annotations(&json!({"node.example/a": "x"}));
+    for path in [node, status] {
+        assert_eq!(patch(&kubelet, path, &other).0, 200);
+    }
+    assert_eq!(patch(cluster.api(), node, &withdrawn).0, 200);
 }
 
 #[test]

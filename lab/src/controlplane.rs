@@ -103,6 +103,7 @@ impl ControlPlane {
             ("system:kube-controller-manager", ""),
             ("system:kube-scheduler", ""),
             ("system:kube-proxy", ""),
+            ("system:node:node-b", "system:nodes"),
         ]
         .map(|(user, group)| (user, group, secret()));
         let table: String = tokens
