@@ -13,6 +13,7 @@ pub mod hearing;
 pub mod keyfile;
 pub mod machine;
 pub mod preflight;
+mod private;
 pub mod publication;
 pub mod reconcile;
 pub mod report;

@@ -3,15 +3,14 @@
 //! The key is the node's identity in the mesh: it is written once, atomically, and never replaced
 //! because it could not be read.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{
-    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
-};
+use std::fs::{self, DirBuilder, Permissions};
+use std::io::{self, Read as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use zeroize::Zeroizing;
 
+use super::private;
 use crate::refusal::Refusal;
 use crate::wireguard::key::PrivateKey;
 
@@ -46,7 +45,7 @@ pub fn load(state_dir: &Path, kilo: &Path) -> Result<(PrivateKey, Origin), Refus
         Some(key) => (key, Origin::Kilo),
         None => (PrivateKey::generate(), Origin::Generated),
     };
-    write(state_dir, &path, &key).map_err(|error| {
+    private::replace(state_dir, NAME, key.to_base64().as_bytes()).map_err(|error| {
         Refusal::configuration(format!(
             "cannot write the private key {}: {error}: make --state-dir a writable directory",
             path.display()
@@ -59,14 +58,9 @@ pub fn load(state_dir: &Path, kilo: &Path) -> Result<(PrivateKey, Origin), Refus
 fn read(path: &Path) -> Result<Option<PrivateKey>, Refusal> {
     let shown = path.display();
     let refuse = |what: String| Err(Refusal::configuration(what));
-    let file = OpenOptions::new()
-        .read(true)
-        // Not through a link that someone put there, and not for ever from a pipe.
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(path);
-    let file = match file {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+    let file = match private::open(path) {
+        Ok(Some(file)) => file,
+        Ok(None) => return Ok(None),
         Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
             return refuse(format!(
                 "the private key {shown} is a symbolic link: put the file itself there"
@@ -126,28 +120,6 @@ fn secure_directory(dir: &Path) -> Result<(), Refusal> {
         fs::set_permissions(dir, Permissions::from_mode(0o700)).map_err(cannot)?;
     }
     Ok(())
-}
-
-/// Writes the whole file under another name first, so that no crash leaves half a key.
-fn write(dir: &Path, path: &Path, key: &PrivateKey) -> io::Result<()> {
-    let temporary = dir.join(format!(".{NAME}.{}", std::process::id()));
-    let written = (|| {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&temporary)?;
-        file.write_all(key.to_base64().as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        File::open(dir)?.sync_all()
-    })();
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary);
-    }
-    written
 }
 
 #[cfg(test)]

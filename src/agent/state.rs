@@ -7,10 +7,10 @@
 //! during an outage; so it is the agent's alone (0600), like the private key beside it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::fs;
+use std::io::{self, Read as _};
 use std::net::IpAddr;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -24,6 +24,7 @@ use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
+use super::private;
 use crate::cluster::{Servers, View};
 use crate::topology::{Endpoint, ExternalPeer, Node, NodeName, Snapshot};
 use crate::wireguard::key::PublicKey;
@@ -204,7 +205,7 @@ pub fn timestamp_keeper(state_dir: PathBuf) -> Persist {
     Box::new(move |timestamp| {
         let seconds = timestamp.to_unix().as_secs().saturating_add(1);
         let text = format!("{seconds}\n");
-        if let Err(error) = write(&state_dir, TIMESTAMP, text.as_bytes()) {
+        if let Err(error) = private::replace(&state_dir, TIMESTAMP, text.as_bytes()) {
             tracing::warn!(
                 "cannot write {}: {error}; after a restart with the clock set back, peers may refuse handshakes for a while",
                 state_dir.join(TIMESTAMP).display()
@@ -297,7 +298,8 @@ impl Shared {
             };
             if let Some(saved) = saved.filter(|saved| written.as_ref() != Some(saved)) {
                 let path = state_dir.join(STATE);
-                match encode(&saved).and_then(|text| Ok(write(state_dir, STATE, text.as_bytes())?))
+                match encode(&saved)
+                    .and_then(|text| Ok(private::replace(state_dir, STATE, text.as_bytes())?))
                 {
                     Ok(()) => {
                         if failing {
@@ -387,15 +389,8 @@ fn checksum(state: &RawValue) -> String {
 
 /// Reads a file that nobody else could have written; none where there is no such file.
 fn read(path: &Path) -> anyhow::Result<Option<Zeroizing<String>>> {
-    let opened = OpenOptions::new()
-        .read(true)
-        // Not through a link that someone put there, and not for ever from a pipe.
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(path);
-    let file = match opened {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error.into()),
+    let Some(file) = private::open(path)? else {
+        return Ok(None);
     };
     let metadata = file.metadata()?;
     ensure!(metadata.is_file(), "it is not a file");
@@ -409,30 +404,6 @@ fn read(path: &Path) -> anyhow::Result<Option<Zeroizing<String>>> {
     let mut text = Zeroizing::new(String::new());
     file.take(MAX_SIZE).read_to_string(&mut text)?;
     Ok(Some(text))
-}
-
-/// Replaces a file as a whole: what is there is the old or the new, whenever the power fails.
-fn write(dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
-    let new = dir.join(format!(".{name}.new"));
-    let written = (|| {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
-            .open(&new)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        fs::rename(&new, dir.join(name))?;
-        // The rename itself is in the directory.
-        File::open(dir)?.sync_all()
-    })();
-    if written.is_err() {
-        // Half a file on a full disk helps nobody; the first error is the one to tell.
-        let _ = fs::remove_file(&new);
-    }
-    written
 }
 
 #[cfg(test)]

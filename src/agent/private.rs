@@ -1,0 +1,47 @@
+//! Files that are the agent's alone: read only where nobody else can have put them, replaced as a
+//! whole.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+/// Opens a file for reading; none where there is no such file. A symbolic link fails with `ELOOP`.
+///
+/// Whose the file is, and what it is, its metadata tells: a pipe opens at once.
+pub(super) fn open(path: &Path) -> io::Result<Option<File>> {
+    let opened = OpenOptions::new()
+        .read(true)
+        // Not through a link that someone put there, and not for ever from a pipe.
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path);
+    match opened {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Replaces a file as a whole: what is there is the old or the new, whenever the power fails.
+pub(super) fn replace(dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
+    let new = dir.join(format!(".{name}.new"));
+    let written = (|| {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .open(&new)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&new, dir.join(name))?;
+        // The rename itself is in the directory.
+        File::open(dir)?.sync_all()
+    })();
+    if written.is_err() {
+        // Half a file on a full disk helps nobody; the first error is the one to tell.
+        let _ = fs::remove_file(&new);
+    }
+    written
+}
