@@ -234,7 +234,7 @@ fn silent(peer: &status::Peer) -> Option<Finding> {
 /// The tunnel must fit into what it leaves by, where the pods' packets are told of it.
 fn mtu(report: &Report) -> Option<Finding> {
     let (tunnel, flannel) = (report.tunnel.mtu?, report.flannel.as_ref()?);
-    // VXLAN's overhead is 50 (contract of flannel): what its device has and 50 is the underlay's.
+    // flannel takes off 50 bytes for VXLAN: what its device has and 50 is the underlay's.
     let underlay = flannel.mtu + 50;
     let v6 = report.peers.iter().any(|peer| {
         peer.endpoint

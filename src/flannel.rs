@@ -35,7 +35,7 @@ pub enum Backend {
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Mac(pub [u8; 6]);
 
-/// What flannel's annotations on a Node say (contract 2).
+/// What flannel's annotations on a Node say.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Lease {
     /// `backend-type`; `None` for one that is not in [`Backend`].
@@ -108,8 +108,8 @@ pub enum Unready {
 impl Flannel {
     /// Puts together what the files, this node's annotations and the kernel say.
     ///
-    /// The live system wins over `net-conf.json`, which may be stale where k3s was given another
-    /// (contract 1). `vteps` and `next_hops` are what the kernel has, of whatever VNI.
+    /// The live system wins over `net-conf.json`, which may be stale where k3s was given another.
+    /// `vteps` and `next_hops` are what the kernel has, of whatever VNI.
     pub fn assemble(
         files: &Files,
         lease: Option<&Lease>,

@@ -64,7 +64,7 @@ pub struct Page {
     pub body: String,
 }
 
-/// Why `/graph` has no answer; its text is the body of a 500, in Kilo's words (contract 5.2).
+/// Why `/graph` has no answer; its text is the body of a 500, in Kilo's words.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum PageError {
     /// `format` is none of dot, gv, svg and text. Kilo's other formats need graphviz.

@@ -155,7 +155,7 @@ pub struct Configuration {
 /// One `[Peer]`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Section {
-    /// In Kilo's order (contract 3.4).
+    /// In Kilo's order, see [`crate::topology::Segment::allowed_ips`].
     pub allowed_ips: Vec<IpNet>,
     /// A name stays a name.
     pub endpoint: Option<Endpoint>,

@@ -34,7 +34,7 @@ pub struct RegionName(pub String);
 
 /// What shares one leader: the nodes of a location, or a node on its own.
 ///
-/// Ordered and displayed as in Kilo (contract 3.1): every `location:` before every `node:`.
+/// Ordered and displayed as in Kilo: every `location:` before every `node:`.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum SegmentName {
     /// The nodes of a region that reach each other without the tunnel.
@@ -79,7 +79,7 @@ pub struct Node {
     pub internal_ips: Vec<IpAddr>,
     /// Every `ExternalIP` of `status.addresses`; the node's own agent may publish one as endpoint.
     pub external_ips: Vec<IpAddr>,
-    /// The private address by contract 2.1/2.6: `force-internal-ip`, else `internal-ip`; `None`
+    /// The private address: `force-internal-ip`, else `internal-ip`; `None`
     /// where the node has none.
     pub private_ip: Option<InterfaceAddr>,
     /// Whether that is `force-internal-ip`, which may also say that there is none.
@@ -351,8 +351,8 @@ impl Endpoint {
 }
 
 impl Segment {
-    /// What may come from this segment and is sent to it, in the order Kilo prints it (contract
-    /// 3.4): by node its pod CIDRs and addresses, then the WireGuard addresses, then the
+    /// What may come from this segment and is sent to it, in the order Kilo prints it:
+    /// by node its pod CIDRs and addresses, then the WireGuard addresses, then the
     /// `allowed-location-ips`.
     pub fn allowed_ips(&self) -> impl Iterator<Item = IpNet> + '_ {
         self.node_allowed_ips()

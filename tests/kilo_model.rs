@@ -1,4 +1,4 @@
-//! Kilo's algorithm once more, slow and obvious, written from its contract and not from our code.
+//! Kilo's algorithm once more, slow and obvious, written from a description of `kg` and not from our code.
 //!
 //! While a real `kg` is in the mesh, our agents must come to the same topology as it does: two that
 //! disagree on a leader are a black hole. The model works on text and bit masks, rule by rule.
@@ -56,7 +56,7 @@ struct ModelSegment {
     endpoint: Option<SocketAddr>,
 }
 
-/// Contract 2.4.
+/// Kilo's `Node.Ready`: whoever was not seen for a minute is gone.
 fn is_ready(node: &Node, now: i64) -> bool {
     let endpoint = node.endpoint.is_some();
     let key = node.public_key.is_some();
@@ -65,7 +65,7 @@ fn is_ready(node: &Node, now: i64) -> bool {
     endpoint && key && pods && fresh
 }
 
-/// Contract 2.6.
+/// Kilo's `isPublic`.
 fn is_public(address: IpAddr) -> bool {
     let IpAddr::V4(address) = address else {
         panic!("the clusters of this test are IPv4")
@@ -86,13 +86,13 @@ fn resolve(endpoint: &Endpoint, names: &BTreeMap<String, IpAddr>) -> Option<Sock
     }
 }
 
-/// Contract 3.1 to 3.7.
+/// Kilo's `NewTopology` and what it is made of.
 fn model(mesh: &Mesh) -> Vec<ModelSegment> {
     let names = &mesh.snapshot.resolved;
     let ready = mesh.snapshot.nodes.values();
     let ready = ready.filter(|node| is_ready(node, mesh.snapshot.now));
 
-    // 3.1: segments by name; nodes in them by name.
+    // Segments by name; nodes in them by name.
     let mut segments = BTreeMap::<String, Vec<&Node>>::new();
     for node in ready {
         let own = format!("node:{}", node.name.0);
@@ -107,7 +107,7 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
         nodes.sort_by(|a, b| a.name.0.as_bytes().cmp(b.name.0.as_bytes()));
     }
 
-    // 3.5: what anybody saw, the first by segment and node.
+    // What anybody saw, the first by segment and node.
     let mut discovered = BTreeMap::new();
     for nodes in segments.values() {
         for node in nodes {
@@ -122,7 +122,7 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
     let mut result = Vec::new();
     let mut location_ips = Vec::new();
     for (position, (name, nodes)) in segments.iter().enumerate() {
-        // 3.2.
+        // The leader.
         let public = |node: &Node| {
             let endpoint = node.endpoint.as_ref().and_then(|e| resolve(e, names));
             endpoint.is_some_and(|endpoint| is_public(endpoint.ip()))
@@ -137,11 +137,11 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
         }
         let leader = nodes[index];
 
-        // 3.3: network address + k, k from 1.
+        // WireGuard addresses: network address + k, k from 1.
         let first = u32::from(Ipv4Addr::new(10, 4, 0, 0));
         let wireguard_ip = Ipv4Addr::from(first + u32::try_from(position).expect("few") + 1);
 
-        // 3.4.
+        // Allowed IPs.
         let mut allowed_ips = Vec::new();
         for node in nodes {
             allowed_ips.push(node.pod_cidrs[0].to_string());
@@ -151,7 +151,7 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
         }
         allowed_ips.push(format!("{wireguard_ip}/32"));
 
-        // 3.7: the union; sorted as text in 3.4.
+        // The union of what is offered; sorted as text among the allowed IPs.
         let mut offered = Vec::new();
         for node in nodes {
             for net in &node.allowed_location_ips {
@@ -181,7 +181,7 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
         });
     }
 
-    // 3.7: in the order of segments, each against the others as they are by then.
+    // Overlapping offers: in the order of segments, each against the others as they are by then.
     let peer_nets = model_peers(mesh).into_iter().flat_map(|(_, nets)| nets);
     let peer_nets = peer_nets.map(|net| Net::parse(&net)).collect::<Vec<_>>();
     for index in 0..result.len() {
@@ -217,7 +217,7 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
     result
 }
 
-/// Contract 3.6: by name; an equal CIDR belongs to the first.
+/// By name; an equal CIDR belongs to the first.
 fn model_peers(mesh: &Mesh) -> Vec<(String, Vec<String>)> {
     let mut peers = Vec::new();
     let mut keys = Vec::new();

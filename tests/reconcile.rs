@@ -278,7 +278,7 @@ proptest! {
             node.created = 1 << 40;
             node.region.0 = "zz".into();
             node.name.0 = "zz".into();
-            // Where another leader was seen is for its fellow leaders to say (contract 3.5).
+            // Where another leader was seen is for its fellow leaders to say.
             node.discovered_endpoints.clear();
         });
         let mut larger = mesh.clone();

@@ -1,4 +1,4 @@
-//! This node's own addresses: which is private, which one others should send to (contract 2.6).
+//! This node's own addresses: which is private, which one others should send to.
 //!
 //! Pure, but for [`of_links`]. The Node's status comes first, because it is what the rest of the
 //! cluster uses; the links only add the length of the prefix, and a public address the status

@@ -1,6 +1,6 @@
 //! The annotations on Nodes: their names, and the text forms of what they hold, read and written.
 //!
-//! The forms are Kilo's (contract 2.1), so that its agents and tools understand what is published.
+//! The forms are Kilo's, so that its agents and tools understand what is published.
 //! Nothing here knows a Node as a whole; [`super::node`] decides what a bad value costs.
 
 use std::collections::BTreeMap;

@@ -1,7 +1,7 @@
 //! The `peers.kilo.squat.ai` resource, and a Peer object → [`ExternalPeer`].
 //!
-//! A Peer is used whole or not at all: each field guards who may join, so none has a fallback
-//! (contract 2.7). What it may claim beside nodes and other peers is the topology's business.
+//! A Peer is used whole or not at all: each field guards who may join, so none has a fallback.
+//! What it may claim beside nodes and other peers is the topology's business.
 
 use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;

@@ -1,4 +1,4 @@
-//! `subnet.env`, which flannel writes once it is up (contract 1).
+//! `subnet.env`, which flannel writes once it is up.
 
 use ipnet::IpNet;
 

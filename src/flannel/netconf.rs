@@ -1,4 +1,4 @@
-//! `net-conf.json`, flannel's configuration (contract 1).
+//! `net-conf.json`, flannel's configuration.
 //!
 //! Read as Go reads it: keys in any case, unknown keys ignored. Only what decides how Selvedge works
 //! beside flannel is kept.

@@ -43,7 +43,8 @@ pub(super) fn firewall(site: &Site<'_>) -> Firewall {
         .into_iter()
         .flat_map(|segment| segment.allowed_location_ips.iter().copied())
         .collect::<BTreeSet<_>>();
-    // Contract 4.8; nobody asks where nothing is masqueraded.
+    // As Kilo has it: between what the mesh knows nothing is masqueraded. Nobody asks where nothing is
+    // masqueraded at all.
     let known = if masquerade_sources.is_empty() && masquerade_destinations.is_empty() {
         BTreeSet::new()
     } else {

@@ -179,7 +179,7 @@ impl<'a> Site<'a> {
     /// Where this node's tunnel sends to another leader.
     ///
     /// One behind NAT is where it was last seen, by this node first, since a mapping may hold for one
-    /// observer alone (contract 3.5). An address of the own region is not where a leader elsewhere
+    /// observer alone. An address of the own region is not where a leader elsewhere
     /// is, even if it calls itself so: two regions may use the same subnet.
     ///
     /// Two that others see at one public address are behind one router, which need not let a packet
@@ -230,7 +230,7 @@ impl<'a> Site<'a> {
         match self.role {
             Role::Leader => {
                 // With a gateway flannel's DirectRouting never takes what is behind the tunnel for
-                // directly connected (flannel contract 4).
+                // directly connected: it asks the kernel for the route and looks whether that has one.
                 let via = remote
                     .wireguard_ips
                     .iter()

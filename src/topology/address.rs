@@ -19,7 +19,7 @@ pub fn is_public(ip: IpAddr) -> bool {
     }
 }
 
-/// Kilo's idea of a public address (contract 2.6): everything that is not in 10/8, 172.16/12,
+/// Kilo's idea of a public address: everything that is not in 10/8, 172.16/12,
 /// 192.168/16 or fd00::/16.
 pub fn is_public_to_kilo(ip: IpAddr) -> bool {
     match ip {

@@ -343,7 +343,7 @@ impl<'a> Claims<'a> {
         }
     }
 
-    /// Kilo's filters (contract 3.7), except that the older claim stays, not the later segment's.
+    /// Kilo's filters (`filter_allowed_location_ips` in [`super::kilo`]), except that the older claim stays, not the later segment's.
     ///
     /// A wide item may contain addresses of nodes elsewhere: they are more specific and win.
     fn judge_allowed_location_ips(

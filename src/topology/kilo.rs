@@ -1,4 +1,4 @@
-//! Kilo's algorithm, to the letter (contract 3), for a mesh in which a real `kg` still runs.
+//! Kilo's algorithm, to the letter (`pkg/mesh/topology.go`), for a mesh in which a real `kg` still runs.
 //!
 //! Every agent must come to the same segments, leaders and addresses as `kg` does; two that disagree
 //! on a leader are a black hole. So nothing is judged here and nobody has an older claim.
@@ -29,7 +29,7 @@ pub(super) fn foreign_nodes(snapshot: &Snapshot) -> Vec<NodeName> {
         .collect()
 }
 
-/// Contract 2.4: integer seconds of the reader's clock; one that is ahead stays longer.
+/// A node has an endpoint, a key and pods, and was seen in the last minute: integer seconds of the reader's clock; one that is ahead stays longer.
 fn is_ready(node: &Node, now: i64) -> bool {
     node.endpoint.is_some()
         && node.public_key.is_some()
@@ -119,7 +119,7 @@ pub(super) fn topology(
     }
 }
 
-/// Contract 3.1.
+/// Nodes without a private address stand alone.
 fn segment_name(node: &Node, granularity: Granularity) -> SegmentName {
     match (granularity, node.private_ip) {
         (Granularity::Location | Granularity::Cross, Some(_)) => {
@@ -131,7 +131,7 @@ fn segment_name(node: &Node, granularity: Granularity) -> SegmentName {
     }
 }
 
-/// Contract 3.2; the nodes are sorted by name.
+/// The annotated one, a public one, the first; the nodes are sorted by name.
 fn leader<'a>(nodes: &[&'a Node], resolved: &BTreeMap<String, IpAddr>) -> &'a Node {
     let is_public = |node: &&&Node| {
         let address = node.endpoint.as_ref().and_then(|e| e.resolve(resolved));
@@ -173,7 +173,7 @@ fn outsider(node: &Node, granularity: Granularity) -> Outsider {
     }
 }
 
-/// Contract 3.5: what the nodes published, the first by segment and name.
+/// What the nodes published, the first by segment and name.
 fn discovered_endpoints<'a>(
     nodes: impl Iterator<Item = &'a Node>,
 ) -> BTreeMap<PublicKey, SocketAddr> {
@@ -184,7 +184,7 @@ fn discovered_endpoints<'a>(
     discovered
 }
 
-/// Contract 3.6. Kilo knows one peer of each key, the last it heard of; the first by name is as
+/// Kilo knows one peer of each key, the last it heard of; the first by name is as
 /// good, and everybody agrees on it.
 fn peers(snapshot: &Snapshot) -> Vec<ExternalPeer> {
     let mut keys = BTreeSet::new();
@@ -209,7 +209,7 @@ fn allowed_location_ips(nodes: &[&Node]) -> Vec<IpNet> {
     nets
 }
 
-/// Contract 3.7. Of two overlapping claims the later segment's stays, as in Kilo.
+/// Of two overlapping claims the later segment's stays, as in Kilo.
 fn filter_allowed_location_ips(segments: &mut [Segment], peers: &[ExternalPeer]) {
     for index in 0..segments.len() {
         let (earlier, others) = segments.split_at(index);

@@ -707,7 +707,7 @@ impl Mesh {
         mesh
     }
 
-    /// Flannel's rules on the leader, with its own program (contract 5); none is nftables mode.
+    /// Flannel's rules on the leader, with its own program; none is nftables mode.
     fn masquerade_as_flannel(&self, program: &str) {
         let script = if program.is_empty() {
             "
