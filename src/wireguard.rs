@@ -29,6 +29,7 @@ mod indices;
 pub mod key;
 mod link;
 mod nested;
+mod novelty;
 pub mod packet;
 mod peer;
 mod ratelimit;

@@ -5,7 +5,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use boringtun::noise::rate_limiter::RateLimiter;
@@ -16,15 +16,18 @@ use super::configure::Configured;
 use super::drops::{Dropped, Drops};
 use super::indices::Indices;
 use super::key::{PrivateKey, PublicKey};
+use super::novelty::Novelty;
 use super::peer::Peer;
 use super::table::Table;
 use super::timers::REKEY_TIMEOUT;
 use super::timestamp::{Timestamp, Timestamps};
 use super::udp::Endpoint;
 
-/// The most handshake messages that wait, as in the kernel; an eighth of it means load.
+/// The most handshake messages that wait, as in the kernel.
 const MAX_QUEUED: usize = 4096;
-/// The most that wait from addresses of peers.
+/// So many mean load.
+const LOAD: usize = MAX_QUEUED / 8;
+/// The most that wait from addresses of peers, and from those that have shown a cookie.
 const MAX_QUEUED_KNOWN: usize = 512;
 
 /// The bytes of the longest handshake message, an initiation.
@@ -106,13 +109,16 @@ impl HandshakeMessage {
 
 /// The queue of the handshake thread.
 ///
-/// Messages from the addresses of peers have a lane of their own: a flood from elsewhere can neither
-/// fill it nor delay it.
+/// Messages from the addresses of peers have a lane of their own, and so have those with a cookie: a
+/// flood from elsewhere can neither fill them nor delay them. Under load the strangers' lane is for
+/// those who have not asked just now.
 #[derive(Default)]
 pub(super) struct Jobs {
     queue: Mutex<Queue>,
     /// The addresses that peers were last seen at.
     known: ArcSwap<HashSet<IpAddr>>,
+    /// Who asked when; made with the first load.
+    novelty: OnceLock<Novelty>,
     /// Called when there is something to do after there was nothing.
     waker: ArcSwapOption<Waker>,
 }
@@ -124,6 +130,8 @@ struct Queue {
     /// Asked for by the device itself, and bounded by the number of peers.
     own: VecDeque<Job>,
     known: VecDeque<Box<HandshakeMessage>>,
+    /// From strangers who have shown that they receive at their address.
+    proven: VecDeque<Box<HandshakeMessage>>,
     strangers: VecDeque<Box<HandshakeMessage>>,
 }
 
@@ -147,13 +155,30 @@ impl Jobs {
         self.wake();
     }
 
-    /// Queues a message of at most [`MAX_HANDSHAKE`] bytes, unless there are too many.
-    pub(super) fn push_message(&self, message: &[u8], from: Endpoint) -> Result<(), Dropped> {
-        let known = self.known.load().contains(&from.remote.ip());
+    /// Queues a message of at most [`MAX_HANDSHAKE`] bytes, unless there are too many; `proven` says
+    /// that it carries a valid cookie.
+    fn push_message(
+        &self,
+        message: &[u8],
+        from: Endpoint,
+        proven: bool,
+        now: Time,
+    ) -> Result<(), Dropped> {
+        let address = from.remote.ip();
+        let known = self.known.load().contains(&address);
+        let new = known || proven || self.novelty.get().is_none_or(|of| of.asks(address, now));
         let mut queue = self.queue();
         let (lane, limit) = if known {
             (&mut queue.known, MAX_QUEUED_KNOWN)
+        } else if proven {
+            (&mut queue.proven, MAX_QUEUED_KNOWN)
         } else {
+            if queue.strangers.len() >= LOAD {
+                self.novelty.get_or_init(Novelty::default);
+                if !new {
+                    return Err(Dropped::RateLimited);
+                }
+            }
             (&mut queue.strangers, MAX_QUEUED)
         };
         if lane.len() >= limit {
@@ -170,7 +195,8 @@ impl Jobs {
         Ok(())
     }
 
-    /// The next job: the device's own first, then known peers', then, if asked for, strangers'.
+    /// The next job: the device's own first, then known peers', then, if asked for, strangers', those
+    /// with a cookie before the others.
     /// Tells also whether so many wait behind it that it means load.
     pub(super) fn pop(&self, strangers: bool) -> Option<(Job, bool)> {
         let mut queue = self.queue();
@@ -179,21 +205,25 @@ impl Jobs {
         } else if let Some(message) = queue.known.pop_front() {
             Job::Message(message)
         } else {
-            let message = if strangers {
-                queue.strangers.pop_front()
+            let proven = if strangers {
+                queue.proven.pop_front()
             } else {
                 None
             };
+            let message = match proven {
+                None if strangers => queue.strangers.pop_front(),
+                proven => proven,
+            };
             Job::Message(message?)
         };
-        let loaded =
-            queue.strangers.len() >= MAX_QUEUED / 8 || queue.known.len() >= MAX_QUEUED_KNOWN / 8;
+        let loaded = queue.strangers.len() >= LOAD || queue.known.len() >= MAX_QUEUED_KNOWN / 8;
         Some((job, loaded))
     }
 
     /// How many messages of strangers wait.
     pub(super) fn strangers(&self) -> usize {
-        self.queue().strangers.len()
+        let queue = self.queue();
+        queue.proven.len() + queue.strangers.len()
     }
 
     /// Takes note of where peers are.
@@ -250,6 +280,22 @@ impl Core {
         if !peer.handshake_asked.swap(true, Ordering::Relaxed) {
             self.jobs.push(Job::Initiate(peer.clone()));
         }
+    }
+
+    /// Queues a handshake message for the handshake thread.
+    pub(super) fn take_handshake(
+        &self,
+        message: &[u8],
+        from: Endpoint,
+        now: Time,
+    ) -> Result<(), Dropped> {
+        // The last 16 bytes are the second MAC; without a cookie they are zero (paper, 5.4.4).
+        let proven = message.last_chunk().is_some_and(|mac2| *mac2 != [0_u8; 16])
+            && self.identity.load().as_ref().is_some_and(|identity| {
+                let now = now.as_duration();
+                identity.cookies.verify_mac2(message, from.remote, now)
+            });
+        self.jobs.push_message(message, from, proven, now)
     }
 
     /// Looks where the peers are, for the queue of handshakes.

@@ -31,7 +31,8 @@ struct Bucket {
     at: Time,
 }
 
-fn source_of(address: IpAddr) -> IpAddr {
+/// The source that an address counts for.
+pub(super) fn source_of(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(_) => address,
         IpAddr::V6(address) => {

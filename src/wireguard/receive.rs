@@ -45,7 +45,7 @@ impl Receive {
         while at < message.range.end {
             let datagram = at..message.range.end.min(at + message.stride);
             let Some((index, _)) = data_header(&arena[datagram.clone()]) else {
-                pass_on(core, &arena[datagram.clone()], message);
+                pass_on(core, &arena[datagram.clone()], message, now);
                 at = datagram.end;
                 continue;
             };
@@ -195,11 +195,11 @@ fn note_received(core: &Core, peer: &Arc<Peer>, session: &Arc<Session>, data: bo
 }
 
 /// Queues what may be a handshake message.
-fn pass_on(core: &Core, datagram: &[u8], message: &Message) {
+fn pass_on(core: &Core, datagram: &[u8], message: &Message, now: Time) {
     let kind = datagram.first_chunk().map(|kind| u32::from_le_bytes(*kind));
     let dropped = match (kind, datagram.len()) {
         (Some(1), 148) | (Some(2), 92) | (Some(3), 64) => {
-            core.jobs.push_message(datagram, message.from).err()
+            core.take_handshake(datagram, message.from, now).err()
         }
         _ => Some(Dropped::Malformed),
     };

@@ -1,0 +1,120 @@
+//! Who asks for the first time in a while.
+//!
+//! Under a flood of handshakes from made-up addresses a stranger with a real one would hardly ever be
+//! among those that there is time to answer. But who means it asks once and then not again for five
+//! seconds (paper, 6.4), and who floods asks from the same addresses over and over; and to have asked
+//! just now takes no time to see. So those come first that have not, and a flood has to make up
+//! addresses by the million to crowd them out.
+//!
+//! What is remembered are marks in a table of fixed size, without the addresses: a stranger is taken
+//! for somebody else now and then, and no attacker can tell for whom.
+
+use std::hash::{BuildHasher as _, RandomState};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::time::Duration;
+
+use super::clock::Time;
+use super::ratelimit::source_of;
+
+/// Who asked within this time asks again too soon. Initiators wait five seconds (`REKEY_TIMEOUT`).
+const WHILE: Duration = Duration::from_millis(4500);
+/// The grain of time of a mark; 65,535 of them are more than four hours.
+const GRAIN: Duration = Duration::from_millis(250);
+/// Marks, two for each address. With 65,536 addresses at work a newcomer finds both of its own taken
+/// in one case out of seventy; the table has two MiB.
+const MARKS: usize = 1 << 20;
+/// Of those who ask too soon one in so many is heard, so that nobody who makes up somebody's address
+/// keeps that one out.
+const ONE_IN: u32 = 64;
+
+/// When each address last asked.
+#[derive(Debug)]
+pub(super) struct Novelty {
+    /// So that nobody knows which addresses share marks.
+    hash: RandomState,
+    marks: Box<[AtomicU16]>,
+    repeated: AtomicU32,
+}
+
+impl Default for Novelty {
+    fn default() -> Self {
+        Self {
+            hash: RandomState::new(),
+            marks: (0..MARKS).map(|_| AtomicU16::new(0)).collect(),
+            repeated: AtomicU32::new(0),
+        }
+    }
+}
+
+impl Novelty {
+    /// Takes note that an address asks; whether to listen to it.
+    pub(super) fn asks(&self, address: IpAddr, now: Time) -> bool {
+        let grains = now.as_duration().as_millis() / GRAIN.as_millis();
+        // Time goes round; zero stands for never.
+        let now = u16::try_from(grains % u128::from(u16::MAX)).unwrap_or(0) + 1;
+        let hash = self.hash.hash_one(source_of(address));
+        let mut new = false;
+        for bits in [hash, hash >> 32] {
+            let mark = usize::try_from(bits % MARKS as u64)
+                .ok()
+                .and_then(|at| self.marks.get(at));
+            let before = mark.map_or(0, |mark| mark.swap(now, Ordering::Relaxed));
+            let age = u32::from(now.wrapping_sub(before));
+            new |= before == 0 || GRAIN * age >= WHILE;
+        }
+        new || self.repeated.fetch_add(1, Ordering::Relaxed) % ONE_IN == ONE_IN - 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    fn time(millis: u64) -> Time {
+        Time::from_duration(Duration::from_millis(1_000_000 + millis))
+    }
+
+    fn flood(novelty: &Novelty, millis: u64) -> usize {
+        let addresses = 0xc612_0000..=0xc612_ffff_u32;
+        addresses
+            .filter(|&address| novelty.asks(Ipv4Addr::from(address).into(), time(millis)))
+            .count()
+    }
+
+    #[test]
+    fn a_flood_from_the_same_addresses_is_heard_once_and_newcomers_are() {
+        let novelty = Novelty::default();
+        assert!(flood(&novelty, 0) > 60_000, "all are new");
+        for round in 1..10 {
+            let heard = flood(&novelty, round * 700);
+            assert!(heard <= 1025, "{heard} of 65,536 were heard again");
+        }
+        let newcomers = (0..1000_u32)
+            .filter(|&n| novelty.asks(Ipv4Addr::from(0x0a00_0000 | n).into(), time(7000)))
+            .count();
+        assert!(newcomers > 900, "only {newcomers} of 1000 were heard");
+    }
+
+    #[test]
+    fn who_waits_for_five_seconds_is_heard_every_time() {
+        let novelty = Novelty::default();
+        let address = IpAddr::from([192, 0, 2, 1]);
+        for attempt in 0..10_000 {
+            assert!(novelty.asks(address, time(attempt * 5000)), "{attempt}");
+        }
+        assert!(!novelty.asks(address, time(10_000 * 5000 - 4000)));
+    }
+
+    #[test]
+    fn who_asks_all_the_time_is_heard_now_and_then() {
+        let novelty = Novelty::default();
+        let address = IpAddr::from([192, 0, 2, 1]);
+        let heard = (0..6400)
+            .filter(|&n| novelty.asks(address, time(n)))
+            .count();
+        assert!((90..=110).contains(&heard), "{heard} of 6400");
+    }
+}
