@@ -87,7 +87,8 @@ impl End {
             peer.key.public,
             psk.file(),
         ))?;
-        self.ip("link set {} up").map(drop)
+        self.ip("link set {} up")?;
+        self.tunnel.hears(port)
     }
 
     /// Sets where the peer is.

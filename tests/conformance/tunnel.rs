@@ -153,6 +153,23 @@ impl Tunnel {
         fs::read_to_string(self.log.path().join("log")).unwrap_or_default()
     }
 
+    /// The daemon's process, while it has not been stopped.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        Some(self.process.as_ref()?.pid())
+    }
+
+    /// Waits until the daemon has opened its port: wireguard-go does so some time after its link went
+    /// up, and what comes before is lost until the next try, five seconds later.
+    pub(crate) fn hears(&self, port: u16) -> Result<()> {
+        let pid = self.pid().context("the daemon was stopped")?;
+        // The sockets of the process's namespace, addresses and ports in hexadecimal digits.
+        let (sockets, wanted) = (format!("/proc/{pid}/net/udp"), format!(":{port:04X} "));
+        wait_for("the daemon's UDP port", SOON, || {
+            fs::read_to_string(&sockets).is_ok_and(|sockets| sockets.contains(&wanted))
+        })?;
+        Ok(())
+    }
+
     /// Whether the daemon is gone, by itself or because it was stopped.
     pub(crate) fn ended(&mut self) -> bool {
         self.process
