@@ -8,10 +8,9 @@
     reason = "a test may wait and read the clock"
 )]
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -19,6 +18,8 @@ use anyhow::{Context as _, bail, ensure};
 use selvedge_lab::capture::Capture;
 use selvedge_lab::claims::{self, By, Pairs};
 use selvedge_lab::controlplane::POD_NETWORK;
+use selvedge_lab::dumps::Dumps;
+use selvedge_lab::family::Family;
 use selvedge_lab::lab::{Access, Mesh, Options, Proxy, SCENARIO_FLAGS};
 use selvedge_lab::netns::unique_prefix;
 use selvedge_lab::topology::{MASTER, Site};
@@ -53,7 +54,7 @@ fn run(steps: &mut Steps) -> Option<()> {
     let _servers = Servers::start(&places).ok()?;
 
     without_selvedge(steps, &mut lab);
-    let before = steps.required("the_nodes_are_dumped_before_selvedge", || dump_all(&lab))?;
+    let before = steps.required("the_nodes_are_dumped_before_selvedge", || Dumps::take(&lab))?;
 
     let mesh = Mesh {
         binary: Path::new(SELVEDGE),
@@ -79,7 +80,7 @@ fn run(steps: &mut Steps) -> Option<()> {
         told_to_clean_up(&mut lab, &mesh, &before)
     });
     steps.step("cleanup_leaves_the_nodes_as_they_were", || {
-        cleanup(&mut lab, &before)
+        claims::cleanup_leaves_nothing(&mut lab, Path::new(SELVEDGE), &before)
     });
     Some(())
 }
@@ -391,7 +392,9 @@ fn faults(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
     }
     for node in [LEADER, FOLLOWER, MASTER] {
         let name = format!("what_is_deleted_on_{}_is_repaired", node.replace('-', "_"));
-        steps.step(&name, || repairs(lab, node));
+        steps.step(&name, || {
+            claims::what_is_deleted_is_repaired(lab, node, Family::V4, REPAIR)
+        });
     }
     steps.step("everybody_still_reaches_everybody", || {
         claims::everybody_reaches_everybody(lab, By::OwnAddress)
@@ -456,63 +459,6 @@ fn flannel_device_deleted(lab: &mut Lab, node: &str) -> anyhow::Result<String> {
     // What it knew of other regions, which only it uses, it learns again when it starts.
     lab.restart_flannel(node)?;
     Ok(told.join("; "))
-}
-
-/// Everything that Selvedge installs, taken away one by one.
-fn repairs(lab: &Lab, node: &str) -> anyhow::Result<String> {
-    let machine = lab.node(node)?;
-    let mut commands = vec!["nft delete table inet selvedge".to_owned()];
-    for rule in machine.run("ip -4 rule")?.lines() {
-        if let Some((priority, _)) = rule.split_once(':')
-            && (5190..5200).contains(&priority.parse::<u32>()?)
-        {
-            commands.push(format!("ip -4 rule delete priority {priority}"));
-        }
-    }
-    ensure!(commands.len() > 3, "{node} has too few rules: {commands:?}");
-    for table in [5130, 5131, 5132] {
-        let routes = machine.run(&format!("ip -4 route show table {table}"));
-        for route in routes.unwrap_or_default().lines() {
-            let words: Vec<&str> = route.split_whitespace().collect();
-            let at = words.iter().position(|word| *word == "metric");
-            let metric = at.map_or(String::new(), |at| format!("metric {}", words[at + 1]));
-            let target = match words[0] {
-                "unreachable" | "throw" => &words[..2],
-                _ => &words[..1],
-            };
-            let target = target.join(" ");
-            commands.push(format!(
-                "ip -4 route delete {target} table {table} {metric}"
-            ));
-        }
-        if commands
-            .iter()
-            .any(|command| command.contains(&format!("table {table}")))
-        {
-            commands.push(format!("ip -4 route flush table {table}"));
-        }
-    }
-    let addresses = machine.run("ip -4 -br address show dev kilo0")?;
-    for address in addresses
-        .split_whitespace()
-        .filter(|word| word.contains('/'))
-    {
-        commands.push(format!("ip address delete {address} dev kilo0"));
-    }
-    if addresses.contains('/') {
-        commands.push("ip link set kilo0 down".to_owned());
-    }
-    commands.push("ip link delete kilo0".to_owned());
-    let mut slowest = (Duration::ZERO, String::new());
-    for command in &commands {
-        let time = claims::repaired_within(lab, node, command, REPAIR)?;
-        slowest = slowest.max((time, command.clone()));
-    }
-    let (time, command) = slowest;
-    Ok(format!(
-        "{} things, the slowest after {time:.2?}: {command}",
-        commands.len()
-    ))
 }
 
 fn killed_in_the_dark(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
@@ -587,14 +533,15 @@ fn told_to_clean_up(lab: &mut Lab, mesh: &Mesh<'_>, before: &Dumps) -> anyhow::R
         lab.start_agent(mesh.binary, node, mesh.access, &flags)?;
         lab.wait_agents(Duration::from_secs(30))?;
         lab.take_agent(node)?.stop()?;
+        let mut difference = String::new();
         let outcome = wait_for("the dump to be as before", Duration::from_secs(10), || {
-            lab.dump(node).is_ok_and(|now| now == before.0[node])
+            difference = match Dumps::take_of(lab, &[node.to_owned()]) {
+                Ok(now) => now.difference(before),
+                Err(error) => error.to_string(),
+            };
+            difference.is_empty()
         });
-        outcome.with_context(|| {
-            let now = BTreeMap::from([(node.to_owned(), lab.dump(node).unwrap_or_default())]);
-            let was = BTreeMap::from([(node.to_owned(), before.0[node].clone())]);
-            Dumps(was).difference(&Dumps(now))
-        })?;
+        outcome.with_context(|| difference.clone())?;
         let object = lab.api().get(&format!("/api/v1/nodes/{node}"))?;
         let annotations = object["metadata"]["annotations"].to_string();
         for own in ["kilo.squat.ai/key", "kilo.squat.ai/endpoint"] {
@@ -605,77 +552,6 @@ fn told_to_clean_up(lab: &mut Lab, mesh: &Mesh<'_>, before: &Dumps) -> anyhow::R
         }
     }
     Ok(String::new())
-}
-
-fn cleanup(lab: &mut Lab, before: &Dumps) -> anyhow::Result<String> {
-    for name in lab.node_names() {
-        if lab.agent(&name).is_some() {
-            lab.take_agent(&name)?.stop()?;
-        }
-    }
-    for name in lab.node_names() {
-        let mut command = Command::new(SELVEDGE);
-        command.arg("cleanup");
-        let output = lab.node(&name)?.output(command)?;
-        ensure!(
-            output.status.success(),
-            "cleanup on {name}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-    }
-    // flannel notices within five seconds that its rules are complete; nothing else moves.
-    let mut difference = String::new();
-    let outcome = wait_for("the dumps to be equal", Duration::from_secs(10), || {
-        match dump_all(lab) {
-            Ok(now) => difference = now.difference(before),
-            Err(error) => difference = error.to_string(),
-        }
-        difference.is_empty()
-    });
-    outcome.with_context(|| difference.clone())?;
-    Ok(format!(
-        "{} dumps on {} nodes are equal",
-        11,
-        before.0.len()
-    ))
-}
-
-/// What an operator would see on each node.
-struct Dumps(BTreeMap<String, BTreeMap<&'static str, String>>);
-
-impl selvedge_lab::steps::Outcome for Dumps {
-    fn detail(&self) -> String {
-        String::new()
-    }
-}
-
-impl Dumps {
-    /// The lines that only one of them has, with the command that printed them.
-    fn difference(&self, other: &Self) -> String {
-        let mut told = String::new();
-        for (node, dumps) in &self.0 {
-            for (command, text) in dumps {
-                let was = &other.0[node][command];
-                let only = |one: &str, other: &str, sign: char| -> String {
-                    one.lines()
-                        .filter(|line| !other.lines().any(|same| same == *line))
-                        .map(|line| format!("{node}: {command}: {sign} {line}\n"))
-                        .collect()
-                };
-                told += &only(was, text, '-');
-                told += &only(text, was, '+');
-            }
-        }
-        told
-    }
-}
-
-fn dump_all(lab: &Lab) -> anyhow::Result<Dumps> {
-    let mut dumps = BTreeMap::new();
-    for name in lab.node_names() {
-        dumps.insert(name.clone(), lab.dump(&name)?);
-    }
-    Ok(Dumps(dumps))
 }
 
 struct Listening(Capture);

@@ -1,6 +1,7 @@
 //! The API server of a lab: the real control plane, or the stand-in that comes up at once.
 
 use std::fs;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -9,10 +10,9 @@ use anyhow::{Context as _, bail};
 use serde_json::json;
 
 use crate::client::Client;
-use crate::controlplane::ControlPlane;
+use crate::controlplane::{ControlPlane, Reach};
 use crate::node::Node;
 use crate::process::{Process, wait_for};
-use crate::topology::MASTER_PUBLIC;
 
 /// One that runs; stopped when the value is dropped.
 #[derive(Debug)]
@@ -37,8 +37,8 @@ impl ApiServer {
     /// # Errors
     ///
     /// As [`ControlPlane::start`].
-    pub fn real(master: &Node, directory: &Path) -> anyhow::Result<Self> {
-        let plane = ControlPlane::start(master, MASTER_PUBLIC, directory)?;
+    pub fn real(master: &Node, reach: Reach, directory: &Path) -> anyhow::Result<Self> {
+        let plane = ControlPlane::start(master, reach, directory)?;
         Ok(Self::Real(Box::new(plane)))
     }
 
@@ -47,11 +47,11 @@ impl ApiServer {
     /// # Errors
     ///
     /// When its program has not been built, or does not listen within ten seconds.
-    pub fn stand_in(master: &Node, directory: &Path) -> anyhow::Result<Self> {
+    pub fn stand_in(master: &Node, public: IpAddr, directory: &Path) -> anyhow::Result<Self> {
         fs::create_dir_all(directory)?;
-        let listen = format!("{MASTER_PUBLIC}:6443");
+        let listen = SocketAddr::new(public, 6443);
         let mut command = Command::new(beside_this_program("selvedge-lab-api")?);
-        command.arg(&listen).arg(directory);
+        command.arg(listen.to_string()).arg(directory);
         let process = master.spawn("api-server", command)?;
         let (kubeconfig, ca) = (
             directory.join("admin.kubeconfig"),
@@ -60,7 +60,7 @@ impl ApiServer {
         let patience = Duration::from_secs(10);
         wait_for("the API stand-in", patience, || kubeconfig.exists())
             .with_context(|| fs::read_to_string(master.log("api-server")).unwrap_or_default())?;
-        let admin = Client::new(&master.namespace().path(), listen.parse()?, &ca, "")?;
+        let admin = Client::new(&master.namespace().path(), listen, &ca, "")?;
         wait_for("the API stand-in", patience, || {
             admin.get("/api/v1/nodes").is_ok()
         })?;

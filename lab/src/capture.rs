@@ -6,12 +6,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use nix::sys::signal::Signal;
 
 use crate::netns::Namespace;
@@ -69,12 +69,21 @@ impl Capture {
         })
     }
 
-    /// Stops listening and reads what was heard; `pods` is the cluster's pod network.
+    /// Stops listening and reads what was heard; `pods` is the cluster's only pod network.
+    ///
+    /// # Errors
+    ///
+    /// As [`finish_all`](Self::finish_all).
+    pub fn finish(self, pods: IpNet) -> anyhow::Result<Findings> {
+        self.finish_all(&[pods])
+    }
+
+    /// Stops listening and reads what was heard; `pods` are the cluster's pod networks.
     ///
     /// # Errors
     ///
     /// When the file is not what tcpdump writes, or when tcpdump missed packets.
-    pub fn finish(self, pods: Ipv4Net) -> anyhow::Result<Findings> {
+    pub fn finish_all(self, pods: &[IpNet]) -> anyhow::Result<Findings> {
         let Self { mut tcpdump, file } = self;
         // The kernel hands packets over when a block is full or a second old; what it still holds
         // when tcpdump ends is lost.
@@ -97,7 +106,7 @@ impl Findings {
         self.pod_addresses == 0 && self.magic == 0 && self.vxlan == 0
     }
 
-    fn read(file: &[u8], pods: Ipv4Net) -> anyhow::Result<Self> {
+    fn read(file: &[u8], pods: &[IpNet]) -> anyhow::Result<Self> {
         let word = |at: usize| -> anyhow::Result<u32> {
             let bytes = file.get(at..).and_then(|rest| rest.first_chunk());
             Ok(u32::from_le_bytes(
@@ -124,7 +133,7 @@ impl Findings {
         Ok(findings)
     }
 
-    fn look_at(&mut self, record: &[u8], pods: Ipv4Net) {
+    fn look_at(&mut self, record: &[u8], pods: &[IpNet]) {
         self.packets += 1;
         if record.windows(MAGIC.len()).any(|bytes| bytes == MAGIC) {
             self.magic += 1;
@@ -132,24 +141,67 @@ impl Findings {
         let Some((head, packet)) = record.split_at_checked(20) else {
             return;
         };
-        if head[..2] != [0x08, 0x00] || packet.len() < 20 {
+        let Some(packet) = Outer::read([head[0], head[1]], packet) else {
             return;
-        }
-        let address = |at: usize| {
-            let [a, b, c, d] = [packet[at], packet[at + 1], packet[at + 2], packet[at + 3]];
-            Ipv4Addr::new(a, b, c, d)
         };
-        if pods.contains(&address(12)) || pods.contains(&address(16)) {
+        let is_pod = |ip: IpAddr| pods.iter().any(|net| net.contains(&ip));
+        if is_pod(packet.source) || is_pod(packet.target) {
             self.pod_addresses += 1;
         }
-        let payload = packet.get(usize::from(packet[0] & 0x0f) * 4..);
-        let (17, Some([a, b, c, d, ..])) = (packet[9], payload) else {
+        let (17, [a, b, c, d, ..]) = (packet.protocol, packet.payload) else {
             return;
         };
         let (source, target) = (u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d]));
         *self.udp.entry(source.min(target)).or_default() += 1;
         if target == VXLAN_PORT {
             self.vxlan += 1;
+        }
+    }
+}
+
+/// The outer header of a packet.
+struct Outer<'a> {
+    source: IpAddr,
+    target: IpAddr,
+    protocol: u8,
+    payload: &'a [u8],
+}
+
+impl<'a> Outer<'a> {
+    fn read(ethertype: [u8; 2], packet: &'a [u8]) -> Option<Self> {
+        match ethertype {
+            [0x08, 0x00] if packet.len() >= 20 => {
+                let address = |at: usize| {
+                    let octets: Option<&[u8; 4]> = packet[at..].first_chunk();
+                    Some(IpAddr::from(*octets?))
+                };
+                Some(Self {
+                    source: address(12)?,
+                    target: address(16)?,
+                    protocol: packet[9],
+                    payload: packet.get(usize::from(packet[0] & 0x0f) * 4..)?,
+                })
+            }
+            [0x86, 0xdd] if packet.len() >= 40 => {
+                let address = |at: usize| {
+                    let octets: Option<&[u8; 16]> = packet[at..].first_chunk();
+                    Some(IpAddr::from(Ipv6Addr::from(*octets?)))
+                };
+                // A fragment's header is the only one between that is seen here.
+                let fragment = packet[6] == 44 && packet.len() >= 48;
+                let (protocol, start) = if fragment {
+                    (packet[40], 48)
+                } else {
+                    (packet[6], 40)
+                };
+                Some(Self {
+                    source: address(8)?,
+                    target: address(24)?,
+                    protocol,
+                    payload: packet.get(start..)?,
+                })
+            }
+            _ => None,
         }
     }
 }

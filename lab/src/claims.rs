@@ -2,19 +2,30 @@
 //!
 //! They measure from outside: sockets, captures, `ip`, `nft`, `wg` and `/proc`, never the agent's
 //! own opinion of itself, except where that opinion is the claim.
+//!
+//! A claim about addresses is one about those of one family: of the lab's primary one, or of that
+//! which [`Lab::of`] names.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use ipnet::IpNet;
 
-use crate::controlplane::KUBERNETES_SERVICE;
-use crate::lab::Lab;
+use crate::controlplane::kubernetes_service;
+use crate::dumps::Dumps;
+use crate::family::Family;
+use crate::lab::{Lab, Places};
 use crate::matrix::Matrix;
 use crate::process::wait_for;
 use crate::topology::{MASTER, Site};
 use crate::traffic::{KUBELET_PORT, PORT, Place, transfer};
+
+/// The agent's routing tables.
+const TABLES: [u32; 3] = [5130, 5131, 5132];
 
 /// Which address of a place is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,9 +41,9 @@ pub enum By {
 /// # Errors
 ///
 /// When a pair does not answer; the error lists them.
-pub fn everybody_reaches_everybody(lab: &Lab, by: By) -> anyhow::Result<String> {
+pub fn everybody_reaches_everybody(lab: &impl Places, by: By) -> anyhow::Result<String> {
     let places = lab.places();
-    let matrix = ask(lab, &places, by);
+    let matrix = ask(lab.lab(), &places, by);
     let failures = matrix.failures();
     ensure!(
         failures.is_empty(),
@@ -51,13 +62,13 @@ pub fn everybody_reaches_everybody(lab: &Lab, by: By) -> anyhow::Result<String> 
 /// # Errors
 ///
 /// When a pair of one region fails, or one of two regions answers.
-pub fn only_regions_are_connected(lab: &Lab) -> anyhow::Result<String> {
+pub fn only_regions_are_connected(lab: &impl Places) -> anyhow::Result<String> {
     let places = lab.places();
     let matrix = Matrix::ask(&places, |to| to.pod.then_some((to.address, PORT)));
     let mut apart = 0;
     for from in &places {
         for to in places.iter().filter(|to| to.pod && to.name != from.name) {
-            let expected = !lab.apart(&from.node, &to.node)?;
+            let expected = !lab.lab().apart(&from.node, &to.node)?;
             apart += usize::from(!expected);
             ensure!(
                 matrix.reached(&from.name, &to.name) == expected,
@@ -75,7 +86,7 @@ pub fn only_regions_are_connected(lab: &Lab) -> anyhow::Result<String> {
 /// # Errors
 ///
 /// When a pair does not answer.
-pub fn everybody_reaches_every_pod(lab: &Lab) -> anyhow::Result<String> {
+pub fn everybody_reaches_every_pod(lab: &impl Places) -> anyhow::Result<String> {
     let matrix = Matrix::ask(&lab.places(), |to| to.pod.then_some((to.address, PORT)));
     let failures = matrix.failures();
     ensure!(failures.is_empty(), "{matrix}\n{}", failures.join("\n"));
@@ -109,17 +120,14 @@ pub fn regions_are_undisturbed(lab: &Lab) -> anyhow::Result<String> {
 /// # Errors
 ///
 /// When a pair fails, or when something translated the source on the way.
-pub fn pods_keep_their_address(lab: &Lab) -> anyhow::Result<String> {
+pub fn pods_keep_their_address(lab: &impl Places) -> anyhow::Result<String> {
     let places = lab.places();
     let pods: Vec<Place> = places.into_iter().filter(|place| place.pod).collect();
-    let matrix = ask(lab, &pods, By::OwnAddress);
+    let matrix = ask(lab.lab(), &pods, By::OwnAddress);
     ensure!(matrix.failures().is_empty(), "{matrix}");
     for (from, to, seen) in matrix.seen() {
         let own = lab.place(from)?.address;
-        ensure!(
-            seen == IpAddr::V4(own),
-            "{to} sees {from} ({own}) as {seen}"
-        );
+        ensure!(seen == own, "{to} sees {from} ({own}) as {seen}");
     }
     Ok(format!("{} ordered pairs", matrix.asked()))
 }
@@ -139,13 +147,13 @@ pub enum Pairs {
 /// # Errors
 ///
 /// When a pair fails, stalls or delivers something else.
-pub fn bytes_arrive_intact(lab: &Lab, bytes: u64, which: Pairs) -> anyhow::Result<String> {
+pub fn bytes_arrive_intact(lab: &impl Places, bytes: u64, which: Pairs) -> anyhow::Result<String> {
     let places = lab.places();
     let mut slowest = (Duration::ZERO, String::new());
     let mut pairs = 0;
     for from in &places {
         for to in places.iter().filter(|to| to.name != from.name) {
-            let direct = !from.pod && !to.pod && !to.address.is_private();
+            let direct = !from.pod && !to.pod && is_public(to.address);
             if which == Pairs::BesidesPublicHosts && direct {
                 continue;
             }
@@ -163,6 +171,14 @@ pub fn bytes_arrive_intact(lab: &Lab, bytes: u64, which: Pairs) -> anyhow::Resul
     ))
 }
 
+/// Whether the lab's internet routes an address.
+fn is_public(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => !ip.is_private(),
+        IpAddr::V6(ip) => !ip.is_unique_local(),
+    }
+}
+
 /// Pods of every region reach the service `kubernetes`.
 ///
 /// # Errors
@@ -171,7 +187,7 @@ pub fn bytes_arrive_intact(lab: &Lab, bytes: u64, which: Pairs) -> anyhow::Resul
 pub fn pods_reach_the_api(lab: &Lab) -> anyhow::Result<String> {
     for name in lab.node_names() {
         let pod = lab.pod(&name)?;
-        let server = SocketAddr::from((KUBERNETES_SERVICE, 443));
+        let server = SocketAddr::from((kubernetes_service(lab.family()), 443));
         pod.namespace()
             .within(|| std::net::TcpStream::connect_timeout(&server, Duration::from_secs(5)))
             .with_context(|| format!("pod on {name} -> {server}"))?;
@@ -184,7 +200,7 @@ pub fn pods_reach_the_api(lab: &Lab) -> anyhow::Result<String> {
 /// # Errors
 ///
 /// When one does not answer.
-pub fn master_reaches_every_kubelet(lab: &Lab) -> anyhow::Result<String> {
+pub fn master_reaches_every_kubelet(lab: &impl Places) -> anyhow::Result<String> {
     let places = lab.places();
     let master = lab.place(MASTER)?;
     for place in places
@@ -246,8 +262,10 @@ pub fn allowed_ips_of(
     let mut allowed = BTreeSet::from([format!("{wireguard_ip}/32")]);
     for node in lab.network().nodes() {
         if lab.network().site(node.name())? == site {
-            allowed.insert(format!("{}/32", node.address()));
-            allowed.insert(lab.pod_cidr(node.name())?.to_string());
+            let addresses = node.addresses().iter().copied();
+            allowed.extend(addresses.map(|address| IpNet::from(address).to_string()));
+            let pods = lab.pod_cidrs(node.name())?;
+            allowed.extend(pods.iter().map(ToString::to_string));
         }
     }
     Ok(allowed)
@@ -259,7 +277,7 @@ pub fn allowed_ips_of(
 ///
 /// When it is not within `patience`.
 pub fn reached_within(
-    lab: &Lab,
+    lab: &impl Places,
     from: &str,
     to: &str,
     patience: Duration,
@@ -273,32 +291,34 @@ pub fn reached_within(
 }
 
 /// A pod's packet that fits flannel's link but not the tunnel is answered by "fragmentation needed"
-/// from its own node, with a size that fits.
+/// or "packet too big" from its own node, with a size that fits.
 ///
 /// # Errors
 ///
 /// When nobody answers, or somebody farther away does.
-pub fn too_large_is_told_at_home(lab: &Lab, node: &str, to: Ipv4Addr) -> anyhow::Result<String> {
+pub fn too_large_is_told_at_home(lab: &Lab, node: &str, to: IpAddr) -> anyhow::Result<String> {
     let pod = lab.pod(node)?;
-    // 1422 bytes of payload, 8 of ICMP, 20 of IP: what the pod's link of 1450 takes.
+    // With 8 bytes of ICMP and the header of IP what the pod's link of 1450 takes.
+    let (size, complaint) = match Family::of(to) {
+        Family::V4 => (1422, "Frag needed"),
+        Family::V6 => (1402, "Packet too big"),
+    };
     let output = pod
         .namespace()
-        .attempt(&format!("ping -M do -s 1422 -c 1 -W 2 {to}"))?;
+        .attempt(&format!("ping -M do -s {size} -c 1 -W 2 {to}"))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let complaint = text
         .lines()
-        .find(|line| line.contains("Frag needed"))
-        .with_context(|| format!("no answer \"fragmentation needed\": {text}"))?;
-    let home = lab.pod_cidr(node)?;
-    let from: Ipv4Addr = complaint
+        .find(|line| line.contains(complaint))
+        .with_context(|| format!("no answer \"{complaint}\": {text}"))?;
+    let homes = lab.pod_cidrs(node)?;
+    let from: IpAddr = complaint
         .split_whitespace()
         .nth(1)
         .and_then(|word| word.trim_end_matches(':').parse().ok())
         .with_context(|| complaint.to_owned())?;
-    ensure!(
-        home.contains(&from),
-        "{node} is {home}, but was told by {from}"
-    );
+    let at_home = homes.iter().any(|home| home.contains(&from));
+    ensure!(at_home, "{node} is {homes:?}, but was told by {from}");
     Ok(complaint.trim().to_owned())
 }
 
@@ -310,20 +330,103 @@ pub fn too_large_is_told_at_home(lab: &Lab, node: &str, to: Ipv4Addr) -> anyhow:
 pub fn own_state(lab: &Lab, node: &str) -> anyhow::Result<String> {
     let node = lab.node(node)?;
     let mut state = String::new();
-    for line in [
-        "ip -4 rule",
-        "ip -4 route show table 5130",
-        "ip -4 route show table 5131",
-        "ip -4 route show table 5132",
-        "ip -4 -br address show dev kilo0",
-        "ip -br link show dev kilo0",
-        "nft -s list table inet selvedge",
-    ] {
+    let mut lines = vec![
+        "ip -br link show dev kilo0".to_owned(),
+        "nft -s list table inet selvedge".to_owned(),
+    ];
+    for family in lab.families() {
+        let option = family.option();
+        lines.push(format!("ip {option} rule"));
+        for table in TABLES {
+            lines.push(format!("ip {option} route show table {table}"));
+        }
+        lines.push(format!("ip {option} -br address show dev kilo0"));
+    }
+    for line in lines {
         // What is not there is state as well.
-        let text = node.run(line).unwrap_or_else(|error| error.to_string());
+        let text = node.run(&line).unwrap_or_else(|error| error.to_string());
+        // The kernel lists IPv6 addresses by their age, and nobody goes by it.
+        let mut words: Vec<&str> = text.split_whitespace().collect();
+        words.sort_unstable();
+        let text = if line.contains(" address ") {
+            words.join(" ")
+        } else {
+            text
+        };
         state += &format!("# {line}\n{text}\n");
     }
     Ok(state)
+}
+
+/// Deletes all that Selvedge has installed on a node of a family, and what belongs to no family, one
+/// by one; each is back within `patience`.
+///
+/// # Errors
+///
+/// When something is not; the error shows what is there instead.
+pub fn what_is_deleted_is_repaired(
+    lab: &Lab,
+    node: &str,
+    family: Family,
+    patience: Duration,
+) -> anyhow::Result<String> {
+    let machine = lab.node(node)?;
+    let option = family.option();
+    let mut commands = vec!["nft delete table inet selvedge".to_owned()];
+    for rule in machine.run(&format!("ip {option} rule"))?.lines() {
+        if let Some((priority, _)) = rule.split_once(':')
+            && (5190..5200).contains(&priority.parse::<u32>()?)
+        {
+            commands.push(format!("ip {option} rule delete priority {priority}"));
+        }
+    }
+    ensure!(commands.len() > 3, "{node} has too few rules: {commands:?}");
+    for table in TABLES {
+        let routes = machine.run(&format!("ip {option} route show table {table}"));
+        let routes = routes.unwrap_or_default();
+        commands.extend(
+            routes
+                .lines()
+                .map(|route| route_deletion(family, table, route)),
+        );
+        if !routes.is_empty() {
+            commands.push(format!("ip {option} route flush table {table}"));
+        }
+    }
+    let addresses = machine.run(&format!("ip {option} -br address show dev kilo0"))?;
+    for address in addresses
+        .split_whitespace()
+        .filter(|word| word.contains('/'))
+    {
+        commands.push(format!("ip address delete {address} dev kilo0"));
+    }
+    if addresses.contains('/') {
+        commands.push("ip link set kilo0 down".to_owned());
+    }
+    commands.push("ip link delete kilo0".to_owned());
+    let mut slowest = (Duration::ZERO, String::new());
+    for command in &commands {
+        let time = repaired_within(lab, node, command, patience)?;
+        slowest = slowest.max((time, command.clone()));
+    }
+    let (time, command) = slowest;
+    Ok(format!(
+        "{} things, the slowest after {time:.2?}: {command}",
+        commands.len()
+    ))
+}
+
+/// The command that deletes a route, from the line that shows it.
+fn route_deletion(family: Family, table: u32, route: &str) -> String {
+    let words: Vec<&str> = route.split_whitespace().collect();
+    let at = words.iter().position(|word| *word == "metric");
+    let metric = at.map_or(String::new(), |at| format!("metric {}", words[at + 1]));
+    let target = match words[0] {
+        "unreachable" | "throw" => &words[..2],
+        _ => &words[..1],
+    };
+    let (option, target) = (family.option(), target.join(" "));
+    format!("ip {option} route delete {target} table {table} {metric}")
 }
 
 /// Breaks something on a node and waits until Selvedge's state is what it was; tells how long.
@@ -348,6 +451,42 @@ pub fn repaired_within(
         now == before
     });
     outcome.with_context(|| format!("before:\n{before}\nnow:\n{now}"))
+}
+
+/// Agents that are stopped (those that still run are), and `selvedge cleanup` after them, leave every node as it was `before`.
+///
+/// # Errors
+///
+/// When a line of a dump differs; the error lists such lines.
+pub fn cleanup_leaves_nothing(
+    lab: &mut Lab,
+    binary: &Path,
+    before: &Dumps,
+) -> anyhow::Result<String> {
+    for name in lab.node_names() {
+        if lab.agent(&name).is_some() {
+            lab.take_agent(&name)?.stop()?;
+        }
+    }
+    for name in lab.node_names() {
+        let mut command = Command::new(binary);
+        command.arg("cleanup");
+        let output = lab.node(&name)?.output(command)?;
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "cleanup on {name}: {complaint}");
+    }
+    // flannel notices within five seconds that its rules are complete; nothing else moves.
+    let mut difference = String::new();
+    let outcome = wait_for("the dumps to be equal", Duration::from_secs(10), || {
+        match Dumps::take(lab) {
+            Ok(now) => difference = now.difference(before),
+            Err(error) => difference = error.to_string(),
+        }
+        difference.is_empty()
+    });
+    outcome.with_context(|| difference.clone())?;
+    let (nodes, commands) = before.size();
+    Ok(format!("{commands} dumps on {nodes} nodes are equal"))
 }
 
 /// The resident memory of an agent, in KiB.

@@ -4,7 +4,7 @@
 //! There is no kubelet: nodes are registered by the lab, and so is their status.
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -14,16 +14,57 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::client::Client;
+use crate::family::{Family, Inner};
+use crate::flannel::nth;
 use crate::node::Node;
 use crate::pki::Pki;
 use crate::process::{Process, wait_for};
 
-/// The pods' addresses, as in k3s.
-pub const POD_NETWORK: &str = "10.42.0.0/16";
-/// The services' addresses, as in k3s.
-pub const SERVICE_NETWORK: &str = "10.43.0.0/16";
-/// The service `kubernetes`.
-pub const KUBERNETES_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 43, 0, 1);
+/// The pods' IPv4 addresses, as in k3s.
+pub const POD_NETWORK: &str = Family::V4.pod_network();
+
+/// The service `kubernetes`, of the cluster's primary family.
+#[must_use]
+pub fn kubernetes_service(primary: Family) -> IpAddr {
+    let network = primary.service_network().parse();
+    nth(network.expect("a constant that is a network"), 1)
+}
+
+/// How a control plane is reached, and what it hands out.
+#[derive(Clone, Debug)]
+pub struct Reach {
+    /// The address under which everybody else reaches the API server.
+    pub public: IpAddr,
+    /// What the service `kubernetes` stands for: an address of the primary family.
+    pub advertised: IpAddr,
+    /// The families of pods and services, the primary one first.
+    pub families: Vec<Family>,
+}
+
+impl Reach {
+    fn join(&self, part: impl Fn(Family) -> &'static str) -> String {
+        let parts: Vec<_> = self.families.iter().map(|family| part(*family)).collect();
+        parts.join(",")
+    }
+
+    fn pod_networks(&self) -> String {
+        self.join(Family::pod_network)
+    }
+
+    fn primary(&self) -> Family {
+        Family::of(self.advertised)
+    }
+}
+
+impl From<Ipv4Addr> for Reach {
+    fn from(address: Ipv4Addr) -> Self {
+        Self {
+            public: address.into(),
+            advertised: address.into(),
+            families: Inner::V4.families(Family::V4),
+        }
+    }
+}
 
 const PORT: u16 = 6443;
 
@@ -50,6 +91,7 @@ pub struct ControlPlane {
     etcd: Option<Process>,
     directory: PathBuf,
     url: String,
+    reach: Reach,
     pki: Pki,
     admin: Client,
 }
@@ -77,15 +119,15 @@ pub fn program(name: &str) -> anyhow::Result<PathBuf> {
 
 impl ControlPlane {
     /// Starts all parts on `node` and waits until the API server is ready (three to four seconds
-    /// on two idle cores); everybody else reaches it at `public`.
+    /// on two idle cores); everybody else reaches it as `reach` says.
     ///
     /// # Errors
     ///
     /// When the binary is missing or a part exits; the error carries the end of its log.
-    pub fn start(node: &Node, public: Ipv4Addr, directory: &Path) -> anyhow::Result<Self> {
+    pub fn start(node: &Node, reach: impl Into<Reach>, directory: &Path) -> anyhow::Result<Self> {
+        let reach = reach.into();
         fs::create_dir_all(directory)?;
         let labcp = program("labcp")?;
-        let public_name = public.to_string();
         let pki = Pki::create(
             &directory.join("pki"),
             &[
@@ -94,8 +136,9 @@ impl ControlPlane {
                 "kubernetes.default",
                 "kubernetes.default.svc",
                 "127.0.0.1",
-                &KUBERNETES_SERVICE.to_string(),
-                &public_name,
+                &kubernetes_service(reach.primary()).to_string(),
+                &reach.public.to_string(),
+                &reach.advertised.to_string(),
             ],
         )?;
         let tokens = [
@@ -123,7 +166,8 @@ impl ControlPlane {
             apiserver: None,
             etcd: None,
             directory: directory.to_owned(),
-            url: format!("https://{public}:{PORT}"),
+            url: format!("https://{}", SocketAddr::new(reach.public, PORT)),
+            reach,
             pki,
             admin,
         };
@@ -142,7 +186,7 @@ impl ControlPlane {
         plane.etcd = Some(start("etcd", &etcd_flags(directory))?);
         plane.apiserver = Some(start(
             "kube-apiserver",
-            &apiserver_flags(directory, &plane.pki, &public_name),
+            &apiserver_flags(directory, &plane.pki, &plane.reach),
         )?);
         plane.wait_ready(node)?;
         plane.controllers = Some(start("kube-controller-manager", &plane.controller_flags())?);
@@ -242,7 +286,7 @@ impl ControlPlane {
             .env("PATH", path)
             .arg("kube-proxy")
             .arg(format!("--proxy-mode={mode}"))
-            .arg(format!("--cluster-cidr={POD_NETWORK}"))
+            .arg(format!("--cluster-cidr={}", self.reach.pod_networks()))
             .arg(format!("--hostname-override={}", node.name()))
             .arg("--kubeconfig")
             .arg(self.kubeconfig_path("system:kube-proxy"))
@@ -306,7 +350,7 @@ impl ControlPlane {
             "--bind-address=127.0.0.1".to_owned(),
             "--leader-elect=false".to_owned(),
             "--allocate-node-cidrs".to_owned(),
-            format!("--cluster-cidr={POD_NETWORK}"),
+            format!("--cluster-cidr={}", self.reach.pod_networks()),
             "--kube-api-qps=300".to_owned(),
             "--kube-api-burst=500".to_owned(),
             format!("--root-ca-file={}", self.pki.ca.display()),
@@ -346,12 +390,15 @@ fn etcd_flags(directory: &Path) -> Vec<String> {
     ]
 }
 
-fn apiserver_flags(directory: &Path, pki: &Pki, public: &str) -> Vec<String> {
+fn apiserver_flags(directory: &Path, pki: &Pki, reach: &Reach) -> Vec<String> {
     let file = |name: &str| directory.join(name).display().to_string();
+    // The second takes IPv4 as well.
+    let all_v4 = reach.public.is_ipv4() && reach.advertised.is_ipv4();
+    let bind = if all_v4 { "0.0.0.0" } else { "::" };
     vec![
         "--etcd-servers=http://127.0.0.1:2379".to_owned(),
-        "--bind-address=0.0.0.0".to_owned(),
-        format!("--advertise-address={public}"),
+        format!("--bind-address={bind}"),
+        format!("--advertise-address={}", reach.advertised),
         format!("--secure-port={PORT}"),
         format!("--tls-cert-file={}", pki.certificate.display()),
         format!("--tls-private-key-file={}", pki.key.display()),
@@ -368,7 +415,10 @@ fn apiserver_flags(directory: &Path, pki: &Pki, public: &str) -> Vec<String> {
             "--service-account-signing-key-file={}",
             pki.service_account.display()
         ),
-        format!("--service-cluster-ip-range={SERVICE_NETWORK}"),
+        format!(
+            "--service-cluster-ip-range={}",
+            reach.join(Family::service_network)
+        ),
         "--allow-privileged".to_owned(),
         format!("--audit-policy-file={}", file("audit-policy.yaml")),
         format!("--audit-log-path={}", file("audit.log")),

@@ -6,17 +6,18 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Context as _;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use crate::client::Client;
-use crate::controlplane::{POD_NETWORK, program};
+use crate::controlplane::program;
+use crate::family::{Family, Inner};
 use crate::node::Node;
 use crate::process::Process;
 
@@ -55,27 +56,58 @@ pub enum Firewall {
 pub struct Lease {
     /// The node's name.
     pub node: String,
+    /// What it has of each family.
+    pub parts: Vec<Part>,
+}
+
+/// What flannel publishes of one family of a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
     /// The node's pods.
-    pub pods: Ipv4Net,
+    pub pods: IpNet,
     /// Where VXLAN packets to it go.
-    pub public: Ipv4Addr,
-    /// The address of its `flannel.1`.
+    pub public: IpAddr,
+    /// The address of its `flannel.1` or `flannel-v6.1`.
     pub mac: String,
+}
+
+impl Lease {
+    fn part(&self, family: Family) -> Option<&Part> {
+        let mut parts = self.parts.iter();
+        parts.find(|part| Family::of(part.public) == family)
+    }
+}
+
+/// The name of flannel's VXLAN device.
+#[must_use]
+pub const fn device(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "flannel.1",
+        Family::V6 => "flannel-v6.1",
+    }
 }
 
 impl Backend {
     /// The text of `net-conf.json` as k3s writes it.
     #[must_use]
-    pub fn net_conf(self, firewall: Firewall) -> String {
+    pub fn net_conf(self, firewall: Firewall, inner: Inner) -> String {
         let backend = match self {
             Self::Vxlan => json!({"Type": "vxlan"}),
             Self::DirectRouting => json!({"Type": "vxlan", "DirectRouting": true}),
             Self::HostGateway => json!({"Type": "host-gw"}),
         };
         let mut config = json!({
-            "Network": POD_NETWORK, "EnableIPv4": true, "EnableIPv6": false,
-            "IPv6Network": "::/0", "Backend": backend,
+            "Network": Family::V4.pod_network(), "EnableIPv4": inner.has(Family::V4),
+            "IPv6Network": Family::V6.pod_network(), "EnableIPv6": inner.has(Family::V6),
+            "Backend": backend,
         });
+        // What k3s writes for a family that is off.
+        if !inner.has(Family::V4) {
+            config["Network"] = "0.0.0.0/0".into();
+        }
+        if !inner.has(Family::V6) {
+            config["IPv6Network"] = "::/0".into();
+        }
         if firewall == Firewall::Nftables {
             config["EnableNFTables"] = Value::Bool(true);
         }
@@ -173,10 +205,15 @@ pub fn start(node: &Node, kubeconfig: &Path, path: &str) -> anyhow::Result<Proce
 /// # Errors
 ///
 /// When the file cannot be written.
-pub fn write_net_conf(node: &Node, backend: Backend, firewall: Firewall) -> anyhow::Result<()> {
+pub fn write_net_conf(
+    node: &Node,
+    backend: Backend,
+    firewall: Firewall,
+    inner: Inner,
+) -> anyhow::Result<()> {
     let file = node.outside(NET_CONF);
     fs::create_dir_all(file.parent().context("NET_CONF lies in a directory")?)?;
-    fs::write(&file, backend.net_conf(firewall))?;
+    fs::write(&file, backend.net_conf(firewall, inner))?;
     Ok(())
 }
 
@@ -191,39 +228,9 @@ pub fn stand_in(node: &Node, leases: &[Lease], backend: Backend) -> anyhow::Resu
         .find(|lease| lease.node == node.name())
         .with_context(|| format!("no lease of {}", node.name()))?;
     let mut script = String::new();
-    if backend != Backend::HostGateway {
-        script += &format!(
-            "ip link add flannel.1 address {} mtu 1450 txqueuelen 0 type vxlan \
-                 id 1 dev eth0 local {} dstport 8472 nolearning\n\
-             ip address add {}/32 dev flannel.1\n\
-             ip link set flannel.1 up\n",
-            own.mac,
-            own.public,
-            own.pods.network()
-        );
+    for part in &own.parts {
+        script += &stand_in_family(own, part, leases, backend);
     }
-    for lease in leases.iter().filter(|lease| lease.node != own.node) {
-        let Lease {
-            pods, public, mac, ..
-        } = lease;
-        // The lab's subnets are all /24, and so is flannel's test whether a node is a neighbour.
-        let neighbour = public.octets()[..3] == own.public.octets()[..3];
-        let gateway = pods.network();
-        match backend {
-            Backend::HostGateway | Backend::DirectRouting if neighbour => {
-                script += &format!("ip route replace {pods} via {public} dev eth0\n");
-            }
-            Backend::HostGateway => {}
-            Backend::Vxlan | Backend::DirectRouting => {
-                script += &format!(
-                    "ip neighbour replace {gateway} lladdr {mac} dev flannel.1 nud permanent\n\
-                     bridge fdb replace {mac} dev flannel.1 dst {public} self permanent\n\
-                     ip route replace {pods} via {gateway} dev flannel.1 onlink\n"
-                );
-            }
-        }
-    }
-    script += &masquerade(own.pods);
     node.namespace().sh(&script)?;
 
     let env = node.outside(SUBNET_ENV);
@@ -232,66 +239,147 @@ pub fn stand_in(node: &Node, leases: &[Lease], backend: Backend) -> anyhow::Resu
         Backend::HostGateway => 1500,
         Backend::Vxlan | Backend::DirectRouting => 1450,
     };
-    let gateway = Ipv4Addr::from(u32::from(own.pods.network()) + 1);
-    fs::write(
-        env,
-        format!(
-            "FLANNEL_NETWORK={POD_NETWORK}\nFLANNEL_SUBNET={gateway}/{}\n\
-             FLANNEL_MTU={mtu}\nFLANNEL_IPMASQ=true\n",
-            own.pods.prefix_len()
-        ),
-    )?;
+    let mut text = String::new();
+    for part in &own.parts {
+        let family = Family::of(part.public);
+        let infix = match family {
+            Family::V4 => "",
+            Family::V6 => "IPV6_",
+        };
+        text += &format!(
+            "FLANNEL_{infix}NETWORK={}\nFLANNEL_{infix}SUBNET={}/{}\n",
+            family.pod_network(),
+            nth(part.pods, 1),
+            part.pods.prefix_len()
+        );
+    }
+    text += &format!("FLANNEL_MTU={mtu}\nFLANNEL_IPMASQ=true\n");
+    fs::write(env, text)?;
     Ok(())
+}
+
+/// The commands for one family of a node.
+fn stand_in_family(own: &Lease, part: &Part, leases: &[Lease], backend: Backend) -> String {
+    let family = Family::of(part.public);
+    let (device, option) = (device(family), family.option());
+    let mut script = String::new();
+    if backend != Backend::HostGateway {
+        script += &format!(
+            "ip link add {device} address {} mtu 1450 txqueuelen 0 type vxlan \
+                 id 1 dev eth0 local {} dstport 8472 nolearning\n\
+             ip address add {}/{} dev {device}{}\n\
+             ip link set {device} up\n",
+            part.mac,
+            part.public,
+            part.pods.network(),
+            part.pods.max_prefix_len(),
+            if family == Family::V6 { " nodad" } else { "" },
+        );
+    }
+    for lease in leases.iter().filter(|lease| lease.node != own.node) {
+        let Some(Part { pods, public, mac }) = lease.part(family) else {
+            continue;
+        };
+        let gateway = pods.network();
+        match backend {
+            Backend::HostGateway | Backend::DirectRouting if on_one_link(*public, part.public) => {
+                script += &format!("ip {option} route replace {pods} via {public} dev eth0\n");
+            }
+            Backend::HostGateway => {}
+            Backend::Vxlan | Backend::DirectRouting => {
+                script += &format!(
+                    "ip neighbour replace {gateway} lladdr {mac} dev {device} nud permanent\n\
+                     bridge fdb replace {mac} dev {device} dst {public} self permanent\n\
+                     ip {option} route replace {pods} via {gateway} dev {device} onlink\n"
+                );
+            }
+        }
+    }
+    script + &masquerade(part.pods)
+}
+
+/// The lab's subnets are all /24 and /64, and so is flannel's test whether a node is a neighbour.
+fn on_one_link(one: IpAddr, other: IpAddr) -> bool {
+    match (one, other) {
+        (IpAddr::V4(one), IpAddr::V4(other)) => one.octets()[..3] == other.octets()[..3],
+        (IpAddr::V6(one), IpAddr::V6(other)) => one.octets()[..8] == other.octets()[..8],
+        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => false,
+    }
+}
+
+/// The address `offset` after a network's own.
+pub(crate) fn nth(net: IpNet, offset: u8) -> IpAddr {
+    match net.network() {
+        IpAddr::V4(first) => Ipv4Addr::from(u32::from(first) + u32::from(offset)).into(),
+        IpAddr::V6(first) => Ipv6Addr::from(u128::from(first) + u128::from(offset)).into(),
+    }
 }
 
 /// The annotations that flannel puts on a lease's Node.
 #[must_use]
 pub fn annotations(lease: &Lease, backend: Backend) -> BTreeMap<String, String> {
-    let (kind, data) = match backend {
-        Backend::HostGateway => ("host-gw", "null".to_owned()),
-        Backend::Vxlan | Backend::DirectRouting => (
-            "vxlan",
-            format!("{{\"VNI\":1,\"VtepMAC\":\"{}\"}}", lease.mac),
-        ),
+    let kind = match backend {
+        Backend::HostGateway => "host-gw",
+        Backend::Vxlan | Backend::DirectRouting => "vxlan",
     };
-    [
+    let mut annotations = vec![
         ("kube-subnet-manager", "true".to_owned()),
         ("backend-type", kind.to_owned()),
-        ("backend-data", data),
-        ("public-ip", lease.public.to_string()),
-    ]
-    .into_iter()
-    .map(|(key, value)| (format!("flannel.alpha.coreos.com/{key}"), value))
-    .collect()
+    ];
+    for part in &lease.parts {
+        let (data_key, ip_key) = match part.public {
+            IpAddr::V4(_) => ("backend-data", "public-ip"),
+            IpAddr::V6(_) => ("backend-v6-data", "public-ipv6"),
+        };
+        let data = match backend {
+            Backend::HostGateway => "null".to_owned(),
+            Backend::Vxlan | Backend::DirectRouting => {
+                format!("{{\"VNI\":1,\"VtepMAC\":\"{}\"}}", part.mac)
+            }
+        };
+        annotations.push((data_key, data));
+        annotations.push((ip_key, part.public.to_string()));
+    }
+    annotations
+        .into_iter()
+        .map(|(key, value)| (format!("flannel.alpha.coreos.com/{key}"), value))
+        .collect()
 }
 
 /// Flannel's rules, in its order and with its comments.
-fn masquerade(pods: Ipv4Net) -> String {
+fn masquerade(pods: IpNet) -> String {
+    let family = Family::of(pods.addr());
+    let (iptables, network) = (family.iptables(), family.pod_network());
+    let multicast = match family {
+        Family::V4 => "224.0.0.0/4",
+        Family::V6 => "ff00::/8",
+    };
     let nat = |rule: &str| {
         format!(
-            "iptables -t nat -A FLANNEL-POSTRTG {}\n",
+            "{iptables} -t nat -A FLANNEL-POSTRTG {}\n",
             rule.replace("//", "-m comment --comment 'flanneld masq' -j")
         )
     };
     [
-        "iptables -t nat -N FLANNEL-POSTRTG\n".to_owned(),
-        "iptables -t nat -A POSTROUTING -m comment --comment 'flanneld masq' -j FLANNEL-POSTRTG\n"
-            .to_owned(),
+        format!("{iptables} -t nat -N FLANNEL-POSTRTG\n"),
+        format!(
+            "{iptables} -t nat -A POSTROUTING -m comment --comment 'flanneld masq' -j FLANNEL-POSTRTG\n"
+        ),
         nat("-m mark --mark 0x4000/0x4000 // RETURN"),
-        nat(&format!("-s {pods} -d {POD_NETWORK} // RETURN")),
-        nat(&format!("-s {POD_NETWORK} -d {pods} // RETURN")),
-        nat(&format!("! -s {POD_NETWORK} -d {pods} // RETURN")),
+        nat(&format!("-s {pods} -d {network} // RETURN")),
+        nat(&format!("-s {network} -d {pods} // RETURN")),
+        nat(&format!("! -s {network} -d {pods} // RETURN")),
         nat(&format!(
-            "-s {POD_NETWORK} ! -d 224.0.0.0/4 // MASQUERADE --random-fully"
+            "-s {network} ! -d {multicast} // MASQUERADE --random-fully"
         )),
         nat(&format!(
-            "! -s {POD_NETWORK} -d {POD_NETWORK} // MASQUERADE --random-fully"
+            "! -s {network} -d {network} // MASQUERADE --random-fully"
         )),
         format!(
-            "iptables -N FLANNEL-FWD
-             iptables -A FORWARD -m comment --comment 'flanneld forward' -j FLANNEL-FWD
-             iptables -A FLANNEL-FWD -s {POD_NETWORK} -m comment --comment 'flanneld forward' -j ACCEPT
-             iptables -A FLANNEL-FWD -d {POD_NETWORK} -m comment --comment 'flanneld forward' -j ACCEPT\n"
+            "{iptables} -N FLANNEL-FWD
+             {iptables} -A FORWARD -m comment --comment 'flanneld forward' -j FLANNEL-FWD
+             {iptables} -A FLANNEL-FWD -s {network} -m comment --comment 'flanneld forward' -j ACCEPT
+             {iptables} -A FLANNEL-FWD -d {network} -m comment --comment 'flanneld forward' -j ACCEPT\n"
         ),
     ]
     .concat()

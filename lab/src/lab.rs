@@ -3,18 +3,19 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use crate::apiserver::ApiServer;
 use crate::client::Client;
 use crate::controlplane::ControlPlane;
-use crate::flannel::{self, Backend, Firewall};
+use crate::family::Family;
+use crate::flannel::{self, Backend, Firewall, nth};
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::process::{Process, wait_for};
@@ -25,9 +26,11 @@ use crate::traffic::Place;
 mod agents;
 mod bringup;
 mod dump;
+mod places;
 
 pub use agents::{Access, Mesh, SCENARIO_FLAGS};
 pub use bringup::{register_node, status};
+pub use places::{OfFamily, Places};
 
 /// Which kube-proxy runs on the nodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -151,27 +154,42 @@ impl Lab {
             .with_context(|| format!("no pod on {node}"))
     }
 
-    /// Every pod and every host.
+    /// The cluster's address families, the primary one first.
+    #[must_use]
+    pub fn families(&self) -> Vec<Family> {
+        let shape = self.options.shape;
+        shape.inner.families(shape.wan)
+    }
+
+    /// The pods' networks, the primary family's first.
+    #[must_use]
+    pub fn pod_networks(&self) -> Vec<IpNet> {
+        let networks = self.families().into_iter().map(Family::pod_network);
+        let networks = networks.map(|network| network.parse());
+        networks
+            .collect::<Result<_, _>>()
+            .expect("constants that are networks")
+    }
+
+    /// The lab as one of its families sees it.
+    #[must_use]
+    pub fn of(&self, family: Family) -> OfFamily<'_> {
+        OfFamily { lab: self, family }
+    }
+
+    /// Every pod and every host, by its address of the primary family.
     #[must_use]
     pub fn places(&self) -> Vec<Place> {
-        let pods = self.network.nodes().iter().filter_map(|node| {
-            let pod = self.pods.get(node.name())?;
-            Some(Place {
-                name: format!("pod@{}", node.name()),
-                node: node.name().to_owned(),
-                pod: true,
-                address: pod.address(),
-                namespace: pod.namespace().path(),
-            })
-        });
-        let hosts = self.network.nodes().iter().map(|node| Place {
-            name: node.name().to_owned(),
-            node: node.name().to_owned(),
-            pod: false,
-            address: node.address(),
-            namespace: node.namespace().path(),
-        });
-        pods.chain(hosts).collect()
+        Places::places(self)
+    }
+
+    /// Every pod and every host, once for each family.
+    #[must_use]
+    pub fn places_of_all_families(&self) -> Vec<Place> {
+        let families = self.families().into_iter();
+        families
+            .flat_map(|family| self.of(family).places())
+            .collect()
     }
 
     /// The place of that name: `pod@node-master` or `node-master`.
@@ -180,21 +198,28 @@ impl Lab {
     ///
     /// When there is none.
     pub fn place(&self, name: &str) -> anyhow::Result<Place> {
-        self.places()
-            .into_iter()
-            .find(|place| place.name == name)
-            .with_context(|| format!("the lab has no place {name}"))
+        Places::place(self, name)
     }
 
-    /// The address of the service in front of a place.
+    /// The address of the service in front of a place, of the family of the place's address.
     #[must_use]
-    pub fn service(&self, place: &Place) -> Ipv4Addr {
+    pub fn service(&self, place: &Place) -> IpAddr {
         let number = self
             .places()
             .iter()
             .position(|other| other.name == place.name);
         let number = number.and_then(|number| u8::try_from(number).ok());
-        Ipv4Addr::new(10, 43, 7, 1 + number.unwrap_or(u8::MAX - 1))
+        let number = number.unwrap_or(u8::MAX - 1);
+        match Family::of(place.address) {
+            Family::V4 => [10, 43, 7, 1 + number].into(),
+            Family::V6 => {
+                let network = Family::V6.service_network().parse();
+                nth(
+                    network.expect("a constant that is a network"),
+                    0x71 + number,
+                )
+            }
+        }
     }
 
     /// Whether two nodes are in different regions.
@@ -309,10 +334,21 @@ impl Lab {
     /// # Errors
     ///
     /// When the node does not exist or has none.
-    pub fn pod_cidr(&self, node: &str) -> anyhow::Result<Ipv4Net> {
+    pub fn pod_cidr(&self, node: &str) -> anyhow::Result<IpNet> {
+        let cidrs = self.pod_cidrs(node)?;
+        cidrs.first().copied().context("a node without podCIDR")
+    }
+
+    /// A node's `spec.podCIDRs`.
+    ///
+    /// # Errors
+    ///
+    /// When the node does not exist.
+    pub fn pod_cidrs(&self, node: &str) -> anyhow::Result<Vec<IpNet>> {
         let object = self.api().get(&format!("/api/v1/nodes/{node}"))?;
-        let cidr = object["spec"]["podCIDR"].as_str();
-        Ok(cidr.context("a node without podCIDR")?.parse()?)
+        let cidrs = object["spec"]["podCIDRs"].as_array().into_iter().flatten();
+        let cidrs = cidrs.filter_map(|cidr| cidr.as_str());
+        Ok(cidrs.map(str::parse).collect::<Result<_, _>>()?)
     }
 
     fn flannel_kubeconfig(&self) -> PathBuf {

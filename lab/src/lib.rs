@@ -9,6 +9,8 @@ pub mod capture;
 pub mod claims;
 pub mod client;
 pub mod controlplane;
+pub mod dumps;
+pub mod family;
 pub mod flannel;
 pub mod lab;
 pub mod leftover;

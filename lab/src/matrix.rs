@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use crate::traffic::{Place, who};
 
@@ -17,7 +17,7 @@ impl Matrix {
     /// Asks from every place, for every other place, at the address and port that `target` names.
     ///
     /// A target of `None` is not asked.
-    pub fn ask(places: &[Place], target: impl Fn(&Place) -> Option<(Ipv4Addr, u16)>) -> Self {
+    pub fn ask(places: &[Place], target: impl Fn(&Place) -> Option<(IpAddr, u16)>) -> Self {
         let pairs = places.iter().flat_map(|from| {
             let others = places.iter().filter(|to| to.name != from.name);
             others.map(move |to| (from, to))

@@ -4,16 +4,17 @@
 //! Programs of several nodes thus use the same well-known paths without meeting each other.
 
 use std::fs::{self, File};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::sethostname;
 
+use crate::family::Family;
 use crate::netns::Namespace;
 use crate::process::Process;
 
@@ -24,7 +25,7 @@ const PRIVATE: [(&str, &str); 2] = [("run", "/run"), ("var-lib", "/var/lib")];
 #[derive(Debug)]
 pub struct Node {
     name: String,
-    address: Ipv4Addr,
+    addresses: Vec<IpAddr>,
     namespace: Namespace,
     directory: PathBuf,
     mounts: File,
@@ -41,25 +42,41 @@ impl Node {
     /// Without root, or when the kernel refuses a mount.
     pub fn new(
         name: &str,
-        address: Ipv4Addr,
+        address: impl Into<IpAddr>,
         namespace: Namespace,
         directory: PathBuf,
     ) -> anyhow::Result<Self> {
+        Self::with_addresses(name, &[address.into()], namespace, directory)
+    }
+
+    /// The same, with an address of each family that Kubernetes is told, the primary one first.
+    ///
+    /// # Errors
+    ///
+    /// As [`Node::new`], and when there is no address.
+    pub fn with_addresses(
+        name: &str,
+        addresses: &[IpAddr],
+        namespace: Namespace,
+        directory: PathBuf,
+    ) -> anyhow::Result<Self> {
+        ensure!(!addresses.is_empty(), "{name} has no address");
         for (own, _) in PRIVATE {
             fs::create_dir_all(directory.join(own))?;
         }
         fs::create_dir_all(directory.join("run/netns"))?;
         fs::create_dir_all(directory.join("log"))?;
-        fs::write(
-            directory.join("hosts"),
-            format!("127.0.0.1 localhost\n{address} {name}\n"),
-        )?;
+        let names = addresses
+            .iter()
+            .map(|address| format!("{address} {name}\n"));
+        let hosts = format!("127.0.0.1 localhost\n{}", names.collect::<String>());
+        fs::write(directory.join("hosts"), hosts)?;
         let (mounts, hostname) = namespace
             .within(|| private_view(name, &directory))
             .with_context(|| format!("giving {name} its own mounts"))?;
         Ok(Self {
             name: name.to_owned(),
-            address,
+            addresses: addresses.to_vec(),
             namespace,
             directory,
             mounts,
@@ -73,10 +90,23 @@ impl Node {
         &self.name
     }
 
-    /// The address of its `eth0`: its `InternalIP`.
+    /// The address of its `eth0`: its first `InternalIP`.
     #[must_use]
-    pub fn address(&self) -> Ipv4Addr {
-        self.address
+    pub fn address(&self) -> IpAddr {
+        self.addresses[0]
+    }
+
+    /// All of its `InternalIP`s.
+    #[must_use]
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+
+    /// Its `InternalIP` of a family.
+    #[must_use]
+    pub fn address_of(&self, family: Family) -> Option<IpAddr> {
+        let mut addresses = self.addresses.iter().copied();
+        addresses.find(|ip| Family::of(*ip) == family)
     }
 
     /// Its network namespace, for commands that need nothing but the network.
@@ -206,8 +236,7 @@ mod tests {
 
     fn node(name: &str, directory: &Path) -> Node {
         let namespace = Namespace::new(name).unwrap();
-        let address = Ipv4Addr::new(192, 0, 2, 1);
-        Node::new(name, address, namespace, directory.join(name)).unwrap()
+        Node::new(name, [192, 0, 2, 1], namespace, directory.join(name)).unwrap()
     }
 
     #[test]

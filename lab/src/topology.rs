@@ -17,13 +17,20 @@
 //! With [`Master::ElasticIp`] the master is 172.16.0.10 behind a router that translates all of
 //! 203.0.113.10 to it, one to one, as clouds do.
 //!
+//! With [`Shape::wan`] of IPv6 the internet carries nothing else. Then the master is 2001:db8:0:1::10 and,
+//! where there is IPv4 inside, 172.16.0.10; the data centre's nodes have unique local addresses
+//! (fd5e:1ab:0:50::11, …) and global ones (2001:db8:0:50::11, …) behind a router that translates
+//! nothing and admits nothing inbound. Where only pods and services have IPv6, all nodes have unique
+//! local addresses.
+//!
 //! This module knows nothing of Kubernetes, flannel or Selvedge.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 
+use crate::family::{Family, Inner};
 use crate::netns::Namespace;
 use crate::node::Node;
 
@@ -74,6 +81,11 @@ pub struct Shape {
     pub nat: Nat,
     /// Strict reverse path filters and a FORWARD policy of DROP on every node.
     pub strict: bool,
+    /// The families of pods and services, which every node has, too.
+    pub inner: Inner,
+    /// The family of the internet. IPv6 knows no elastic IP, no further clouds and no third region
+    /// in the subnet of the second.
+    pub wan: Family,
 }
 
 impl Default for Shape {
@@ -85,11 +97,13 @@ impl Default for Shape {
             clouds: 0,
             nat: Nat::Cone,
             strict: true,
+            inner: Inner::V4,
+            wan: Family::V4,
         }
     }
 }
 
-/// The address under which everybody reaches the master.
+/// The address under which everybody reaches the master over IPv4.
 pub const MASTER_PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
 
 /// The name of the master.
@@ -109,7 +123,9 @@ pub struct Network {
 struct Blueprint {
     name: String,
     site: Site,
-    address: Ipv4Addr,
+    v4: Ipv4Addr,
+    /// The last group of its IPv6 addresses.
+    v6: u16,
 }
 
 /// A place where nodes stand: each hangs on a bridge of the router of its place.
@@ -126,6 +142,27 @@ pub enum Site {
 }
 
 impl Site {
+    /// An address of the site that is of use inside of it alone (RFC 4193).
+    #[must_use]
+    pub const fn unique_local(self, last: u16) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd5e, 0x1ab, 0, self.number(), 0, 0, 0, last)
+    }
+
+    /// An address of the site that the internet of IPv6 routes.
+    #[must_use]
+    pub const fn global(self, last: u16) -> Ipv6Addr {
+        Ipv6Addr::new(0x2001, 0xdb8, 0, self.number(), 0, 0, 0, last)
+    }
+
+    const fn number(self) -> u16 {
+        match self {
+            Self::Cloud => 1,
+            Self::DataCentre => 0x50,
+            Self::Third => 0x60,
+            Self::Further(number) => 0x100 + number as u16,
+        }
+    }
+
     /// The region that scenario 000 labels the site's nodes with.
     #[must_use]
     pub fn region(self) -> &'static str {
@@ -145,26 +182,44 @@ impl Site {
 }
 
 impl Shape {
+    /// Whether nodes have addresses of a family.
+    #[must_use]
+    pub fn has(&self, family: Family) -> bool {
+        self.wan == family || self.inner.has(family)
+    }
+
+    /// The address under which everybody reaches the master.
+    #[must_use]
+    pub fn master_public(&self) -> IpAddr {
+        match self.wan {
+            Family::V4 => MASTER_PUBLIC.into(),
+            Family::V6 => Site::Cloud.global(0x10).into(),
+        }
+    }
+
     fn blueprints(&self) -> Vec<Blueprint> {
         let master = match self.master {
-            Master::Direct => MASTER_PUBLIC,
-            Master::ElasticIp => Ipv4Addr::new(172, 16, 0, 10),
+            Master::Direct if self.wan == Family::V4 => MASTER_PUBLIC,
+            Master::Direct | Master::ElasticIp => Ipv4Addr::new(172, 16, 0, 10),
         };
         let mut all = vec![Blueprint {
             name: MASTER.to_owned(),
             site: Site::Cloud,
-            address: master,
+            v4: master,
+            v6: 0x10,
         }];
         all.extend((1..=self.agents).map(|number| Blueprint {
             name: format!("node-agent-{number:02}"),
             site: Site::DataCentre,
-            address: Ipv4Addr::new(192, 168, 50, 10 + number),
+            v4: Ipv4Addr::new(192, 168, 50, 10 + number),
+            v6: 0x10 + u16::from(number),
         }));
         for cloud in 1..=self.clouds {
             all.extend((1..=nodes_of_cloud(cloud)).map(|number| Blueprint {
                 name: format!("node-cloud{cloud}-{number:02}"),
                 site: Site::Further(cloud),
-                address: Ipv4Addr::new(172, 16, cloud, 10 + number),
+                v4: Ipv4Addr::new(172, 16, cloud, 10 + number),
+                v6: 0x10 + u16::from(number),
             }));
         }
         let third = match self.third {
@@ -175,7 +230,8 @@ impl Shape {
         all.extend((1..=2).map(|number| Blueprint {
             name: format!("node-third-{number:02}"),
             site: Site::Third,
-            address: Ipv4Addr::new(192, 168, third, 10 + number),
+            v4: Ipv4Addr::new(192, 168, third, 10 + number),
+            v6: 0x10 + u16::from(number),
         }));
         all
     }
@@ -190,7 +246,15 @@ impl Network {
     ///
     /// Without root, when a program is missing, or when a namespace of such a name exists.
     pub fn up(prefix: &str, directory: &Path, shape: Shape) -> anyhow::Result<Self> {
-        let internet = internet(prefix)?;
+        if shape.wan == Family::V6 {
+            ensure!(
+                shape.master == Master::Direct
+                    && shape.clouds == 0
+                    && shape.third != Third::Overlapping,
+                "the lab's internet of IPv6 has neither elastic IPs nor further clouds nor overlaps"
+            );
+        }
+        let internet = internet(prefix, shape)?;
         let mut network = Self {
             prefix: prefix.to_owned(),
             nodes: Vec::new(),
@@ -198,15 +262,13 @@ impl Network {
             routers: Vec::new(),
             internet,
         };
-        network.add_router("nat1", [203, 0, 113, 20], "192.168.50.1/24")?;
-        network.masquerade("nat1", shape.nat)?;
+        network.add_border("nat1", Site::DataCentre, "192.168.50.1/24", shape)?;
         if shape.third != Third::None {
             let inside = match shape.third {
                 Third::Overlapping => "192.168.50.1/24",
                 Third::Distinct | Third::None => "192.168.60.1/24",
             };
-            network.add_router("nat2", [203, 0, 113, 30], inside)?;
-            network.masquerade("nat2", shape.nat)?;
+            network.add_border("nat2", Site::Third, inside, shape)?;
         }
         if shape.master == Master::ElasticIp {
             network.add_router("eip", [203, 0, 113, 10], "172.16.0.1/24")?;
@@ -333,6 +395,70 @@ impl Network {
         Ok(())
     }
 
+    /// The router of a private data centre, which lets answers in and nothing else.
+    fn add_border(
+        &mut self,
+        name: &str,
+        site: Site,
+        inside: &str,
+        shape: Shape,
+    ) -> anyhow::Result<()> {
+        let last: u8 = if site == Site::DataCentre { 20 } else { 30 };
+        if shape.wan == Family::V4 {
+            self.add_router(name, [203, 0, 113, last], inside)?;
+            self.masquerade(name, shape.nat)?;
+        } else {
+            self.add_firewalled_router(name, site, inside, last)?;
+        }
+        if shape.has(Family::V6) {
+            let router = self.router(name)?;
+            router.sysctl("ipv6/conf/all/forwarding", "1")?;
+            router.run(&format!(
+                "ip -6 address add {}/64 dev br0 nodad",
+                site.unique_local(1)
+            ))?;
+        }
+        Ok(())
+    }
+
+    /// A router of IPv6: no translation, and a firewall that remembers.
+    fn add_firewalled_router(
+        &mut self,
+        name: &str,
+        site: Site,
+        inside: &str,
+        last: u8,
+    ) -> anyhow::Result<()> {
+        let router = Namespace::named(format!("{}-{name}", self.prefix))?;
+        relax(&router)?;
+        let _ = router.sysctl("bridge/bridge-nf-call-ip6tables", "0");
+        self.internet.veth(name, &router, "wan")?;
+        self.internet
+            .run(&format!("ip link set {name} master br0"))?;
+        let outside = Site::Cloud.global(u16::from(last));
+        router.sh(&format!(
+            "ip link add br0 type bridge forward_delay 0
+             ip link set br0 up
+             ip address add {inside} dev br0
+             ip -6 address add {}/64 dev br0 nodad
+             ip -6 address add {outside}/64 dev wan nodad
+             ip -6 route add default via {}
+             ip6tables -P FORWARD DROP
+             ip6tables -A FORWARD -i br0 -o wan -s 2001:db8::/32 -j ACCEPT
+             ip6tables -A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+             ip6tables -A INPUT -i wan -p icmpv6 -j ACCEPT
+             ip6tables -A INPUT -i wan -j DROP",
+            site.global(1),
+            Site::Cloud.global(1)
+        ))?;
+        self.internet.run(&format!(
+            "ip -6 route add {}/64 via {outside}",
+            site.global(0)
+        ))?;
+        self.routers.push(router);
+        Ok(())
+    }
+
     fn add_cloud(&mut self, cloud: u8) -> anyhow::Result<()> {
         let name = format!("cloud{cloud}");
         let inside = format!("172.16.{cloud}.1/24");
@@ -372,28 +498,51 @@ impl Network {
         directory: PathBuf,
         shape: Shape,
     ) -> anyhow::Result<()> {
-        let Blueprint {
-            name,
-            site,
-            address,
-        } = plan;
+        let Blueprint { name, site, v4, v6 } = plan;
         let namespace = Namespace::named(format!("{}-{name}", self.prefix))?;
         relax(&namespace)?;
         let switch = self.switch(site)?;
         switch.veth(&name, &namespace, "eth0")?;
         switch.run(&format!("ip link set {name} master br0"))?;
-        let [a, b, c, _] = address.octets();
-        namespace.sh(&format!(
-            "ip address add {address}/24 dev eth0
-             ip route add default via {a}.{b}.{c}.1"
-        ))?;
+        if shape.has(Family::V4) {
+            let [a, b, c, _] = v4.octets();
+            namespace.sh(&format!(
+                "ip address add {v4}/24 dev eth0
+                 ip route add default via {a}.{b}.{c}.1"
+            ))?;
+        }
+        // Not by router advertisements: who forwards ignores them.
+        let (own, global) = (site.unique_local(v6), site.global(v6));
+        let public = shape.wan == Family::V6 && site == Site::Cloud;
+        let v6 = if public { global } else { own };
+        if shape.has(Family::V6) {
+            // The last one added is listed first, and flannel takes the first.
+            if shape.wan == Family::V6 {
+                namespace.run(&format!("ip -6 address add {global}/64 dev eth0 nodad"))?;
+            }
+            if !public {
+                namespace.run(&format!("ip -6 address add {own}/64 dev eth0 nodad"))?;
+            }
+            let gateway = match shape.wan {
+                Family::V4 => site.unique_local(1),
+                Family::V6 => site.global(1),
+            };
+            namespace.run(&format!("ip -6 route add default via {gateway}"))?;
+            namespace.sysctl("ipv6/conf/all/forwarding", "1")?;
+        }
         namespace.sysctl("ipv4/ip_forward", "1")?;
         if shape.strict {
             namespace.sysctl("ipv4/conf/all/rp_filter", "1")?;
             namespace.sysctl("ipv4/conf/default/rp_filter", "1")?;
             namespace.sysctl("ipv4/conf/eth0/rp_filter", "1")?;
         }
-        let node = Node::new(&name, address, namespace, directory.join(&name))?;
+        let families = shape.inner.families(shape.wan);
+        let addresses = families.into_iter().map(|family| match family {
+            Family::V4 => IpAddr::V4(v4),
+            Family::V6 => IpAddr::V6(v6),
+        });
+        let addresses: Vec<IpAddr> = addresses.collect();
+        let node = Node::with_addresses(&name, &addresses, namespace, directory.join(&name))?;
         self.nodes.push(node);
         self.sites.push((name, site));
         Ok(())
@@ -411,16 +560,33 @@ pub const fn public_address(cloud: u8, number: u8) -> Ipv4Addr {
     Ipv4Addr::new(203, 0, 113, 100 + 10 * cloud + number)
 }
 
-fn internet(prefix: &str) -> anyhow::Result<Namespace> {
+fn internet(prefix: &str, shape: Shape) -> anyhow::Result<Namespace> {
     let internet = Namespace::named(format!("{prefix}-internet"))?;
     relax(&internet)?;
-    let _ = internet.sysctl("bridge/bridge-nf-call-iptables", "0");
-    internet.sh("ip link add br0 type bridge forward_delay 0
-         ip link set br0 up
-         ip address add 203.0.113.1/24 dev br0
+    for program in ["iptables", "ip6tables"] {
+        let _ = internet.sysctl(&format!("bridge/bridge-nf-call-{program}"), "0");
+    }
+    let (v4, v6) = match shape.wan {
+        Family::V4 => ("203.0.113.1", Site::Cloud.unique_local(1)),
+        Family::V6 => ("172.16.0.1", Site::Cloud.global(1)),
+    };
+    if shape.has(Family::V6) {
+        internet.sh(&format!(
+            "ip link add br0 type bridge forward_delay 0
+             ip link set br0 up
+             ip -6 address add {v6}/64 dev br0 nodad
+             ip6tables -A FORWARD -d fc00::/7 -j DROP"
+        ))?;
+        internet.sysctl("ipv6/conf/all/forwarding", "1")?;
+    } else {
+        internet.sh("ip link add br0 type bridge forward_delay 0; ip link set br0 up")?;
+    }
+    internet.sh(&format!(
+        "ip address add {v4}/24 dev br0
          for bogon in 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16; do
              iptables -A FORWARD -d $bogon -j DROP
-         done")?;
+         done"
+    ))?;
     internet.sysctl("ipv4/ip_forward", "1")?;
     Ok(internet)
 }

@@ -1,9 +1,10 @@
 //! Traffic between the places of a lab: small servers in every place, and clients that ask them who
 //! they see, move megabytes and compare every byte, or count what is lost while something happens.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,7 +40,7 @@ pub struct Place {
     /// Whether it is the node's pod, and not the node itself.
     pub pod: bool,
     /// Its address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// The file of its network namespace.
     pub namespace: PathBuf,
 }
@@ -52,7 +53,8 @@ pub struct Servers {
 }
 
 impl Servers {
-    /// Starts the servers in all places.
+    /// Starts the servers in all places. A place may be given several times, with an address of each
+    /// family.
     ///
     /// # Errors
     ///
@@ -64,11 +66,13 @@ impl Servers {
             .enable_all()
             .build()?;
         let _entered = runtime.enter();
+        let mut listening = BTreeSet::new();
         for place in places {
             let kubelet = (!place.pod).then_some(KUBELET_PORT);
-            for port in [PORT].into_iter().chain(kubelet) {
-                let bind = || TcpListener::bind((Ipv4Addr::UNSPECIFIED, port));
-                let listener = within_path(&place.namespace, bind)?
+            let first = listening.insert(&place.namespace);
+            let ports = [PORT].into_iter().chain(kubelet).filter(|_| first);
+            for port in ports {
+                let listener = within_path(&place.namespace, || listen(port))?
                     .with_context(|| format!("port {port} in {}", place.name))?;
                 listener.set_nonblocking(true)?;
                 runtime.spawn(accept(tokio::net::TcpListener::from_std(listener)?));
@@ -142,9 +146,7 @@ pub fn transfer(from: &Path, to: SocketAddr, bytes: u64) -> anyhow::Result<Durat
 ///
 /// When this host already refuses to send it.
 pub fn shout(from: &Path, to: SocketAddr) -> anyhow::Result<()> {
-    within_path(from, || {
-        UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?.send_to(&MAGIC.repeat(4), to)
-    })??;
+    within_path(from, || unbound(to)?.send_to(&MAGIC.repeat(4), to))??;
     Ok(())
 }
 
@@ -192,7 +194,7 @@ impl Stream {
     ///
     /// When no socket can be made there.
     pub fn start(from: &Path, to: SocketAddr) -> anyhow::Result<Self> {
-        let socket = within_path(from, || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)))??;
+        let socket = within_path(from, || unbound(to))??;
         socket.connect(to)?;
         socket.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -274,11 +276,31 @@ fn connect(from: &Path, to: SocketAddr) -> anyhow::Result<TcpStream> {
     Ok(stream)
 }
 
+/// Listens for both families, or for IPv4 where there is no other.
+fn listen(port: u16) -> io::Result<TcpListener> {
+    let both = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port));
+    if both
+        .as_ref()
+        .is_err_and(|error| error.kind() != io::ErrorKind::AddrInUse)
+    {
+        return TcpListener::bind((Ipv4Addr::UNSPECIFIED, port));
+    }
+    both
+}
+
+/// A datagram socket that can send to an address.
+fn unbound(to: SocketAddr) -> io::Result<UdpSocket> {
+    match to {
+        SocketAddr::V4(_) => UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)),
+        SocketAddr::V6(_) => UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)),
+    }
+}
+
 async fn accept(listener: tokio::net::TcpListener) {
     while let Ok((stream, peer)) = listener.accept().await {
         tokio::spawn(async move {
             // The client notices what went wrong.
-            let _ = serve(stream, peer.ip()).await;
+            let _ = serve(stream, peer.ip().to_canonical()).await;
         });
     }
 }
@@ -371,7 +393,7 @@ mod tests {
             name: "here".to_owned(),
             node: "here".to_owned(),
             pod: true,
-            address: Ipv4Addr::LOCALHOST,
+            address: Ipv4Addr::LOCALHOST.into(),
             namespace: namespace.path(),
         }
     }

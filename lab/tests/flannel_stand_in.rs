@@ -43,8 +43,12 @@ fn state(backend: Backend, parts: Parts) -> anyhow::Result<State> {
         }
         let env = fs::read_to_string(node.outside(SUBNET_ENV))?;
         state.insert(format!("{name}: {SUBNET_ENV}"), env);
-        let [a, b, c, _] = lab.pod_cidr(&name)?.network().octets();
-        names.push((format!("{a}.{b}.{c}."), format!("<the pods of {name}>.")));
+        for pods in lab.pod_cidrs(&name)? {
+            // 10.42.1.0 without its last digit, 2001:cafe:42:1:: as a whole.
+            let text = pods.network().to_string();
+            let text = text.trim_end_matches('0').to_owned();
+            names.push((text, format!("<the pods of {name}>.")));
+        }
         let object = lab.api().get(&format!("/api/v1/nodes/{name}"))?;
         let annotations = object["metadata"]["annotations"].as_object();
         for (key, value) in annotations.into_iter().flatten() {

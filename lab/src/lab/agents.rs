@@ -1,13 +1,15 @@
 //! Selvedge on the nodes of a lab: annotations as an operator sets them, and the real program.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
-use super::{Lab, Parts};
+use super::{Lab, Parts, Places as _};
+use crate::controlplane::kubernetes_service;
 use crate::process::{Process, wait_for};
 use crate::topology::{MASTER, Site};
 
@@ -69,10 +71,11 @@ impl Lab {
     /// When the API server refuses.
     pub fn annotate_scenario(&self) -> anyhow::Result<()> {
         self.label_regions()?;
+        let endpoint = SocketAddr::new(self.options.shape.master_public(), 51820).to_string();
         self.api().annotate(
             MASTER,
             &[
-                ("kilo.squat.ai/force-endpoint", Some("203.0.113.10:51820")),
+                ("kilo.squat.ai/force-endpoint", Some(endpoint.as_str())),
                 ("kilo.squat.ai/leader", Some("true")),
                 ("kilo.squat.ai/wireguard-ip", Some("10.4.0.1/16")),
             ],
@@ -157,6 +160,7 @@ impl Lab {
         flags: &[&str],
     ) -> anyhow::Result<()> {
         let machine = self.network.node(node)?;
+        let service = kubernetes_service(self.family());
         let mut command = Command::new(binary);
         command.env_clear().env("NODE_NAME", node).arg("agent");
         match access {
@@ -165,7 +169,7 @@ impl Lab {
             }
             Access::InCluster => {
                 command
-                    .env("KUBERNETES_SERVICE_HOST", "10.43.0.1")
+                    .env("KUBERNETES_SERVICE_HOST", service.to_string())
                     .env("KUBERNETES_SERVICE_PORT", "443");
             }
         }

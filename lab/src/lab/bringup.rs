@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
 
@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 use super::{Lab, Options, Parts, Proxy};
 use crate::apiserver::ApiServer;
 use crate::client::Client;
-use crate::flannel::{self, Firewall, Lease, SUBNET_ENV};
+use crate::controlplane::Reach;
+use crate::family::Family;
+use crate::flannel::{self, Firewall, Lease, Part, SUBNET_ENV};
 use crate::pod::Pod;
 use crate::process::wait_for;
 use crate::scratch::Scratch;
@@ -39,11 +41,17 @@ impl Lab {
         let server = match options.parts {
             Parts::Real => {
                 progress("control plane: etcd, kube-apiserver, controllers, scheduler");
-                ApiServer::real(master, &directory.join("control-plane"))?
+                let reach = Reach {
+                    public: options.shape.master_public(),
+                    advertised: master.address(),
+                    families: options.shape.inner.families(options.shape.wan),
+                };
+                ApiServer::real(master, reach, &directory.join("control-plane"))?
             }
             Parts::StandIns => {
                 progress("control plane: the API server's stand-in");
-                ApiServer::stand_in(master, &directory.join("control-plane"))?
+                let public = options.shape.master_public();
+                ApiServer::stand_in(master, public, &directory.join("control-plane"))?
             }
         };
         let mut lab = Self {
@@ -91,15 +99,18 @@ impl Lab {
     ///
     /// When `iptables` fails on a node.
     pub fn policy_of_forward(&self, policy: &str) -> anyhow::Result<()> {
-        for node in self.network.nodes() {
-            let mut command = Command::new("iptables");
-            command
-                .env("PATH", &self.search_path)
-                .args(["-P", "FORWARD", policy]);
-            let output = node.output(command)?;
-            if !output.status.success() {
-                let complaint = String::from_utf8_lossy(&output.stderr);
-                bail!("iptables -P FORWARD {policy}: {}", complaint.trim());
+        for family in self.families() {
+            let program = family.iptables();
+            for node in self.network.nodes() {
+                let mut command = Command::new(program);
+                command
+                    .env("PATH", &self.search_path)
+                    .args(["-P", "FORWARD", policy]);
+                let output = node.output(command)?;
+                if !output.status.success() {
+                    let complaint = String::from_utf8_lossy(&output.stderr);
+                    bail!("{program} -P FORWARD {policy}: {}", complaint.trim());
+                }
             }
         }
         Ok(())
@@ -108,11 +119,16 @@ impl Lab {
     /// Registers the nodes one after the other, so that the pod CIDRs follow their order.
     fn register(&self) -> anyhow::Result<()> {
         for (number, node) in self.network.nodes().iter().enumerate() {
-            let (name, address) = (node.name(), node.address());
+            let name = node.name();
             // The stand-in has no controllers, and so nobody who would hand out pod CIDRs.
-            let pods = format!("10.42.{number}.0/24");
-            let pods = (self.options.parts == Parts::StandIns).then_some(pods.as_str());
-            register_node(self.api(), name, address, pods)?;
+            let stand_in = self.options.parts == Parts::StandIns;
+            let families = self.families().into_iter().filter(|_| stand_in);
+            let pods = families.map(|family| match family {
+                Family::V4 => format!("10.42.{number}.0/24"),
+                Family::V6 => format!("2001:cafe:42:{number:x}::/64"),
+            });
+            let pods: Vec<String> = pods.collect();
+            register_node_with(self.api(), name, node.addresses(), &pods)?;
             let what = format!("pod CIDR of {name}");
             wait_for(&what, Duration::from_secs(30), || {
                 self.pod_cidr(name).is_ok()
@@ -123,14 +139,17 @@ impl Lab {
 
     fn run_flannel(&mut self) -> anyhow::Result<()> {
         let Options {
-            backend, firewall, ..
+            shape,
+            backend,
+            firewall,
+            ..
         } = self.options;
         flannel::create_account(self.api())?;
         let token = self.plane()?.token("kube-flannel", "flannel")?;
         let kubeconfig = self.plane()?.kubeconfig(&token, "kube-flannel")?;
         fs::write(self.flannel_kubeconfig(), kubeconfig)?;
         for name in self.node_names() {
-            flannel::write_net_conf(self.node(&name)?, backend, firewall)?;
+            flannel::write_net_conf(self.node(&name)?, backend, firewall, shape.inner)?;
             self.start_flannel(&name)?;
         }
         for name in self.node_names() {
@@ -141,7 +160,10 @@ impl Lab {
 
     fn imitate_flannel(&self) -> anyhow::Result<()> {
         let Options {
-            backend, firewall, ..
+            shape,
+            backend,
+            firewall,
+            ..
         } = self.options;
         let leases = self
             .network
@@ -149,17 +171,25 @@ impl Lab {
             .iter()
             .enumerate()
             .map(|(number, node)| {
+                let pods = self.pod_cidrs(node.name())?;
+                let parts = pods.into_iter().filter_map(|pods| {
+                    let family = Family::of(pods.addr());
+                    let first = if family == Family::V4 { "00" } else { "06" };
+                    Some(Part {
+                        pods,
+                        public: node.address_of(family)?,
+                        mac: format!("02:00:00:00:{first}:{:02x}", number + 1),
+                    })
+                });
                 Ok(Lease {
                     node: node.name().to_owned(),
-                    pods: self.pod_cidr(node.name())?,
-                    public: node.address(),
-                    mac: format!("02:00:00:00:00:{:02x}", number + 1),
+                    parts: parts.collect(),
                 })
             });
         let leases: Vec<Lease> = leases.collect::<anyhow::Result<_>>()?;
         for lease in &leases {
             let node = self.node(&lease.node)?;
-            flannel::write_net_conf(node, backend, firewall)?;
+            flannel::write_net_conf(node, backend, firewall, shape.inner)?;
             flannel::stand_in(node, &leases, backend)?;
             let annotations = flannel::annotations(lease, backend);
             let annotations: Vec<_> = annotations
@@ -193,14 +223,19 @@ impl Lab {
             let process = self.plane()?.kube_proxy(node, mode, &self.search_path)?;
             self.proxies.push(process);
         }
-        for place in self.places() {
-            let name = place.name.replace('@', "-");
+        for place in self.places_of_all_families() {
+            let (family, suffix) = match Family::of(place.address) {
+                Family::V4 => ("IPv4", ""),
+                Family::V6 => ("IPv6", "-v6"),
+            };
+            let name = format!("{}{suffix}", place.name.replace('@', "-"));
             let address = self.service(&place).to_string();
             self.api().create(
                 "/api/v1/namespaces/default/services",
                 &json!({
                     "apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
-                    "spec": {"clusterIP": address, "ports": [{"port": PORT, "protocol": "TCP"}]},
+                    "spec": {"clusterIP": address, "ipFamilies": [family],
+                        "ports": [{"port": PORT, "protocol": "TCP"}]},
                 }),
             )?;
             self.api().create(
@@ -208,7 +243,7 @@ impl Lab {
                 &json!({
                     "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
                     "metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}},
-                    "addressType": "IPv4",
+                    "addressType": family,
                     "endpoints": [{"addresses": [place.address.to_string()],
                         "nodeName": place.node, "conditions": {"ready": true}}],
                     "ports": [{"name": "", "port": PORT, "protocol": "TCP"}],
@@ -227,34 +262,51 @@ impl Lab {
 pub fn register_node(
     api: &Client,
     name: &str,
-    address: Ipv4Addr,
+    address: impl Into<IpAddr>,
     pods: Option<&str>,
+) -> anyhow::Result<()> {
+    let pods: Vec<String> = pods.map(str::to_owned).into_iter().collect();
+    register_node_with(api, name, &[address.into()], &pods)
+}
+
+/// The same, with all its `InternalIP`s and `spec.podCIDRs`, the primary ones first.
+fn register_node_with(
+    api: &Client,
+    name: &str,
+    addresses: &[IpAddr],
+    pods: &[String],
 ) -> anyhow::Result<()> {
     let mut node = json!({
         "apiVersion": "v1", "kind": "Node",
         "metadata": {"name": name, "labels": {
             "kubernetes.io/hostname": name, "kubernetes.io/os": "linux"}},
     });
-    if let Some(pods) = pods {
-        node["spec"] = json!({"podCIDR": pods, "podCIDRs": [pods]});
+    if let Some(first) = pods.first() {
+        node["spec"] = json!({"podCIDR": first, "podCIDRs": pods});
     }
     api.create("/api/v1/nodes", &node)?;
     let path = format!("/api/v1/nodes/{name}/status");
-    api.merge(&path, &status(IpAddr::V4(address), name, true))?;
+    api.merge(&path, &status_with(addresses, name, true))?;
     Ok(())
 }
 
 /// A merge patch of a node's status.
 #[must_use]
 pub fn status(address: IpAddr, name: &str, ready: bool) -> Value {
+    status_with(&[address], name, ready)
+}
+
+fn status_with(addresses: &[IpAddr], name: &str, ready: bool) -> Value {
     // Times are compared by nobody here, and a clock is one more thing that can differ.
     const THEN: &str = "2026-01-01T00:00:00Z";
     let ready = if ready { "True" } else { "False" };
+    let addresses = addresses.iter();
+    let mut all: Vec<Value> = addresses
+        .map(|address| json!({"type": "InternalIP", "address": address.to_string()}))
+        .collect();
+    all.push(json!({"type": "Hostname", "address": name}));
     json!({"status": {
-        "addresses": [
-            {"type": "InternalIP", "address": address.to_string()},
-            {"type": "Hostname", "address": name},
-        ],
+        "addresses": all,
         "conditions": [{"type": "Ready", "status": ready, "reason": "Lab",
             "lastHeartbeatTime": THEN, "lastTransitionTime": THEN}],
     }})

@@ -27,6 +27,7 @@ impl Lab {
             "bridge fdb show",
             "nft -s list ruleset",
             "iptables-legacy-save",
+            "ip6tables-legacy-save",
             "sysctl -a -r ^net\\.",
         ] {
             let text = node.run(line).unwrap_or_else(|error| error.to_string());
