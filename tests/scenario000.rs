@@ -132,10 +132,10 @@ fn untracked(lab: &Lab, on: bool) -> anyhow::Result<()> {
     for name in lab.node_names() {
         let script = if on {
             format!(
-                "nft add table ip untracked; nft add chain ip untracked all '{{ type filter hook prerouting priority raw; }}'; nft add rule ip untracked all udp dport {PORT} notrack; nft add rule ip untracked all udp sport {PORT} notrack"
+                "nft add table ip aside; nft add chain ip aside early '{{ type filter hook prerouting priority raw; }}'; nft add rule ip aside early udp dport {PORT} notrack; nft add rule ip aside early udp sport {PORT} notrack"
             )
         } else {
-            "nft delete table ip untracked".to_owned()
+            "nft delete table ip aside".to_owned()
         };
         lab.node(&name)?.namespace().sh(&script)?;
     }
