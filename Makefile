@@ -6,13 +6,14 @@
 #   make bench                        the benchmarks, as ratios to the peers in one run
 #   make fuzz [SECONDS_EACH=60]       the parsers and state machines, a minute each
 #   make programs                     kube-apiserver, etcd, flanneld, ... from their Go modules
+#   make image-check      the container image's file system, with the lab's agents inside of it
 #   make clean
 
 CARGO ?= cargo
 ARGS ?=
 SECONDS_EACH ?= 60
 
-.PHONY: lab test check bench fuzz programs clean
+.PHONY: lab test check bench fuzz programs image-check clean
 .NOTPARALLEL:
 
 lab:
@@ -47,6 +48,10 @@ bench:
 
 fuzz:
 	tests/fuzz/run $(SECONDS_EACH)
+
+image-check:
+	scripts/setup.sh lab
+	deploy/check-image.sh $(ARGS)
 
 clean:
 	$(CARGO) clean

@@ -35,6 +35,7 @@ const USAGE: &str = "usage: lab [--real] [--keep] | --down
   --keep   leave it up, with hints what to play on
   --down   take down what --keep left";
 
+/// Beside the flags: `SELVEDGE_BIN` names another program than the one that was built with this.
 fn main() -> ExitCode {
     let mut choice = Choice::default();
     for argument in std::env::args().skip(1) {
@@ -162,8 +163,11 @@ fn run(choice: Choice) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The program under demonstration, which cargo built beside this one.
+/// The program under demonstration: what `SELVEDGE_BIN` names, or what cargo built beside this one.
 fn selvedge() -> anyhow::Result<PathBuf> {
+    if let Some(binary) = std::env::var_os("SELVEDGE_BIN") {
+        return Ok(PathBuf::from(binary));
+    }
     let own = std::env::current_exe()?;
     let directory = own.parent().and_then(Path::parent);
     let binary = directory
