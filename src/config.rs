@@ -36,7 +36,8 @@ pub const CONTROL_SOCKET: &str = "/run/selvedge/selvedge.sock";
 pub enum Encapsulation {
     /// As flannel itself reaches it: VXLAN across subnets, directly where flannel goes directly.
     CrossSubnet,
-    /// By flannel's VXLAN device. Kilo's default.
+    /// The same beside flannel, in Kilo as here: where flannel goes directly (`DirectRouting`, `host-gw`),
+    /// its VXLAN device, if any, knows no near node. Kilo's default.
     #[default]
     Always,
     /// By the leader's own address, which must be on the same subnet.

@@ -12,6 +12,7 @@ pub mod controlplane;
 pub mod dumps;
 pub mod family;
 pub mod flannel;
+pub mod kg;
 pub mod lab;
 pub mod leftover;
 pub mod matrix;

@@ -268,6 +268,71 @@ fn run_stream(socket: &UdpSocket, stop: &AtomicBool) -> io::Result<Report> {
     }
 }
 
+/// A connection that is kept, with a line and its echo every so often.
+#[derive(Debug)]
+pub struct Conversation {
+    stop: Arc<AtomicBool>,
+    worker: JoinHandle<anyhow::Result<Report>>,
+}
+
+impl Conversation {
+    /// Often enough to see an outage, seldom enough to be idle in between.
+    const INTERVAL: Duration = Duration::from_millis(50);
+    /// How long an echo may take: an outage is measured, an end of the connection is an error.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// Connects, and starts talking.
+    ///
+    /// # Errors
+    ///
+    /// When nobody answers.
+    pub fn start(from: &Path, to: SocketAddr) -> anyhow::Result<Self> {
+        let stream = connect(from, to)?;
+        stream.set_read_timeout(Some(Self::PATIENCE))?;
+        stream.set_nodelay(true)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let worker = std::thread::Builder::new()
+            .name("lab-conversation".to_owned())
+            .spawn(move || converse(stream, &stopped))?;
+        Ok(Self { stop, worker })
+    }
+
+    /// Ends it and tells what happened; nothing is ever lost on a connection that holds.
+    ///
+    /// # Errors
+    ///
+    /// When the connection broke, or an echo was not what had been said.
+    pub fn stop(self) -> anyhow::Result<Report> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.worker
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+fn converse(mut stream: TcpStream, stop: &AtomicBool) -> anyhow::Result<Report> {
+    stream.write_all(&ECHO.to_be_bytes())?;
+    let mut report = Report::default();
+    while !stop.load(Ordering::Relaxed) {
+        let mut said = [0; 28];
+        said[..4].copy_from_slice(&report.sent.to_be_bytes());
+        said[4..].copy_from_slice(MAGIC);
+        let start = Instant::now();
+        report.sent += 1;
+        let mut echo = [0; 28];
+        let outcome = stream
+            .write_all(&said)
+            .and_then(|()| stream.read_exact(&mut echo));
+        outcome.with_context(|| format!("the connection broke: {report}"))?;
+        ensure!(echo == said, "the echo differs from what was said");
+        report.answered += 1;
+        report.silence = report.silence.max(start.elapsed());
+        sleep(Conversation::INTERVAL);
+    }
+    Ok(report)
+}
+
 fn connect(from: &Path, to: SocketAddr) -> anyhow::Result<TcpStream> {
     let stream = within_path(from, || TcpStream::connect_timeout(&to, CONNECT))?
         .with_context(|| format!("connecting to {to}"))?;
@@ -305,13 +370,21 @@ async fn accept(listener: tokio::net::TcpListener) {
     }
 }
 
-/// The protocol: eight bytes of length. Zero asks who is calling; else that much payload follows,
-/// is answered by a verdict of one byte, and is returned.
+/// Instead of a length: whatever follows comes back at once.
+const ECHO: u64 = u64::MAX;
+
+/// The protocol: eight bytes of length. Zero asks who is calling, [`ECHO`] for an echo; else that much
+/// payload follows, is answered by a verdict of one byte, and is returned.
 async fn serve(mut stream: tokio::net::TcpStream, peer: IpAddr) -> io::Result<()> {
     let bytes = stream.read_u64().await?;
     if bytes == 0 {
         stream.write_all(peer.to_string().as_bytes()).await?;
         return stream.shutdown().await;
+    }
+    if bytes == ECHO {
+        let (mut said, mut echo) = stream.split();
+        tokio::io::copy(&mut said, &mut echo).await?;
+        return Ok(());
     }
     let mut source = Pattern::default();
     let mut buffer = vec![0; Pattern::LENGTH];
@@ -407,6 +480,30 @@ mod tests {
 
         assert_eq!(who(&place.namespace, server).unwrap(), Ipv4Addr::LOCALHOST);
         transfer(&place.namespace, server, 10_000_000).unwrap();
+    }
+
+    #[test]
+    fn a_conversation_lives_through_an_outage_and_tells_how_long_it_was() {
+        let namespace = Namespace::new("talk").unwrap();
+        let place = place(&namespace);
+        let servers = Servers::start(std::slice::from_ref(&place)).unwrap();
+        let server = SocketAddr::from((place.address, PORT));
+
+        let conversation = Conversation::start(&place.namespace, server).unwrap();
+        sleep(Duration::from_millis(200));
+        namespace.run("ip link set lo down").unwrap();
+        sleep(Duration::from_millis(500));
+        namespace.run("ip link set lo up").unwrap();
+        sleep(Duration::from_secs(1));
+        let report = conversation.stop().unwrap();
+        assert!(report.silence > Duration::from_millis(300), "{report}");
+
+        // Control: the end of the other side is an end.
+        let conversation = Conversation::start(&place.namespace, server).unwrap();
+        sleep(Duration::from_millis(100));
+        drop(servers);
+        sleep(Duration::from_millis(300));
+        assert!(conversation.stop().is_err());
     }
 
     #[test]

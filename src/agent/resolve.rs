@@ -30,11 +30,12 @@ pub async fn follow(
     addresses: mpsc::Sender<Addresses>,
     known: Addresses,
 ) {
-    follow_with(look_up, names, addresses, known).await;
+    follow_with(look_up, AGAIN, names, addresses, known).await;
 }
 
 async fn follow_with<L>(
     look_up: impl Fn(String) -> L,
+    again: Duration,
     mut names: mpsc::Receiver<BTreeSet<String>>,
     addresses: mpsc::Sender<Addresses>,
     mut known: Addresses,
@@ -79,7 +80,7 @@ async fn follow_with<L>(
             Some(Ok((name, answer))) = look_ups.join_next() => {
                 under_way.remove(&name);
                 let Some(at) = due.get_mut(&name) else { continue };
-                *at = Instant::now() + AGAIN;
+                *at = Instant::now() + again;
                 let Some(address) = choose(&answer, known.get(&name)) else {
                     tracing::debug!(name = %crate::cluster::quote(&name), "does not resolve");
                     continue;
@@ -150,7 +151,13 @@ mod tests {
             begun.send(name).unwrap();
             std::future::pending()
         };
-        let task = tokio::spawn(follow_with(look_up, wanted, sender, Addresses::new()));
+        let task = tokio::spawn(follow_with(
+            look_up,
+            AGAIN,
+            wanted,
+            sender,
+            Addresses::new(),
+        ));
 
         let many = (0..9).map(|n| format!("{n}.example.com")).collect();
         names.send(many).await.unwrap();
@@ -161,6 +168,32 @@ mod tests {
             blocked += 1;
         }
         assert_eq!(blocked, AT_ONCE);
+        task.abort();
+    }
+
+    #[tokio::test]
+    async fn a_name_that_moves_is_followed_and_one_that_vanishes_keeps_its_address() {
+        let (names, wanted) = mpsc::channel(1);
+        let (sender, mut addresses) = mpsc::channel(1);
+        let asked = std::sync::atomic::AtomicUsize::new(0);
+        let look_up = move |name: String| {
+            // Found, found elsewhere, and then no more.
+            let turn = asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let answer = [[203, 0, 113, 1], [203, 0, 113, 2]].get(turn).copied();
+            std::future::ready((name, answer.map(IpAddr::from).into_iter().collect()))
+        };
+        let soon = Duration::from_millis(5);
+        let task = tokio::spawn(follow_with(look_up, soon, wanted, sender, Addresses::new()));
+
+        let name = "vpn.example.com".to_owned();
+        names.send([name.clone()].into()).await.unwrap();
+
+        for address in [[203, 0, 113, 1], [203, 0, 113, 2]] {
+            let expected: Addresses = [(name.clone(), address.into())].into();
+            assert_eq!(addresses.recv().await, Some(expected));
+        }
+        let more = tokio::time::timeout(Duration::from_millis(100), addresses.recv()).await;
+        assert!(more.is_err(), "the last good address went: {more:?}");
         task.abort();
     }
 

@@ -54,7 +54,7 @@ pub struct Flags {
     /// Pool of the leaders' WireGuard addresses; one CIDR, or one of each family
     #[arg(long, value_name = "CIDR", help_heading = MESH, default_value = "10.4.0.0/16")]
     pub(super) subnet: Cidrs,
-    /// Inside a region: `crosssubnet` follows flannel, `always` sends by VXLAN, `never` directly
+    /// Inside a region: `always` and `crosssubnet` go as flannel goes, `never` directly where it can
     #[arg(long, help_heading = MESH, default_value = "always")]
     pub(super) encapsulate: Encapsulation,
     /// Service CIDRs: never masqueraded for VPN peers (repeatable)

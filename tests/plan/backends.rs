@@ -128,6 +128,28 @@ fn never_encapsulating_goes_to_the_leaders_own_address_where_it_is_near() {
 }
 
 #[test]
+fn always_and_crosssubnet_are_one_beside_flannel() {
+    use selvedge::config::Encapsulation;
+    use selvedge::flannel::Backend;
+
+    for (backend, direct_routing) in [
+        (Backend::Vxlan, false),
+        (Backend::Vxlan, true),
+        (Backend::HostGw, false),
+    ] {
+        let mut mesh = mesh();
+        mesh.backend = backend;
+        mesh.direct_routing = direct_routing;
+        for node in ["a1", "a2", "a3", "b1"] {
+            mesh.local.encapsulation = Encapsulation::CrossSubnet;
+            let follows = mesh.state(node);
+            mesh.local.encapsulation = Encapsulation::Always;
+            assert_eq!(mesh.state(node), follows, "{node} with {backend:?}");
+        }
+    }
+}
+
+#[test]
 fn a_follower_without_flannels_device_refuses_rather_than_leaks() {
     let mesh = mesh();
     let topology = mesh.topology();

@@ -1,0 +1,126 @@
+//! What the documents claim by name is there: tests, flags, annotations.
+#![expect(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    reason = "a test may run the program, and fails by panicking"
+)]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use selvedge::cluster::annotation;
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+fn guide() -> String {
+    fs::read_to_string(Path::new(ROOT).join("docs/migration.md")).unwrap()
+}
+
+/// The part of the guide under a heading of the second level.
+fn section(heading: &str) -> String {
+    let guide = guide();
+    let start = guide.find(&format!("\n## {heading}\n")).unwrap();
+    let rest = &guide[start + 1..];
+    let end = rest[3..].find("\n## ").map_or(rest.len(), |end| end + 3);
+    rest[..end].to_owned()
+}
+
+/// What stands between backticks.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn every_bug_of_kilos_has_a_test_that_exists() {
+    let mut files = Vec::new();
+    for directory in ["src", "tests", "lab/src"] {
+        sources(&Path::new(ROOT).join(directory), &mut files);
+    }
+    files.retain(|file| !file.ends_with("documents.rs"));
+    let code: String = files
+        .iter()
+        .map(|file| fs::read_to_string(file).unwrap())
+        .collect();
+
+    let table = section("Kilo's known bugs");
+    let rows: Vec<_> = table
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| in Kilo"))
+        .collect();
+    assert!(rows.len() >= 35, "{} rows", rows.len());
+    for row in rows {
+        let cells: Vec<_> = row.split(" | ").collect();
+        let [_, _, shown] = cells[..] else {
+            panic!("not three cells: {row}");
+        };
+        let names: Vec<_> = quoted(shown).collect();
+        assert!(!names.is_empty(), "shown by nothing: {row}");
+        for name in names {
+            // A function of the standard runner's, or a step of a lab's.
+            let is_there =
+                code.contains(&format!("fn {name}(")) || code.contains(&format!("\"{name}\""));
+            assert!(is_there, "no test is called {name}: {row}");
+        }
+    }
+}
+
+#[test]
+fn every_flag_of_the_agent_is_in_the_migration_guide_and_every_flag_there_exists() {
+    let output = Command::new(env!("CARGO_BIN_EXE_selvedge"))
+        .args(["agent", "--help"])
+        .output()
+        .unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    let flag = |word: &str| -> Option<String> {
+        let word = word.strip_prefix("--")?;
+        let end = word.find(|c: char| !(c.is_ascii_lowercase() || c == '-'));
+        Some(word[..end.unwrap_or(word.len())].to_owned())
+    };
+    let ours: BTreeSet<_> = help.split_whitespace().filter_map(flag).collect();
+    assert!(ours.len() > 20, "{ours:?}");
+    let section = section("Flags");
+    let told: BTreeSet<_> = quoted(&section).filter_map(flag).collect();
+
+    // Flags that change nothing here are accepted, and not shown to anybody.
+    // The version is asked of the program, as of kg, and not of its agent.
+    let hidden = told.difference(&ours).filter(|flag| *flag != "version");
+    for flag in hidden {
+        let output = Command::new(env!("CARGO_BIN_EXE_selvedge"))
+            .args(["agent", &format!("--{flag}="), "--log-level=loud"])
+            .output()
+            .unwrap();
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !complaint.contains("unexpected") && !complaint.contains("unknown flag"),
+            "--{flag} of the guide: {complaint}"
+        );
+    }
+    let untold: Vec<_> = ours
+        .difference(&told)
+        .filter(|flag| *flag != "help")
+        .collect();
+    assert!(untold.is_empty(), "not in the guide: {untold:?}");
+}
+
+#[test]
+fn every_annotation_that_is_published_is_in_the_migration_guide() {
+    let section = section("Annotations and labels");
+    let told: BTreeSet<_> = quoted(&section).collect();
+    for key in annotation::PUBLISHED {
+        let short = key.strip_prefix("kilo.squat.ai/").unwrap_or(key);
+        assert!(told.contains(short), "{key} is not in the guide");
+    }
+}
