@@ -42,8 +42,11 @@ check:
 	else echo "check: cargo-deny is not installed, so licences and advisories were not checked"; fi
 
 bench:
+	scripts/setup.sh bench
 	bench/peers.sh
 	$(CARGO) build --quiet --release
+	$(CARGO) bench --quiet --bench instructions
+	$(CARGO) bench --quiet --bench plan --bench datapath
 	bench/tunnel.sh $(ARGS)
 
 fuzz:

@@ -7,7 +7,9 @@
 #   bench/tunnel.sh report RESULTS.jsonl          prints it again
 #
 # NAMES out of selvedge,wireguard-go,tailscale,boringtun,gotatun (default: those that are built; see
-# peers.sh), and LABEL=PROGRAM for another build of selvedge, to compare the two. TESTS out of ping,tcp1,tcp1r,tcp4,bidir,load,udp64,rate64,rss (default: all).
+# peers.sh), and LABEL=PROGRAM for another build of selvedge, to compare the two. TESTS out of
+# ping,tcp1,tcp1r,tcp4,bidir,load,udp64,rate64,rss (default: all with veth; ping,tcp1,tcp1r,tcp4,bidir,
+# rate64 with the other modes).
 #
 # MODES, the link between the namespaces:
 #   veth    bundles of datagrams cross it as they are, as within one host
@@ -15,7 +17,8 @@
 #   nogro   every datagram arrives alone, the worst case
 #
 # A result is one JSON object per line: {tunnel, mode, repetition, metric, value}. Metrics end in
-# their unit; *_cpu_s_per_gb is processor time of both daemons per 10^9 bytes carried.
+# their unit; *_cpu_s_per_gb is processor time of both daemons per 10^9 bytes carried. The metrics of
+# the tunnel `limit` are what no tunnel on this machine can avoid, see README.md.
 # Needs root, ip, wg, ethtool, iperf3, ping and python3. Nothing leaves the namespaces.
 set -euo pipefail
 
@@ -24,14 +27,17 @@ bin=${SELVEDGE_CACHE:-$HOME/.cache/selvedge}/bin
 report() { python3 "$here/report.py" "$1"; }
 if [[ ${1:-} = report ]]; then report "$2"; exit; fi
 
-repetitions=5 seconds=3 modes=veth,nic,nogro names= out= tests=ping,tcp1,tcp1r,tcp4,bidir,load,udp64,rate64,rss
+repetitions=5 seconds=3 modes=veth,nic,nogro names= out= asked=
 while getopts r:t:m:i:T:o: option; do
   case $option in
     r) repetitions=$OPTARG ;; t) seconds=$OPTARG ;; m) modes=$OPTARG ;; i) names=$OPTARG ;;
-    T) tests=$OPTARG ;; o) out=$OPTARG ;; *) sed -n '2,20p' "$0" >&2; exit 64 ;;
+    T) asked=$OPTARG ;; o) out=$OPTARG ;; *) sed -n '2,24p' "$0" >&2; exit 64 ;;
   esac
 done
 [[ $(id -u) = 0 ]] || { echo "bench/tunnel.sh needs root, because it makes network namespaces" >&2; exit 1; }
+missing=
+for program in ip wg ethtool iperf3 ping python3; do command -v $program >/dev/null || missing+=" $program"; done
+[[ -z $missing ]] || { echo "bench: missing:$missing (scripts/setup.sh bench installs them)" >&2; exit 1; }
 
 declare -A command=(
   [selvedge]="$here/../target/release/selvedge tunnel {}"
@@ -110,21 +116,28 @@ processor_ns() { # of all threads of the daemons
   echo $sum
 }
 
+machine_ticks() { # of all processors, but for what they idled
+  awk '$1 == "cpu" { print $2 + $3 + $4 + $7 + $8 }' /proc/stat
+}
+
 iperf() { # METRIC IPERF3-FLAGS...
-  local metric=$1 before after
+  local metric=$1 before after machine
   shift
-  before=$(processor_ns)
+  before=$(processor_ns) machine=$(machine_ticks)
   timeout $((seconds + 20)) ip netns exec $left iperf3 -c "$target" -t "$seconds" -J "$@" >"$dir/iperf" 2>/dev/null || true
-  after=$(processor_ns)
-  python3 - "$dir/iperf" "$metric" $((after - before)) <<'PYTHON' | while read -r key value; do emit "$key" "$value"; done
+  after=$(processor_ns) machine=$(($(machine_ticks) - machine))
+  python3 - "$dir/iperf" "$metric" $((after - before)) "$machine" "$(getconf CLK_TCK)" <<'PYTHON' | while read -r key value; do emit "$key" "$value"; done
 import json, sys
 path, metric, cpu = sys.argv[1], sys.argv[2], int(sys.argv[3]) / 1e9
+machine = int(sys.argv[4]) / int(sys.argv[5])
 try:
     end = json.load(open(path))["end"]
     if metric.startswith("tcp"):
         got = [end[key] for key in ("sum_received", "sum_received_bidir_reverse") if key in end]
         moved = sum(part["bytes"] for part in got)
         print(metric + "_gbit_per_s", round(sum(part["bits_per_second"] for part in got) / 1e9, 4))
+        if moved and metric == "tcp1":
+            print(metric + "_machine_s_per_gb", round(machine / (moved / 1e9), 4))
         if moved and cpu:
             print(metric + "_cpu_s_per_gb", round(cpu / (moved / 1e9), 4))
     else:
@@ -231,8 +244,22 @@ tunnel() { # NAME: both ends, configured, measured, stopped
   daemons=()
 }
 
+limit() { # what no tunnel can avoid, measured on this machine; bare TCP is measured as `none`
+  local name=limit mode=veth
+  command -v cargo >/dev/null || return 0
+  (cd "$here/.." && cargo bench --quiet --bench aead 2>/dev/null) |
+    python3 -c 'import json, sys; [print(*pair) for pair in json.loads(sys.stdin.read() or "{}").items()]' |
+    while read -r key value; do emit "$key" "$value"; done
+}
+
 for ((repetition = 1; repetition <= repetitions; repetition++)); do
+  case ,$modes, in *,veth,*) limit ;; esac
   for mode in ${modes//,/ }; do
+    tests=$asked
+    if [[ -z $tests ]]; then
+      tests=ping,tcp1,tcp1r,tcp4,bidir,rate64
+      [[ $mode != veth ]] || tests+=,load,udp64,rss
+    fi
     for name in none ${names//,/ }; do tunnel "$name"; done
     echo "bench: repetition $repetition of $repetitions, $mode" >&2
   done

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # Installs what building and testing need beyond Rust and Go; safe to run again and again.
 #
-#   scripts/setup.sh [lab|test]      default: test
+#   scripts/setup.sh [lab|bench|test]      default: test
 #     lab     what `make lab` needs: ip, nft, iptables, wg
-#     test    that, and what the end-to-end tests and the real parts need
+#     bench   that, and what `make bench` needs: iperf3, ethtool, python3, valgrind
+#     test    what lab needs, and what the end-to-end tests and the real parts need
 #
 # As root on a system with apt it installs what is missing. Otherwise it says what is missing and
 # fails.
 set -euo pipefail
 
-case ${1:-test} in lab | test) what=${1:-test} ;; *) echo "usage: scripts/setup.sh [lab|test]" >&2; exit 64 ;; esac
+case ${1:-test} in lab | bench | test) what=${1:-test} ;; *) echo "usage: scripts/setup.sh [lab|bench|test]" >&2; exit 64 ;; esac
 
 # PROGRAM:PACKAGE, as Debian and Ubuntu name them
 programs=(ip:iproute2 bridge:iproute2 nft:nftables iptables:iptables wg:wireguard-tools
   ping:iputils-ping sysctl:procps cc:gcc)
-[[ $what = lab ]] || programs+=(iptables-legacy:iptables tcpdump:tcpdump iperf3:iperf3
+[[ $what != bench ]] || programs+=(iperf3:iperf3 ethtool:ethtool python3:python3 valgrind:valgrind)
+[[ $what != test ]] || programs+=(iptables-legacy:iptables tcpdump:tcpdump iperf3:iperf3
   ethtool:ethtool openssl:openssl flock:util-linux /usr/lib/cni/bridge:containernetworking-plugins)
 
 # Programs for administrators are not on everybody's path.
@@ -42,7 +44,7 @@ if [[ ${#missing[@]} -gt 0 ]]; then
 fi
 
 command -v cargo >/dev/null || { echo "setup: Rust is missing: https://rustup.rs" >&2; exit 1; }
-if [[ $what = test ]]; then
+if [[ $what != lab ]]; then
   command -v go >/dev/null || { echo "setup: Go is missing: https://go.dev/dl (1.26 or newer)" >&2; exit 1; }
 fi
 echo "setup: all there"

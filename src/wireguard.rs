@@ -22,6 +22,7 @@ mod clock;
 mod configure;
 mod core;
 mod drops;
+mod duplex;
 pub mod gso;
 mod handshake;
 mod icmp;
@@ -57,6 +58,7 @@ mod tun;
 mod turnstile;
 pub mod uapi;
 mod udp;
+pub mod workbench;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -345,7 +347,7 @@ impl Drop for Device {
     }
 }
 
-/// One queue for each two CPUs: the other one receives.
+/// One queue for each two CPUs: the other one receives. With one queue one thread does both.
 fn default_queues() -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     (cpus / 2).clamp(1, 4)

@@ -1,12 +1,14 @@
-//! The threads of a device: one for each TUN queue, as many for each address family of the socket, one
-//! for handshakes, timers and the state of the link.
+//! The threads of a device: those that carry packets, and one for handshakes, timers and the state of
+//! the link.
 //!
-//! A transmit thread reads until there is nothing more to read, then sends what it gathered and
-//! sleeps; a receive thread sleeps in `recvmmsg`. None waits for another one but for the length of a
-//! batch. With several queues the kernel spreads flows over the transmit threads, which seal for one
-//! peer side by side; the receive threads take turns at the socket and open side by side, see
-//! `turnstile`. On one or two CPUs there is one of each. A thread that panics takes the process with
-//! it: a tunnel that is half alive is worse than one that is restarted.
+//! On a machine of few CPUs one thread carries packets both ways, and another one relieves it when it
+//! has too much to do, see `duplex`. On a larger one there is a transmit thread for each TUN queue
+//! and as many receive threads for each address family. A transmit thread reads until there is nothing
+//! more to read, then sends what it gathered and sleeps; a receive thread sleeps in `recvmmsg`. None
+//! waits for another one but for the length of a batch. With several queues the kernel spreads flows
+//! over the transmit threads, which seal for one peer side by side; the receive threads take turns at
+//! the socket and open side by side, see `turnstile`. A thread that panics takes the process with it:
+//! a tunnel that is half alive is worse than one that is restarted.
 //!
 //! The threads run at the ordinary priority. Raised (`SCHED_RR`, or nice -10) they preempt whoever
 //! sends the packets at each packet, so that no batch ever forms: twice the processor time for each
@@ -26,6 +28,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::clock::Time;
 use super::core::{Core, Waker};
 use super::drops::Dropped;
+use super::duplex::{self, Handover};
 use super::gso::{MAX_SEGMENTS, Split, VnetHeader};
 use super::handshake::Handshaker;
 use super::icmp::{self, Answer, Pace};
@@ -37,13 +40,13 @@ use super::routes::RouteWatch;
 use super::transmit::{Refused, Transmit};
 use super::tun::{MAX_READ, Tun};
 use super::turnstile::Turnstile;
-use super::udp::{Arena, Endpoint, MAX_MESSAGES, Sockets};
+use super::udp::{Arena, Endpoint, MAX_MESSAGES, Sockets, UdpSocket};
 
 /// The timers of peers with sessions are looked at this often: the packet threads arm them without
 /// telling.
 const TICK: Duration = Duration::from_millis(200);
 /// How often a link that is gone is tried to be made again.
-const RETRY: Duration = Duration::from_millis(200);
+pub(super) const RETRY: Duration = Duration::from_millis(200);
 /// Messages larger than this are received one at a time; see [`MAX_MESSAGES`].
 const LARGE: usize = 8 << 10;
 
@@ -56,7 +59,7 @@ pub(super) struct Io {
     /// Set once: every thread ends.
     stopping: AtomicBool,
     /// Readable from when the threads are to end.
-    stop: EventFd,
+    pub(super) stop: EventFd,
     /// Readable while the handshake thread has something to do.
     jobs: EventFd,
     /// Set while the link does not exist.
@@ -106,7 +109,7 @@ impl Io {
         })
     }
 
-    fn is_stopping(&self) -> bool {
+    pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
     }
 
@@ -198,7 +201,20 @@ pub(super) fn start(core: &Arc<Core>, io: &Arc<Io>) -> io::Result<Vec<JoinHandle
         thread.map(|thread| threads.push(thread))
     };
     let queues = io.tuns.load().len();
-    for queue in 0..queues {
+    if queues == 1 {
+        let handover = Arc::new(Handover::new()?);
+        let relief = handover.clone();
+        spawn(
+            "wg-both".to_owned(),
+            Box::new(move |core, io| duplex::both(core, io, &handover)),
+        )?;
+        spawn(
+            "wg-relief".to_owned(),
+            Box::new(move |core, io| duplex::relief(core, io, &relief)),
+        )?;
+    }
+    let several = if queues == 1 { 0 } else { queues };
+    for queue in 0..several {
         spawn(
             format!("wg-tx-{queue}"),
             Box::new(move |core, io| transmit(core, io, queue)),
@@ -206,7 +222,7 @@ pub(super) fn start(core: &Arc<Core>, io: &Arc<Io>) -> io::Result<Vec<JoinHandle
     }
     for v6 in [false, true] {
         let turnstile = Arc::new(Turnstile::default());
-        for queue in 0..queues {
+        for queue in 0..several {
             let turnstile = turnstile.clone();
             let name = format!("wg-rx{}-{queue}", if v6 { 6 } else { 4 });
             let body = move |core: &Core, io: &Io| receive(core, io, v6, &turnstile);
@@ -232,35 +248,45 @@ impl Drop for AbortOnPanic {
     }
 }
 
-fn transmit(core: &Core, io: &Io, queue: usize) {
-    let mut buffer = vec![0; MAX_READ];
-    let mut transmit = Transmit::default();
-    let mut pace = Pace::default();
-    while !io.is_stopping() {
-        let tuns = io.tuns.load();
-        let Some(tun) = tuns.get(queue) else {
-            thread::sleep(RETRY);
-            continue;
-        };
-        match tun.read(&mut buffer) {
+/// What carries packets from the TUN device to the wire.
+pub(super) struct Outward {
+    buffer: Vec<u8>,
+    transmit: Transmit,
+    pace: Pace,
+}
+
+impl Default for Outward {
+    fn default() -> Self {
+        Self {
+            buffer: vec![0; MAX_READ],
+            transmit: Transmit::default(),
+            pace: Pace::default(),
+        }
+    }
+}
+
+impl Outward {
+    /// Reads one packet; returns its bytes, or `None` if there was none to be had. Then everything is
+    /// sent that was read so far.
+    pub(super) fn packet(
+        &mut self,
+        core: &Core,
+        io: &Io,
+        tun: &Tun,
+        sockets: &Sockets,
+    ) -> Option<usize> {
+        match tun.read(&mut self.buffer) {
             Ok(length) => {
-                let (sockets, now, bytes) = (io.sockets.load(), Time::now(), &buffer[..length]);
-                if let Err(Refused(Some(answer))) = transmit.packet(core, &**sockets, bytes, now)
-                    && pace.allows(now)
+                let (now, bytes) = (Time::now(), &self.buffer[..length]);
+                if let Err(Refused(Some(answer))) = self.transmit.packet(core, sockets, bytes, now)
+                    && self.pace.allows(now)
                 {
                     tell_sender(tun, bytes, answer);
                 }
+                return Some(length);
             }
             Err(error) => match error.raw_os_error() {
-                Some(libc::EAGAIN) => {
-                    transmit.flush(core, &**io.sockets.load(), Time::now());
-                    transmit.rest();
-                    let mut fds = [
-                        PollFd::new(tun.as_fd(), PollFlags::POLLIN),
-                        PollFd::new(io.stop.as_fd(), PollFlags::POLLIN),
-                    ];
-                    let _ = poll(&mut fds, PollTimeout::NONE);
-                }
+                Some(libc::EAGAIN) => self.flush(core, sockets),
                 Some(libc::EINTR) => {}
                 Some(libc::EBADFD) => io.link_is_gone(),
                 _ => {
@@ -269,6 +295,36 @@ fn transmit(core: &Core, io: &Io, queue: usize) {
                     thread::sleep(Duration::from_millis(10));
                 }
             },
+        }
+        None
+    }
+
+    /// Sends what was read.
+    pub(super) fn flush(&mut self, core: &Core, sockets: &Sockets) {
+        self.transmit.flush(core, sockets, Time::now());
+    }
+
+    /// Lets go of what would keep a peer alive, before a time without traffic.
+    pub(super) fn rest(&mut self) {
+        self.transmit.rest();
+    }
+}
+
+fn transmit(core: &Core, io: &Io, queue: usize) {
+    let mut outward = Outward::default();
+    while !io.is_stopping() {
+        let tuns = io.tuns.load();
+        let Some(tun) = tuns.get(queue) else {
+            thread::sleep(RETRY);
+            continue;
+        };
+        if outward.packet(core, io, tun, &io.sockets.load()).is_none() {
+            outward.rest();
+            let mut fds = [
+                PollFd::new(tun.as_fd(), PollFlags::POLLIN),
+                PollFd::new(io.stop.as_fd(), PollFlags::POLLIN),
+            ];
+            let _ = poll(&mut fds, PollTimeout::NONE);
         }
     }
 }
@@ -283,10 +339,79 @@ fn tell_sender(tun: &Tun, bytes: &[u8], answer: Answer) {
     }
 }
 
+/// A batch that was taken from a socket.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Taken {
+    pub(super) bytes: usize,
+    /// Whether there were no more.
+    pub(super) all: bool,
+}
+
+/// What carries datagrams from the wire to the TUN device.
+pub(super) struct Inward {
+    arena: Arena,
+    receive: Receive,
+    limit: usize,
+}
+
+impl Default for Inward {
+    fn default() -> Self {
+        Self {
+            arena: Arena::default(),
+            receive: Receive::default(),
+            limit: 1,
+        }
+    }
+}
+
+impl Inward {
+    /// Takes a batch from a socket, or nothing if there was none to be had.
+    pub(super) fn take(&mut self, socket: &UdpSocket, wait: bool) -> Option<Taken> {
+        match socket.receive(&mut self.arena, self.limit, wait) {
+            Ok(()) => {
+                let messages = &self.arena.messages;
+                let bytes = messages.iter().map(|message| message.range.len()).sum();
+                let all = messages.len() < self.limit;
+                self.limit = if bytes > LARGE * messages.len() {
+                    1
+                } else {
+                    MAX_MESSAGES
+                };
+                Some(Taken { bytes, all })
+            }
+            Err(error) => {
+                if !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) {
+                    tracing::debug!(%error, "receiving");
+                    thread::sleep(Duration::from_millis(1));
+                }
+                None
+            }
+        }
+    }
+
+    /// Opens the batch.
+    pub(super) fn open(&mut self, core: &Core, tuns: &[Tun]) {
+        let now = Time::now();
+        self.receive
+            .join_udp(tuns.first().is_some_and(Tun::takes_udp));
+        for message in &self.arena.messages {
+            self.receive
+                .message(core, &mut self.arena.bytes, message, now);
+        }
+    }
+
+    /// Writes what came out of it.
+    pub(super) fn write(&mut self, core: &Core, tuns: &[Tun]) {
+        self.receive.finish(&mut self.arena.bytes, |pieces, count| {
+            if let Some(tun) = queue_of(tuns, pieces) {
+                write(core, tun, pieces, count);
+            }
+        });
+    }
+}
+
 fn receive(core: &Core, io: &Io, v6: bool, turnstile: &Turnstile) {
-    let mut arena = Arena::default();
-    let mut receive = Receive::default();
-    let mut limit = 1;
+    let mut inward = Inward::default();
     while !io.is_stopping() {
         let sockets = io.sockets.load_full();
         let Some(socket) = sockets.family(v6) else {
@@ -294,37 +419,16 @@ fn receive(core: &Core, io: &Io, v6: bool, turnstile: &Turnstile) {
             continue;
         };
         let mut entrance = turnstile.enter();
-        if let Err(error) = socket.receive(&mut arena, limit) {
-            if error.kind() != io::ErrorKind::Interrupted {
-                tracing::debug!(%error, "receiving");
-                thread::sleep(Duration::from_millis(1));
-            }
+        let Some(taken) = inward.take(socket, true) else {
             continue;
-        }
-        let ticket = entrance.take();
-        let Arena { bytes, messages } = &mut arena;
-        let total: usize = messages.iter().map(|message| message.range.len()).sum();
-        // To open a small batch takes less than to wake another thread for the next one.
-        let entrance = (total < LARGE).then_some(entrance);
-        let now = Time::now();
-        let tuns = io.tuns.load();
-        receive.join_udp(tuns.first().is_some_and(Tun::takes_udp));
-        for message in &*messages {
-            receive.message(core, bytes, message, now);
-        }
-        turnstile.leave(ticket, || {
-            receive.finish(bytes, |pieces, count| {
-                if let Some(tun) = queue_of(&tuns, pieces) {
-                    write(core, tun, pieces, count);
-                }
-            });
-        });
-        drop(entrance);
-        limit = if total > LARGE * messages.len() {
-            1
-        } else {
-            MAX_MESSAGES
         };
+        let ticket = entrance.take();
+        // To open a small batch takes less than to wake another thread for the next one.
+        let entrance = (taken.bytes < LARGE).then_some(entrance);
+        let tuns = io.tuns.load();
+        inward.open(core, &tuns);
+        turnstile.leave(ticket, || inward.write(core, &tuns));
+        drop(entrance);
     }
 }
 

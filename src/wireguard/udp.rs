@@ -12,7 +12,7 @@ use std::io;
 use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::ops::Range;
-use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};
 use std::ptr;
 
 use nix::errno::Errno;
@@ -364,11 +364,12 @@ impl UdpSocket {
         Errno::result(sent).map(drop).map_err(Into::into)
     }
 
-    /// Waits for messages and takes at most `limit` of them.
+    /// Takes at most `limit` messages; waits for the first one if it may.
     ///
     /// # Errors
-    /// What the kernel says. Returns without a message when the sockets were shut down.
-    pub(super) fn receive(&self, arena: &mut Arena, limit: usize) -> io::Result<()> {
+    /// What the kernel says, which is `EAGAIN` if there is none and it may not wait. Returns without a
+    /// message when it waits and the sockets are shut down.
+    pub(super) fn receive(&self, arena: &mut Arena, limit: usize, wait: bool) -> io::Result<()> {
         arena.messages.clear();
         let limit = limit.clamp(1, MAX_MESSAGES);
         // SAFETY: all-zero bytes are valid for these plain structures of integers and pointers.
@@ -396,6 +397,11 @@ impl UdpSocket {
             header.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
             header.msg_hdr.msg_controllen = control.0.len() as _;
         }
+        let flags = if wait {
+            libc::MSG_WAITFORONE
+        } else {
+            libc::MSG_DONTWAIT
+        };
         // SAFETY: the first `limit` headers point to live, disjoint buffers of the lengths they say,
         // which outlive the call; MAX_MESSAGES bounds `limit`.
         let received = unsafe {
@@ -403,7 +409,7 @@ impl UdpSocket {
                 self.socket.as_raw_fd(),
                 headers.as_mut_ptr(),
                 limit as libc::c_uint,
-                libc::MSG_WAITFORONE as _,
+                flags as _,
                 ptr::null_mut(),
             )
         };
@@ -426,6 +432,12 @@ impl UdpSocket {
             arena.messages.push(message);
         }
         Ok(())
+    }
+}
+
+impl AsFd for UdpSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 
@@ -562,7 +574,7 @@ mod tests {
         sockets
             .family(v6)
             .unwrap()
-            .receive(&mut arena, MAX_MESSAGES)
+            .receive(&mut arena, MAX_MESSAGES, true)
             .unwrap();
         let bytes = &arena.bytes;
         arena
@@ -656,7 +668,7 @@ mod tests {
             let sockets = sockets.clone();
             move || {
                 let mut arena = Arena::default();
-                let _ = sockets.family(false).unwrap().receive(&mut arena, 1);
+                let _ = sockets.family(false).unwrap().receive(&mut arena, 1, true);
                 arena
                     .messages
                     .iter()

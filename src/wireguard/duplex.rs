@@ -1,0 +1,256 @@
+//! One thread for both directions, and one that relieves it.
+//!
+//! Where CPUs are few, a thread for each direction costs more than it brings: every acknowledgement
+//! wakes the one while the other has the CPU. So one thread waits for the TUN device and the sockets
+//! alike and takes turns; what the kernel answers to a packet that was written is read at once,
+//! without a wake-up. Only when that thread has a CPU to itself, uses all of it, and carries much in
+//! both directions, it hands the TUN device over to the other thread, until that one has nothing to do.
+
+use std::io;
+use std::os::fd::AsFd as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::time::{ClockId, clock_gettime};
+
+use super::clock::Time;
+use super::core::Core;
+use super::threads::{Inward, Io, Outward, RETRY};
+use super::tun::Tun;
+use super::udp::UdpSocket;
+
+/// What is read from the TUN device before the sockets have their turn: some large packets, or
+/// what small ones come to in about as much time.
+const TURN_BYTES: usize = 256 << 10;
+const TURN_PACKETS: usize = 128;
+/// A socket that had nothing to say is asked again after so many turns at the latest.
+const ASK_AGAIN: u32 = 16;
+/// How often the load is looked at. Shorter, and a thread that shares its CPU seems to have it to
+/// itself between two decisions of the scheduler.
+const WINDOW: Duration = Duration::from_millis(100);
+/// The thread that relieves the other one gives back what it took when it had nothing to do for so
+/// many milliseconds.
+const QUIET_MS: u8 = 10;
+
+/// How the TUN device goes from one thread to the other and back.
+pub(super) struct Handover {
+    /// Whether the relieving thread has it.
+    away: AtomicBool,
+    /// Readable when it goes.
+    go: EventFd,
+    /// Readable when it comes back.
+    back: EventFd,
+}
+
+impl Handover {
+    pub(super) fn new() -> io::Result<Self> {
+        let event = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        Ok(Self {
+            away: AtomicBool::new(false),
+            go: event()?,
+            back: event()?,
+        })
+    }
+
+    fn give(&self) {
+        self.away.store(true, Ordering::Release);
+        // It fails only when it is readable already, as below.
+        let _ = self.go.write(1);
+    }
+
+    fn give_back(&self) {
+        self.away.store(false, Ordering::Release);
+        let _ = self.back.write(1);
+    }
+
+    fn is_away(&self) -> bool {
+        self.away.load(Ordering::Acquire)
+    }
+}
+
+/// Carries packets both ways.
+pub(super) fn both(core: &Core, io: &Io, handover: &Handover) {
+    let (mut outward, mut inward) = (Outward::default(), Inward::default());
+    let mut load = Load::new(Time::now());
+    // Which sockets spoke since the thread last waited, IPv4's and IPv6's.
+    let mut awake = [true; 2];
+    let mut turn = 0_u32;
+    while !io.is_stopping() {
+        let (tuns, sockets) = (io.tuns.load(), io.sockets.load());
+        let Some(tun) = tuns.first() else {
+            thread::sleep(RETRY);
+            continue;
+        };
+        let away = handover.is_away();
+        let (mut received, mut sent, mut dry) = (0, 0, true);
+        turn = turn.wrapping_add(1);
+        for (awake, v6) in awake.iter_mut().zip([false, true]) {
+            let Some(socket) = sockets
+                .family(v6)
+                .filter(|_| *awake || turn.is_multiple_of(ASK_AGAIN))
+            else {
+                continue;
+            };
+            if let Some(taken) = inward.take(socket, false) {
+                (received, dry) = (received + taken.bytes, dry && taken.all);
+                *awake = true;
+                inward.open(core, &tuns);
+                inward.write(core, &tuns);
+            }
+        }
+        if !away {
+            let mut packets = 0;
+            while let Some(bytes) = outward.packet(core, io, tun, &sockets) {
+                (sent, packets) = (sent + bytes, packets + 1);
+                if sent >= TURN_BYTES || packets == TURN_PACKETS {
+                    dry = false;
+                    break;
+                }
+            }
+        }
+        if load.is_too_much(received, sent, Time::now()) && !away {
+            outward.flush(core, &sockets);
+            outward.rest();
+            handover.give();
+        } else if dry {
+            outward.rest();
+            let tun = (!away).then_some(tun);
+            let sockets = [false, true].map(|v6| sockets.family(v6));
+            awake = wait(io, handover, tun, sockets);
+        }
+    }
+}
+
+/// Waits until there is something to do; tells which sockets have something to say.
+fn wait(
+    io: &Io,
+    handover: &Handover,
+    tun: Option<&Tun>,
+    sockets: [Option<&UdpSocket>; 2],
+) -> [bool; 2] {
+    let stop = io.stop.as_fd();
+    // In the place of what is not there stands what is waited for anyway.
+    let [v4, v6] = sockets.map(|socket| socket.map_or(stop, |socket| socket.as_fd()));
+    let tun = tun.map_or(stop, |tun| tun.as_fd());
+    let mut fds =
+        [v4, v6, tun, handover.back.as_fd(), stop].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+    let _ = poll(&mut fds, PollTimeout::NONE);
+    let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+    if ready(&fds[3]) {
+        let _ = handover.back.read();
+    }
+    [ready(&fds[0]), ready(&fds[1])]
+}
+
+/// Carries packets from the TUN device to the wire while the other thread has too much to do.
+pub(super) fn relief(core: &Core, io: &Io, handover: &Handover) {
+    let mut outward = Outward::default();
+    let stop = io.stop.as_fd();
+    while !io.is_stopping() {
+        let mut fds = [handover.go.as_fd(), stop].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let _ = poll(&mut fds, PollTimeout::NONE);
+        let _ = handover.go.read();
+        while handover.is_away() && !io.is_stopping() {
+            let tuns = io.tuns.load();
+            let Some(tun) = tuns.first() else {
+                thread::sleep(RETRY);
+                continue;
+            };
+            if outward.packet(core, io, tun, &io.sockets.load()).is_some() {
+                continue;
+            }
+            outward.rest();
+            let mut fds = [tun.as_fd(), stop].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            if poll(&mut fds, PollTimeout::from(QUIET_MS)) == Ok(0) {
+                handover.give_back();
+            }
+        }
+    }
+}
+
+/// Decides when one thread has too much to do, where two could do more.
+#[derive(Debug)]
+struct Load {
+    begun: Time,
+    /// The thread's CPU time at the begin of the window.
+    used: Option<Duration>,
+    received: usize,
+    sent: usize,
+}
+
+impl Load {
+    fn new(now: Time) -> Self {
+        Self {
+            begun: now,
+            used: None,
+            received: 0,
+            sent: 0,
+        }
+    }
+
+    /// Counts what a turn carried; true at the end of a window in which it was too much.
+    fn is_too_much(&mut self, received: usize, sent: usize, now: Time) -> bool {
+        self.received += received;
+        self.sent += sent;
+        if now.since(self.begun) < WINDOW {
+            return false;
+        }
+        let used = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).ok();
+        self.account(used.map(Duration::from), now)
+    }
+
+    /// Ends a window. A thread that does not get all of a CPU shares it with others, and a second
+    /// thread would only add to them; where one direction is small beside the other, there is little
+    /// to be taken off.
+    fn account(&mut self, used: Option<Duration>, now: Time) -> bool {
+        let elapsed = now.since(self.begun);
+        let spent = used
+            .zip(self.used)
+            .map(|(now, then)| now.saturating_sub(then));
+        let (less, more) = (self.received.min(self.sent), self.received.max(self.sent));
+        *self = Self {
+            used,
+            ..Self::new(now)
+        };
+        spent.is_some_and(|spent| spent >= elapsed * 19 / 20) && less >= more / 4 && less > 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load() -> (Load, Time) {
+        let now = Time::from_duration(Duration::from_secs(1));
+        let mut load = Load::new(now);
+        assert!(!load.account(Some(Duration::ZERO), now));
+        (load, now)
+    }
+
+    fn millis(millis: u64) -> Duration {
+        Duration::from_millis(millis)
+    }
+
+    #[test]
+    fn a_thread_that_has_a_cpu_and_uses_it_up_in_both_directions_has_too_much_to_do() {
+        let (mut load, now) = load();
+        assert!(!load.is_too_much(1000, 3000, now + millis(50)));
+        assert!(load.account(Some(millis(100)), now + millis(100)));
+        assert!(
+            !load.account(Some(millis(200)), now + millis(200)),
+            "nothing was carried"
+        );
+    }
+
+    #[test]
+    fn a_thread_that_rests_or_shares_its_cpu_or_carries_one_way_does_not() {
+        for (received, sent, used) in [(1000, 3000, 94), (1000, 5000, 100), (0, 5000, 100)] {
+            let (mut load, now) = load();
+            assert!(!load.is_too_much(received, sent, now + millis(50)));
+            assert!(!load.account(Some(millis(used)), now + millis(100)));
+        }
+    }
+}
