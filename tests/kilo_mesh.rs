@@ -225,6 +225,11 @@ fn vpn_clients(steps: &mut Steps) -> Option<()> {
         goes_directly(&lab)
     });
 
+    steps.step(
+        "a_leader_whose_nat_forgot_it_is_followed_within_one_keepalive",
+        || follows_a_new_mapping(&lab),
+    );
+
     // Hosts that drop what they forward let flannel's networks pass, and a client has another. Their
     // operators must let it pass too.
     for name in lab.node_names() {
@@ -338,6 +343,31 @@ fn goes_directly(lab: &Lab) -> anyhow::Result<String> {
     Ok(format!("2 MB each way, {carried} bytes through the master"))
 }
 
+/// The router restarts: what it lets out comes from other ports than before, and what comes in for the
+/// old ones is dropped.
+fn follows_a_new_mapping(lab: &Lab) -> anyhow::Result<String> {
+    let endpoint = || {
+        let peers = claims::wg_show(lab, MASTER).unwrap_or_default();
+        let mut endpoints = peers.into_iter().map(|peer| peer.endpoint);
+        endpoints.find(|endpoint| endpoint.starts_with("203.0.113.20:"))
+    };
+    let before = endpoint().context("the leader behind NAT")?;
+    // A link that goes down takes the mappings of its MASQUERADE rules with it.
+    lab.network().router("nat1")?.sh(
+        "iptables -t nat -I POSTROUTING -o wan -p udp -j MASQUERADE --to-ports 40000-40999
+         ip link set wan down
+         ip link set wan up
+         ip route replace default via 203.0.113.1",
+    )?;
+    // Of the 25 seconds between two keepalives some are over.
+    let waited = wait_for("the new mapping", Duration::from_secs(60), || {
+        endpoint().is_some_and(|now| now != before && now.starts_with("203.0.113.20:40"))
+    })?;
+    let pairs = settled(lab)?;
+    let seconds = waited.as_secs_f64();
+    Ok(format!("{before} moved after {seconds:.0} s; {pairs}"))
+}
+
 fn reaches_everything(lab: &Lab, client: &Node, services: bool) -> anyhow::Result<String> {
     let mut failures = Vec::new();
     let outcome = wait_for("the client's tunnel", PATIENCE, || {
@@ -390,9 +420,7 @@ fn plain_wireguard(client: &Node, lab: &Lab) -> anyhow::Result<Process> {
     let mut command = Command::new(program("wireguard-go")?);
     command.args(["--foreground", "wg0"]);
     let process = client.spawn("wireguard-go", command)?;
-    wait_for("wireguard-go", PATIENCE, || {
-        client.run("wg show wg0").is_ok()
-    })?;
+    wait_for("wireguard-go", PATIENCE, || client.tunnel_answers("wg0"))?;
 
     // Where a leader behind NAT is seen may change until the mesh has settled.
     let configuration = selvedge(client, lab, &["showconf", "peer", "desktop"])?;

@@ -78,7 +78,7 @@ impl Kg {
         tunnel.args(["--foreground", "kilo0"]);
         let tunnel = node.spawn("kg-tunnel", tunnel)?;
         wait_for("wireguard-go", Duration::from_secs(20), || {
-            node.run("wg show kilo0").is_ok()
+            node.tunnel_answers("kilo0")
         })
         .with_context(|| lab.tail(name, "kg-tunnel"))?;
         node.run("wg set kilo0 private-key /var/lib/kilo/key listen-port 51820")?;

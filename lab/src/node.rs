@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -182,6 +183,15 @@ impl Node {
     /// Only when it cannot be started.
     pub fn output(&self, mut command: Command) -> anyhow::Result<Output> {
         Ok(self.within(|| command.stdin(Stdio::null()).output())?)
+    }
+
+    /// Whether a tunnel in userspace answers for the link `link`.
+    ///
+    /// Asked while it comes up, `wg` takes its socket for a leftover and deletes it.
+    #[must_use]
+    pub fn tunnel_answers(&self, link: &str) -> bool {
+        let socket = format!("/run/wireguard/{link}.sock");
+        UnixStream::connect(self.outside(&socket)).is_ok()
     }
 
     /// Starts a program in the background, with its output in [`log`](Self::log)`(what)`.
