@@ -38,8 +38,8 @@ check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --workspace --no-deps --document-private-items --quiet
-	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check; \
-	else echo "check: cargo-deny is not installed, so licences and advisories were not checked"; fi
+	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --log-level error check licenses bans sources; \
+	else echo "check: cargo-deny is not installed, so licences and sources were not checked"; fi
 
 bench:
 	scripts/setup.sh bench

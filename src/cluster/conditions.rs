@@ -104,13 +104,13 @@ pub(super) async fn run(
     let mut backoff = pace::Backoff::up_to(Duration::from_secs(60));
     // A burst of new Peers; then two a minute, whoever else writes conditions.
     let mut writes = pace::Budget::new(20, Duration::from_secs(30));
-    let mut written = BTreeMap::<String, (Verdict, Instant)>::new();
+    let mut sent = Sent::default();
     loop {
         let now = Instant::now();
-        written.retain(|_, (_, at)| now.saturating_duration_since(*at) < ECHO);
         let next = {
-            let verdicts = verdicts.borrow_and_update();
-            difference(&verdicts, &shown.borrow_and_update(), &written)
+            let (verdicts, shown) = (verdicts.borrow_and_update(), shown.borrow_and_update());
+            sent.forget(&shown, now);
+            difference(&verdicts, &shown, &sent)
         };
         let connection = connections.borrow_and_update().clone();
         let (Some((name, verdict, since)), Some(connection)) = (next, connection) else {
@@ -118,7 +118,7 @@ pub(super) async fn run(
                 changed = verdicts.changed() => changed,
                 changed = shown.changed() => changed,
                 changed = connections.changed() => changed,
-                () = tokio::time::sleep(ECHO), if !written.is_empty() => Ok(()),
+                () = tokio::time::sleep(ECHO), if !sent.written.is_empty() => Ok(()),
             };
             if changed.is_err() {
                 return;
@@ -134,7 +134,7 @@ pub(super) async fn run(
         match call::call(&connection.client, request).await {
             Ok(_) => {
                 backoff.reset();
-                written.insert(name, (verdict, Instant::now()));
+                sent.written.insert(name, (verdict, Instant::now()));
             }
             Err(Failure::Forbidden(reason)) => {
                 tracing::info!(%reason, "the agent may not write conditions of Peers");
@@ -142,7 +142,7 @@ pub(super) async fn run(
             }
             // The Peer is gone, or Kilo's definition is in place, which has no status.
             Err(Failure::Absent) => {
-                written.insert(name, (verdict, Instant::now()));
+                sent.untold.insert(name, verdict);
                 tokio::time::sleep(backoff.pause(None)).await;
             }
             Err(failure) => {
@@ -153,12 +153,35 @@ pub(super) async fn run(
     }
 }
 
+/// What was sent and need not be sent again.
+#[derive(Debug, Default)]
+struct Sent {
+    /// What the watch should show soon.
+    written: BTreeMap<String, (Verdict, Instant)>,
+    /// What could not be told, because there is nowhere to write it.
+    untold: BTreeMap<String, Verdict>,
+}
+
+impl Sent {
+    /// Forgets what the watch has had time to show, and Peers that are gone.
+    fn forget(&mut self, shown: &Conditions, now: Instant) {
+        self.written
+            .retain(|_, (_, at)| now.saturating_duration_since(*at) < ECHO);
+        self.untold.retain(|name, _| shown.contains_key(name));
+    }
+
+    fn has(&self, name: &str, verdict: &Verdict) -> bool {
+        let written = self.written.get(name).map(|(sent, _)| sent);
+        [written, self.untold.get(name)].contains(&Some(verdict))
+    }
+}
+
 /// The first Peer whose condition is not as it should be, and since when the present one holds if its
 /// status stays.
 fn difference(
     verdicts: &Verdicts,
     shown: &Conditions,
-    written: &BTreeMap<String, (Verdict, Instant)>,
+    sent: &Sent,
 ) -> Option<(String, Verdict, Option<String>)> {
     verdicts.iter().find_map(|(name, verdict)| {
         let shown = shown.get(name)?.as_ref();
@@ -168,8 +191,7 @@ fn difference(
                 && shown.reason == verdict.reason
                 && shown.message == cut(&verdict.message)
         });
-        let on_its_way = written.get(name).is_some_and(|(sent, _)| sent == verdict);
-        if same || on_its_way {
+        if same || sent.has(name, verdict) {
             return None;
         }
         let since = shown.filter(|shown| shown.status == status);
@@ -280,7 +302,7 @@ mod tests {
     fn what_is_there_already_is_not_written() {
         let view = view(&["good"]);
         let verdicts = verdicts(&own(), &view, &BTreeSet::new());
-        let written = BTreeMap::new();
+        let written = Sent::default();
         let nothing = [("good".to_owned(), None)].into();
         let (_, verdict, since) = difference(&verdicts, &nothing, &written).unwrap();
         assert_eq!(since, None);
@@ -300,11 +322,29 @@ mod tests {
         let there: Conditions = [("bad".to_owned(), read(&status["status"]))].into();
         let second = verdicts(&own(), &view, &[report("bad", "two")].into());
 
-        let (_, _, since) = difference(&second, &there, &BTreeMap::new()).unwrap();
+        let (_, _, since) = difference(&second, &there, &Sent::default()).unwrap();
         assert_eq!(since.as_deref(), Some("1970-01-01T00:00:00Z"));
 
         view.snapshot.peers.clear();
         assert!(verdicts(&own(), &view, &BTreeSet::new()).is_empty());
+    }
+
+    #[test]
+    fn a_peer_that_has_no_status_is_asked_once_for_each_verdict() {
+        let view = view(&["good"]);
+        let first = verdicts(&own(), &view, &BTreeSet::new());
+        let there: Conditions = [("good".to_owned(), None)].into();
+        let (now, mut sent) = (Instant::now(), Sent::default());
+        sent.untold.insert("good".to_owned(), first["good"].clone());
+
+        sent.forget(&there, now + 100 * ECHO);
+        assert_eq!(difference(&first, &there, &sent), None);
+        let second = verdicts(&own(), &view, &[report("good", "bad")].into());
+        assert!(difference(&second, &there, &sent).is_some());
+
+        // Another object of the name may have one.
+        sent.forget(&Conditions::new(), now);
+        assert!(difference(&first, &there, &sent).is_some());
     }
 
     #[test]

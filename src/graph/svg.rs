@@ -2,6 +2,7 @@
 //!
 //! No graphviz and no fonts to measure: text is monospaced, so its width is known.
 
+use std::collections::BTreeMap;
 use std::f64::consts::{PI, TAU};
 use std::fmt::Write as _;
 
@@ -65,12 +66,16 @@ pub fn svg(topology: &Topology) -> String {
 }
 
 fn edges(out: &mut String, topology: &Topology, cards: &[Card]) {
-    let at = |leader: &NodeName| {
-        cards.iter().find_map(|card| {
-            let entry = card.entries.iter().position(|e| e.name == leader.0)?;
-            (!card.peers).then(|| card.anchor(entry))
+    // Looked up, not searched for: a full mesh has a tunnel for every two nodes.
+    let anchors: BTreeMap<_, _> = cards
+        .iter()
+        .filter(|card| !card.peers)
+        .flat_map(|card| {
+            let entries = card.entries.iter().enumerate();
+            entries.map(|(entry, node)| (node.name.as_str(), card.anchor(entry)))
         })
-    };
+        .collect();
+    let at = |leader: &NodeName| anchors.get(leader.0.as_str()).copied();
     let mut edge = |from: Option<(f64, f64)>, to: Option<(f64, f64)>, class: &str| {
         if let (Some((x1, y1)), Some((x2, y2))) = (from, to) {
             writeln!(

@@ -120,11 +120,12 @@ struct Picture {
 
 async fn graph(State(pages): State<Pages>, Query(picture): Query<Picture>) -> Response {
     let topology = Arc::clone(&pages.topology.borrow());
-    match crate::graph::page(
-        &topology,
-        picture.format.as_deref(),
-        picture.layout.as_deref(),
-    ) {
+    // Beside the event loop: a full mesh of a thousand nodes is half a million lines.
+    let page = tokio::task::spawn_blocking(move || {
+        let Picture { format, layout } = picture;
+        crate::graph::page(&topology, format.as_deref(), layout.as_deref())
+    });
+    match page.await.expect("a panic ends the process") {
         Ok(page) => ([(header::CONTENT_TYPE, page.content_type)], page.body).into_response(),
         // Kilo's status for whatever is wrong.
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
