@@ -7,11 +7,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::SockaddrStorage;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use zeroize::Zeroizing;
 
 use super::plan::{self, FWMARK, Wish};
@@ -105,8 +105,24 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             public_key: key.public_key(),
             persistent_keepalive: args.persistent_keepalive,
         };
-        let registration = Registration::find_or_make(&access.client, &who).await?;
-        let outcome = connect(args, key, &access, &registration).await;
+        // Taken first, or a signal while the Peer is being made would leave it behind.
+        let mut stop = Stop::new().context("waiting for signals")?;
+        let mut making = std::pin::pin!(Registration::find_or_make(&access.client, &who));
+        let (registration, stopped) = tokio::select! {
+            made = &mut making => (made?, false),
+            // What is under way has to end before it can be taken back.
+            () = stop.recv() => match tokio::time::timeout(FAREWELL, making).await {
+                Ok(made) => (made?, true),
+                Err(_) => bail!(
+                    "the API server does not answer: the peer {:?} may be left there",
+                    who.name
+                ),
+            },
+        };
+        let outcome = match stopped {
+            true => Ok(()),
+            false => connect(args, key, &access, &registration, stop).await,
+        };
         if args.clean_up {
             match tokio::time::timeout(FAREWELL, registration.delete()).await {
                 Ok(Ok(())) => {}
@@ -127,10 +143,9 @@ async fn connect(
     key: PrivateKey,
     access: &Access,
     registration: &Registration,
+    mut stop: Stop,
 ) -> anyhow::Result<()> {
     let client = &access.client;
-    let mut interrupt = signal(SignalKind::interrupt()).context("waiting for signals")?;
-    let mut terminate = signal(SignalKind::terminate()).context("waiting for signals")?;
     let wish = Wish {
         interface: args.interface.clone(),
         mtu: args.mtu,
@@ -139,7 +154,10 @@ async fn connect(
         direct: BTreeSet::new(),
     };
     // The first look may fail loudly; later ones are tried again.
-    let mut survey = Some(survey::survey(client, &args.cluster).await?);
+    let mut survey = tokio::select! {
+        () = stop.recv() => return Ok(()),
+        survey = survey::survey(client, &args.cluster) => Some(survey?),
+    };
 
     let device = Device::start(Options {
         mtu: args.mtu,
@@ -170,20 +188,44 @@ async fn connect(
             }
             None => RETRY,
         };
-        tokio::select! {
-            _ = interrupt.recv() => break,
-            _ = terminate.recv() => break,
-            () = tokio::time::sleep(wait) => {}
-        }
-        survey = match survey::survey(client, &args.cluster).await {
-            Ok(survey) => Some(survey),
-            Err(error) => {
-                tracing::warn!("the cluster cannot be read, everything stays as it is: {error:#}");
-                None
-            }
+        let again = async {
+            tokio::time::sleep(wait).await;
+            survey::survey(client, &args.cluster).await
+        };
+        survey = tokio::select! {
+            () = stop.recv() => break,
+            found = again => found
+                .inspect_err(|error| {
+                    tracing::warn!(
+                        "the cluster cannot be read, everything stays as it is: {error:#}"
+                    );
+                })
+                .ok(),
         };
     }
     Ok(())
+}
+
+/// The signals to stop.
+struct Stop {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Stop {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
 }
 
 /// This machine's part: leaves nothing behind when it is dropped.
