@@ -44,7 +44,7 @@ use crate::cluster::{self, Access, Cluster, ParseSettings, Sources, View};
 use crate::config::Config;
 use crate::flannel::{Files, Flannel, Unready};
 use crate::kernel::heal::{self, FlannelState, Repair};
-use crate::kernel::{Kernel, Monitor};
+use crate::kernel::{Kernel, Monitor, ipv6_is_off};
 use crate::plan::{Link, State};
 use crate::refusal::Refusal;
 use crate::status::Report;
@@ -119,6 +119,8 @@ struct Agent {
     schedule: Schedule,
     /// What flannel keeps this node waiting for.
     awaited: Option<String>,
+    /// Whether flannel has IPv6, but this node has turned it off.
+    without_ipv6: bool,
     /// What flannel forgot, to be put back by the next pass.
     forgotten: Vec<Repair>,
     /// What the last pass could not do.
@@ -225,6 +227,7 @@ impl Agent {
             check_in: CheckIn::default(),
             decision: Decision::default(),
             awaited: None,
+            without_ipv6: false,
             forgotten: Vec::new(),
             failed: Vec::new(),
             begun: now(),
@@ -387,8 +390,14 @@ impl Agent {
         // What was last known of flannel stays in force while it restarts or makes its device anew.
         self.forgotten = Vec::new();
         match self.flannel() {
-            Ok((flannel, found)) => {
+            Ok((flannel, found, without_ipv6)) => {
                 self.awaited = None;
+                if without_ipv6 && !self.without_ipv6 {
+                    tracing::warn!(
+                        "IPv6 is off on this node (sysctl net.ipv6.conf.default.disable_ipv6), so it carries IPv4 alone"
+                    );
+                }
+                self.without_ipv6 = without_ipv6;
                 self.forgotten = self.forgotten_by(&flannel, &found);
                 self.facts.flannel = Some(flannel);
             }
@@ -399,11 +408,13 @@ impl Agent {
         }
     }
 
-    fn flannel(&self) -> Result<(Flannel, FlannelState), Unready> {
-        let files = Files::read(
+    /// flannel here, what the kernel holds of it, and whether its IPv6 is left out.
+    fn flannel(&self) -> Result<(Flannel, FlannelState, bool), Unready> {
+        let mut files = Files::read(
             self.config.flannel_conf.as_deref(),
             &self.config.subnet_file,
         )?;
+        let without_ipv6 = ipv6_is_off(&self.config.interface) && files.leave_out_ipv6()?;
         let own = self.facts.snapshot.nodes.get(&self.config.node);
         let lease = own.and_then(|node| node.lease.as_ref());
         let networks = files.env.as_ref().map(|env| env.networks.as_slice());
@@ -414,7 +425,7 @@ impl Agent {
             .map_err(|error| Unready::Waiting(format!("{error:#}")))?;
         let flannel =
             Flannel::assemble(&files, lease, found.vteps.clone(), found.next_hops.clone())?;
-        Ok((flannel, found))
+        Ok((flannel, found, without_ipv6))
     }
 
     /// What flannel lost of its own when its device was made anew: it does not put it back.

@@ -356,7 +356,11 @@ impl fmt::Display for RouteCommand<'_> {
             Destination(key.dst)
         )?;
         if let Some(route) = route {
-            write!(f, "{route}")?;
+            if key.dst.addr().is_ipv6() {
+                write!(f, "{route:#}")?;
+            } else {
+                write!(f, "{route}")?;
+            }
         }
         if key.metric != 0 {
             write!(f, " metric {}", key.metric)?;
@@ -379,7 +383,8 @@ impl fmt::Display for Destination {
 }
 
 impl fmt::Display for Route {
-    /// What follows the destination.
+    /// What follows the destination; in the alternate form that of an IPv6 route, whose MTU counts for
+    /// forwarded packets only when it is locked.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self::Unicast {
             next_hops,
@@ -408,7 +413,8 @@ impl fmt::Display for Route {
             write!(f, " src {src}")?;
         }
         if let Some(mtu) = mtu {
-            write!(f, " mtu {mtu}")?;
+            let lock = if f.alternate() { "lock " } else { "" };
+            write!(f, " mtu {lock}{mtu}")?;
         }
         Ok(())
     }

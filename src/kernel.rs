@@ -42,6 +42,7 @@ pub use self::monitor::{Event, Monitor};
 use self::netlink::{Netlink, Refused};
 pub use self::ruleset::Counters;
 use self::ruleset::Rulesets;
+pub use self::sysctl::ipv6_is_off;
 use crate::diff::Change;
 use crate::flannel::Vtep;
 use crate::plan::{Link, Route, RouteKey, Ruleset, Scope, State, Table};

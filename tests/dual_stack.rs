@@ -20,7 +20,7 @@ use selvedge_lab::lab::{Access, Mesh, Options, Places as _, Proxy, SCENARIO_FLAG
 use selvedge_lab::netns::unique_prefix;
 use selvedge_lab::topology::{MASTER, Shape};
 use selvedge_lab::traffic::{PORT, Servers, shout};
-use selvedge_lab::{Lab, Steps, scratch};
+use selvedge_lab::{Lab, Steps, scratch, wait_for};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
@@ -100,9 +100,15 @@ fn run(steps: &mut Steps, case: &Case) -> Option<()> {
         manifest: Path::new(MANIFEST),
         access: Access::Kubeconfig,
         flags: &flags,
-        annotate: true,
+        annotate: false,
     };
     steps.required(&format!("{name}::all_agents_become_ready"), || {
+        lab.annotate_scenario()?;
+        let wish = (
+            "kilo.squat.ai/wireguard-ip",
+            Some("10.4.0.2/16,fd0a:4::77/64"),
+        );
+        lab.api().annotate(LEADER, &[wish])?;
         let time = lab.join(&mesh)?;
         Ok(format!("{time:.1?} after the last was started"))
     })?;
@@ -136,6 +142,12 @@ fn run(steps: &mut Steps, case: &Case) -> Option<()> {
         &format!("{name}::cleanup_leaves_the_nodes_as_they_were"),
         || claims::cleanup_leaves_nothing(&mut lab, Path::new(SELVEDGE), &before),
     );
+    if case.faults {
+        steps.step(
+            &format!("{name}::a_node_with_ipv6_off_keeps_ipv4_and_says_so_once"),
+            || ipv6_off(&mut lab, &mesh),
+        );
+    }
     Some(())
 }
 
@@ -201,6 +213,18 @@ fn reachability(steps: &mut Steps, name: &str, lab: &Lab, family: Family) {
     steps.step(
         &format!("{name}::the_master_reaches_every_kubelet_by_{inner}"),
         || claims::master_reaches_every_kubelet(&view),
+    );
+    steps.step(
+        &format!("{name}::the_leader_answers_at_the_wireguard_ip_asked_for_in_{inner}"),
+        || {
+            let wish = match family {
+                Family::V4 => "10.4.0.2",
+                Family::V6 => "fd0a:4::77",
+            };
+            lab.node(MASTER)?
+                .run(&format!("ping -c 2 -i 0.2 -W 2 {wish}"))?;
+            Ok(wish.to_owned())
+        },
     );
     steps.step(
         &format!("{name}::an_{inner}_packet_too_large_is_refused_by_its_own_node"),
@@ -284,6 +308,42 @@ fn faults(steps: &mut Steps, name: &str, lab: &Lab) {
             || claims::everybody_reaches_everybody(&lab.of(family), By::OwnAddress),
         );
     }
+}
+
+/// A follower whose operator turns IPv6 off, after flannel came up with it, and while its agent runs.
+fn ipv6_off(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
+    for name in lab.node_names() {
+        lab.start_agent(mesh.binary, &name, mesh.access, mesh.flags)?;
+    }
+    lab.wait_agents(Duration::from_secs(30))?;
+    let length = |lab: &Lab| -> anyhow::Result<usize> {
+        let log = std::fs::read_to_string(lab.node(FOLLOWER)?.log("agent"))?;
+        Ok(log.len())
+    };
+    let before = length(lab)?;
+    lab.node(FOLLOWER)?
+        .namespace()
+        .sysctl("ipv6/conf/all/disable_ipv6", "1")?;
+    wait_for("the agent to leave IPv6", REPAIR, || {
+        let rules = lab.node(FOLLOWER).and_then(|node| node.run("ip -6 rule"));
+        rules.is_ok_and(|rules| !rules.contains("519"))
+    })?;
+    claims::what_is_deleted_is_repaired(lab, FOLLOWER, Family::V4, REPAIR)?;
+    claims::everybody_reaches_everybody(&lab.of(Family::V4), By::OwnAddress)?;
+    sleep(Duration::from_secs(2));
+    let log = std::fs::read_to_string(lab.node(FOLLOWER)?.log("agent"))?;
+    let warnings = log.get(before..).unwrap_or_default().lines();
+    let warnings: Vec<&str> = warnings
+        .filter(|line| line.contains("WARN") || line.contains("ERROR"))
+        .collect();
+    ensure!(
+        warnings.len() == 1 && warnings[0].contains("IPv6 is off"),
+        "{}",
+        warnings.join("\n")
+    );
+    let (status, _) = lab.ask_agent(FOLLOWER, "/ready")?;
+    ensure!(status == 200, "/ready says {status}");
+    Ok(String::new())
 }
 
 fn family_name(family: Family) -> &'static str {

@@ -18,10 +18,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use selvedge_lab::claims::{self, By};
-use selvedge_lab::lab::{Access, Mesh, Options, Parts, Proxy, SCENARIO_FLAGS};
+use selvedge_lab::family::{Family, Inner};
+use selvedge_lab::lab::{Access, Mesh, Options, Parts, Places as _, Proxy, SCENARIO_FLAGS};
 use selvedge_lab::matrix::Matrix;
 use selvedge_lab::netns::require_root;
-use selvedge_lab::topology::MASTER;
+use selvedge_lab::topology::{MASTER, Shape};
 use selvedge_lab::traffic::{PORT, Servers};
 use selvedge_lab::{Lab, Scratch, teardown, wait_for};
 
@@ -30,19 +31,31 @@ const PREFIX: &str = "svlab";
 /// Where it keeps its files; the nodes cannot see `/run` and `/var/lib` of the host.
 const DIRECTORY: &str = "/tmp/selvedge-lab";
 
-const USAGE: &str = "usage: lab [--real] [--keep] | --down
+const USAGE: &str = "usage: lab [--real] [--family v4|v6|dual] [--wan v4|v6] [--keep] | --down
   --real   real etcd, kube-apiserver and flanneld (lab/build.sh builds them)
+  --family of pods and services; v4 if it is left out
+  --wan    the internet's family; v4 if it is left out
   --keep   leave it up, with hints what to play on
   --down   take down what --keep left";
 
 /// Beside the flags: `SELVEDGE_BIN` names another program than the one that was built with this.
 fn main() -> ExitCode {
     let mut choice = Choice::default();
-    for argument in std::env::args().skip(1) {
-        match argument.as_str() {
-            "--real" => choice.real = true,
-            "--keep" => choice.keep = true,
-            "--down" => choice.down = true,
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        let value = match argument.as_str() {
+            "--family" | "--wan" => arguments.next().unwrap_or_default(),
+            _ => String::new(),
+        };
+        match (argument.as_str(), value.as_str()) {
+            ("--real", _) => choice.real = true,
+            ("--keep", _) => choice.keep = true,
+            ("--down", _) => choice.down = true,
+            ("--family", "v4") => choice.inner = Inner::V4,
+            ("--family", "v6") => choice.inner = Inner::V6,
+            ("--family", "dual") => choice.inner = Inner::Dual,
+            ("--wan", "v4") => choice.wan = Family::V4,
+            ("--wan", "v6") => choice.wan = Family::V6,
             _ => {
                 eprintln!("{USAGE}");
                 return ExitCode::from(64);
@@ -63,6 +76,8 @@ struct Choice {
     real: bool,
     keep: bool,
     down: bool,
+    inner: Inner,
+    wan: Family,
 }
 
 fn run(choice: Choice) -> anyhow::Result<()> {
@@ -85,6 +100,11 @@ fn run(choice: Choice) -> anyhow::Result<()> {
         let _ = std::io::stdout().flush();
     };
     let options = Options {
+        shape: Shape {
+            inner: choice.inner,
+            wan: choice.wan,
+            ..Shape::default()
+        },
         parts: if choice.real {
             Parts::Real
         } else {
@@ -105,7 +125,7 @@ fn run(choice: Choice) -> anyhow::Result<()> {
         &progress,
     )?;
     let places = lab.places();
-    let servers = Servers::start(&places)?;
+    let servers = Servers::start(&lab.places_of_all_families())?;
 
     show::nodes(&lab)?;
     progress("control run: flannel alone");
@@ -131,26 +151,31 @@ fn run(choice: Choice) -> anyhow::Result<()> {
     }
     show::wireguard(&lab)?;
     progress("everybody calls everybody");
-    let matrix = Matrix::ask(&places, |to| Some((to.address, PORT)));
-    show::matrix("who reaches whom, by pod IP and InternalIP", &matrix);
-    if choice.real {
+    let (mut asked, mut failed) = (0, Vec::new());
+    for family in lab.families() {
+        let view = lab.of(family);
+        let matrix = Matrix::ask(&view.places(), |to| Some((to.address, PORT)));
+        show::matrix("who reaches whom, by pod IP and InternalIP", &matrix);
+        asked += matrix.asked();
+        failed.extend(matrix.failures());
+        if choice.real {
+            println!(
+                "by ClusterIP: {}\n",
+                claims::everybody_reaches_everybody(&view, By::Service)?
+            );
+        }
         println!(
-            "by ClusterIP: {}\n",
-            claims::everybody_reaches_everybody(&lab, By::Service)?
+            "a server sees the address of the pod that calls: {}",
+            claims::pods_keep_their_address(&view)?
         );
     }
-    println!(
-        "{}",
-        claims::pods_keep_their_address(&lab)
-            .map(|pairs| { format!("a server sees the address of the pod that calls: {pairs}") })?
-    );
-    println!("{}\n", lab.node(MASTER)?.run("ping -c 1 10.4.0.2")?.trim());
+    if choice.inner.has(Family::V4) {
+        println!("{}\n", lab.node(MASTER)?.run("ping -c 1 10.4.0.2")?.trim());
+    }
     show::graph(&lab, &binary)?;
-    let failed = matrix.failures();
     progress(&format!(
-        "{} of {} pairs answered",
-        matrix.asked() - failed.len(),
-        matrix.asked()
+        "{} of {asked} pairs answered",
+        asked - failed.len()
     ));
     if choice.keep {
         drop(servers);

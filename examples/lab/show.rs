@@ -38,15 +38,19 @@ pub(crate) fn matrix(heading: &str, matrix: &Matrix) {
 pub(crate) fn installed(lab: &Lab, name: &str) -> anyhow::Result<()> {
     let node = lab.node(name)?;
     println!("\n{name}");
-    for line in [
-        "ip -4 -br address show dev kilo0",
-        "ip -4 rule",
-        "ip -4 route show table 5130",
-        "ip -4 route show table 5131",
-        "ip -4 route show table 5132",
-    ] {
+    let lines = lab.families().into_iter().flat_map(|family| {
+        [
+            "-br address show dev kilo0",
+            "rule",
+            "route show table 5130",
+            "route show table 5131",
+            "route show table 5132",
+        ]
+        .map(|line| format!("ip {} {line}", family.option()))
+    });
+    for line in lines {
         // A table that nobody needs does not exist.
-        let text = node.run(line).unwrap_or_default();
+        let text = node.run(&line).unwrap_or_default();
         if !text.trim().is_empty() {
             println!("  # {line}");
             for line in text.lines() {

@@ -291,11 +291,11 @@ pub fn reached_within(
 }
 
 /// A pod's packet that fits flannel's link but not the tunnel is answered by "fragmentation needed"
-/// or "packet too big" from its own node, with a size that fits.
+/// or "packet too big" from its own node, with the size of the tunnel.
 ///
 /// # Errors
 ///
-/// When nobody answers, or somebody farther away does.
+/// When nobody answers, or somebody farther away does, or with another size.
 pub fn too_large_is_told_at_home(lab: &Lab, node: &str, to: IpAddr) -> anyhow::Result<String> {
     let pod = lab.pod(node)?;
     // With 8 bytes of ICMP and the header of IP what the pod's link of 1450 takes.
@@ -319,6 +319,12 @@ pub fn too_large_is_told_at_home(lab: &Lab, node: &str, to: IpAddr) -> anyhow::R
         .with_context(|| complaint.to_owned())?;
     let at_home = homes.iter().any(|home| home.contains(&from));
     ensure!(at_home, "{node} is {homes:?}, but was told by {from}");
+    let mtu = lab.node(node)?.run("cat /sys/class/net/kilo0/mtu")?;
+    let told = complaint.trim_end_matches(')').rsplit(['=', ' ']).next();
+    ensure!(
+        told == Some(mtu.trim()),
+        "the tunnel takes {mtu}: {complaint}"
+    );
     Ok(complaint.trim().to_owned())
 }
 

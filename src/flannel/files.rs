@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
-use super::{NetConf, SubnetEnv};
+use super::{NetConf, SubnetEnv, Unready};
 use crate::refusal::Refusal;
 
 /// Where k3s and kube-flannel put `net-conf.json`.
@@ -27,6 +27,24 @@ pub struct Files {
 }
 
 impl Files {
+    /// Leaves this node's IPv6 pods out, where IPv6 is turned off: there is no link to carry them. The
+    /// network stays, or this node would think differently of all others. Tells whether flannel had such
+    /// pods; where it had no others, there is nothing left to work beside.
+    pub fn leave_out_ipv6(&mut self) -> Result<bool, Unready> {
+        let Some(env) = &mut self.env else {
+            return Ok(false);
+        };
+        let before = env.subnets.len();
+        env.subnets.retain(|subnet| subnet.addr().is_ipv4());
+        if env.subnets.is_empty() {
+            return Err(Unready::Waiting(
+                "its only family is IPv6, which is off on this node (sysctl net.ipv6.conf.default.disable_ipv6)"
+                    .to_owned(),
+            ));
+        }
+        Ok(env.subnets.len() < before)
+    }
+
     /// Reads them. A `net-conf.json` that the user named must be there; elsewhere it may be missing.
     pub fn read(conf: Option<&Path>, env: &Path) -> Result<Self, Refusal> {
         let conf = match conf {

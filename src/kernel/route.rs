@@ -18,6 +18,13 @@ pub(super) type Indexes = BTreeMap<String, u32>;
 /// The names of links by their indexes.
 pub(super) type Names = BTreeMap<u32, String>;
 
+/// That a route's MTU is not to be overridden (`mtu lock`): bit `RTAX_MTU`, which is 2.
+///
+/// What is forwarded over IPv6 gets the MTU of the outgoing device unless the route's is locked
+/// (`ip6_dst_mtu_maybe_forward`); over IPv4 the route's always counts. Without the lock a follower would
+/// hand on what fits flannel's device, for its leader to refuse.
+const MTU_LOCKED: RouteMetric = RouteMetric::Lock(1 << 2);
+
 /// The message that adds the route, or replaces the one with the same key.
 pub(super) fn to_message(
     key: &RouteKey,
@@ -64,9 +71,11 @@ pub(super) fn to_message(
     message
         .attributes
         .extend(src.map(|src| RouteAttribute::PrefSource(src.into())));
-    message
-        .attributes
-        .extend(mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])));
+    message.attributes.extend(mtu.map(|mtu| {
+        let lock = key.dst.addr().is_ipv6().then_some(MTU_LOCKED);
+        let metrics = lock.into_iter().chain([RouteMetric::Mtu(mtu)]);
+        RouteAttribute::Metrics(metrics.collect())
+    }));
     Ok(message)
 }
 
@@ -154,7 +163,10 @@ pub(super) fn from_message(message: &RouteMessage, names: &Names) -> Option<(Rou
     if header.tos != 0 || header.source_prefix_length != 0 {
         return None;
     }
-    let parts = Parts::of(message);
+    let mut parts = Parts::of(message);
+    if message.header.address_family == AddressFamily::Inet6 && !parts.locked {
+        parts.mtu = None;
+    }
     let key = RouteKey {
         table,
         dst: destination(message)?,
@@ -230,6 +242,8 @@ struct Parts {
     metric: u32,
     src: Option<IpAddr>,
     mtu: Option<u32>,
+    /// Whether the MTU is locked.
+    locked: bool,
     /// Whether there is something that the agent never asks for.
     foreign: bool,
 }
@@ -245,6 +259,7 @@ impl Parts {
                     for metric in metrics {
                         match metric {
                             RouteMetric::Mtu(mtu) => parts.mtu = Some(*mtu),
+                            lock if *lock == MTU_LOCKED => parts.locked = true,
                             _ => parts.foreign = true,
                         }
                     }

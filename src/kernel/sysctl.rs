@@ -22,6 +22,18 @@ pub(super) fn read(link: &str) -> BTreeMap<String, String> {
         .collect()
 }
 
+/// Whether the kernel carries no IPv6 on a link: it has none, or the operator has turned it off.
+///
+/// A link that does not exist yet will be as new links are.
+pub fn ipv6_is_off(link: &str) -> bool {
+    let setting = |link: &str| {
+        let path = format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6");
+        fs::read_to_string(path).ok()
+    };
+    let setting = setting(link).or_else(|| setting("default"));
+    setting.is_none_or(|value| value.trim() != "0")
+}
+
 /// The family and name (`ipv4/rp_filter`) of a setting of the link; an error for any other path.
 pub(super) fn key(path: &str, link: &str) -> anyhow::Result<String> {
     let parts: Vec<&str> = path.split('/').collect();

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::wireguard::key::PublicKey;
 
-/// Seconds between the keepalives of a node behind NAT that has no annotation: less than the 30
+/// Seconds between the keepalives of a node behind NAT or a firewall that has no annotation: less than the 30
 /// seconds after which common NATs forget a UDP mapping.
 const NAT_KEEPALIVE: u16 = 25;
 
@@ -198,12 +198,20 @@ fn has_public_endpoint(node: &Node) -> bool {
 
 fn keepalive(node: &Node) -> u16 {
     node.persistent_keepalive.unwrap_or_else(|| {
-        if has_public_endpoint(node) {
+        if has_public_endpoint(node) && !may_be_firewalled(node) {
             0
         } else {
             NAT_KEEPALIVE
         }
     })
+}
+
+/// Whether a router may keep strangers away from a node's public address. In IPv6 every host has one,
+/// and the routers of homes and data centres let in answers alone; what the operator forced is taken to
+/// be open.
+fn may_be_firewalled(node: &Node) -> bool {
+    let found = !node.endpoint_forced;
+    found && matches!(&node.endpoint, Some(Endpoint::Addr(address)) if address.is_ipv6())
 }
 
 /// The segment a node will be in once its agent has told its private address: the one that its status

@@ -59,9 +59,9 @@ fn linux_flushes_all_routes_through_a_link_that_is_set_down_and_its_ipv6_address
     ip route replace table 5130 10.5.0.1 dev kilo0 src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 10.42.0.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 10.42.4.0/24 nexthop via 10.4.0.1 dev kilo0 onlink nexthop via 10.4.0.3 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
-    ip -6 route replace table 5130 fd05::1 dev kilo0 src fd42:0:0:1:: mtu 1420 metric 512 proto 118
-    ip -6 route replace table 5130 fd42::/64 via fd04::1 dev kilo0 onlink src fd42:0:0:1:: mtu 1420 metric 512 proto 118
-    ip -6 route replace table 5130 fd42:0:0:4::/64 nexthop via fd04::1 dev kilo0 onlink nexthop via fd04::3 dev kilo0 onlink src fd42:0:0:1:: mtu 1420 metric 512 proto 118
+    ip -6 route replace table 5130 fd05::1 dev kilo0 src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
+    ip -6 route replace table 5130 fd42::/64 via fd04::1 dev kilo0 onlink src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
+    ip -6 route replace table 5130 fd42:0:0:4::/64 nexthop via fd04::1 dev kilo0 onlink nexthop via fd04::3 dev kilo0 onlink src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
     ip route replace table 5131 203.0.113.10 dev kilo0 src 10.42.1.0 mtu 1420 proto 118
     ");
 }

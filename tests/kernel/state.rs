@@ -27,11 +27,11 @@ fn every_kind_of_state_is_reached_and_read_back() {
     10.42.4.0/24 proto 118 src 10.42.1.0 linkdown mtu 1420 
     	nexthop via 10.4.0.1 dev kilo0 weight 1 onlink linkdown 
     	nexthop via 10.4.0.3 dev kilo0 weight 1 onlink linkdown 
-    fd05::1 dev kilo0 proto 118 src fd42:0:0:1:: metric 512 linkdown mtu 1420 pref medium
-    fd42::/64 via fd04::1 dev kilo0 proto 118 src fd42:0:0:1:: metric 512 onlink linkdown mtu 1420 pref medium
+    fd05::1 dev kilo0 proto 118 src fd42:0:0:1:: metric 512 linkdown mtu lock 1420 pref medium
+    fd42::/64 via fd04::1 dev kilo0 proto 118 src fd42:0:0:1:: metric 512 onlink linkdown mtu lock 1420 pref medium
     unreachable fd42::/64 dev lo proto 118 metric 4278198272 pref medium
     throw fd42:0:0:1::/64 dev lo proto 118 metric 512 pref medium
-    fd42:0:0:4::/64 proto 118 src fd42:0:0:1:: metric 512 mtu 1420 pref medium
+    fd42:0:0:4::/64 proto 118 src fd42:0:0:1:: metric 512 mtu lock 1420 pref medium
     	nexthop via fd04::1 dev kilo0 weight 1 onlink linkdown 
     	nexthop via fd04::3 dev kilo0 weight 1 onlink linkdown
     ");

@@ -216,12 +216,12 @@ fn dual_stack_takes_both_ways() {
     ip route replace table 5130 unreachable 10.42.4.0/24 metric 4278198272 proto 118
     ip route replace table 5130 172.16.0.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 172.16.0.1 metric 4278198272 proto 118
-    ip -6 route replace table 5130 fd00:3::1 via fd04::2 dev kilo0 onlink src fd42:0:0:1:: mtu 1420 metric 512 proto 118
+    ip -6 route replace table 5130 fd00:3::1 via fd04::2 dev kilo0 onlink src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd00:3::1 metric 4278198272 proto 118
-    ip -6 route replace table 5130 fd04::2 dev kilo0 src fd42:0:0:1:: mtu 1420 metric 512 proto 118
+    ip -6 route replace table 5130 fd04::2 dev kilo0 src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd04::2 metric 4278198272 proto 118
     ip -6 route replace table 5130 throw fd42:0:0:1::/64 metric 512 proto 118
-    ip -6 route replace table 5130 fd42:0:0:4::/64 via fd04::2 dev kilo0 onlink src fd42:0:0:1:: mtu 1420 metric 512 proto 118
+    ip -6 route replace table 5130 fd42:0:0:4::/64 via fd04::2 dev kilo0 onlink src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd42:0:0:4::/64 metric 4278198272 proto 118
     ip route replace table 5132 192.168.1.2 via 10.42.2.0 dev flannel.1 onlink proto 118
     ip route replace table 5132 192.168.2.3 via 10.42.3.0 dev flannel.1 onlink proto 118
@@ -251,14 +251,14 @@ fn dual_stack_takes_both_ways() {
     ip route replace table 5130 unreachable 10.42.4.0/24 metric 4278198272 proto 118
     ip route replace table 5130 172.16.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 172.16.0.1 metric 4278198272 proto 118
-    ip -6 route replace table 5130 fd00:3::1 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu 1420 metric 512 proto 118
+    ip -6 route replace table 5130 fd00:3::1 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd00:3::1 metric 4278198272 proto 118
-    ip -6 route replace table 5130 fd04::1 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu 1420 metric 512 proto 118
+    ip -6 route replace table 5130 fd04::1 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd04::1 metric 4278198272 proto 118
-    ip -6 route replace table 5130 fd04::2 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu 1420 metric 512 proto 118
+    ip -6 route replace table 5130 fd04::2 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd04::2 metric 4278198272 proto 118
     ip -6 route replace table 5130 throw fd42:0:0:2::/64 metric 512 proto 118
-    ip -6 route replace table 5130 fd42:0:0:4::/64 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu 1420 metric 512 proto 118
+    ip -6 route replace table 5130 fd42:0:0:4::/64 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd42:0:0:4::/64 metric 4278198272 proto 118
     ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
     ip -6 rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
@@ -286,10 +286,30 @@ fn an_ipv6_cluster_has_nothing_of_ipv4() {
     wg set kilo0 peer BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ= endpoint 203.0.113.4:51820 allowed-ips 10.4.0.2/32,fd42:0:0:4::/64
     nft -f -
     ip -6 route replace table 5130 throw fd42:0:0:1::/64 metric 512 proto 118
-    ip -6 route replace table 5130 fd42:0:0:4::/64 dev kilo0 src fd42:0:0:1:: mtu 1420 metric 512 proto 118
+    ip -6 route replace table 5130 fd42:0:0:4::/64 dev kilo0 src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd42:0:0:4::/64 metric 4278198272 proto 118
     ip -6 rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
     ip -6 rule add pref 5192 from fd42::/48 lookup 5131 proto 118
     ip -6 rule add pref 5193 from all lookup 5130 proto 118
     ");
+}
+
+#[test]
+fn a_leader_found_at_a_global_ipv6_address_keeps_its_firewall_open() {
+    let keepalive = |endpoint: &str, forced: bool| {
+        let mut mesh = mesh();
+        let leader = mesh.snapshot.nodes.get_mut(&NodeName("a1".into())).unwrap();
+        leader.endpoint = addr(endpoint);
+        leader.endpoint_forced = forced;
+        let peers = mesh.state("a1").peers;
+        peers.into_values().next().unwrap().persistent_keepalive
+    };
+    let every_25_seconds = std::num::NonZeroU16::new(25);
+    assert_eq!(
+        keepalive("[2001:db8:50::11]:51820", false),
+        every_25_seconds
+    );
+    // The operator vouches for this one, and IPv4 without NAT has no such routers.
+    assert_eq!(keepalive("[2001:db8:50::11]:51820", true), None);
+    assert_eq!(keepalive("203.0.113.1:51820", false), None);
 }
