@@ -366,9 +366,15 @@ fn steady_state(steps: &mut Steps, lab: &mut Lab) {
             let pid = lab.agent(&name).context("no agent")?.pid();
             sizes.push(claims::resident_kib(pid)?);
         }
-        // A debug build maps more code than what is shipped; the bound is a tripwire for leaks.
+        // What is shipped is to stay below 24 MiB; four times that is a failure. A debug build
+        // maps half as much again.
         ensure!(sizes.iter().all(|size| *size < 96 * 1024), "{sizes:?} KiB");
-        Ok(format!("resident KiB: {sizes:?}"))
+        let build = if cfg!(debug_assertions) {
+            "debug build, of which a release build needs about 60 %"
+        } else {
+            "release build"
+        };
+        Ok(format!("resident KiB: {sizes:?} ({build})"))
     });
 }
 
