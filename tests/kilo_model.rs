@@ -240,6 +240,34 @@ fn model_peers(mesh: &Mesh) -> Vec<(String, Vec<String>)> {
     peers
 }
 
+/// Where the peers are: one that sends keepalives where anybody saw it, the first by segment and node;
+/// any other where its object says.
+fn model_whereabouts(
+    mesh: &Mesh,
+    segments: &[ModelSegment],
+) -> BTreeMap<String, Option<SocketAddr>> {
+    let mut places = BTreeMap::new();
+    for (name, _) in model_peers(mesh) {
+        let peer = &mesh.snapshot.peers[&name];
+        let mut place = peer
+            .endpoint
+            .as_ref()
+            .and_then(|endpoint| resolve(endpoint, &mesh.snapshot.resolved));
+        let mut seen = None;
+        for node in segments.iter().flat_map(|segment| &segment.nodes) {
+            let node = &mesh.snapshot.nodes[&selvedge::topology::NodeName(node.clone())];
+            if seen.is_none() {
+                seen = node.discovered_endpoints.get(&peer.public_key).copied();
+            }
+        }
+        if peer.persistent_keepalive != 0 && seen.is_some() {
+            place = seen;
+        }
+        places.insert(name, place);
+    }
+    places
+}
+
 /// Ours, in the model's terms.
 fn told(segment: &Segment) -> ModelSegment {
     let seen = segment.discovered.filter(|_| segment.behind_nat);
@@ -305,6 +333,12 @@ proptest! {
             (peer.name.clone(), nets.collect::<Vec<_>>())
         });
         prop_assert_eq!(peers.collect::<Vec<_>>(), model_peers(&mesh));
+        let places = topology.peers.iter().map(|peer| {
+            let place = topology.whereabouts[&peer.public_key];
+            (peer.name.clone(), place.discovered.or(place.address))
+        });
+        let places = places.collect::<BTreeMap<_, _>>();
+        prop_assert_eq!(places, model_whereabouts(&mesh, &model(&mesh)));
     }
 
     /// Kilo's claims may collide; a tunnel device has one owner for each prefix all the same.
