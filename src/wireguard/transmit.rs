@@ -224,8 +224,10 @@ impl Transmit {
         let run = &mut self.buffer[..self.length];
         if let Some((peer, session)) = self.to.as_ref().filter(|_| self.count > 0) {
             if session.seal_batch(run, self.stride) {
-                peer.send(wire, run, self.stride, self.outer, now, &core.drops);
+                // First the timers: an answer may be here before the send returns, and what it
+                // disarms must not be armed after it.
                 peer.timers.sent(self.data, now);
+                peer.send(wire, run, self.stride, self.outer, now, &core.drops);
                 if session.wants_rekey(now) {
                     core.ask_handshake(peer, now);
                 }

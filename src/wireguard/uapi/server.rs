@@ -8,6 +8,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
@@ -109,18 +110,38 @@ impl Drop for Server {
     }
 }
 
+/// Listens, and only then gives the socket its name: `wg` removes a socket that it finds bound and
+/// not yet listening, which looks to it like one that somebody left behind.
 fn listen(path: &Path) -> anyhow::Result<UnixListener> {
-    let bind = || -> io::Result<UnixListener> {
-        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-        // The mode of the file is that of the socket, and nobody gets in between the two calls.
-        fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
-        socket.bind(&SockAddr::unix(path)?)?;
-        socket.listen(128)?;
-        Ok(socket.into())
-    };
     let context = || format!("listening on {}", path.display());
-    match bind() {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+    // No name that `wg` would take for a socket's.
+    let unnamed = path.with_extension(process::id().to_string());
+    let listener = listen_unnamed(&unnamed).with_context(context)?;
+    let named = give_name(&unnamed, path);
+    // It has the other name now, or none.
+    let _ = fs::remove_file(&unnamed);
+    named.map(|()| listener)
+}
+
+fn listen_unnamed(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        // Nothing is there any more, if there was.
+        Ok(()) | Err(_) => {}
+    }
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // The mode of the file is that of the socket, and nobody gets in between the two calls.
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    socket.listen(128)?;
+    Ok(socket.into())
+}
+
+/// Gives a socket a name that no living process may have; a link, because it takes no name away.
+fn give_name(unnamed: &Path, path: &Path) -> anyhow::Result<()> {
+    let context = || format!("listening on {}", path.display());
+    match fs::hard_link(unnamed, path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         result => return result.with_context(context),
     }
     match UnixStream::connect(path) {
@@ -128,7 +149,7 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(path)
                 .with_context(|| format!("removing the stale socket {}", path.display()))?;
-            bind().with_context(context)
+            fs::hard_link(unnamed, path).with_context(context)
         }
         Err(error) => Err(error).with_context(context),
     }
