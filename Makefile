@@ -5,6 +5,7 @@
 #   make check                        formatting, lints, documentation, dependencies
 #   make bench                        the benchmarks, as ratios to the peers in one run
 #   make fuzz [SECONDS_EACH=60]       the parsers and state machines, a minute each
+#   make soak [SECONDS_LONG=600]      sessions renewed under load, not one packet lost; root
 #   make programs                     kube-apiserver, etcd, flanneld, ... from their Go modules
 #   make image-check      the container image's file system, with the lab's agents inside of it
 #   make clean
@@ -12,8 +13,9 @@
 CARGO ?= cargo
 ARGS ?=
 SECONDS_EACH ?= 60
+SECONDS_LONG ?= 600
 
-.PHONY: lab test check bench fuzz programs image-check clean
+.PHONY: lab test check bench fuzz soak programs image-check clean
 .NOTPARALLEL:
 
 lab:
@@ -55,6 +57,10 @@ fuzz:
 image-check:
 	scripts/setup.sh lab
 	deploy/check-image.sh $(ARGS)
+
+soak:
+	lab/build.sh wireguard-go
+	SELVEDGE_SOAK=$(SECONDS_LONG) $(CARGO) test --quiet --test rekey -- --nocapture
 
 clean:
 	$(CARGO) clean
