@@ -5,6 +5,8 @@
 #[cfg(test)]
 mod boringtun_gaps;
 #[cfg(test)]
+mod failing;
+#[cfg(test)]
 mod garbage;
 #[cfg_attr(
     test,
@@ -14,7 +16,7 @@ pub mod script;
 #[cfg(test)]
 mod sessions;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -57,6 +59,8 @@ impl Datagram {
 struct Captured {
     address: SocketAddr,
     sent: RefCell<Vec<Datagram>>,
+    /// What every send is refused with, if it is.
+    errno: Cell<Option<i32>>,
 }
 
 impl Wire for Captured {
@@ -68,6 +72,9 @@ impl Wire for Captured {
         outer: Outer,
         _: bool,
     ) -> io::Result<bool> {
+        if let Some(errno) = self.errno.get() {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
         let datagrams = run.chunks(stride).map(|bytes| Datagram {
             from: self.address,
             to: to.remote,
@@ -106,6 +113,7 @@ impl Host {
             wire: Captured {
                 address: address(n),
                 sent: RefCell::default(),
+                errno: Cell::default(),
             },
             transmit: Transmit::default(),
             receive: Receive::default(),
