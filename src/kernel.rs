@@ -38,7 +38,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 
 use self::heal::{FlannelState, Repair};
 pub use self::host::{LocalAddress, Path, Uplink};
-pub use self::monitor::{Event, Monitor};
+pub use self::monitor::{Event, Monitor, read_news};
 use self::netlink::{Netlink, Refused};
 pub use self::ruleset::Counters;
 use self::ruleset::Rulesets;

@@ -351,7 +351,12 @@ fn encode(saved: &Saved) -> anyhow::Result<Zeroizing<String>> {
     Ok(Zeroizing::new(serde_json::to_string(&envelope)?))
 }
 
-fn decode(text: &str) -> anyhow::Result<Saved> {
+/// What the text of the file says.
+///
+/// # Errors
+/// When it is damaged, or of another version; no error repeats any of it, for there may be preshared
+/// keys in it.
+pub fn decode(text: &str) -> anyhow::Result<Saved> {
     // Errors of serde quote the text, in which there may be preshared keys.
     let envelope: Envelope<'_> = serde_json::from_str(text).ok().context("it is damaged")?;
     ensure!(

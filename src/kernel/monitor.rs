@@ -130,6 +130,27 @@ impl Monitor {
     }
 }
 
+/// Where something changed by the messages of one datagram, rtnetlink's or nfnetlink's, to somebody who
+/// knows of no link yet.
+pub fn read_news(interface: &str, datagram: &[u8]) -> Event {
+    let mut classifier = Classifier {
+        interface: interface.to_owned(),
+        links: BTreeMap::new(),
+    };
+    let mut event = Event::NOTHING;
+    messages(datagram, |_, payload| {
+        if let NetlinkPayload::InnerMessage(message) = payload {
+            event.merge(classifier.classify(&message));
+        }
+    });
+    messages(datagram, |_, payload: NetlinkPayload<NftMessage>| {
+        if let NetlinkPayload::InnerMessage(message) = payload {
+            event.own |= message.is_about(nft::TABLE);
+        }
+    });
+    event
+}
+
 fn subscribe(protocol: isize, groups: &[u32]) -> io::Result<TokioSocket> {
     let mut subscriber = TokioSocket::new(protocol)?;
     let socket = subscriber.socket_mut();

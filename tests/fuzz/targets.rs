@@ -4,16 +4,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
+use selvedge::agent::state;
 use selvedge::cluster::annotation;
 use selvedge::cluster::node::{self, NodeObject, ParseSettings};
 use selvedge::cluster::peer::{self, PeerObject};
 use selvedge::flannel::{Lease, NetConf, SubnetEnv};
+use selvedge::kernel;
+use selvedge::topology::{
+    Endpoint, Granularity, Node, NodeName, RegionName, Settings, Snapshot, Topology,
+};
 use selvedge::wireguard::gso::{Coalescer, Split, VNET_HEADER, VnetHeader};
+use selvedge::wireguard::key::PublicKey;
 use selvedge::wireguard::packet::Header;
 use selvedge::wireguard::replay::{ReplayWindow, WINDOW};
 use selvedge::wireguard::table::AllowedIps;
 use selvedge::wireguard::uapi::Parser;
+use sha2::{Digest as _, Sha256};
 
 /// A target's name, which is that of its corpus, and what it runs.
 pub(crate) type Target = (&'static str, fn(&[u8]));
@@ -31,6 +38,10 @@ pub(crate) const ALL: &[Target] = &[
     ("subnet_env", subnet_env),
     ("lease", lease),
     ("annotations", annotations),
+    ("endpoint", endpoint),
+    ("topology", topology),
+    ("state_cache", state_cache),
+    ("netlink_message", netlink_message),
 ];
 
 /// The configuration protocol means the same however its bytes are cut.
@@ -231,4 +242,154 @@ pub(crate) fn annotations(data: &[u8]) {
     let _ = annotation::region(text);
     let _ = annotation::granularity(text);
     let _ = annotation::discovered(text);
+}
+
+/// An endpoint, alone and with whatever may follow it; what it means survives being written.
+pub(crate) fn endpoint(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else {
+        return;
+    };
+    for text in text.lines() {
+        let Ok(endpoint) = annotation::endpoint(text) else {
+            continue;
+        };
+        assert_ne!(endpoint.port(), 0, "{text:?}");
+        let again = annotation::format_endpoint(&endpoint);
+        assert_eq!(
+            annotation::endpoint(&again).ok(),
+            Some(endpoint),
+            "{text:?}"
+        );
+    }
+}
+
+/// Any cluster: every node is somewhere once, a leader leads its own segment, and no prefix is carried
+/// for two of them.
+pub(crate) fn topology(data: &[u8]) {
+    let Some((&how, nodes)) = data.split_first() else {
+        return;
+    };
+    let nodes = nodes.chunks_exact(8).take(24).enumerate();
+    let nodes = nodes.filter_map(|(n, piece)| Some(any_node(n, piece.first_chunk()?)));
+    let snapshot = Snapshot {
+        nodes: nodes.map(|node| (node.name.clone(), node)).collect(),
+        now: 1000,
+        ..Snapshot::default()
+    };
+    let granularity = [Granularity::Location, Granularity::Full, Granularity::Cross];
+    let pool = [16, 24, 30, 32][usize::from(how >> 2 & 3)];
+    let settings = Settings {
+        granularity: granularity[usize::from(how & 3) % 3],
+        subnets: vec![net([10, 4, 0, 0], pool)],
+        service_cidrs: vec![net([10, 96, 0, 0], 16)],
+        internal_cidrs: if how & 16 == 0 {
+            Vec::new()
+        } else {
+            vec![net([192, 168, 0, 0], 16)]
+        },
+        cluster_networks: vec![net([10, 42, 0, 0], 16)],
+    };
+    let topology = Topology::new(&snapshot, &settings);
+    let mut owners = BTreeMap::new();
+    for segment in &topology.segments {
+        assert!(segment.nodes.iter().any(|node| node.name == segment.leader));
+        for prefix in segment.allowed_ips() {
+            let other = owners.insert(prefix, &segment.name);
+            assert!(
+                other.is_none_or(|other| *other == segment.name),
+                "{prefix} is carried for {other:?} and {:?}",
+                segment.name
+            );
+        }
+    }
+    for name in snapshot.nodes.keys() {
+        let inside = topology.segments.iter().flat_map(|segment| &segment.nodes);
+        let inside = inside.filter(|member| member.name == *name).count();
+        let outside = usize::from(topology.outsider(name).is_some());
+        assert_eq!(inside + outside, 1, "{name:?}");
+    }
+}
+
+fn net([a, b, c, d]: [u8; 4], bits: u8) -> IpNet {
+    let net = Ipv4Net::new(Ipv4Addr::new(a, b, c, d), bits.min(32));
+    IpNet::V4(net.unwrap_or_default())
+}
+
+/// Few different values, so that claims collide.
+fn any_node(
+    n: usize,
+    &[
+        region,
+        key,
+        private,
+        pods,
+        flags,
+        wireguard,
+        location,
+        endpoint,
+    ]: &[u8; 8],
+) -> Node {
+    let has = |bit: u8| flags & 1 << bit != 0;
+    let some = |byte: u8| byte & 0x80 == 0;
+    let private_ip = net([192, 168, private >> 3 & 3, private & 7], 24);
+    let address = IpAddr::from([203, 0, 113, endpoint & 7]);
+    Node {
+        name: NodeName(format!("n{n:02}")),
+        created: i64::from(region >> 4),
+        region: RegionName(["", "a", "b", "c"][usize::from(region & 3)].to_owned()),
+        public_key: some(key).then_some(PublicKey([key & 31; 32])),
+        endpoint: some(endpoint).then(|| Endpoint::Addr((address, 51820).into())),
+        endpoint_forced: has(0),
+        internal_ips: vec![if has(1) { address } else { private_ip.addr() }],
+        external_ips: if has(2) { vec![address] } else { Vec::new() },
+        private_ip: some(private).then_some(private_ip),
+        private_ip_forced: has(3),
+        pod_cidrs: if some(pods) {
+            vec![net([10, 42, pods & 15, 0], 20 + (pods >> 4)).trunc()]
+        } else {
+            Vec::new()
+        },
+        wireguard_ips: if some(wireguard) {
+            vec![net([10, 4, 0, wireguard & 15], 16)]
+        } else {
+            Vec::new()
+        },
+        leader: has(4),
+        ready: has(5),
+        persistent_keepalive: has(6).then_some(25),
+        allowed_location_ips: match location & 7 {
+            0..=3 => Vec::new(),
+            4 => vec![net([0; 4], 0)],
+            5 => vec![net([10, 42, 1, 0], 24)],
+            _ => vec![
+                net([10, 6, location >> 6, 0], 24),
+                net([192, 168, 1, location >> 4 & 3], 32),
+            ],
+        },
+        discovered_endpoints: BTreeMap::new(),
+        granularity: None,
+        last_seen: Some(i64::from(region) * 8),
+        ours: !has(7),
+        lease: None,
+    }
+}
+
+/// The agent's memory of the cluster: as a file, and as what stands in it behind a checksum that fits.
+pub(crate) fn state_cache(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else {
+        return;
+    };
+    let _ = state::decode(text);
+    let sha256: String = Sha256::digest(data)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let _ = state::decode(&format!(
+        "{{\"format\":1,\"sha256\":\"{sha256}\",\"state\":{text}}}"
+    ));
+}
+
+/// What the kernel tells of links, addresses, routes, rules and tables.
+pub(crate) fn netlink_message(data: &[u8]) {
+    kernel::read_news("kilo0", data);
 }

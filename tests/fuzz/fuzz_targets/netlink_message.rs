@@ -1,0 +1,8 @@
+//! See `netlink_message` in `targets.rs`.
+#![no_main]
+
+#[expect(dead_code, reason = "one of many")]
+#[path = "../targets.rs"]
+mod targets;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| targets::netlink_message(data));

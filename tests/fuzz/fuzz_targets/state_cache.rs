@@ -1,0 +1,8 @@
+//! See `state_cache` in `targets.rs`.
+#![no_main]
+
+#[expect(dead_code, reason = "one of many")]
+#[path = "../targets.rs"]
+mod targets;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| targets::state_cache(data));
