@@ -47,6 +47,7 @@ bench:
 	scripts/setup.sh bench
 	bench/peers.sh
 	$(CARGO) build --quiet --release
+	$(CARGO) bench --quiet --no-run --bench aead
 	$(CARGO) bench --quiet --bench instructions
 	$(CARGO) bench --quiet --bench plan --bench datapath
 	bench/tunnel.sh $(ARGS)
