@@ -12,7 +12,7 @@ use selvedge::cluster::peer::{self, PeerObject};
 use selvedge::flannel::{Lease, NetConf, SubnetEnv};
 use selvedge::kernel;
 use selvedge::topology::{
-    Endpoint, Granularity, Node, NodeName, RegionName, Settings, Snapshot, Topology,
+    Endpoint, Granularity, Mode, Node, NodeName, RegionName, Settings, Snapshot, Topology,
 };
 use selvedge::wireguard::gso::{Coalescer, Split, VNET_HEADER, VnetHeader};
 use selvedge::wireguard::key::PublicKey;
@@ -264,7 +264,7 @@ pub(crate) fn endpoint(data: &[u8]) {
 }
 
 /// Any cluster: every node is somewhere once, a leader leads its own segment, and no prefix is carried
-/// for two of them.
+/// for two of them, unless it is Kilo that decides.
 pub(crate) fn topology(data: &[u8]) {
     let Some((&how, nodes)) = data.split_first() else {
         return;
@@ -296,7 +296,7 @@ pub(crate) fn topology(data: &[u8]) {
         for prefix in segment.allowed_ips() {
             let other = owners.insert(prefix, &segment.name);
             assert!(
-                other.is_none_or(|other| *other == segment.name),
+                topology.mode != Mode::Native || other.is_none_or(|other| *other == segment.name),
                 "{prefix} is carried for {other:?} and {:?}",
                 segment.name
             );
