@@ -328,8 +328,7 @@ fn ipv6_off(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
         let rules = lab.node(FOLLOWER).and_then(|node| node.run("ip -6 rule"));
         rules.is_ok_and(|rules| !rules.contains("519"))
     })?;
-    claims::what_is_deleted_is_repaired(lab, FOLLOWER, Family::V4, REPAIR)?;
-    claims::everybody_reaches_everybody(&lab.of(Family::V4), By::OwnAddress)?;
+    // Long enough for a loop to show.
     sleep(Duration::from_secs(2));
     let log = std::fs::read_to_string(lab.node(FOLLOWER)?.log("agent"))?;
     let warnings = log.get(before..).unwrap_or_default().lines();
@@ -340,6 +339,17 @@ fn ipv6_off(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
         warnings.len() == 1 && warnings[0].contains("IPv6 is off"),
         "{}",
         warnings.join("\n")
+    );
+    claims::what_is_deleted_is_repaired(lab, FOLLOWER, Family::V4, REPAIR)?;
+    claims::everybody_reaches_everybody(&lab.of(Family::V4), By::OwnAddress)?;
+    let log = std::fs::read_to_string(lab.node(FOLLOWER)?.log("agent"))?;
+    ensure!(
+        log.get(before..)
+            .unwrap_or_default()
+            .matches("IPv6 is off")
+            .count()
+            == 1,
+        "it was said again that IPv6 is off"
     );
     let (status, _) = lab.ask_agent(FOLLOWER, "/ready")?;
     ensure!(status == 200, "/ready says {status}");

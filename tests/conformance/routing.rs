@@ -215,7 +215,7 @@ pub(crate) fn who_has_no_peer_is_unreachable(program: Program) -> Result<()> {
     space.run(&format!("ip link set {name} up"))?;
     // .2 is a peer without an endpoint, .3 nobody.
     for address in [RIGHT4, "192.168.241.3", RIGHT6, "fd00::3"] {
-        let output = space.attempt(&format!("ping -n -c 1 -W 1 {address}"))?;
+        let output = space.attempt(&format!("ping -n -c 1 -W 5 {address}"))?;
         let report = String::from_utf8_lossy(&output.stdout).to_lowercase();
         ensure!(
             report.contains("unreachable"),

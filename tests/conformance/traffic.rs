@@ -50,7 +50,7 @@ pub(crate) fn tcp_within(
 
 fn send(target: SocketAddr, bytes: usize, limit: Duration) -> Result<()> {
     let mut stream = TcpStream::connect_timeout(&target, SOON)?;
-    stream.set_write_timeout(Some(SOON))?;
+    stream.set_write_timeout(Some(limit))?;
     let block = pattern(251 * 256);
     let mut left = bytes;
     let since = Instant::now();
@@ -79,7 +79,7 @@ fn receive(listener: &TcpListener, bytes: usize) -> Result<()> {
         }
     };
     stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(SOON))?;
+    stream.set_read_timeout(Some(LONG))?;
     let mut buffer = vec![0; 1 << 16];
     let expected = pattern(251 + buffer.len());
     let mut got = 0;
