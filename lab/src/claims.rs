@@ -55,6 +55,26 @@ pub fn everybody_reaches_everybody(lab: &impl Places, by: By) -> anyhow::Result<
     Ok(format!("{} ordered pairs", matrix.asked()))
 }
 
+/// The same, at the latest after a time: where a node is seen is told through the API, and while an
+/// address is still taken for somebody's endpoint, hosts go there directly.
+///
+/// # Errors
+///
+/// When a pair still does not answer; the error lists them.
+pub fn everybody_comes_to_reach_everybody(
+    lab: &impl Places,
+    by: By,
+    patience: Duration,
+) -> anyhow::Result<String> {
+    let mut last = Err(anyhow::anyhow!("nobody asked"));
+    let waited = wait_for("the mesh", patience, || {
+        last = everybody_reaches_everybody(lab, by);
+        last.is_ok()
+    });
+    let pairs = last?;
+    Ok(format!("{pairs}, after {:.1} s", waited?.as_secs_f64()))
+}
+
 /// Exactly the pairs within one region reach each other, as flannel alone does it.
 ///
 /// Hosts count as sources only: they reach public addresses without any overlay.
