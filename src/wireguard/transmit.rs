@@ -82,7 +82,8 @@ impl Transmit {
         if ip.length > usize::from(MAX_INNER) && !vnet.is_joined() {
             return refuse(Dropped::TooBig, Some(Answer::TooBig(MAX_INNER)));
         }
-        if Nesting::of(packet, &ip) == Nesting::TooDeep {
+        let nesting = Nesting::of(packet, &ip);
+        if nesting == Nesting::TooDeep {
             return refuse(Dropped::TooDeep, Some(Answer::Unreachable));
         }
         let table = core.table.load();
@@ -94,7 +95,19 @@ impl Transmit {
             if peer.has_staged.load(Ordering::Acquire) {
                 self.flush_staged(core, wire, peer, now);
             }
-            self.append_packet(core, wire, (peer, session), bytes, now);
+            match Split::new(&vnet, packet, &ip) {
+                Some(split) => {
+                    self.append(
+                        core,
+                        wire,
+                        (peer, session),
+                        &split,
+                        outer(&ip, nesting),
+                        now,
+                    );
+                }
+                None => core.drops.add(Dropped::Malformed, 1),
+            }
             return Ok(());
         }
         if peer.endpoint().is_none() {
@@ -130,7 +143,7 @@ impl Transmit {
         };
         let waited = !staged.is_empty();
         while let Some(packet) = staged.pop() {
-            self.append_packet(core, wire, (peer, session), &packet, now);
+            self.append_staged(core, wire, (peer, session), &packet, now);
         }
         if waited {
             self.flush(core, wire, now);
@@ -153,7 +166,8 @@ impl Transmit {
         }
     }
 
-    fn append_packet(
+    /// Appends a packet that waited, and so is kept as it was read.
+    fn append_staged(
         &mut self,
         core: &Core,
         wire: &impl Wire,
@@ -163,15 +177,24 @@ impl Transmit {
     ) {
         let split = VnetHeader::read(bytes).and_then(|(vnet, packet)| {
             let ip = Header::parse(packet)?;
-            let outer = Outer {
-                ecn: ip.ecn,
-                hops: Nesting::of(packet, &ip).hops(),
-            };
+            let outer = outer(&ip, Nesting::of(packet, &ip));
             Some((Split::new(&vnet, packet, &ip)?, outer))
         });
-        let Some((split, outer)) = split else {
-            return core.drops.add(Dropped::Malformed, 1);
-        };
+        match split {
+            Some((split, outer)) => self.append(core, wire, to, &split, outer, now),
+            None => core.drops.add(Dropped::Malformed, 1),
+        }
+    }
+
+    fn append(
+        &mut self,
+        core: &Core,
+        wire: &impl Wire,
+        to: (&Arc<Peer>, &Arc<Session>),
+        split: &Split<'_>,
+        outer: Outer,
+        now: Time,
+    ) {
         for n in 0..split.count() {
             let inner = split.length(n);
             let padded = inner + core.padding(inner);
@@ -242,5 +265,13 @@ impl Transmit {
     /// Lets go of the last peer and session, before a time without traffic.
     pub(super) fn rest(&mut self) {
         self.to = None;
+    }
+}
+
+/// What the header around a packet takes from it.
+fn outer(ip: &Header, nesting: Nesting) -> Outer {
+    Outer {
+        ecn: ip.ecn,
+        hops: nesting.hops(),
     }
 }
