@@ -100,7 +100,7 @@ const TRIES: u32 = 2;
 /// Runs a scenario; where a failure is known, it has to happen, and in those words.
 ///
 /// A scenario is real time on CPUs that others use too, some two hundred of them side by side. So it
-/// has a second try, and says so; what fails twice fails.
+/// has a second try, which `--nocapture` shows; what fails twice fails.
 fn judge(known: &[(bool, &str)], scenario: impl Fn() -> Result<()>) {
     let known = known.iter().find(|(applies, _)| *applies);
     for left in (0..TRIES).rev() {

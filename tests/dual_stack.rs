@@ -24,8 +24,6 @@ use selvedge_lab::{Lab, Steps, scratch, wait_for};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
-/// What the mesh may take to settle after its first pair of each kind answered.
-const SETTLING: Duration = Duration::from_secs(10);
 
 /// The data centre's leader and its follower.
 const LEADER: &str = "node-agent-01";
@@ -202,7 +200,7 @@ fn reachability(steps: &mut Steps, name: &str, lab: &Lab, family: Family) {
     );
     steps.step(
         &format!("{name}::everybody_reaches_everybody_by_{inner}"),
-        || claims::everybody_comes_to_reach_everybody(&view, By::OwnAddress, SETTLING),
+        || claims::everybody_comes_to_reach_everybody(&view, By::OwnAddress, claims::SETTLING),
     );
     steps.step(
         &format!("{name}::everybody_reaches_every_service_by_{inner}"),

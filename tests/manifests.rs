@@ -224,6 +224,16 @@ fn annotations(entries: &Value) -> Value {
     json!({"metadata": {"annotations": entries}})
 }
 
+/// The annotations that are the operator's, and nobody's agent's or kubelet's.
+const OPERATORS: [&str; 6] = [
+    "force-endpoint",
+    "force-internal-ip",
+    "leader",
+    "location",
+    "persistent-keepalive",
+    "allowed-location-ips",
+];
+
 #[test]
 fn an_agent_changes_its_own_annotations_on_its_own_node_and_nothing_else() {
     let cluster = cluster();
@@ -325,14 +335,7 @@ fn an_agent_changes_its_own_annotations_on_its_own_node_and_nothing_else() {
             annotations(&json!({"kilo.squat.ai/key": "x", "a.example/b": "y"})),
         ),
     ];
-    for key in [
-        "force-endpoint",
-        "force-internal-ip",
-        "leader",
-        "location",
-        "persistent-keepalive",
-        "allowed-location-ips",
-    ] {
+    for key in OPERATORS {
         let entry = json!({format!("kilo.squat.ai/{key}"): "x"});
         refused.push(("an operator's annotation", own, annotations(&entry)));
     }
@@ -375,14 +378,7 @@ fn a_kubelet_does_not_speak_for_the_operator() {
     let kubelet = cluster.kubelet_of_node_b();
     let node = "/api/v1/nodes/node-b";
     let status = "/api/v1/nodes/node-b/status";
-    for key in [
-        "force-endpoint",
-        "force-internal-ip",
-        "leader",
-        "location",
-        "persistent-keepalive",
-        "allowed-location-ips",
-    ] {
+    for key in OPERATORS {
         let change = annotations(&json!({format!("kilo.squat.ai/{key}"): "x"}));
         for path in [node, status] {
             let (code, message) = patch(&kubelet, path, &change);

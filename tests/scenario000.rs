@@ -29,8 +29,6 @@ use serde_json::json;
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
-/// What the mesh may take to settle after its first pair of each kind answered.
-const SETTLING: Duration = Duration::from_secs(10);
 
 /// The data centre's leader and one of its followers.
 const LEADER: &str = "node-agent-01";
@@ -264,7 +262,7 @@ fn reachability(steps: &mut Steps, lab: &Lab) {
     });
     steps.step(
         "everybody_reaches_everybody_by_pod_ip_and_internal_ip",
-        || claims::everybody_comes_to_reach_everybody(lab, By::OwnAddress, SETTLING),
+        || claims::everybody_comes_to_reach_everybody(lab, By::OwnAddress, claims::SETTLING),
     );
     steps.step("everybody_reaches_everybody_by_cluster_ip", || {
         claims::everybody_reaches_everybody(lab, By::Service)

@@ -23,8 +23,6 @@ use selvedge_lab::{Lab, Steps, scratch, wait_for};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
-/// What the mesh may take to settle after its first pair of each kind answered.
-const SETTLING: Duration = Duration::from_secs(10);
 
 /// A cluster, and what its steps' names start with.
 struct Variant {
@@ -155,7 +153,7 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
         );
     } else {
         steps.step(&format!("{name}::everybody_reaches_everybody"), || {
-            claims::everybody_comes_to_reach_everybody(&lab, By::OwnAddress, SETTLING)
+            claims::everybody_comes_to_reach_everybody(&lab, By::OwnAddress, claims::SETTLING)
         });
         steps.step(
             &format!("{name}::everybody_reaches_everybody_by_cluster_ip"),

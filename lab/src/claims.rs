@@ -27,6 +27,9 @@ use crate::traffic::{KUBELET_PORT, PORT, Place, transfer};
 /// The agent's routing tables.
 const TABLES: [u32; 3] = [5130, 5131, 5132];
 
+/// What a mesh may take to settle after its first pair of each kind answered.
+pub const SETTLING: Duration = Duration::from_secs(10);
+
 /// Which address of a place is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum By {

@@ -354,7 +354,7 @@ impl Machine {
             Some(ip) => format!(
                 "ip -4 address flush dev kilo0; ip address add {ip}/16 dev kilo0; ip link set kilo0 up"
             ),
-            // The address goes too: Kilo leaves it, and its owner then suffers (its issue 393).
+            // The address goes too: Kilo leaves it, and its owner then suffers (squat/kilo#393).
             None => "ip -4 address flush dev kilo0; ip link set kilo0 down".to_owned(),
         };
         if self.applied.link != script {

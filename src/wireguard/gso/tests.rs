@@ -1,3 +1,5 @@
+//! Cutting and joining are each other's inverse, and what cannot be joined stays apart.
+
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use proptest::prelude::*;
