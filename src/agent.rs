@@ -9,16 +9,19 @@ pub mod address;
 pub mod checkin;
 pub mod cleanup;
 pub mod control;
+pub mod flannel;
 pub mod hearing;
 pub mod keyfile;
 pub mod machine;
 pub mod preflight;
 mod private;
 pub mod publication;
+pub mod readiness;
 pub mod reconcile;
 pub mod report;
 pub mod resolve;
 pub mod schedule;
+mod start;
 pub mod state;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,34 +39,28 @@ use self::control::NodeLock;
 use self::hearing::Hearing;
 use self::keyfile::Origin;
 use self::machine::Machine;
+use self::readiness::Readiness;
 use self::reconcile::{Decision, Facts};
 use self::report::Traffic;
 use self::schedule::{Outcome, Schedule};
 use self::state::Saved;
-use crate::cluster::{self, Access, Cluster, ParseSettings, Sources, View};
+use crate::cluster::{self, Access, Cluster, View};
 use crate::config::Config;
-use crate::flannel::{Files, Flannel, Unready};
-use crate::kernel::heal::{self, FlannelState, Repair};
-use crate::kernel::{Kernel, Monitor, ipv6_is_off};
-use crate::plan::{Link, State};
-use crate::refusal::Refusal;
+use crate::diff::Change;
+use crate::flannel::{Files, Unready};
+use crate::kernel::Monitor;
+use crate::kernel::heal::Repair;
 use crate::status::Report;
 use crate::telemetry;
 use crate::telemetry::metrics::{Event, Metrics};
-use crate::telemetry::pages::{self, Pages};
 use crate::topology::{Mode, Topology};
-use crate::wireguard::key::{PrivateKey, PublicKey};
-use crate::wireguard::{self, Device, uapi};
+use crate::wireguard::key::PublicKey;
+use crate::wireguard::uapi;
 
-/// How often the tunnel is asked where its peers are, and flannel's files are looked at.
+/// How often the tunnel is asked where its peers are.
 const TICK: Duration = Duration::from_secs(1);
 /// Changes logged one by one; more of them are a new cluster, and a number says as much.
 const LOGGED: usize = 40;
-/// A new agent is ready when nothing had to be changed for so long: what others publish in answer to
-/// it has come in by then.
-const SETTLED: Duration = Duration::from_secs(1);
-/// How long a new agent waits for its peers' first answers before it is ready without them.
-const FIRST_HANDSHAKES: Duration = Duration::from_secs(10);
 /// What to do beside each other: the agent itself needs one thread, look-ups of names block others.
 const BLOCKING_THREADS: usize = 4;
 
@@ -123,14 +120,9 @@ struct Agent {
     without_ipv6: bool,
     /// What flannel forgot, to be put back by the next pass.
     forgotten: Vec<Repair>,
-    /// What the last pass could not do.
+    /// What the last pass could not do, in sentences that were logged.
     failed: Vec<String>,
-    /// When the agent began, when it last had to change something, and whether it has been ready.
-    begun: Instant,
-    last_change: Instant,
-    settled: bool,
-    /// What was already said to have failed.
-    complained: BTreeSet<String>,
+    readiness: Readiness,
     traffic: BTreeMap<PublicKey, Traffic>,
     drops: BTreeMap<String, u64>,
     shown: Shown,
@@ -150,102 +142,6 @@ struct Shown {
 }
 
 impl Agent {
-    /// Opens and starts everything, in the order in which it may be refused.
-    async fn start(config: Config, key: PrivateKey) -> anyhow::Result<Self> {
-        let listener = pages::bind(config.listen).await?;
-        let sources = Sources {
-            mark: Some(config.fwmark),
-            ..Sources::new(config.kubeconfig.clone(), config.master.clone())
-        };
-        let access = Access::new(sources).await?;
-        let kernel = Kernel::open(&config.interface)?;
-        kernel.check(config.rule_priorities())?;
-        // Before the first look, so that nothing is missed in between.
-        let monitor = Monitor::open(&config.interface)?;
-        let public_key = key.public_key();
-        let device = start_tunnel(&config, key)?;
-        let uapi = uapi::serve(&config.interface, device.clone())?;
-
-        let shown = Shown {
-            metrics: Arc::new(Metrics::new()),
-            report: watch::channel(Arc::new(Report::default())).0,
-            topology: watch::channel(Arc::default()).0,
-            alive: watch::channel(tokio::time::Instant::now()).0,
-        };
-        match control::bind(&config.control_socket) {
-            Ok(socket) => {
-                tokio::spawn(control::serve(socket, shown.report.subscribe()));
-            }
-            // The mesh does not depend on being looked at.
-            Err(error) => tracing::warn!(
-                path = %config.control_socket.display(),
-                %error,
-                "selvedge status cannot ask this agent"
-            ),
-        }
-        if let Some(listener) = listener {
-            let pages = Pages {
-                metrics: Arc::clone(&shown.metrics),
-                report: shown.report.subscribe(),
-                topology: shown.topology.subscribe(),
-                alive: shown.alive.subscribe(),
-            };
-            tokio::spawn(pages::serve(listener, pages));
-        }
-
-        let settings = ParseSettings {
-            topology_label: config.topology_label.clone(),
-        };
-        // A node that starts while no API server answers is as it was when it stopped.
-        let saved = state::load(&config.state_dir);
-        let resolved = saved
-            .as_ref()
-            .map(|saved| saved.snapshot.resolved.clone())
-            .unwrap_or_default();
-        let cached = saved.map(Saved::into_view);
-        let cluster = Cluster::start(access.clone(), config.node.clone(), settings, cached);
-        let (names, wanted) = mpsc::channel(8);
-        let (found, addresses) = mpsc::channel(8);
-        tokio::spawn(resolve::follow(wanted, found, resolved.clone()));
-
-        tracing::info!(
-            node = %config.node,
-            version = env!("CARGO_PKG_VERSION"),
-            %public_key,
-            "started"
-        );
-        Ok(Self {
-            schedule: Schedule::new(now(), config.resync_period),
-            machine: Machine::new(kernel, device),
-            access,
-            cluster,
-            view: None,
-            writer: state::Writer::start(config.state_dir.clone()).context("starting a thread")?,
-            resolved,
-            facts: Facts::default(),
-            hearing: Hearing::default(),
-            check_in: CheckIn::default(),
-            decision: Decision::default(),
-            awaited: None,
-            without_ipv6: false,
-            forgotten: Vec::new(),
-            failed: Vec::new(),
-            begun: now(),
-            last_change: now(),
-            settled: false,
-            complained: BTreeSet::new(),
-            traffic: BTreeMap::new(),
-            drops: BTreeMap::new(),
-            shown,
-            names,
-            addresses,
-            monitor,
-            _uapi: uapi,
-            public_key,
-            config,
-        })
-    }
-
     /// Turns causes into passes until a signal ends it.
     async fn run(&mut self) -> anyhow::Result<ExitCode> {
         let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
@@ -305,11 +201,10 @@ impl Agent {
         // A full queue means that the names are about to be looked at anyway.
         let _ = self.names.try_send(self.decision.names.clone());
 
-        let pass = match &self.decision.desired {
+        let mut pass = match &self.decision.desired {
             Some(desired) => reconcile::pass(&mut self.machine, desired),
             None => reconcile::Pass::default(),
         };
-        let mut pass = pass;
         for repair in &self.forgotten {
             tracing::info!("for flannel: {repair}");
         }
@@ -321,7 +216,7 @@ impl Agent {
         );
         let outcome = pass.outcome();
         if outcome != Outcome::Unchanged {
-            self.last_change = now();
+            self.readiness.handle_unrest(now());
         }
         log_changes(&pass.made);
         self.complain(pass.failed);
@@ -389,71 +284,25 @@ impl Agent {
         self.facts.snapshot.now = self.check_in.handle_clock(now, own, self.is_live());
         // What was last known of flannel stays in force while it restarts or makes its device anew.
         self.forgotten = Vec::new();
-        match self.flannel() {
-            Ok((flannel, found, without_ipv6)) => {
+        let own = self.facts.snapshot.nodes.get(&self.config.node);
+        match flannel::look(&self.config, self.machine.kernel(), own) {
+            Ok(found) => {
                 self.awaited = None;
-                if without_ipv6 && !self.without_ipv6 {
+                if found.without_ipv6 && !self.without_ipv6 {
                     tracing::warn!(
                         "IPv6 is off on this node (sysctl net.ipv6.conf.default.disable_ipv6), so it carries IPv4 alone"
                     );
                 }
-                self.without_ipv6 = without_ipv6;
-                self.forgotten = self.forgotten_by(&flannel, &found);
-                self.facts.flannel = Some(flannel);
+                self.without_ipv6 = found.without_ipv6;
+                let (topology, nodes) = (&self.decision.topology, &self.facts.snapshot.nodes);
+                self.forgotten = flannel::forgotten(&found, topology, nodes, &self.config.node);
+                self.facts.flannel = Some(found.flannel);
             }
             Err(Unready::Waiting(what)) => {
                 self.awaited = Some(format!("waiting for flannel: {what}"))
             }
             Err(Unready::Refused(refusal)) => self.awaited = Some(refusal.sentence),
         }
-    }
-
-    /// flannel here, what the kernel holds of it, and whether its IPv6 is left out.
-    fn flannel(&self) -> Result<(Flannel, FlannelState, bool), Unready> {
-        let mut files = Files::read(
-            self.config.flannel_conf.as_deref(),
-            &self.config.subnet_file,
-        )?;
-        let without_ipv6 = ipv6_is_off(&self.config.interface) && files.leave_out_ipv6()?;
-        let own = self.facts.snapshot.nodes.get(&self.config.node);
-        let lease = own.and_then(|node| node.lease.as_ref());
-        let networks = files.env.as_ref().map(|env| env.networks.as_slice());
-        let found = self
-            .machine
-            .kernel()
-            .flannel(networks.unwrap_or_default())
-            .map_err(|error| Unready::Waiting(format!("{error:#}")))?;
-        let flannel =
-            Flannel::assemble(&files, lease, found.vteps.clone(), found.next_hops.clone())?;
-        Ok((flannel, found, without_ipv6))
-    }
-
-    /// What flannel lost of its own when its device was made anew: it does not put it back.
-    fn forgotten_by(&self, flannel: &Flannel, found: &FlannelState) -> Vec<Repair> {
-        let nodes = &self.facts.snapshot.nodes;
-        let Some(own) = self.decision.topology.segment_of(&self.config.node) else {
-            return Vec::new();
-        };
-        let topology = &self.decision.topology;
-        let members = topology
-            .segments
-            .iter()
-            .filter(|segment| segment.group == own.group)
-            .flat_map(|segment| segment.nodes.iter().map(|member| &member.name));
-        let outsiders = topology
-            .outsiders
-            .iter()
-            .filter(|outsider| outsider.group == own.group)
-            .map(|outsider| &outsider.name);
-        let others = members
-            .chain(outsiders)
-            .filter(|name| **name != self.config.node)
-            .filter_map(|name| {
-                let node = nodes.get(name)?;
-                Some((node.pod_cidrs.as_slice(), node.lease.as_ref()?))
-            })
-            .collect::<Vec<_>>();
-        heal::missing(flannel, &others, found)
     }
 
     /// Asks the tunnel where its peers are. One that moved, or came alive, is a cause for a pass.
@@ -494,39 +343,33 @@ impl Agent {
             self.facts.alive = alive;
             self.facts.heard = heard;
             self.schedule.handle_cause(now());
+            self.readiness.handle_unrest(now());
         }
-        self.settled |= self.problems().is_empty() && self.unsettled().is_none();
+        if self.problems().is_empty() {
+            self.readiness.handle_no_problems(now(), self.unheard());
+        }
         self.show();
     }
 
-    /// What a new agent waits for although it has done all it can.
-    fn unsettled(&self) -> Option<String> {
-        if self.last_change.elapsed() < SETTLED {
-            return Some("waiting for the mesh to settle".to_owned());
-        }
-        let peers = self
-            .decision
-            .desired
-            .iter()
-            .flat_map(|desired| &desired.peers);
-        let unheard = peers
+    /// How many peers have an endpoint and never answered.
+    fn unheard(&self) -> usize {
+        let desired = self.decision.desired.iter();
+        desired
+            .flat_map(|desired| &desired.peers)
             .filter(|(key, peer)| peer.endpoint.is_some() && !self.facts.heard.contains_key(key))
-            .count();
-        (unheard > 0 && self.begun.elapsed() < FIRST_HANDSHAKES)
-            .then(|| format!("waiting for the first handshake with {unheard} peers"))
+            .count()
     }
 
     /// Says once what cannot be done, and once that it can be done again.
     fn complain(&mut self, failed: Vec<String>) {
         for sentence in &failed {
             self.shown.metrics.error(Event::Apply);
-            if self.complained.insert(sentence.clone()) {
+            if !self.failed.contains(sentence) {
                 tracing::warn!("{sentence}");
             }
         }
-        if failed.is_empty() && !self.complained.is_empty() {
+        if failed.is_empty() && !self.failed.is_empty() {
             tracing::info!("what failed is done now");
-            self.complained.clear();
         }
         self.failed = failed;
     }
@@ -562,9 +405,7 @@ impl Agent {
             .collect::<Vec<_>>();
         let contact = self.cluster.contact();
         let mut problems = self.problems();
-        if !self.settled {
-            problems.extend(self.unsettled());
-        }
+        problems.extend(self.readiness.poll_wait(now(), self.unheard()));
         let report = report::report(&report::Inputs {
             config: &self.config,
             public_key: self.public_key,
@@ -596,7 +437,8 @@ impl Agent {
         }
         // Or what is withdrawn would be published again.
         self.cluster.end();
-        let mut failures = self.remove_all();
+        let (made, mut failures) = cleanup::remove_all(&mut self.machine, &self.config);
+        log_changes(&made);
         if let Err(error) = cleanup::withdraw(&self.access, &self.config).await {
             failures.push(format!("removing the annotations: {error:#}"));
         }
@@ -610,53 +452,10 @@ impl Agent {
             ExitCode::FAILURE
         })
     }
-
-    /// Removes what was installed, but for the link, which the tunnel still holds.
-    fn remove_all(&mut self) -> Vec<String> {
-        let link = self
-            .machine
-            .kernel()
-            .observe()
-            .ok()
-            .and_then(|observed| observed.link);
-        let nothing = State {
-            link: link.map(|link| Link { up: false, ..link }),
-            ..State::default()
-        };
-        let pass = reconcile::pass(&mut self.machine, &nothing);
-        log_changes(&pass.made);
-        let mut failures = pass.failed;
-        if self.config.clean_up_interface {
-            // Then it goes with this process.
-            if let Err(error) = self.machine.let_link_go() {
-                failures.push(format!(
-                    "removing the link {}: {error}",
-                    self.config.interface
-                ));
-            }
-        }
-        failures
-    }
-}
-
-/// Starts the tunnel: its link, its port, its threads.
-fn start_tunnel(config: &Config, key: PrivateKey) -> Result<Arc<Device>, Refusal> {
-    let options = wireguard::Options {
-        persistent: true,
-        listen_port: config.port,
-        fwmark: config.fwmark,
-        timestamp_floor: state::load_timestamp(&config.state_dir),
-        persist_timestamp: Some(state::timestamp_keeper(config.state_dir.clone())),
-        ..wireguard::Options::new(config.interface.clone())
-    };
-    let device =
-        Device::start(options).map_err(|error| Refusal::configuration(error.to_string()))?;
-    device.set_private_key(Some(key));
-    Ok(Arc::new(device))
 }
 
 /// One line for each change: the operator can follow what is done to the node.
-fn log_changes(made: &[crate::diff::Change]) {
+fn log_changes(made: &[Change]) {
     for change in made.iter().take(LOGGED) {
         tracing::info!("{change}");
     }

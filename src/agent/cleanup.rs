@@ -11,10 +11,14 @@ use std::time::Duration;
 use anyhow::anyhow;
 
 use super::control::NodeLock;
+use super::machine::Machine;
+use super::reconcile::{self, Pass};
 use super::state;
 use crate::cluster::{self, Access, Sources};
 use crate::config::Config;
+use crate::diff::Change;
 use crate::kernel::Kernel;
+use crate::plan::{Link, State};
 use crate::telemetry;
 use crate::wireguard::uapi;
 
@@ -66,6 +70,26 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     } else {
         Err(anyhow!("not all could be removed: {}", failures.join("; ")))
     }
+}
+
+/// Removes what a running agent installed, but for the link, which its tunnel still holds; returns the
+/// changes made and what could not be done.
+pub(super) fn remove_all(machine: &mut Machine, config: &Config) -> (Vec<Change>, Vec<String>) {
+    let observed = machine.kernel().observe().ok();
+    let nothing = State {
+        link: observed
+            .and_then(|observed| observed.link)
+            .map(|link| Link { up: false, ..link }),
+        ..State::default()
+    };
+    let Pass { made, mut failed } = reconcile::pass(machine, &nothing);
+    if config.clean_up_interface {
+        // Then it goes with this process.
+        if let Err(error) = machine.let_link_go() {
+            failed.push(format!("removing the link {}: {error}", config.interface));
+        }
+    }
+    (made, failed)
 }
 
 /// Removes what the agent published, within a bounded time.

@@ -1,0 +1,140 @@
+//! Opens and starts everything an agent works with, in the order in which it may be refused.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use tokio::sync::{mpsc, watch};
+
+use super::checkin::CheckIn;
+use super::hearing::Hearing;
+use super::machine::Machine;
+use super::readiness::Readiness;
+use super::reconcile::{Decision, Facts};
+use super::schedule::Schedule;
+use super::state::{self, Saved};
+use super::{Agent, Shown, control, now, resolve};
+use crate::cluster::{Access, Cluster, ParseSettings, Sources};
+use crate::config::Config;
+use crate::kernel::{Kernel, Monitor};
+use crate::refusal::Refusal;
+use crate::status::Report;
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::pages::{self, Pages};
+use crate::wireguard::key::PrivateKey;
+use crate::wireguard::{self, Device, uapi};
+
+impl Agent {
+    /// An agent that has begun to follow the cluster and has changed nothing but the tunnel's link.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`] where something else has what the agent needs, or a right is missing.
+    pub(super) async fn start(config: Config, key: PrivateKey) -> anyhow::Result<Self> {
+        let listener = pages::bind(config.listen).await?;
+        let sources = Sources {
+            mark: Some(config.fwmark),
+            ..Sources::new(config.kubeconfig.clone(), config.master.clone())
+        };
+        let access = Access::new(sources).await?;
+        let kernel = Kernel::open(&config.interface)?;
+        kernel.check(config.rule_priorities())?;
+        // Before the first look, so that nothing is missed in between.
+        let monitor = Monitor::open(&config.interface)?;
+        let public_key = key.public_key();
+        let device = start_tunnel(&config, key)?;
+        let uapi = uapi::serve(&config.interface, device.clone())?;
+
+        let shown = Shown {
+            metrics: Arc::new(Metrics::new()),
+            report: watch::channel(Arc::new(Report::default())).0,
+            topology: watch::channel(Arc::default()).0,
+            alive: watch::channel(tokio::time::Instant::now()).0,
+        };
+        match control::bind(&config.control_socket) {
+            Ok(socket) => {
+                tokio::spawn(control::serve(socket, shown.report.subscribe()));
+            }
+            // The mesh does not depend on being looked at.
+            Err(error) => tracing::warn!(
+                path = %config.control_socket.display(),
+                %error,
+                "selvedge status cannot ask this agent"
+            ),
+        }
+        if let Some(listener) = listener {
+            let pages = Pages {
+                metrics: Arc::clone(&shown.metrics),
+                report: shown.report.subscribe(),
+                topology: shown.topology.subscribe(),
+                alive: shown.alive.subscribe(),
+            };
+            tokio::spawn(pages::serve(listener, pages));
+        }
+
+        let settings = ParseSettings {
+            topology_label: config.topology_label.clone(),
+        };
+        // A node that starts while no API server answers is as it was when it stopped.
+        let saved = state::load(&config.state_dir);
+        let resolved = saved
+            .as_ref()
+            .map(|saved| saved.snapshot.resolved.clone())
+            .unwrap_or_default();
+        let cached = saved.map(Saved::into_view);
+        let cluster = Cluster::start(access.clone(), config.node.clone(), settings, cached);
+        let (names, wanted) = mpsc::channel(8);
+        let (found, addresses) = mpsc::channel(8);
+        tokio::spawn(resolve::follow(wanted, found, resolved.clone()));
+
+        tracing::info!(
+            node = %config.node,
+            version = env!("CARGO_PKG_VERSION"),
+            %public_key,
+            "started"
+        );
+        Ok(Self {
+            schedule: Schedule::new(now(), config.resync_period),
+            machine: Machine::new(kernel, device),
+            access,
+            cluster,
+            view: None,
+            writer: state::Writer::start(config.state_dir.clone()).context("starting a thread")?,
+            resolved,
+            facts: Facts::default(),
+            hearing: Hearing::default(),
+            check_in: CheckIn::default(),
+            decision: Decision::default(),
+            awaited: None,
+            without_ipv6: false,
+            forgotten: Vec::new(),
+            failed: Vec::new(),
+            readiness: Readiness::new(now()),
+            traffic: BTreeMap::new(),
+            drops: BTreeMap::new(),
+            shown,
+            names,
+            addresses,
+            monitor,
+            _uapi: uapi,
+            public_key,
+            config,
+        })
+    }
+}
+
+/// Starts the tunnel: its link, its port, its threads.
+fn start_tunnel(config: &Config, key: PrivateKey) -> Result<Arc<Device>, Refusal> {
+    let options = wireguard::Options {
+        persistent: true,
+        listen_port: config.port,
+        fwmark: config.fwmark,
+        timestamp_floor: state::load_timestamp(&config.state_dir),
+        persist_timestamp: Some(state::timestamp_keeper(config.state_dir.clone())),
+        ..wireguard::Options::new(config.interface.clone())
+    };
+    let device =
+        Device::start(options).map_err(|error| Refusal::configuration(error.to_string()))?;
+    device.set_private_key(Some(key));
+    Ok(Arc::new(device))
+}
