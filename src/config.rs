@@ -331,7 +331,7 @@ fn notes(flags: &Flags) -> Vec<String> {
     );
     note(
         flags.iptables_forward_rules.is_some(),
-        "--iptables-forward-rules changes nothing: the agent's own nft table accepts what it carries",
+        "--iptables-forward-rules changes nothing: no rule of another table can undo a drop; selvedge doctor names the chain that stands in the way",
     );
     notes
 }

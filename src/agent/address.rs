@@ -1,14 +1,13 @@
 //! This node's own addresses: which is private, which one others should send to.
 //!
-//! Pure, but for [`of_links`]. The Node's status comes first, because it is what the rest of the
-//! cluster uses; the links only add the length of the prefix, and a public address the status
-//! does not know.
+//! Pure. The Node's status comes first, because it is what the rest of the cluster uses; the links only
+//! add the length of the prefix, and a public address the status does not know.
 
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
-use crate::topology::{Endpoint, InterfaceAddr};
+use crate::topology::{Endpoint, InterfaceAddr, is_public, is_unicast};
 
 /// What is known of this node.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +38,7 @@ impl Own<'_> {
             .map(IpNet::addr);
         let ip = ipv4_first(of_status)
             .chain(ipv4_first(of_links))
-            .find(|ip| !is_public(*ip) && is_usable(*ip) && allowed(ip))?;
+            .find(|ip| !is_public(*ip) && is_unicast(*ip) && allowed(ip))?;
         let on_link = self.links.iter().find(|link| link.addr() == ip).copied();
         Some(on_link.unwrap_or_else(|| IpNet::from(ip)))
     }
@@ -51,7 +50,7 @@ impl Own<'_> {
             .chain(ipv4_first(self.internal_ips.iter().copied()))
             .chain(ipv4_first(self.links.iter().map(IpNet::addr)))
             .find(|ip| is_public(*ip));
-        let fallback = ipv4_first(self.internal_ips.iter().copied()).find(|ip| is_usable(*ip));
+        let fallback = ipv4_first(self.internal_ips.iter().copied()).find(|ip| is_unicast(*ip));
         let ip = if prefer_private {
             private.or(public)
         } else {
@@ -62,74 +61,9 @@ impl Own<'_> {
     }
 }
 
-/// Whether any host of the internet can be expected to reach the address.
-pub fn is_public(ip: IpAddr) -> bool {
-    if !is_usable(ip) {
-        return false;
-    }
-    match ip {
-        IpAddr::V4(ip) => {
-            let [a, b, ..] = ip.octets();
-            // 100.64.0.0/10 is shared by customers of one provider (RFC 6598).
-            !(ip.is_private() || (a == 100 && (64..128).contains(&b)))
-        }
-        IpAddr::V6(ip) => !ip.is_unique_local(),
-    }
-}
-
-/// Whether a datagram can be sent there from another host at all.
-fn is_usable(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => {
-            !(ip.is_unspecified()
-                || ip.is_loopback()
-                || ip.is_link_local()
-                || ip.is_multicast()
-                || ip.is_broadcast())
-        }
-        IpAddr::V6(ip) => {
-            !(ip.is_unspecified()
-                || ip.is_loopback()
-                || ip.is_unicast_link_local()
-                || ip.is_multicast()
-                || ip.to_ipv4_mapped().is_some())
-        }
-    }
-}
-
 fn ipv4_first(ips: impl Iterator<Item = IpAddr> + Clone) -> impl Iterator<Item = IpAddr> {
     let v6 = ips.clone().filter(IpAddr::is_ipv6);
     ips.filter(IpAddr::is_ipv4).chain(v6)
-}
-
-/// The addresses on this node's links, but for links that carry pods or tunnels.
-pub fn of_links(tunnel: &str) -> Vec<InterfaceAddr> {
-    let foreign = |name: &str| {
-        name != tunnel
-            && !["lo", "cni0", "docker0"].contains(&name)
-            && !["flannel.", "flannel-v6.", "veth", "br-", "virbr"]
-                .iter()
-                .any(|prefix| name.starts_with(prefix))
-    };
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
-        return Vec::new();
-    };
-    let mut addresses = interfaces
-        .filter(|interface| foreign(&interface.interface_name))
-        .filter_map(|interface| {
-            let (address, mask) = (interface.address?, interface.netmask?);
-            if let (Some(ip), Some(mask)) = (address.as_sockaddr_in(), mask.as_sockaddr_in()) {
-                let length = u32::from(mask.ip()).count_ones();
-                return IpNet::new(ip.ip().into(), u8::try_from(length).ok()?).ok();
-            }
-            let (ip, mask) = (address.as_sockaddr_in6()?, mask.as_sockaddr_in6()?);
-            let length = u128::from(mask.ip()).count_ones();
-            IpNet::new(ip.ip().into(), u8::try_from(length).ok()?).ok()
-        })
-        .collect::<Vec<_>>();
-    addresses.sort();
-    addresses.dedup();
-    addresses
 }
 
 #[cfg(test)]
@@ -242,15 +176,5 @@ mod tests {
             cidrs: &[],
         };
         assert_eq!(detect(&case).1.as_deref(), Some("[2001:db8::5]:51820"));
-    }
-
-    #[test]
-    fn the_machines_own_addresses_can_be_listed() {
-        // Loopback is left out, so the list may be empty; it must not fail.
-        assert!(
-            of_links("kilo0")
-                .iter()
-                .all(|net| !net.addr().is_loopback())
-        );
     }
 }

@@ -11,6 +11,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use crate::topology::is_unicast;
+
 /// How long an answer is taken for good. Names of home connections change; their TTL is not told by
 /// the system's resolver.
 const AGAIN: Duration = Duration::from_secs(30);
@@ -107,17 +109,7 @@ async fn look_up(name: String) -> (String, Vec<IpAddr>) {
 /// The address in use where it is still among the answers, so that a name with several does not make
 /// a peer jump; else the lowest, IPv4 first. An address no other host can have is not an answer.
 fn choose(answer: &[IpAddr], current: Option<&IpAddr>) -> Option<IpAddr> {
-    let usable = answer.iter().copied().filter(|ip| match ip {
-        IpAddr::V4(ip) => {
-            !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast())
-        }
-        IpAddr::V6(ip) => {
-            !(ip.is_loopback()
-                || ip.is_unspecified()
-                || ip.is_multicast()
-                || ip.is_unicast_link_local())
-        }
-    });
+    let usable = answer.iter().copied().filter(|ip| is_unicast(*ip));
     usable
         .clone()
         .find(|ip| Some(ip) == current)
@@ -138,7 +130,8 @@ mod tests {
 
     #[test]
     fn an_answer_that_leads_back_to_this_host_is_none() {
-        let ips = ["127.0.0.1", "0.0.0.0", "::1", "fe80::1"].map(|ip| ip.parse().unwrap());
+        let ips =
+            ["127.0.0.1", "0.0.0.0", "169.254.1.1", "::1", "fe80::1"].map(|ip| ip.parse().unwrap());
         assert_eq!(choose(&ips, None), None);
     }
 

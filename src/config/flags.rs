@@ -148,7 +148,7 @@ pub struct Flags {
     #[arg(long, value_name = "BOOL", help_heading = KILO, value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) create_interface: Option<bool>,
-    /// The agent's nft table accepts what it carries in any case
+    /// No rule of another table can undo a drop; `selvedge doctor` names the chain that does it
     #[arg(long, value_name = "BOOL", help_heading = KILO, value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) iptables_forward_rules: Option<bool>,

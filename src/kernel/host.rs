@@ -80,7 +80,8 @@ impl Kernel {
     }
 
     /// The addresses on the node's own links: without loopback and link-local ones, those of the
-    /// tunnel, of flannel's devices and of bridges (pods are behind those).
+    /// tunnel, of flannel's devices, of the pods' bridge and of dummy links. Other bridges may well
+    /// hold the node's own address.
     pub fn node_addresses(&self) -> anyhow::Result<Vec<LocalAddress>> {
         let mut netlink = self.netlink();
         let links = list::links(&mut netlink)?;

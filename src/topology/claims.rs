@@ -85,7 +85,7 @@ pub(super) struct Claims<'a> {
 impl<'a> Claims<'a> {
     /// Judges everything the snapshot says, except what depends on who leads.
     ///
-    /// `group` tells who shares a region, as far as that is known before anything is believed.
+    /// `segment` tells who shares a leader, as far as that is known before anything is believed.
     pub(super) fn new(
         snapshot: &'a Snapshot,
         settings: &'a Settings,
