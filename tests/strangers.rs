@@ -1,0 +1,356 @@
+//! What somebody learns of a device who has no key of its peers: nothing, by a million datagrams of all
+//! kinds, by every TCP port, and by what was recorded of others.
+//!
+//! Each silence has a control that is answered. The scenarios of `conformance` say the same of a few
+//! datagrams, next to wireguard-go.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a harness starts programs and looks at the clock"
+)]
+#![expect(clippy::print_stdout, reason = "the figures are what it is for")]
+
+#[path = "conformance/tunnel.rs"]
+#[expect(dead_code, reason = "made for the conformance tests")]
+mod tunnel;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use boringtun::noise::handshake::Handshake;
+use boringtun::noise::{HANDSHAKE_INIT_SZ, HANDSHAKE_RESP_SZ};
+use boringtun::x25519;
+use nix::sys::socket::{setsockopt, sockopt};
+use rand::SeedableRng as _;
+use selvedge::agent::state;
+use selvedge::wireguard::key::{PrivateKey, PublicKey};
+use selvedge::wireguard::{Device, Options, PeerConfig, Timestamp};
+use selvedge_lab::netns::Namespace;
+use selvedge_lab::process::wait_for;
+
+use self::tunnel::{Key, Program, SOON, Tunnel};
+
+const PORT: u16 = 51820;
+const VICTIM4: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 1);
+const VICTIM6: Ipv6Addr = Ipv6Addr::new(0xfd97, 0, 0, 0, 0, 0, 0, 1);
+
+/// How many datagrams strangers send.
+const DATAGRAMS: u32 = 1_000_000;
+/// How many of one size the kernel cuts a send into.
+const AT_ONCE: usize = 60;
+/// What may wait at the device's sockets, in bytes of the kernel's memory: a quarter of their buffers.
+const WAITING: u64 = 1 << 20;
+
+/// A device takes itself to be under load for a second after the last sign of it.
+const AFTER_LOAD: Duration = Duration::from_millis(1500);
+
+/// A device, and a line to people who are none of its peers.
+struct Arena {
+    victim: Tunnel,
+    key: Key,
+    here: Namespace,
+    outside: Namespace,
+}
+
+impl Arena {
+    fn new() -> Result<Self> {
+        let (here, outside) = (Namespace::new("victim")?, Namespace::new("outside")?);
+        here.veth("wire", &outside, "wire")?;
+        for (space, last) in [(&here, 1), (&outside, 2)] {
+            space.run(&format!("ip address add 10.97.0.{last}/24 dev wire"))?;
+            space.run(&format!("ip address add fd97::{last}/64 dev wire nodad"))?;
+        }
+        let (victim, key) = (Tunnel::start(Program::Selvedge, &here)?, Key::new()?);
+        victim.set(&format!("private-key {} listen-port {PORT}", key.file()))?;
+        here.run(&format!("ip link set {} up", victim.name))?;
+        // Whatever comes back, of UDP or about it.
+        outside.run("nft add table inet heard")?;
+        outside
+            .run("nft add chain inet heard in { type filter hook prerouting priority -300 ; }")?;
+        outside.run(&format!(
+            "nft add rule inet heard in udp sport {PORT} counter"
+        ))?;
+        outside.run("nft add rule inet heard in icmp type destination-unreachable counter")?;
+        outside.run("nft add rule inet heard in icmpv6 type destination-unreachable counter")?;
+        Ok(Self {
+            victim,
+            key,
+            here,
+            outside,
+        })
+    }
+
+    /// The packets that came back to the strangers.
+    fn answers(&self) -> Result<u64> {
+        let rules = self.outside.run("nft list chain inet heard in")?;
+        let counts = rules
+            .split("packets ")
+            .skip(1)
+            .filter_map(|rest| rest.split_whitespace().next());
+        let counts = counts.map(str::parse::<u64>);
+        Ok(counts.sum::<Result<u64, _>>()?)
+    }
+
+    /// What waits at the device's sockets in bytes, and how many datagrams they had no room for.
+    fn sockets(&self) -> Result<(u64, u64)> {
+        let pid = self.victim.pid().context("the daemon was stopped")?;
+        let (mut waiting, mut dropped) = (0, 0);
+        for family in ["udp", "udp6"] {
+            let table = fs::read_to_string(format!("/proc/{pid}/net/{family}"))?;
+            for line in table.lines().skip(1) {
+                let words: Vec<_> = line.split_whitespace().collect();
+                let queues = words.get(4).context("queues")?;
+                let (_, queue) = queues.split_once(':').context("two queues")?;
+                waiting += u64::from_str_radix(queue, 16)?;
+                dropped += words.last().context("drops")?.parse::<u64>()?;
+            }
+        }
+        Ok((waiting, dropped))
+    }
+
+    /// Waits until the device has looked at nearly everything.
+    fn keep_pace(&self, waiting: u64) -> Result<()> {
+        wait_for("the device to read what it was sent", SOON, || {
+            self.sockets().is_ok_and(|(queued, _)| queued <= waiting)
+        })?;
+        Ok(())
+    }
+}
+
+/// A socket of a stranger's that sends runs of datagrams of one size at once.
+fn stranger(arena: &Arena, v6: bool) -> Result<UdpSocket> {
+    let (any, to): (SocketAddr, SocketAddr) = if v6 {
+        ((Ipv6Addr::UNSPECIFIED, 0).into(), (VICTIM6, PORT).into())
+    } else {
+        ((Ipv4Addr::UNSPECIFIED, 0).into(), (VICTIM4, PORT).into())
+    };
+    let socket = arena.outside.within(|| UdpSocket::bind(any))?;
+    socket.connect(to)?;
+    Ok(socket)
+}
+
+/// An initiation by `from` to a device, as WireGuard wants it.
+fn initiation(from: &PrivateKey, to: &str) -> Result<Vec<u8>> {
+    let to: PublicKey = to.parse()?;
+    let secret = x25519::StaticSecret::from(from.0);
+    let public = x25519::PublicKey::from(&secret);
+    let mut handshake = Handshake::new(secret, public, to.0.into(), None);
+    let mut buffer = [0; HANDSHAKE_INIT_SZ];
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+    let timestamp = Timestamp::from_unix(now).to_tai64n();
+    let message = handshake
+        .format_handshake_initiation(7, timestamp, &mut buffer)
+        .map_err(|error| anyhow::anyhow!("no initiation: {error:?}"))?;
+    Ok(message.to_vec())
+}
+
+/// What a stranger sends in a run: of every type and length, random but for what makes it plausible.
+fn run_of_datagrams(
+    round: usize,
+    random: &mut impl rand::RngCore,
+    wrong: &[u8],
+) -> (usize, Vec<u8>) {
+    // The lengths of the four messages, and what lies beside them.
+    const SIZES: [usize; 20] = [
+        148, 92, 64, 32, 148, 92, 64, 96, 1, 3, 4, 16, 31, 33, 63, 65, 91, 147, 149, 1024,
+    ];
+    let size = SIZES[round % SIZES.len()];
+    let mut run = vec![0; size * AT_ONCE];
+    random.fill_bytes(&mut run);
+    for (n, datagram) in run.chunks_exact_mut(size).enumerate() {
+        let kind = match round / SIZES.len() % 3 {
+            0 => [1, 2, 3, 4][round % 4],
+            1 => [1, 2, 3, 4][n % 4],
+            _ => datagram[0],
+        };
+        for (byte, value) in datagram.iter_mut().zip([kind, 0, 0, 0]) {
+            *byte = value;
+        }
+        if n % 16 == 0 && size == wrong.len() {
+            // Well made, but for somebody else.
+            datagram.copy_from_slice(wrong);
+        }
+    }
+    (size, run)
+}
+
+#[test]
+fn a_million_datagrams_from_strangers_are_not_answered() {
+    let run = || -> Result<()> {
+        let mut arena = Arena::new()?;
+        let mut random = rand::rngs::StdRng::seed_from_u64(11);
+        let wrong = initiation(&PrivateKey::generate(), &Key::new()?.public)?;
+        let sockets = (0..64).map(|n| stranger(&arena, n % 2 == 1));
+        let sockets = sockets.collect::<Result<Vec<_>>>()?;
+        let (start, mut sent, mut round) = (Instant::now(), 0, 0);
+        while sent < DATAGRAMS {
+            let (size, datagrams) = run_of_datagrams(round, &mut random, &wrong);
+            let socket = &sockets[round % sockets.len()];
+            setsockopt(socket, sockopt::UdpGsoSegment, &i32::try_from(size)?)?;
+            match socket.send(&datagrams) {
+                Ok(length) => sent += u32::try_from(length / size)?,
+                Err(error) => bail!("a stranger was told {error} in round {round}"),
+            }
+            round += 1;
+            if round % 16 == 0 {
+                arena.keep_pace(WAITING)?;
+            }
+        }
+        // An empty datagram, and the largest ones.
+        for v6 in [false, true] {
+            let socket = stranger(&arena, v6)?;
+            for size in [0, 9000, 65_000] {
+                socket.send(&vec![4; size])?;
+            }
+        }
+        arena.keep_pace(0)?;
+        // Late answers; and who asks a device under load gets a cookie first.
+        sleep(AFTER_LOAD);
+        let (_, dropped) = arena.sockets()?;
+        let answers = arena.answers()?;
+        println!(
+            "{sent} datagrams in {:?}: {answers} answers",
+            start.elapsed()
+        );
+        ensure!(dropped == 0, "{dropped} datagrams never reached the device");
+        ensure!(answers == 0, "{answers} answers to strangers");
+        ensure!(!arena.victim.ended(), "the daemon is gone");
+
+        // A peer's handshake, by the same line, is answered and seen.
+        let friend = PrivateKey::generate();
+        let public = friend.public_key();
+        arena
+            .victim
+            .set(&format!("peer {public} allowed-ips 10.96.0.2/32"))?;
+        let socket = stranger(&arena, false)?;
+        socket.set_read_timeout(Some(SOON))?;
+        socket.send(&initiation(&friend, &arena.key.public)?)?;
+        let length = socket.recv(&mut [0; 2048]).context("no answer to a peer")?;
+        ensure!(length == HANDSHAKE_RESP_SZ, "an answer of {length} bytes");
+        ensure!(arena.answers()? == 1, "the answer was not counted");
+        Ok(())
+    };
+    report(run());
+}
+
+#[test]
+fn no_tcp_port_of_a_device_is_open() {
+    let run = || -> Result<()> {
+        let arena = Arena::new()?;
+        // The control: somebody else's port is found.
+        let found = arena.here.within(|| TcpListener::bind((VICTIM4, 0)))?;
+        let other = found.local_addr()?.port();
+        let open = arena.outside.within(|| {
+            let mut open = Vec::new();
+            for port in 1..=u16::MAX {
+                let to = SocketAddr::from((VICTIM4, port));
+                match TcpStream::connect_timeout(&to, SOON) {
+                    Ok(_) => open.push(port),
+                    Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
+                    Err(error) => bail!("port {port}: {error}"),
+                }
+            }
+            Ok(open)
+        })?;
+        ensure!(open == [other], "open ports: {open:?}, not {other} alone");
+        Ok(())
+    };
+    report(run());
+}
+
+/// A device in a namespace of its own, whose timestamps go on after those in a directory.
+fn device(
+    space: &Namespace,
+    key: &PrivateKey,
+    state: Option<&Path>,
+    floor: Timestamp,
+) -> Result<Device> {
+    let mut options = Options::new("wg");
+    options.listen_port = PORT;
+    options.timestamp_floor = floor;
+    options.persist_timestamp = state.map(|state| state::timestamp_keeper(state.to_owned()));
+    let device = space.within(|| Device::start(options))?;
+    device.set_private_key(Some(key.clone()));
+    space.run("ip address add 10.96.0.1/24 dev wg")?;
+    space.run("ip link set wg up")?;
+    Ok(device)
+}
+
+/// The first handshake after a start, with a peer that has seen those of the run before.
+fn is_taken(space: &Namespace, device: &Device, peer: (PublicKey, PeerConfig)) -> bool {
+    device.set_peers(&BTreeMap::from([peer]));
+    space.run("ping -q -n -c 1 -W 3 10.96.0.2").is_ok()
+}
+
+/// The clock is a day back after a restart: what was remembered on disk decides.
+#[test]
+fn a_clock_that_went_back_a_day_is_made_up_for_by_the_mark_on_disk() {
+    let run = || -> Result<()> {
+        let (left, right) = (Namespace::new("left")?, Namespace::new("right")?);
+        left.veth("wire", &right, "wire")?;
+        left.run("ip address add 10.97.0.1/24 dev wire")?;
+        right.run("ip address add 10.97.0.2/24 dev wire")?;
+        let (key, peer_key) = (PrivateKey::generate(), Key::new()?);
+        let peer = Tunnel::start(Program::Selvedge, &right)?;
+        peer.set(&format!(
+            "private-key {} listen-port {PORT} peer {} allowed-ips 10.96.0.1/32",
+            peer_key.file(),
+            key.public_key()
+        ))?;
+        right.run(&format!("ip address add 10.96.0.2/24 dev {}", peer.name))?;
+        right.run(&format!("ip link set {} up", peer.name))?;
+        let other = || -> Result<(PublicKey, PeerConfig)> {
+            let config = PeerConfig {
+                endpoint: Some(SocketAddr::from(([10, 97, 0, 2], PORT))),
+                allowed_ips: ["10.96.0.2/32".parse()?].into(),
+                ..PeerConfig::default()
+            };
+            Ok((peer_key.public.parse()?, config))
+        };
+
+        let disk = tempfile::tempdir()?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+        let tomorrow = Timestamp::from_unix(now + Duration::from_secs(86_400));
+        let first = device(&left, &key, Some(disk.path()), tomorrow)?;
+        ensure!(
+            is_taken(&left, &first, other()?),
+            "the first run gets through"
+        );
+        drop(first);
+        let mark = state::load_timestamp(disk.path());
+        ensure!(
+            mark > tomorrow,
+            "{mark:?} was remembered, before {tomorrow:?}"
+        );
+
+        let forgetful = device(&left, &key, None, Timestamp::default())?;
+        ensure!(
+            !is_taken(&left, &forgetful, other()?),
+            "without the mark an old timestamp is taken: nothing is shown"
+        );
+        drop(forgetful);
+        let second = device(&left, &key, Some(disk.path()), mark)?;
+        ensure!(
+            is_taken(&left, &second, other()?),
+            "with the mark it is refused"
+        );
+        drop(second);
+        ensure!(
+            state::load_timestamp(disk.path()) > mark,
+            "the second run left no mark of its own"
+        );
+        Ok(())
+    };
+    report(run());
+}
+
+fn report(outcome: Result<()>) {
+    if let Err(error) = outcome {
+        panic!("{error:#}\n{}", tunnel::take_logs());
+    }
+}
