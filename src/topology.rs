@@ -102,7 +102,7 @@ pub struct Node {
     pub granularity: Option<Granularity>,
     /// `kilo.squat.ai/last-seen` in Unix seconds; only Kilo's algorithm uses it.
     pub last_seen: Option<i64>,
-    /// Whether the node's agent is Selvedge (it carries our marker annotation).
+    /// Whether the node's agent is Selvedge: the last that wrote here left our mark.
     pub ours: bool,
     /// What flannel says of the node; `None` while it carries no usable annotations.
     pub lease: Option<crate::flannel::Lease>,

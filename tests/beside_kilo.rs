@@ -88,6 +88,11 @@ fn run(steps: &mut Steps) -> Option<()> {
     steps.required("the_agents_say_that_kilos_algorithm_is_back", || {
         mesh.says(&[LAST])
     })?;
+    steps.required("a_mark_that_an_agent_left_behind_hides_no_kilo", || {
+        let mark = ("selvedge.dev/agent", Some("0.1.0"));
+        mesh.undisturbed(|mesh| mesh.lab.api().annotate(LAST, &[mark]))?;
+        mesh.says(&[LAST])
+    })?;
     steps.required(
         "the_connection_was_kept_over_the_change_and_the_change_back",
         || {

@@ -48,8 +48,9 @@ pub fn annotations(inputs: &Inputs<'_>) -> Annotations {
         ..
     } = inputs;
     let private_ip = private_ip(inputs);
+    let last_seen = matches!(topology.mode, Mode::Kilo(_)).then_some(inputs.last_seen);
     let mut published = BTreeMap::from([
-        (annotation::AGENT, env!("CARGO_PKG_VERSION").to_owned()),
+        (annotation::AGENT, annotation::format_agent(last_seen)),
         (annotation::KEY, inputs.public_key.to_string()),
         (
             annotation::INTERNAL_IP,
@@ -77,9 +78,9 @@ pub fn annotations(inputs: &Inputs<'_>) -> Annotations {
             annotation::format_discovered(&discovered),
         );
     }
-    if matches!(topology.mode, Mode::Kilo(_)) {
+    if let Some(time) = last_seen {
         published.insert(annotation::CNI_COMPATIBILITY_IP, String::new());
-        published.insert(annotation::LAST_SEEN, inputs.last_seen.to_string());
+        published.insert(annotation::LAST_SEEN, time.to_string());
     }
     published
 }
@@ -321,6 +322,8 @@ mod tests {
 
         assert_eq!(published[annotation::LAST_SEEN], "100");
         assert_eq!(published[annotation::CNI_COMPATIBILITY_IP], "");
+        let mark = published[annotation::AGENT].as_str();
+        assert!(annotation::is_ours(Some(mark), Some(100)), "{mark}");
     }
 
     #[test]

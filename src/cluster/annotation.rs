@@ -41,7 +41,7 @@ pub const LOCATION: &str = "kilo.squat.ai/location";
 pub const PERSISTENT_KEEPALIVE: &str = "kilo.squat.ai/persistent-keepalive";
 /// Further prefixes that are reached through the node's region.
 pub const ALLOWED_LOCATION_IPS: &str = "kilo.squat.ai/allowed-location-ips";
-/// The mark of this product's agents: their version.
+/// The mark of this product's agents: their version, and beside Kilo's the time of [`LAST_SEEN`].
 pub const AGENT: &str = "selvedge.dev/agent";
 
 /// What an agent writes on its own Node, and what clean-up removes. Never one of the operator's.
@@ -63,6 +63,27 @@ pub const MAX_ALLOWED_LOCATION_IPS: usize = 256;
 pub const MAX_DISCOVERED_ENDPOINTS: usize = 4096;
 /// Longest name of a region in characters: what a label's value may have.
 const MAX_REGION: usize = 63;
+
+/// Between the version and the time in [`AGENT`].
+const SEEN: &str = " last-seen=";
+
+/// Writes [`AGENT`], with the time that goes into [`LAST_SEEN`] at once with it, if any.
+pub fn format_agent(last_seen: Option<i64>) -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    match last_seen {
+        None => version.to_owned(),
+        Some(time) => format!("{version}{SEEN}{time}"),
+    }
+}
+
+/// Whether an agent of ours is the last that wrote on a Node with this [`AGENT`] and [`LAST_SEEN`].
+///
+/// A real `kg` that follows an agent which could not clean up knows nothing of the mark and leaves it.
+/// But it tells the time, which ours do only beside a `kg`, and then the mark tells the same.
+pub fn is_ours(mark: Option<&str>, last_seen: Option<i64>) -> bool {
+    let told = |mark: &str| mark.split_once(SEEN)?.1.parse::<i64>().ok();
+    mark.is_some_and(|mark| last_seen.is_none() || last_seen == told(mark))
+}
 
 /// Why a text does not have the form it should: a clause that follows "is refused:".
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]

@@ -104,6 +104,9 @@ pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Ve
     };
     let (endpoint, endpoint_forced) = reader.endpoint();
     let (private_ip, private_ip_forced) = reader.private_ip();
+    let last_seen = reader.read(annotation::LAST_SEEN, |text| {
+        i64::from_str(text).map_err(|_| Malformed("this is not a count of seconds"))
+    });
     let node = Node {
         name,
         created: super::object::created(&object.metadata),
@@ -125,10 +128,8 @@ pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Ve
         allowed_location_ips: reader.allowed_location_ips(),
         discovered_endpoints: reader.discovered_endpoints(),
         granularity: reader.granularity(),
-        last_seen: reader.read(annotation::LAST_SEEN, |text| {
-            i64::from_str(text).map_err(|_| Malformed("this is not a count of seconds"))
-        }),
-        ours: reader.annotations.contains_key(annotation::AGENT),
+        last_seen,
+        ours: annotation::is_ours(reader.text(annotation::AGENT), last_seen),
         lease: reader.lease(),
     };
     (Some(node), reader.refusals.into_rejected())
@@ -371,6 +372,22 @@ mod tests {
         assert_eq!(node.private_ip, Some("192.168.50.11/24".parse().unwrap()));
         assert_eq!(node.created, 1_767_225_600);
         assert!(node.lease.is_some());
+    }
+
+    #[test]
+    fn a_mark_that_an_agent_left_behind_does_not_hide_kilo() {
+        let ours = |pairs: &[(&str, &str)]| annotated(pairs).0.ours;
+        let (mark, seen) = (annotation::AGENT, annotation::LAST_SEEN);
+        let beside_kilo = annotation::format_agent(Some(1_767_225_600));
+
+        assert!(ours(&[(mark, &annotation::format_agent(None))]));
+        assert!(ours(&[(mark, &beside_kilo), (seen, "1767225600")]));
+        // Only kg tells a time that the mark does not.
+        assert!(!ours(&[(mark, &beside_kilo), (seen, "1767225630")]));
+        assert!(!ours(&[(mark, "0.1.0"), (seen, "1767225600")]));
+        assert!(!ours(&[(seen, "1767225600")]));
+        // A time that kg could not read either is nobody's.
+        assert!(ours(&[(mark, "0.1.0"), (seen, "yesterday")]));
     }
 
     #[test]
