@@ -33,6 +33,9 @@ pub struct Args {
     /// pod's own service account]
     #[arg(long, value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
+    /// Context of the kubeconfig [default: its current one]
+    #[arg(long, value_name = "NAME")]
+    pub context: Option<String>,
     /// What gets tunnels: location, full, cross, or auto: what the agents publish
     #[arg(long, value_name = "GRANULARITY", default_value = "auto", value_parser = granularity)]
     pub mesh_granularity: Auto,
@@ -98,16 +101,21 @@ pub struct Access {
 ///
 /// When no kubeconfig is found or it is of no use.
 pub async fn access(args: &Args) -> anyhow::Result<Access> {
-    let mut config = match &args.kubeconfig {
-        Some(path) => kubeconfig::load(path).await.map_err(|reason| {
-            Refusal::configuration(format!("--kubeconfig {}: {reason}", path.display()))
-        })?,
-        None => kube::Config::infer().await.map_err(|error| {
+    let mut config = match (&args.kubeconfig, &args.context) {
+        (None, None) => kube::Config::infer().await.map_err(|error| {
             Refusal::configuration(match kubeconfig::explain_usual(&error) {
                 Some(reason) => format!("the kubeconfig is of no use: {reason}"),
                 None => "found no kubeconfig: give --kubeconfig FILE, or set KUBECONFIG".to_owned(),
             })
         })?,
+        (path, context) => kubeconfig::load(path.as_deref(), context.as_deref())
+            .await
+            .map_err(|reason| {
+                Refusal::configuration(match path {
+                    Some(path) => format!("--kubeconfig {}: {reason}", path.display()),
+                    None => format!("the kubeconfig is of no use: {reason}"),
+                })
+            })?,
     };
     config.connect_timeout = Some(ANSWER);
     config.read_timeout = Some(ANSWER);

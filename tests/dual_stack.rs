@@ -64,6 +64,18 @@ fn main() -> ExitCode {
             wan: Family::V6,
             faults: false,
         },
+        Case {
+            name: "ipv4_alone_over_ipv6",
+            inner: Inner::V4,
+            wan: Family::V6,
+            faults: false,
+        },
+        Case {
+            name: "ipv6_alone_over_ipv4",
+            inner: Inner::V6,
+            wan: Family::V4,
+            faults: false,
+        },
     ] {
         if steps.selects(case.name) {
             run(&mut steps, &case);

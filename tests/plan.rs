@@ -19,6 +19,12 @@ mod mesh;
 mod backends;
 #[path = "plan/bad_input.rs"]
 mod bad_input;
+#[path = "plan/golden.rs"]
+mod golden;
+#[path = "plan/golden_000.rs"]
+mod golden_000;
+#[path = "plan/golden_002.rs"]
+mod golden_002;
 #[path = "plan/leaders.rs"]
 mod leaders;
 #[path = "plan/locations.rs"]

@@ -17,13 +17,27 @@ pub(super) fn read(path: &Path) -> Result<Kubeconfig, String> {
     Kubeconfig::read_from(path).map_err(|error| explain(&error))
 }
 
-/// Reads a file and takes its current context.
+/// Reads a file, else what `kubectl` reads: the files of `KUBECONFIG` taken together, else
+/// `~/.kube/config`; and takes a context by its name, else the current one.
 ///
 /// # Errors
 ///
 /// A clause that names no secret.
-pub(crate) async fn load(path: &Path) -> Result<kube::Config, String> {
-    choose(read(path)?).await
+pub(crate) async fn load(
+    path: Option<&Path>,
+    context: Option<&str>,
+) -> Result<kube::Config, String> {
+    let kubeconfig = match path {
+        Some(path) => read(path)?,
+        None => Kubeconfig::read().map_err(|error| explain(&error))?,
+    };
+    let options = KubeConfigOptions {
+        context: context.map(str::to_owned),
+        ..KubeConfigOptions::default()
+    };
+    kube::Config::from_custom_kubeconfig(kubeconfig, &options)
+        .await
+        .map_err(|error| explain(&error))
 }
 
 /// Takes the current context.
@@ -80,7 +94,7 @@ mod tests {
     async fn reason(text: &str) -> String {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
-        load(file.path()).await.unwrap_err()
+        load(Some(file.path()), None).await.unwrap_err()
     }
 
     #[tokio::test]

@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn nodes() -> [Node; 4] {
+pub(crate) fn nodes() -> [Node; 4] {
     [
         node("a1", "gcp", 1, "10.138.0.1/20"),
         node("a2", "gcp", 2, "10.138.0.2/20"),

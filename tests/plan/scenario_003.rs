@@ -1,17 +1,9 @@
 //! Six nodes in five clouds, worked out by hand from what Kilo does there beside flannel.
 //!
-//! Our routes have the same destinations and next hops as Kilo's. They differ in this:
-//!
-//! - They are in tables of their own, with a protocol number of their own, and not in main, where
-//!   flannel would take them back.
-//! - Their source is the node's address inside the cluster network and not its private address, and
-//!   they carry the tunnel's MTU.
-//! - Behind each stands an `unreachable` one, and in front of the own pods a `throw`.
-//! - On leaders the WireGuard addresses of the others have routes of their own; Kilo has the network
-//!   of the pool on the link for that, in main.
-//! - A leader's way to its members' hosts is selected by one rule for the link and not by one for
-//!   each address.
+//! Annotations, the tunnel's configuration and routes; what `showconf` and `graph` say of the same
+//! cluster is shown in the tests of the commands.
 
+use super::golden::{Difference, annotations, wireguard};
 use super::*;
 
 /// Name, location, private address, number of its pod CIDR, public address.
@@ -127,36 +119,125 @@ fn six_clouds() -> Mesh {
 
 /// The same six nodes, one of them still running a real `kg`.
 fn with_a_real_kilo() -> Mesh {
-    six_clouds().with(|mesh| {
-        mesh.snapshot.now = 1_000;
-        for node in mesh.snapshot.nodes.values_mut() {
-            node.last_seen = Some(990);
+    golden::with_a_real_kilo(six_clouds(), "tx1.k3s")
+}
+
+/// All of Kilo's lines for a node.
+fn kilo(me: &str) -> String {
+    let (_, _, private, ..) = NODES.into_iter().find(|(name, ..)| *name == me).unwrap();
+    let private = net(private).addr();
+    let mut text = String::new();
+    for (leader, nets) in PEERS {
+        if leader == me {
+            let own = nets.rsplit(", ").next().unwrap().trim_end_matches("/32");
+            text += &format!("10.4.0.0/16 dev kilo0 proto kernel scope link src {own}\n");
         }
-        mesh.node("tx1.k3s").ours = false;
-    })
+    }
+    let (_, ways) = KILO.into_iter().find(|(name, _)| *name == me).unwrap();
+    for (destinations, way) in ways {
+        for destination in destinations.split_whitespace() {
+            // What is left to flannel needs no route but to the member's host.
+            if me == "bd1.k3s" && way.contains("flannel") {
+                text += &format!("from all to {destination} iif kilo0 lookup 1107\n");
+                text += &format!("table 1107 {destination} {way} proto static onlink\n");
+            } else {
+                text += &format!("{destination} {way} proto static src {private} onlink\n");
+            }
+        }
+    }
+    text
 }
 
 #[test]
-fn routes_are_kilos() {
+fn routes_are_kilos_but_for_these_differences() {
+    use Difference::*;
+    let everywhere = [
+        OwnTables,
+        ClusterSource,
+        Mtu,
+        Backstop,
+        OwnPodsStay,
+        FixedRules,
+    ];
+    let leads = [&everywhere[..], &[OneRoutePerAddress]].concat();
+    let hands_on = [&leads[..], &[OneRuleForMembers]].concat();
     for mesh in [six_clouds(), with_a_real_kilo()] {
-        for (me, expected) in KILO {
-            let expected = expected.iter().flat_map(|(destinations, way)| {
-                let destinations = destinations.split_whitespace();
-                destinations.map(move |destination| format!("{destination} {way}"))
-            });
-            let routes = routes(&mesh, me);
-            let ours = routes.lines().filter(|line| !line.contains("throw"));
-            let ours = ours.map(|line| {
-                let words = line.split_whitespace().skip(5);
-                let words = words.take_while(|word| !["src", "onlink", "proto"].contains(word));
-                words.collect::<Vec<_>>().join(" ")
-            });
-            // The others' WireGuard addresses, where Kilo has the pool's network.
-            let ours = ours.filter(|way| !way.starts_with("10.4.0.") || !way.contains("kilo0"));
+        for (name, cluster_address, others, differences) in [
+            ("ty1.k3s", "10.42.0.0", [1, 2, 4, 5].as_slice(), &leads[..]),
+            ("hw1.k3s", "10.42.1.0", &[1, 2, 3, 5], &leads),
+            ("tx1.k3s", "10.42.2.0", &[1, 2, 3, 4], &leads),
+            ("ali1.k3s", "10.42.3.0", &[2, 3, 4, 5], &leads),
+            ("bd1.k3s", "10.42.4.0", &[1, 3, 4, 5], &hands_on),
+            ("bd2.k3s", "10.42.5.0", &[], &everywhere),
+        ] {
+            let addresses = ["10.4.0.1", "10.4.0.2", "10.4.0.3", "10.4.0.4", "10.4.0.5"];
+            let others: Vec<_> = others.iter().map(|number| addresses[number - 1]).collect();
+            let node = golden::Node {
+                name,
+                cluster_address,
+                others: &others,
+                kilo: &kilo(name),
+                endpoints: &[],
+            };
+            node.check(&mesh, differences);
+        }
+    }
+}
+
+#[test]
+fn tunnels_are_kilos() {
+    let names = NODES.map(|(name, _, _, pods, _)| (key(100 + pods).to_string(), name));
+    let names = names.into();
+    for mesh in [six_clouds(), with_a_real_kilo()] {
+        assert_eq!(
+            wireguard(&mesh.state("bd1.k3s"), &names),
+            "listen 51820\n\
+             address 10.4.0.2/32\n\
+             ali1.k3s at 203.0.113.4:51820 every 20: 10.4.0.1/32 10.42.3.0/24 172.21.143.136/32\n\
+             hw1.k3s at 203.0.113.2:51820 every 20: 10.4.0.4/32 10.42.1.0/24 192.168.7.226/32\n\
+             tx1.k3s at 203.0.113.3:51820 every 20: 10.4.0.5/32 10.42.2.0/24 172.17.0.3/32\n\
+             ty1.k3s at 203.0.113.1:51820 every 20: 10.4.0.3/32 10.42.0.0/24 192.168.1.226/32\n"
+        );
+        assert_eq!(wireguard(&mesh.state("bd2.k3s"), &names), "listen 51820\n");
+    }
+}
+
+/// The scenario's table: the operator forces the endpoint, and the agent finds the rest.
+#[test]
+fn annotations_are_the_scenarios() {
+    let version = env!("CARGO_PKG_VERSION");
+    let addresses = [
+        "10.4.0.3", "10.4.0.4", "10.4.0.5", "10.4.0.1", "10.4.0.2", "",
+    ];
+    for mesh in [six_clouds(), with_a_real_kilo()] {
+        let beside_kilo = mesh.snapshot.now != 0;
+        for ((name, _, private, pods, public), address) in NODES.into_iter().zip(addresses) {
+            let mut mesh = mesh.clone();
+            mesh.node(name).endpoint_forced = true;
+            let (cni, seen, mark) = if beside_kilo {
+                (
+                    "kilo.squat.ai/cni-compatibility-ip: \n",
+                    "kilo.squat.ai/last-seen: 1000\n",
+                    " last-seen=1000",
+                )
+            } else {
+                ("", "", "")
+            };
+            let wireguard_ip = match (address, beside_kilo) {
+                ("", false) => String::new(),
+                ("", true) => "kilo.squat.ai/wireguard-ip: \n".to_owned(),
+                _ => format!("kilo.squat.ai/wireguard-ip: {address}/16\n"),
+            };
             assert_eq!(
-                ours.collect::<BTreeSet<_>>(),
-                expected.collect::<BTreeSet<_>>(),
-                "{me}"
+                annotations(&mesh, name, &[]),
+                format!(
+                    "{cni}kilo.squat.ai/endpoint: {public}:51820\n\
+                     kilo.squat.ai/granularity: location\n\
+                     kilo.squat.ai/internal-ip: {private}\n\
+                     kilo.squat.ai/key: {}\n{seen}{wireguard_ip}\
+                     selvedge.dev/agent: {version}{mark}\n",
+                    key(100 + pods)
+                )
             );
         }
     }
