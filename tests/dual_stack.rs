@@ -1,5 +1,5 @@
 //! IPv6 and dual stack on a real flannel and a real kube-apiserver: pods of both families over an
-//! internet of IPv4 and over one of IPv6, and a cluster that knows no IPv4 at all.
+//! internet of IPv4 and over one of IPv6, and pods of one family over each of them.
 //!
 //! Each is a master and a data centre of two nodes behind a router, with strict reverse path filters
 //! and a FORWARD policy of DROP; IPv6 is never translated, so there the router is a firewall that

@@ -163,7 +163,7 @@ fn as_a_plugin_of_kubectls_it_sees_the_cluster_that_kubectl_sees() {
     assert!(drawn.starts_with("digraph kilo {\n"), "{drawn}");
     assert!(drawn.contains("\"node-agent-03\""), "{drawn}");
     let shown = cluster.prints(
-        "kubectl selvedge showconf node node-master",
+        "kubectl selvedge showconf node node-agent-01",
         &by_environment,
     );
     assert!(
