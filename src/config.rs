@@ -17,7 +17,7 @@ use ipnet::IpNet;
 use crate::plan::RULES;
 use crate::refusal::Refusal;
 use crate::telemetry::{LogFormat, LogLevel};
-use crate::topology::{Granularity, NodeName};
+use crate::topology::{Granularity, NodeName, overlap};
 
 mod flags;
 mod layers;
@@ -255,11 +255,6 @@ impl Config {
             .copied()
             .find(|net| matches!(net, IpNet::V6(_)) == v6)
     }
-}
-
-/// Whether two networks of one family have an address in common.
-pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
-    a.contains(&b.network()) || b.contains(&a.network())
 }
 
 fn subnets(pools: Vec<IpNet>) -> Result<Vec<IpNet>, Refusal> {

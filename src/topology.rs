@@ -19,7 +19,7 @@ mod excluded;
 mod kilo;
 mod native;
 
-pub use address::{is_public, is_public_to_kilo, is_unicast};
+pub use address::{is_public, is_public_to_kilo, is_unicast, overlap};
 pub use excluded::{Excluded, Field, Overlap, Reason, Subject};
 
 /// The name of a Kubernetes Node.

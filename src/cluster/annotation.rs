@@ -10,7 +10,7 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::topology::{Endpoint, Granularity, InterfaceAddr};
+use crate::topology::{Endpoint, Granularity, InterfaceAddr, is_unicast};
 use crate::wireguard::key::PublicKey;
 
 /// The operator's endpoint; wins over [`ENDPOINT`].
@@ -157,33 +157,15 @@ pub fn address(text: &str) -> Result<IpAddr, Malformed> {
 
 /// Refuses addresses that no packet between nodes can carry.
 fn usable(ip: IpAddr) -> Result<(), Malformed> {
-    let unusable = match ip {
-        IpAddr::V4(ip) => {
-            // 0/8 is "this network" (RFC 1122), 240/4 is reserved and holds the broadcast address.
-            ip.octets()[0] == 0
-                || ip.octets()[0] >= 240
-                || ip.is_loopback()
-                || ip.is_multicast()
-                || ip.is_link_local()
-        }
-        IpAddr::V6(ip) => {
-            if ip.to_ipv4_mapped().is_some() {
-                return Err(Malformed(
-                    "write an IPv4 address as such, not mapped into IPv6",
-                ));
-            }
-            ip.is_unspecified()
-                || ip.is_loopback()
-                || ip.is_multicast()
-                || ip.is_unicast_link_local()
-        }
-    };
-    if unusable {
-        return Err(Malformed(
+    match ip {
+        IpAddr::V6(mapped) if mapped.to_ipv4_mapped().is_some() => Err(Malformed(
+            "write an IPv4 address as such, not mapped into IPv6",
+        )),
+        ip if !is_unicast(ip) => Err(Malformed(
             "unspecified, loopback, link-local, multicast and reserved addresses reach no other node",
-        ));
+        )),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// Reads a name as RFC 1123 has it, in lower case.

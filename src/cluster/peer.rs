@@ -12,8 +12,6 @@ use super::rejected::{Object, Refusals, Rejected};
 use crate::topology::{Endpoint, ExternalPeer};
 use crate::wireguard::key::PresharedKey;
 
-/// The name of the resource's definition.
-pub const DEFINITION: &str = "peers.kilo.squat.ai";
 /// The API version of Peer objects.
 pub const API_VERSION: &str = "kilo.squat.ai/v1alpha1";
 

@@ -87,7 +87,7 @@ pub struct Flags {
     #[arg(long, value_name = "DURATION", help_heading = NODE, default_value = "30s",
           value_parser = values::resync_period)]
     pub(super) resync_period: Duration,
-    /// First priority of the agent's routing policy rules, which take this and the next four
+    /// First priority of the agent's routing policy rules, which take this and the next three
     #[arg(long, value_name = "NUMBER", help_heading = NODE, default_value = "5190",
           value_parser = values::rule_priority)]
     pub(super) rule_priority: u32,

@@ -28,7 +28,8 @@ pub fn is_public_to_kilo(ip: IpAddr) -> bool {
     }
 }
 
-/// Whether packets can be sent to an address of another host.
+/// Whether packets can be sent to an address of another host: it is neither unspecified (in IPv4 all of
+/// 0/8, RFC 1122) nor of a loopback, a link, a group or the reserved 240/4, nor IPv4 mapped into IPv6.
 pub fn is_unicast(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(v4) => {
@@ -45,7 +46,7 @@ pub fn is_unicast(ip: IpAddr) -> bool {
 }
 
 /// Whether two networks have an address in common.
-pub(super) fn overlap(a: &IpNet, b: &IpNet) -> bool {
+pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
 }
 
