@@ -72,15 +72,16 @@ pub fn run(config: Config) -> anyhow::Result<ExitCode> {
     for note in &config.notes {
         tracing::info!("{note}");
     }
+    let files = Files::read(config.flannel_conf.as_deref(), &config.subnet_file)?;
+    if let Some(env) = &files.env {
+        config.check_against_flannel(&env.networks)?;
+    }
+    // Last, so that who is refused leaves nothing on the disk.
     let (key, origin) = keyfile::load(&config.state_dir, Path::new(keyfile::KILO_KEY))?;
     match origin {
         Origin::Existing => {}
         Origin::Kilo => tracing::info!("took over Kilo's key {}", keyfile::KILO_KEY),
         Origin::Generated => tracing::info!(public_key = %key.public_key(), "made a new key"),
-    }
-    let files = Files::read(config.flannel_conf.as_deref(), &config.subnet_file)?;
-    if let Some(env) = &files.env {
-        config.check_against_flannel(&env.networks)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -423,6 +424,7 @@ impl Agent {
                 .counters()
                 .ok()
                 .map(|counters| counters.leak_drops),
+            cache_failures: self.writer.failures(),
         });
         let report = Arc::new(report);
         self.shown.metrics.show(Arc::clone(&report));

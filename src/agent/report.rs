@@ -51,6 +51,8 @@ pub struct Inputs<'a> {
     pub drops: &'a BTreeMap<String, u64>,
     /// VXLAN packets that the firewall dropped.
     pub leak_drops: Option<u64>,
+    /// How often the cluster's state could not be written to disk.
+    pub cache_failures: u64,
 }
 
 /// Puts the report together.
@@ -149,6 +151,7 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
         fail_open: config.on_tunnel_down == OnTunnelDown::Open,
         drops: inputs.drops.clone(),
         leak_drops: inputs.leak_drops,
+        cache_failures: inputs.cache_failures,
     }
 }
 

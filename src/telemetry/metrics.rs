@@ -21,14 +21,8 @@ use crate::status::{Report, Role};
 /// What the agent counts, by Kilo's words for what went wrong.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Event {
-    /// Something ended the agent.
-    Run,
     /// Changes to the kernel or the tunnel failed.
     Apply,
-    /// The API server did not take what was published.
-    CheckIn,
-    /// This node could not be described.
-    Local,
     /// Something could not be removed.
     CleanUp,
 }
@@ -36,10 +30,7 @@ pub enum Event {
 impl Event {
     const fn label(self) -> &'static str {
         match self {
-            Self::Run => "run",
             Self::Apply => "apply",
-            Self::CheckIn => "checkin",
-            Self::Local => "local",
             Self::CleanUp => "cleanUp",
         }
     }
@@ -260,6 +251,13 @@ impl Collector for Latest {
                 MetricType::Counter,
             )?)?;
         }
+        let counter = ConstCounter::new(report.cache_failures);
+        counter.encode(encoder.encode_descriptor(
+            "selvedge_cache_write_failures",
+            "Times the cluster's state could not be written to disk",
+            None,
+            MetricType::Counter,
+        )?)?;
         let info = [("version", report.version.as_str())];
         let mut build = encoder.encode_descriptor(
             "selvedge_build_info",
@@ -328,6 +326,7 @@ mod tests {
             }],
             drops: [("source".to_owned(), 3)].into(),
             leak_drops: Some(4),
+            cache_failures: 5,
             ..Report::default()
         }));
 
@@ -339,6 +338,7 @@ mod tests {
             "selvedge_peer_handshake_age_seconds{peer=\"location:nd\",public_key=\"K=\"} 9",
             "selvedge_packets_dropped_total{reason=\"source\"} 3",
             "selvedge_leak_drops_total 4",
+            "selvedge_cache_write_failures_total 5",
             "selvedge_build_info{version=\"1.2.3\"} 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
