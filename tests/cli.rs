@@ -118,7 +118,9 @@ fn bad_flags_are_refused_in_one_sentence() {
         (&["--encapsulate=sometimes"], "--encapsulate"),
         (&["agent", "--interface=sixteen-letters-"], "--interface"),
         (&["agent", "--resync-period=30"], "--resync-period"),
+        (&["agent", "--prot=5"], "did you mean --port?"),
         (&["nosuch"], "unrecognized subcommand"),
+        (&["agnet"], "did you mean agent?"),
         (&[], "requires a subcommand"),
     ] {
         refused(selvedge(arguments), 64, expected);

@@ -12,6 +12,7 @@ use anyhow::anyhow;
 
 use super::control::NodeLock;
 use super::machine::Machine;
+use super::preflight;
 use super::reconcile::{self, Pass};
 use super::state;
 use crate::cluster::{self, Access, Sources};
@@ -29,9 +30,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 ///
-/// A [`crate::refusal::Refusal`] while the agent runs; all that could not be removed otherwise.
+/// A [`crate::refusal::Refusal`] while the agent runs, or without the right to remove anything; all that could
+/// not be removed otherwise.
 pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     telemetry::start_logging(config.log_level, config.log_format);
+    preflight::check_rights()?;
     let _lock = NodeLock::take(&config.interface)?;
     let kernel = Kernel::open(&config.interface)?;
     let mut failures = kernel

@@ -14,9 +14,14 @@ const NET_ADMIN: u32 = 12;
 
 /// Refuses a machine or a container on which the agent could not do its work.
 pub fn check() -> Result<(), Refusal> {
-    rights(&fs::read_to_string("/proc/self/status").unwrap_or_default())?;
+    check_rights()?;
     tun(Path::new(TUN))?;
     program("nft", std::env::var_os("PATH").unwrap_or_default())
+}
+
+/// Refuses a process that may not change the network.
+pub fn check_rights() -> Result<(), Refusal> {
+    rights(&fs::read_to_string("/proc/self/status").unwrap_or_default())
 }
 
 /// Finds the right in the text of `/proc/self/status`; where that cannot be read, the kernel will
@@ -28,7 +33,7 @@ fn rights(status: &str) -> Result<(), Refusal> {
         .and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
     match effective {
         Some(set) if set & (1 << NET_ADMIN) == 0 => Err(Refusal::configuration(
-            "the agent may not change the network: run it as root with the capability NET_ADMIN",
+            "this process may not change the network: run it as root with the capability NET_ADMIN",
         )),
         Some(_) | None => Ok(()),
     }

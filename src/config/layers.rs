@@ -102,13 +102,28 @@ pub fn sentence(error: &clap::Error) -> String {
         }
     }
     let text = error.render().to_string();
-
-    text.trim_start_matches("error: ")
+    let text = text
+        .trim_start_matches("error: ")
         .lines()
         .take_while(|line| !line.trim().is_empty())
         .map(str::trim)
         .collect::<Vec<_>>()
-        .join(" ")
+        .join(" ");
+    match suggestion(error) {
+        Some(suggestion) => format!("{text}: did you mean {suggestion}?"),
+        None => text,
+    }
+}
+
+/// What clap takes a mistyped flag or command for.
+fn suggestion(error: &clap::Error) -> Option<&str> {
+    [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand]
+        .into_iter()
+        .find_map(|kind| match error.get(kind)? {
+            ContextValue::String(text) => Some(text.as_str()),
+            ContextValue::Strings(texts) => texts.first().map(String::as_str),
+            _ => None,
+        })
 }
 
 /// Names the variable or the file's line instead of the flag, where that is where the value stands.

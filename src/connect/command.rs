@@ -16,6 +16,7 @@ use zeroize::Zeroizing;
 
 use super::plan::{self, FWMARK, Wish};
 use super::registration::{Identity, Registration};
+use crate::agent::preflight;
 use crate::config;
 use crate::diff::diff;
 use crate::kernel::Kernel;
@@ -85,6 +86,7 @@ fn address(text: &str) -> Result<IpNet, String> {
 /// One sentence that says what is missing or in the way; nothing is left behind then.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     start_logging(args.log_level, LogFormat::Text);
+    preflight::check_rights()?;
     if if_nametoindex(args.interface.as_str()).is_ok() {
         return Err(Refusal::configuration(format!(
             "there is a link {} already: stop what uses it, or choose another --interface",
