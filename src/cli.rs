@@ -14,6 +14,9 @@ use crate::status;
 
 /// Runs what the arguments ask for; says in one sentence on stderr why it could not.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    // Keys are in this process's memory: no core file of it, and nobody but root looks in. A kernel that
+    // refuses that is none that anybody runs.
+    let _ = nix::sys::prctl::set_dumpable(false);
     let args = args.into_iter().collect::<Vec<_>>();
     match run(args) {
         Ok(code) => code,
