@@ -1,7 +1,8 @@
 //! What the host must have and be set to.
 //!
-//! Nothing is said of reverse path filters: the mesh works under strict ones. Nor of a clock that is
-//! off by minutes or hours: no decision of the agent's depends on what time it is elsewhere.
+//! Nothing is said of reverse path filters: the mesh works under strict ones, but for one way to a
+//! `NodePort`, which nobody may want. Nor of a clock that is off by minutes or hours: no decision of the
+//! agent's depends on what time it is elsewhere.
 
 use std::path::Path;
 

@@ -1,0 +1,265 @@
+//! Faults: flannel restarts, its device and its entries are deleted, what the agent installed is
+//! deleted, agents are killed. Each with what may be lost at most, and with a control.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use selvedge_lab::claims::{self, By};
+use selvedge_lab::controlplane::POD_NETWORK;
+use selvedge_lab::family::Family;
+use selvedge_lab::lab::Mesh;
+use selvedge_lab::topology::MASTER;
+use selvedge_lab::traffic::PORT;
+use selvedge_lab::{Lab, Steps};
+
+use super::{FOLLOWER, LEADER, doctor, leak_something, stream, wan_capture};
+
+/// Repairs are promised within one second; a busy CI machine gets some more before it is a failure.
+const REPAIR: Duration = Duration::from_secs(5);
+
+/// Pods of two regions both ways, and of one.
+const POD_PAIRS: [(&str, &str); 3] = [
+    ("pod@node-agent-02", "pod@node-master"),
+    ("pod@node-master", "pod@node-agent-01"),
+    ("pod@node-agent-02", "pod@node-agent-03"),
+];
+
+pub(super) fn all(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
+    steps.step("flannel_restarts_and_nothing_is_lost", || {
+        // Under a policy of DROP flannel's own gap would hide ours; the next step looks there.
+        lab.policy_of_forward("ACCEPT")?;
+        let outcome = flannel_restarts(lab, &POD_PAIRS);
+        lab.policy_of_forward("DROP")?;
+        let Restarts { lost, told, .. } = outcome?;
+        ensure!(lost == 0, "{told}");
+        Ok(told)
+    });
+    steps.step(
+        "flannel_restarts_under_a_policy_of_drop_and_only_its_own_gap_is_felt",
+        || {
+            let Restarts {
+                lost,
+                dropped,
+                told,
+            } = flannel_restarts(lab, &POD_PAIRS)?;
+            ensure!(
+                lost <= dropped,
+                "{lost} lost, of which FORWARD dropped {dropped}: {told}"
+            );
+            // Between the leaders themselves nothing is forwarded.
+            let hosts = flannel_restarts(lab, &[(MASTER, LEADER), (LEADER, FOLLOWER)])?;
+            ensure!(hosts.lost == 0, "{}", hosts.told);
+            Ok(format!(
+                "pods lost {lost}, FORWARD dropped {dropped} packets meanwhile; hosts: {}",
+                hosts.told
+            ))
+        },
+    );
+    steps.step("an_entry_of_flannels_is_deleted_and_comes_back", || {
+        flannel_entries_deleted(lab)
+    });
+    for node in [LEADER, FOLLOWER, MASTER] {
+        let name = format!("flannels_device_is_deleted_on_{}", node.replace('-', "_"));
+        steps.step(&name, || flannel_device_deleted(lab, node));
+    }
+    for node in [LEADER, FOLLOWER, MASTER] {
+        let name = format!("what_is_deleted_on_{}_is_repaired", node.replace('-', "_"));
+        steps.step(&name, || {
+            claims::what_is_deleted_is_repaired(lab, node, Family::V4, REPAIR)
+        });
+    }
+    steps.step("everybody_still_reaches_everybody", || {
+        claims::everybody_reaches_everybody(lab, By::OwnAddress)
+    });
+    steps.step(
+        "an_agent_is_killed_and_nothing_leaves_in_clear_meanwhile",
+        || killed_in_the_dark(lab, mesh),
+    );
+    steps.step(
+        "the_control_run_without_our_state_sees_clear_packets",
+        || circumvented(lab, mesh),
+    );
+    steps.step("everybody_reaches_everybody_after_all_this", || {
+        claims::everybody_reaches_everybody(lab, By::OwnAddress)
+    });
+}
+
+/// Takes the streams' packets out of the nodes' connection tracking, or puts them back.
+pub(super) fn untracked(lab: &Lab, on: bool) -> anyhow::Result<()> {
+    for name in lab.node_names() {
+        let script = if on {
+            format!(
+                "nft add table ip aside; nft add chain ip aside early '{{ type filter hook prerouting priority raw; }}'; nft add rule ip aside early udp dport {PORT} notrack; nft add rule ip aside early udp sport {PORT} notrack"
+            )
+        } else {
+            "nft delete table ip aside".to_owned()
+        };
+        lab.node(&name)?.namespace().sh(&script)?;
+    }
+    Ok(())
+}
+
+/// What streams met while flannel was restarted on three nodes, one after the other.
+pub(super) struct Restarts {
+    /// How much they lost together.
+    pub(super) lost: u32,
+    /// How many of their packets the chain `FORWARD` of some node dropped.
+    pub(super) dropped: u32,
+    /// Each one's report.
+    pub(super) told: String,
+}
+
+/// flannel takes its own rules out and in again when it starts. Where nothing else lets its packets
+/// through meanwhile, they are dropped: in a region as between regions, with Selvedge or without.
+/// kube-proxy lets established connections through, but nothing that is not tracked, as is what a
+/// leader passes on.
+pub(super) fn flannel_restarts(lab: &mut Lab, pairs: &[(&str, &str)]) -> anyhow::Result<Restarts> {
+    for name in lab.node_names() {
+        // What passes before the chain FORWARD, and what after it.
+        let count = |chain, priority| {
+            format!(
+                "nft add table ip lost; nft add chain ip lost {chain} '{{ type filter hook forward priority {priority}; }}'; nft add rule ip lost {chain} udp dport {PORT} counter; nft add rule ip lost {chain} udp sport {PORT} counter;"
+            )
+        };
+        let script = count("before", -1) + &count("after", 1);
+        lab.node(&name)?.namespace().sh(&script)?;
+    }
+    let streams = pairs
+        .iter()
+        .map(|(from, to)| stream(lab, from, to))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    for name in [MASTER, LEADER, FOLLOWER] {
+        lab.restart_flannel(name)?;
+        sleep(Duration::from_secs(2));
+    }
+    let mut restarts = Restarts {
+        lost: 0,
+        dropped: 0,
+        told: String::new(),
+    };
+    for (stream, (from, to)) in streams.into_iter().zip(pairs) {
+        let report = stream.stop()?;
+        restarts.lost += report.lost();
+        restarts.told += &format!("{from} -> {to}: {report}; ");
+    }
+    for name in lab.node_names() {
+        let node = lab.node(&name)?;
+        let passed = |chain: &str| -> anyhow::Result<u32> {
+            let text = node.run(&format!("nft list chain ip lost {chain}"))?;
+            let counters = text.split("packets ").skip(1);
+            counters
+                .map(|rest| {
+                    Ok(rest
+                        .split_whitespace()
+                        .next()
+                        .context("no count")?
+                        .parse::<u32>()?)
+                })
+                .sum()
+        };
+        restarts.dropped += passed("before")?.saturating_sub(passed("after")?);
+        node.run("nft delete table ip lost")?;
+    }
+    Ok(restarts)
+}
+
+/// One neighbour and one forwarding entry of flannel's: it does not notice itself.
+fn flannel_entries_deleted(lab: &Lab) -> anyhow::Result<String> {
+    let mac = lab
+        .node(LEADER)?
+        .run("cat /sys/class/net/flannel.1/address")?;
+    let mac = mac.trim();
+    let gateway = lab.pod_cidr(LEADER)?.network();
+    let mut told = Vec::new();
+    for command in [
+        format!("ip neigh del {gateway} dev flannel.1"),
+        format!("bridge fdb del {mac} dev flannel.1"),
+    ] {
+        let near = stream(lab, "pod@node-agent-02", "pod@node-agent-01")?;
+        let far = stream(lab, "pod@node-agent-02", "pod@node-master")?;
+        sleep(Duration::from_millis(300));
+        lab.node(FOLLOWER)?.run(&command)?;
+        sleep(Duration::from_secs(3));
+        for stream in [near, far] {
+            let report = stream.stop()?;
+            ensure!(
+                report.silence < Duration::from_secs(2),
+                "{command}: {report}"
+            );
+            told.push(format!("{command}: {report}"));
+        }
+    }
+    Ok(told.join("; "))
+}
+
+fn flannel_device_deleted(lab: &mut Lab, node: &str) -> anyhow::Result<String> {
+    let streams = [
+        stream(lab, "pod@node-agent-02", "pod@node-master")?,
+        stream(lab, "pod@node-agent-02", "pod@node-agent-01")?,
+        stream(lab, "pod@node-master", "pod@node-agent-01")?,
+    ];
+    sleep(Duration::from_millis(500));
+    lab.node(node)?.run("ip link delete flannel.1")?;
+    sleep(Duration::from_secs(5));
+    let mut told = Vec::new();
+    for stream in streams {
+        let report = stream.stop()?;
+        ensure!(report.silence < Duration::from_secs(2), "{report}");
+        told.push(report.to_string());
+    }
+    // What it knew of other regions, which only it uses, it learns again when it starts.
+    lab.restart_flannel(node)?;
+    Ok(told.join("; "))
+}
+
+fn killed_in_the_dark(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
+    let mut told = Vec::new();
+    for node in [LEADER, FOLLOWER, MASTER] {
+        let capture = wan_capture(lab, &format!("killed-{node}"))?;
+        let stream = stream(lab, "pod@node-agent-02", "pod@node-master")?;
+        let back = super::stream(lab, "pod@node-master", "pod@node-agent-01")?;
+        sleep(Duration::from_millis(500));
+        lab.take_agent(node)?.kill();
+        sleep(Duration::from_secs(2));
+        if node == LEADER {
+            let text = doctor(lab, FOLLOWER)?;
+            ensure!(text.contains("node-master, the leader of"), "{text}");
+            ensure!(text.contains("does not answer"), "{text}");
+        }
+        lab.start_agent(mesh.binary, node, mesh.access, mesh.flags)?;
+        lab.wait_agents(Duration::from_secs(30))?;
+        sleep(Duration::from_secs(2));
+        let (report, back) = (stream.stop()?, back.stop()?);
+        let findings = capture.finish(POD_NETWORK.parse()?)?;
+        ensure!(findings.nothing_in_clear(), "{node}: {findings}");
+        ensure!(report.answered > 0, "{node}: {report}");
+        told.push(format!("{node}: {report}; {back}"));
+    }
+    Ok(told.join("; "))
+}
+
+/// The proof that the capture would have seen it: the same traffic, with our state taken away.
+fn circumvented(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
+    lab.take_agent(MASTER)?.kill();
+    lab.node(MASTER)?
+        .run("ip rule add priority 1 lookup main")?;
+    lab.node(MASTER)?.run("nft delete table inet selvedge")?;
+    let capture = wan_capture(lab, "circumvented")?;
+    leak_something(lab)?;
+    let findings = capture.finish(POD_NETWORK.parse()?)?;
+    lab.node(MASTER)?.run("ip rule delete priority 1")?;
+    lab.start_agent(mesh.binary, MASTER, mesh.access, mesh.flags)?;
+    lab.wait_agents(Duration::from_secs(30))?;
+    ensure!(
+        findings.magic > 0 && !findings.nothing_in_clear(),
+        "{findings}"
+    );
+    claims::reached_within(
+        lab,
+        "pod@node-master",
+        "pod@node-agent-02",
+        Duration::from_secs(15),
+    )?;
+    Ok(findings.to_string())
+}

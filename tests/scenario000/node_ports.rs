@@ -1,0 +1,131 @@
+//! Services of type `NodePort`: the leader that is called translates twice, and the answer comes back
+//! through the tunnel, past strict reverse path filters.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::ensure;
+use selvedge_lab::topology::MASTER;
+use selvedge_lab::traffic::{PORT, who};
+use selvedge_lab::{Lab, wait_for};
+use serde_json::json;
+
+use super::{FOLLOWER, LEADER};
+
+/// What kube-proxy may take to hear of a service.
+const HEARD: Duration = Duration::from_secs(15);
+const COLLECTIONS: [&str; 2] = [
+    "/api/v1/namespaces/default/services",
+    "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices",
+];
+
+/// From outside of the cluster, and from a node of the region for a pod of the region.
+pub(super) fn lead_to_pods(lab: &Lab) -> anyhow::Result<String> {
+    let mut told = Vec::new();
+    for (number, leader, from) in [
+        (30_700, MASTER, lab.network().internet().path()),
+        (30_701, LEADER, namespace(lab, "node-agent-03")?),
+    ] {
+        let port = NodePort::open(lab, number, leader, FOLLOWER)?;
+        wait_for(&port.what, HEARD, || port.answers(&from))?;
+        told.push(port.what.clone());
+    }
+    Ok(told.join("; "))
+}
+
+/// A follower that calls its own leader for a pod elsewhere is answered where both hosts filter loosely.
+///
+/// To the leader's strict filter the way back to a member is flannel's device, as it is for what comes
+/// out of the tunnel, and the call came by another; the follower's filter expects its leader's address
+/// there and gets the answer from flannel's device.
+pub(super) fn of_the_own_leader(lab: &Lab) -> anyhow::Result<String> {
+    let port = NodePort::open(lab, 30_702, LEADER, MASTER)?;
+    let leader = namespace(lab, LEADER)?;
+    wait_for(&port.what, HEARD, || port.answers(&leader))?;
+    let follower = namespace(lab, FOLLOWER)?;
+    ensure!(
+        !port.answers(&follower),
+        "{} is let through by strict filters, too: then the README need not say otherwise",
+        port.what
+    );
+    filter(lab, 2)?;
+    let outcome = wait_for(&port.what, HEARD, || port.answers(&follower));
+    filter(lab, 1)?;
+    outcome?;
+    Ok(format!("{}, past loose filters only", port.what))
+}
+
+/// A service with one endpoint; deleted when the value is dropped, so that nothing of it is in the way
+/// when the nodes are compared with how they were.
+struct NodePort<'a> {
+    lab: &'a Lab,
+    name: String,
+    server: SocketAddr,
+    what: String,
+}
+
+impl<'a> NodePort<'a> {
+    fn open(lab: &'a Lab, number: u16, called: &str, pod: &str) -> anyhow::Result<Self> {
+        let place = lab.place(&format!("pod@{pod}"))?;
+        let server = SocketAddr::from((lab.node(called)?.address(), number));
+        let port = Self {
+            lab,
+            name: format!("port-{number}"),
+            server,
+            what: format!("{server} on {called}, for {}", place.name),
+        };
+        let name = &port.name;
+        let [services, slices] = COLLECTIONS;
+        lab.api().create(
+            services,
+            &json!({
+                "apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
+                "spec": {"type": "NodePort", "ports": [{"port": PORT, "nodePort": number}]},
+            }),
+        )?;
+        lab.api().create(
+            slices,
+            &json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+                "metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}},
+                "endpoints": [{"addresses": [place.address.to_string()]}],
+                "ports": [{"name": "", "port": PORT, "protocol": "TCP"}],
+            }),
+        )?;
+        Ok(port)
+    }
+
+    fn answers(&self, from: &std::path::Path) -> bool {
+        who(from, self.server).is_ok()
+    }
+}
+
+impl Drop for NodePort<'_> {
+    fn drop(&mut self) {
+        for collection in COLLECTIONS {
+            // Who sees the end of the lab needs no clean API server.
+            let _ = self
+                .lab
+                .api()
+                .delete(&format!("{collection}/{}", self.name));
+        }
+    }
+}
+
+fn namespace(lab: &Lab, node: &str) -> anyhow::Result<PathBuf> {
+    Ok(lab.node(node)?.namespace().path())
+}
+
+/// Sets the reverse path filters of the leader and its follower: 1 is strict, 2 is loose.
+fn filter(lab: &Lab, how: u8) -> anyhow::Result<()> {
+    for node in [LEADER, FOLLOWER] {
+        for link in ["all", "eth0", "flannel.1"] {
+            let setting = format!("ipv4/conf/{link}/rp_filter");
+            lab.node(node)?
+                .namespace()
+                .sysctl(&setting, &how.to_string())?;
+        }
+    }
+    Ok(())
+}
