@@ -157,15 +157,19 @@ pub fn address(text: &str) -> Result<IpAddr, Malformed> {
 
 /// Refuses addresses that no packet between nodes can carry.
 fn usable(ip: IpAddr) -> Result<(), Malformed> {
-    match ip {
-        IpAddr::V6(mapped) if mapped.to_ipv4_mapped().is_some() => Err(Malformed(
+    if let IpAddr::V6(v6) = ip
+        && v6.to_ipv4_mapped().is_some()
+    {
+        return Err(Malformed(
             "write an IPv4 address as such, not mapped into IPv6",
-        )),
-        ip if !is_unicast(ip) => Err(Malformed(
-            "unspecified, loopback, link-local, multicast and reserved addresses reach no other node",
-        )),
-        _ => Ok(()),
+        ));
     }
+    if !is_unicast(ip) {
+        return Err(Malformed(
+            "unspecified, loopback, link-local, multicast and reserved addresses reach no other node",
+        ));
+    }
+    Ok(())
 }
 
 /// Reads a name as RFC 1123 has it, in lower case.

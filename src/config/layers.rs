@@ -119,10 +119,15 @@ pub fn sentence(error: &clap::Error) -> String {
 fn suggestion(error: &clap::Error) -> Option<&str> {
     [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand]
         .into_iter()
-        .find_map(|kind| match error.get(kind)? {
-            ContextValue::String(text) => Some(text.as_str()),
-            ContextValue::Strings(texts) => texts.first().map(String::as_str),
-            _ => None,
+        .find_map(|kind| {
+            let found = error.get(kind)?;
+            if let ContextValue::Strings(texts) = found {
+                texts.first().map(String::as_str)
+            } else if let ContextValue::String(text) = found {
+                Some(text.as_str())
+            } else {
+                None
+            }
         })
 }
 
