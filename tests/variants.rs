@@ -1,7 +1,7 @@
 //! The same mesh in other surroundings, on a real flannel and a real kube-apiserver: flannel's other
 //! backends and firewalls, a master behind 1:1 NAT, a third region behind a NAT of its own, a third
-//! region that uses the very subnet of the second, agents without a kubeconfig, nodes without any
-//! annotation.
+//! region that uses the very subnet of the second, regions joined by leased lines, agents without a
+//! kubeconfig, nodes without any annotation.
 //!
 //! `scenario000` has the usual surroundings and all faults; here each cluster only has to work. The
 //! clusters are up one after the other, and combine what does not concern each other.
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     steps.finish()
 }
 
-fn variants() -> [Variant; 4] {
+fn variants() -> [Variant; 5] {
     [
         Variant {
             name: "host_gw_with_legacy_iptables_behind_one_to_one_nat",
@@ -83,6 +83,24 @@ fn variants() -> [Variant; 4] {
             annotate: false,
         },
         Variant {
+            name: "private_regions_joined_by_leased_lines",
+            options: Options {
+                shape: Shape {
+                    agents: 2,
+                    master: Master::ElasticIp,
+                    routed: true,
+                    // Nodes reach the API server's private address directly, and its host answers
+                    // through the tunnel.
+                    strict: false,
+                    ..Shape::default()
+                },
+                proxy: Proxy::Nftables,
+                ..Options::default()
+            },
+            access: Access::InCluster,
+            annotate: false,
+        },
+        Variant {
             name: "a_third_region_in_the_subnet_of_the_second",
             options: Options {
                 shape: Shape {
@@ -115,10 +133,18 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
     })?;
     let places = lab.places();
     let _servers = Servers::start(&places).ok()?;
-    steps.step(
-        &format!("{name}::flannel_alone_connects_no_two_regions"),
-        || claims::only_regions_are_connected(&lab),
-    );
+    let routed = options.shape.routed;
+    if routed {
+        steps.step(
+            &format!("{name}::flannel_alone_joins_the_regions_in_clear"),
+            || in_clear(&lab),
+        );
+    } else {
+        steps.step(
+            &format!("{name}::flannel_alone_connects_no_two_regions"),
+            || claims::only_regions_are_connected(&lab),
+        );
+    }
 
     let mesh = Mesh {
         binary: Path::new(SELVEDGE),
@@ -166,9 +192,16 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
         steps.step(&format!("{name}::the_master_reaches_every_kubelet"), || {
             claims::master_reaches_every_kubelet(&lab)
         });
-        steps.step(&format!("{name}::a_megabyte_arrives_intact"), || {
-            claims::bytes_arrive_intact(&lab, 1_000_000, Pairs::BesidesPublicHosts)
-        });
+        if routed {
+            steps.step(&format!("{name}::tunnels_take_the_leased_line"), || {
+                untranslated(&lab)
+            });
+        } else {
+            // Hosts reach an address that is a tunnel's endpoint without the tunnel, if they can.
+            steps.step(&format!("{name}::a_megabyte_arrives_intact"), || {
+                claims::bytes_arrive_intact(&lab, 1_000_000, Pairs::BesidesPublicHosts)
+            });
+        }
     }
     steps.step(
         &format!("{name}::pods_reach_the_service_kubernetes"),
@@ -189,6 +222,29 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
         );
     }
     Some(())
+}
+
+/// The control run of regions whose private networks are routed: flannel's VXLAN finds its way alone.
+fn in_clear(lab: &Lab) -> anyhow::Result<String> {
+    let file = lab.directory().join("flannel-alone.pcap");
+    let capture = Capture::start(lab.network().internet(), &file)?;
+    let reached = claims::everybody_reaches_every_pod(lab)?;
+    let findings = capture.finish(POD_NETWORK.parse()?)?;
+    ensure!(!findings.nothing_in_clear(), "{findings}");
+    Ok(format!("{reached}: {findings}"))
+}
+
+/// The leaders speak from and to their private addresses, which no router has translated.
+fn untranslated(lab: &Lab) -> anyhow::Result<String> {
+    let mut told = Vec::new();
+    for (leader, other) in [(MASTER, "node-agent-01"), ("node-agent-01", MASTER)] {
+        let expected = format!("{}:51820", lab.node(other)?.address());
+        let peers = claims::wg_show(lab, leader)?;
+        let endpoints = peers.iter().map(|peer| peer.endpoint.as_str());
+        ensure!(endpoints.eq([expected.as_str()]), "{leader}: {peers:?}");
+        told.push(format!("{leader} to {expected}"));
+    }
+    Ok(told.join(", "))
 }
 
 /// From the last node of each region to the last of each other one.

@@ -79,6 +79,9 @@ pub struct Shape {
     pub clouds: u8,
     /// What the NAT routers do.
     pub nat: Nat,
+    /// Whether the sites' private networks are routed to each other, untranslated, as by leased lines.
+    /// Of IPv4 only, and not with [`Third::Overlapping`].
+    pub routed: bool,
     /// Strict reverse path filters and a FORWARD policy of DROP on every node.
     pub strict: bool,
     /// The families of pods and services, which every node has, too.
@@ -96,6 +99,7 @@ impl Default for Shape {
             third: Third::None,
             clouds: 0,
             nat: Nat::Cone,
+            routed: false,
             strict: true,
             inner: Inner::V4,
             wan: Family::V4,
@@ -254,6 +258,10 @@ impl Network {
                 "the lab's internet of IPv6 has neither elastic IPs nor further clouds nor overlaps"
             );
         }
+        ensure!(
+            !shape.routed || (shape.wan == Family::V4 && shape.third != Third::Overlapping),
+            "leased lines join networks of IPv4 that do not overlap"
+        );
         let internet = internet(prefix, shape)?;
         let mut network = Self {
             prefix: prefix.to_owned(),
@@ -280,6 +288,9 @@ impl Network {
         }
         for cloud in 1..=shape.clouds {
             network.add_cloud(cloud)?;
+        }
+        if shape.routed {
+            network.join_private_networks(shape)?;
         }
         for blueprint in shape.blueprints() {
             network.add_node(blueprint, directory.to_owned(), shape)?;
@@ -475,6 +486,29 @@ impl Network {
         Ok(())
     }
 
+    /// Routes what is for private networks over the internet's segment, past its bogon filter and all NAT.
+    fn join_private_networks(&self, shape: Shape) -> anyhow::Result<()> {
+        let mut sites = vec![("nat1", "192.168.50.0/24", "203.0.113.20")];
+        if shape.third == Third::Distinct {
+            sites.push(("nat2", "192.168.60.0/24", "203.0.113.30"));
+        }
+        if shape.master == Master::ElasticIp {
+            sites.push(("eip", "172.16.0.0/24", "203.0.113.10"));
+        }
+        for (name, network, router) in sites {
+            self.internet.sh(&format!(
+                "ip route add {network} via {router}
+                 iptables -I FORWARD -d {network} -j ACCEPT"
+            ))?;
+            self.router(name)?
+                .sh("iptables -I FORWARD -s 172.16.0.0/12 -j ACCEPT
+                 iptables -I FORWARD -s 192.168.0.0/16 -j ACCEPT
+                 iptables -t nat -I POSTROUTING -o wan -d 172.16.0.0/12 -j ACCEPT
+                 iptables -t nat -I POSTROUTING -o wan -d 192.168.0.0/16 -j ACCEPT")?;
+        }
+        Ok(())
+    }
+
     fn masquerade(&self, router: &str, nat: Nat) -> anyhow::Result<()> {
         let ports = match nat {
             Nat::Cone => "",
@@ -638,6 +672,29 @@ mod tests {
 
         let master = network.node(MASTER).unwrap();
         assert_eq!(master.address().to_string(), "172.16.0.10");
+    }
+
+    #[test]
+    fn leased_lines_join_private_networks_and_translate_nothing() {
+        let (_directory, network) = network(Shape {
+            agents: 1,
+            master: Master::ElasticIp,
+            routed: true,
+            ..Shape::default()
+        });
+        let (agent, master) = ("node-agent-01", network.node(MASTER).unwrap());
+
+        master.run("ping -c 1 -W 2 192.168.50.11").unwrap();
+        let agent = network.node(agent).unwrap();
+        agent.run("ping -c 1 -W 2 172.16.0.10").unwrap();
+
+        let router = network.router("nat1").unwrap();
+        let translated = router.run("iptables -t nat -L POSTROUTING -vnx").unwrap();
+        let masquerade = translated.lines().find(|line| line.contains("MASQUERADE"));
+        assert!(
+            masquerade.is_some_and(|line| line.trim_start().starts_with("0 ")),
+            "{translated}"
+        );
     }
 
     #[test]
