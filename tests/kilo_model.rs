@@ -1,13 +1,19 @@
 //! Kilo's algorithm once more, slow and obvious, written from a description of `kg` and not from our code.
 //!
 //! While a real `kg` is in the mesh, our agents must come to the same topology as it does: two that
-//! disagree on a leader are a black hole. The model works on text and bit masks, rule by rule.
+//! disagree on a leader are a black hole. The model works on text and bit masks, rule by rule, and counts
+//! how often the random clusters put each rule to the test.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use proptest::prelude::*;
-use selvedge::topology::{Endpoint, ExternalPeer, Granularity, Mode, Node, Segment, Topology};
+use proptest::test_runner::TestRunner;
+use selvedge::topology::{
+    Endpoint, ExternalPeer, Granularity, Mode, Node, NodeName, Segment, Topology,
+};
+use selvedge::wireguard::key::PresharedKey;
 
 #[expect(dead_code, reason = "every test binary uses its own part")]
 mod mesh;
@@ -15,8 +21,69 @@ mod mesh;
 #[expect(dead_code, reason = "every test binary uses its own part")]
 mod cluster_strategy;
 
+#[path = "kilo_model/nodes.rs"]
+mod each_node;
+
 use cluster_strategy::{nodes, peers};
+use each_node::{annotations_are_kilos, entries_are_kilos};
 use mesh::{Mesh, With, addr, ip, net, node};
+
+/// Kilo's rules that the model knows, in the words of their outcome.
+const RULES: [&str; 36] = [
+    "a node without an endpoint is not ready",
+    "a node without a key is not ready",
+    "a node without pods is not ready",
+    "a node that was not seen for a minute is not ready",
+    "nodes of a location share a segment",
+    "a node without a private address is a segment",
+    "in a full mesh every node is a segment",
+    "an annotated public node leads",
+    "an annotated node leads where none is public too",
+    "a public node leads where none is annotated",
+    "the first by name leads where none is either",
+    "carrier-grade NAT is public",
+    "an endpoint whose name resolves may be public",
+    "an endpoint whose name does not resolve is not public",
+    "a leader with keepalives is where it was seen",
+    "a leader with keepalives that nobody saw is where it says",
+    "a leader without keepalives is where it says though it was seen elsewhere",
+    "of two that saw somebody the first by segment and name counts",
+    "what a node sees itself counts first",
+    "every entry has the node's own keepalive",
+    "a node without keepalives sends none to a peer that does",
+    "a node listens on the port of its endpoint",
+    "a node that does not lead has no entries",
+    "a peer without allowed IPs is not ready",
+    "of equal claims of peers the first by name counts",
+    "a peer that lost all its claims stays",
+    "a peer with keepalives is where it was seen",
+    "a peer without keepalives is where it says though it was seen elsewhere",
+    "a peer has its preshared key",
+    "a location's address that another location claims is dropped, the later one's stays",
+    "a location's address inside somebody's allowed IPs is dropped",
+    "a location's address that is a WireGuard address given by then is dropped",
+    "a location's address that is a WireGuard address not yet given stays",
+    "a location's address that overlaps a peer's is dropped",
+    "a location's network that holds nodes stays",
+    "a location's address stays",
+];
+
+/// How often each rule decided something.
+#[derive(Default)]
+struct Hits(RefCell<BTreeMap<&'static str, usize>>);
+
+impl Hits {
+    fn hit(&self, rule: &'static str) {
+        assert!(RULES.contains(&rule), "{rule:?} is not listed");
+        *self.0.borrow_mut().entry(rule).or_default() += 1;
+    }
+
+    fn when(&self, condition: bool, rule: &'static str) {
+        if condition {
+            self.hit(rule);
+        }
+    }
+}
 
 /// An IPv4 prefix: first address and mask.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,11 +124,15 @@ struct ModelSegment {
 }
 
 /// Kilo's `Node.Ready`: whoever was not seen for a minute is gone.
-fn is_ready(node: &Node, now: i64) -> bool {
+fn is_ready(node: &Node, now: i64, hits: &Hits) -> bool {
     let endpoint = node.endpoint.is_some();
     let key = node.public_key.is_some();
     let pods = !node.pod_cidrs.is_empty();
     let fresh = now - node.last_seen.unwrap_or(0) < 60;
+    hits.when(!endpoint && key && pods && fresh, RULES[0]);
+    hits.when(endpoint && !key && pods && fresh, RULES[1]);
+    hits.when(endpoint && key && !pods && fresh, RULES[2]);
+    hits.when(endpoint && key && pods && !fresh, RULES[3]);
     endpoint && key && pods && fresh
 }
 
@@ -87,16 +158,20 @@ fn resolve(endpoint: &Endpoint, names: &BTreeMap<String, IpAddr>) -> Option<Sock
 }
 
 /// Kilo's `NewTopology` and what it is made of.
-fn model(mesh: &Mesh) -> Vec<ModelSegment> {
+fn model(mesh: &Mesh, hits: &Hits) -> Vec<ModelSegment> {
     let names = &mesh.snapshot.resolved;
     let ready = mesh.snapshot.nodes.values();
-    let ready = ready.filter(|node| is_ready(node, mesh.snapshot.now));
+    let ready = ready.filter(|node| is_ready(node, mesh.snapshot.now, hits));
 
     // Segments by name; nodes in them by name.
     let mut segments = BTreeMap::<String, Vec<&Node>>::new();
     for node in ready {
         let own = format!("node:{}", node.name.0);
-        let name = if mesh.agreed.granularity == Granularity::Full || node.private_ip.is_none() {
+        let name = if mesh.agreed.granularity == Granularity::Full {
+            hits.hit("in a full mesh every node is a segment");
+            own
+        } else if node.private_ip.is_none() {
+            hits.hit("a node without a private address is a segment");
             own
         } else {
             format!("location:{}", node.region.0)
@@ -107,13 +182,21 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
         nodes.sort_by(|a, b| a.name.0.as_bytes().cmp(b.name.0.as_bytes()));
     }
 
+    for nodes in segments.values() {
+        hits.when(nodes.len() > 1, "nodes of a location share a segment");
+    }
+
     // What anybody saw, the first by segment and node.
     let mut discovered = BTreeMap::new();
     for nodes in segments.values() {
         for node in nodes {
             for (key, address) in &node.discovered_endpoints {
-                if !discovered.contains_key(key) {
-                    discovered.insert(*key, *address);
+                match discovered.get(key) {
+                    None => drop(discovered.insert(*key, *address)),
+                    Some(first) => hits.when(
+                        first != address,
+                        "of two that saw somebody the first by segment and name counts",
+                    ),
                 }
             }
         }
@@ -124,16 +207,41 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
     for (position, (name, nodes)) in segments.iter().enumerate() {
         // The leader.
         let public = |node: &Node| {
-            let endpoint = node.endpoint.as_ref().and_then(|e| resolve(e, names));
-            endpoint.is_some_and(|endpoint| is_public(endpoint.ip()))
+            let annotated = node.endpoint.as_ref().expect("ready");
+            let is_name = matches!(annotated, Endpoint::Dns { .. });
+            let endpoint = resolve(annotated, names);
+            let public = endpoint.is_some_and(|endpoint| is_public(endpoint.ip()));
+            let cgnat = |at: SocketAddr| at.ip() == ip("100.64.0.9");
+            hits.when(endpoint.is_some_and(cgnat), "carrier-grade NAT is public");
+            hits.when(
+                is_name && public,
+                "an endpoint whose name resolves may be public",
+            );
+            hits.when(
+                endpoint.is_none(),
+                "an endpoint whose name does not resolve is not public",
+            );
+            public
         };
+        let several = nodes.len() > 1;
         let mut index = 0;
         if let Some(found) = nodes.iter().position(|node| node.leader && public(node)) {
+            hits.when(several && found > 0, "an annotated public node leads");
             index = found;
         } else if let Some(found) = nodes.iter().position(|node| node.leader) {
+            hits.when(
+                several && found > 0,
+                "an annotated node leads where none is public too",
+            );
             index = found;
         } else if let Some(found) = nodes.iter().position(|node| public(node)) {
+            hits.when(
+                several && found > 0,
+                "a public node leads where none is annotated",
+            );
             index = found;
+        } else {
+            hits.when(several, "the first by name leads where none is either");
         }
         let leader = nodes[index];
 
@@ -165,9 +273,22 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
         let keepalive = leader.persistent_keepalive.unwrap_or(0);
         let key = leader.public_key.expect("ready");
         let annotated = resolve(leader.endpoint.as_ref().expect("ready"), names);
-        let endpoint = match discovered.get(&key) {
-            Some(seen) if keepalive != 0 => Some(*seen),
-            _ => annotated,
+        let endpoint = match (discovered.get(&key), keepalive != 0) {
+            (Some(seen), true) => {
+                hits.hit("a leader with keepalives is where it was seen");
+                Some(*seen)
+            }
+            (None, true) => {
+                hits.hit("a leader with keepalives that nobody saw is where it says");
+                annotated
+            }
+            (Some(_), false) => {
+                hits.hit(
+                    "a leader without keepalives is where it says though it was seen elsewhere",
+                );
+                annotated
+            }
+            (None, false) => annotated,
         };
         result.push(ModelSegment {
             name: name.clone(),
@@ -182,7 +303,10 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
     }
 
     // Overlapping offers: in the order of segments, each against the others as they are by then.
-    let peer_nets = model_peers(mesh).into_iter().flat_map(|(_, nets)| nets);
+    let unheard = Hits::default();
+    let peer_nets = model_peers(mesh, &unheard)
+        .into_iter()
+        .flat_map(|(_, nets)| nets);
     let peer_nets = peer_nets.map(|net| Net::parse(&net)).collect::<Vec<_>>();
     for index in 0..result.len() {
         let mut kept = Vec::new();
@@ -191,6 +315,10 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
             let mut dropped = false;
             for (other, items) in location_ips.iter().enumerate() {
                 if other != index && items.iter().any(|item| Net::parse(item).intersects(net)) {
+                    hits.when(
+                        other > index,
+                        "a location's address that another location claims is dropped, the later one's stays",
+                    );
                     dropped = true;
                 }
             }
@@ -199,15 +327,26 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
                     // Later segments have no WireGuard address yet.
                     let not_yet =
                         other > index && *allowed == format!("{}/32", segment.wireguard_ip);
-                    if !not_yet && Net::parse(allowed).contains(net.0) {
-                        dropped = true;
+                    if Net::parse(allowed).contains(net.0) {
+                        let wireguard = *allowed == format!("{}/32", segment.wireguard_ip);
+                        hits.hit(match (wireguard, not_yet) {
+                            (_, true) => "a location's address that is a WireGuard address not yet given stays",
+                            (true, false) => "a location's address that is a WireGuard address given by then is dropped",
+                            (false, false) => "a location's address inside somebody's allowed IPs is dropped",
+                        });
+                        dropped |= !not_yet;
                     }
                 }
             }
             if peer_nets.iter().any(|peer| peer.intersects(net)) {
+                hits.hit("a location's address that overlaps a peer's is dropped");
                 dropped = true;
             }
             if !dropped {
+                let mut nodes = result.iter().flat_map(|segment| &segment.allowed_ips);
+                let wide = nodes.any(|allowed| net.contains(Net::parse(allowed).0));
+                hits.when(wide, "a location's network that holds nodes stays");
+                hits.when(!wide, "a location's address stays");
                 kept.push(item.clone());
             }
         }
@@ -218,23 +357,31 @@ fn model(mesh: &Mesh) -> Vec<ModelSegment> {
 }
 
 /// By name; an equal CIDR belongs to the first.
-fn model_peers(mesh: &Mesh) -> Vec<(String, Vec<String>)> {
+fn model_peers(mesh: &Mesh, hits: &Hits) -> Vec<(String, Vec<String>)> {
     let mut peers = Vec::new();
     let mut keys = Vec::new();
     let mut claimed = Vec::new();
     for peer in mesh.snapshot.peers.values() {
-        if peer.allowed_ips.is_empty() || keys.contains(&peer.public_key) {
+        if peer.allowed_ips.is_empty() {
+            hits.hit("a peer without allowed IPs is not ready");
+            continue;
+        }
+        // Of two with one key Kilo knows the last it heard of; all of ours know the first by name.
+        if keys.contains(&peer.public_key) {
             continue;
         }
         keys.push(peer.public_key);
         let mut nets = Vec::new();
         for net in &peer.allowed_ips {
             let net = net.to_string();
-            if !claimed.contains(&net) {
+            if claimed.contains(&net) {
+                hits.hit("of equal claims of peers the first by name counts");
+            } else {
                 claimed.push(net.clone());
                 nets.push(net);
             }
         }
+        hits.when(nets.is_empty(), "a peer that lost all its claims stays");
         peers.push((peer.name.clone(), nets));
     }
     peers
@@ -245,9 +392,10 @@ fn model_peers(mesh: &Mesh) -> Vec<(String, Vec<String>)> {
 fn model_whereabouts(
     mesh: &Mesh,
     segments: &[ModelSegment],
+    hits: &Hits,
 ) -> BTreeMap<String, Option<SocketAddr>> {
     let mut places = BTreeMap::new();
-    for (name, _) in model_peers(mesh) {
+    for (name, _) in model_peers(mesh, &Hits::default()) {
         let peer = &mesh.snapshot.peers[&name];
         let mut place = peer
             .endpoint
@@ -255,13 +403,16 @@ fn model_whereabouts(
             .and_then(|endpoint| resolve(endpoint, &mesh.snapshot.resolved));
         let mut seen = None;
         for node in segments.iter().flat_map(|segment| &segment.nodes) {
-            let node = &mesh.snapshot.nodes[&selvedge::topology::NodeName(node.clone())];
+            let node = &mesh.snapshot.nodes[&NodeName(node.clone())];
             if seen.is_none() {
                 seen = node.discovered_endpoints.get(&peer.public_key).copied();
             }
         }
         if peer.persistent_keepalive != 0 && seen.is_some() {
+            hits.hit("a peer with keepalives is where it was seen");
             place = seen;
+        } else if seen.is_some() {
+            hits.hit("a peer without keepalives is where it says though it was seen elsewhere");
         }
         places.insert(name, place);
     }
@@ -297,17 +448,38 @@ fn told(segment: &Segment) -> ModelSegment {
 /// A cluster in which one node certainly runs a real `kg`.
 fn mixed() -> impl Strategy<Value = Mesh> {
     let ours = proptest::collection::vec(any::<bool>(), 10);
-    (nodes(), peers(), any::<bool>(), ours).prop_map(|(nodes, peers, full, ours)| {
+    let heard = proptest::collection::btree_map(0..14u8, 1..4u16, 0..4);
+    // Most were seen within the minute, or there would be few segments of several nodes.
+    let ages = proptest::collection::vec(0..70_i64, 10);
+    let more = (any::<bool>(), ours, heard, 0..8u8, ages);
+    (nodes(), peers(), more).prop_map(|(nodes, peers, (full, ours, heard, bare, ages))| {
         let mut mesh = Mesh::new(nodes);
+        let peers = peers.into_iter().enumerate().map(|(index, mut peer)| {
+            peer.preshared_key = (index % 2 == 0).then_some(PresharedKey([7; 32]));
+            peer
+        });
         mesh.add_peers(peers);
+        let heard = heard.into_iter().map(|(seed, port)| {
+            let at = SocketAddr::new(ip("198.51.100.9"), 50_000 + port);
+            (mesh::key(seed), at)
+        });
+        mesh.observed = heard.collect();
         if full {
             mesh.agreed.granularity = Granularity::Full;
         }
         mesh.snapshot.now = 1_000_000;
         mesh.snapshot.resolved = [("a.example".to_owned(), ip("203.0.113.4"))].into();
-        for (node, ours) in mesh.snapshot.nodes.values_mut().zip(ours) {
+        for ((node, ours), age) in mesh.snapshot.nodes.values_mut().zip(ours).zip(ages) {
             node.ours = ours;
+            node.last_seen = Some(1_000_000 - age);
             node.pod_cidrs.truncate(1);
+        }
+        if let Some(node) = mesh
+            .snapshot
+            .nodes
+            .get_mut(&NodeName(format!("node-{bare}")))
+        {
+            node.pod_cidrs.clear();
         }
         let kilo = node("kilo", "r1", 12, "192.168.9.9/24").with(|node| {
             node.ours = false;
@@ -318,28 +490,48 @@ fn mixed() -> impl Strategy<Value = Mesh> {
     })
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1000) })]
-
-    #[test]
-    fn beside_a_real_kilo_the_topology_is_kilos(mesh in mixed()) {
+#[test]
+fn beside_a_real_kilo_the_topology_is_kilos() {
+    let hits = Hits::default();
+    let mut runner = TestRunner::new(config());
+    let result = runner.run(&mixed(), |mesh| {
         let topology = mesh.topology();
-
         prop_assert!(matches!(topology.mode, Mode::Kilo(_)));
+        let expected = model(&mesh, &hits);
         let ours = topology.segments.iter().map(told).collect::<Vec<_>>();
-        prop_assert_eq!(ours, model(&mesh));
+        prop_assert_eq!(&ours, &expected);
         let peers = topology.peers.iter().map(|peer: &ExternalPeer| {
             let nets = peer.allowed_ips.iter().map(ToString::to_string);
             (peer.name.clone(), nets.collect::<Vec<_>>())
         });
-        prop_assert_eq!(peers.collect::<Vec<_>>(), model_peers(&mesh));
+        prop_assert_eq!(peers.collect::<Vec<_>>(), model_peers(&mesh, &hits));
         let places = topology.peers.iter().map(|peer| {
             let place = topology.whereabouts[&peer.public_key];
             (peer.name.clone(), place.discovered.or(place.address))
         });
         let places = places.collect::<BTreeMap<_, _>>();
-        prop_assert_eq!(places, model_whereabouts(&mesh, &model(&mesh)));
+        prop_assert_eq!(places, model_whereabouts(&mesh, &expected, &hits));
+        for me in mesh.names() {
+            entries_are_kilos(&mesh, &topology, &expected, me, &hits)?;
+            annotations_are_kilos(&mesh, &topology, &expected, me)?;
+        }
+        Ok(())
+    });
+    result.unwrap();
+    let hits = hits.0.into_inner();
+    let untouched = RULES.iter().filter(|rule| !hits.contains_key(**rule));
+    assert_eq!(untouched.collect::<Vec<_>>(), Vec::<&&str>::new());
+}
+
+fn config() -> ProptestConfig {
+    ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(1000)
     }
+}
+
+proptest! {
+    #![proptest_config(config())]
 
     /// Kilo's claims may collide; a tunnel device has one owner for each prefix all the same.
     #[test]
@@ -372,7 +564,7 @@ fn two_nodes() -> Mesh {
 #[test]
 fn kilos_algorithm_holds_until_the_last_real_kilo_has_been_silent_for_a_minute() {
     let mut mesh = two_nodes();
-    let kilo = Mode::Kilo(vec![selvedge::topology::NodeName("a".into())]);
+    let kilo = Mode::Kilo(vec![NodeName("a".into())]);
     for (now, expected) in [(1_000, kilo.clone()), (1_059, kilo), (1_060, Mode::Native)] {
         mesh.snapshot.now = now;
         assert_eq!(mesh.topology().mode, expected, "at {now}");
@@ -411,7 +603,7 @@ fn followers_empty_their_wireguard_ip_beside_kilo_and_keep_it_otherwise() {
 
     let annotation = |mesh: &Mesh, name: &str| {
         let topology = Topology::new(&mesh.snapshot, &mesh.agreed);
-        topology.wireguard_annotation(&selvedge::topology::NodeName(name.into()))
+        topology.wireguard_annotation(&NodeName(name.into()))
     };
     assert_eq!(annotation(&mesh, "b"), Some(vec![net("10.4.0.2/16")]));
     assert_eq!(annotation(&mesh, "b2"), Some(vec![]));
@@ -425,7 +617,7 @@ fn followers_empty_their_wireguard_ip_beside_kilo_and_keep_it_otherwise() {
 fn a_node_that_kilo_would_not_count_changes_nothing_on_itself() {
     let mut mesh = two_nodes();
     mesh.node("b").last_seen = Some(0);
-    let me = selvedge::topology::NodeName("b".into());
+    let me = NodeName("b".into());
     assert_eq!(mesh.plan(&mesh.topology(), &me), None);
 }
 
