@@ -124,3 +124,59 @@ fn every_annotation_that_is_published_is_in_the_migration_guide() {
         assert!(told.contains(short), "{key} is not in the guide");
     }
 }
+
+/// Kilo's public interface, as its documentation and its programs tell it, by the guide's sections.
+#[test]
+fn nothing_of_kilos_interface_is_missing_in_the_migration_guide() {
+    let interface = [
+        (
+            "Flags",
+            "--backend --clean-up --clean-up-interface --cni --cni-path --compatibility \
+             --create-interface --encapsulate --hostname --interface --internal-cidr \
+             --iptables-forward-rules --kubeconfig --listen --local --log-level --master \
+             --mesh-granularity --mtu --port --prioritise-private-addresses --resync-period \
+             --service-cidr --subnet --topology-label --version --cert-file --key-file \
+             --listen-metrics webhook completion",
+        ),
+        (
+            "kgctl",
+            "graph showconf connect --as-peer wireguard\\|json\\|yaml --allowed-ip --allowed-ips \
+             --private-key --clean-up --mtu --resync-period --interface --persistent-keepalive \
+             --log-level --backend --kubeconfig --mesh-granularity=auto --port --topology-label \
+             --version",
+        ),
+        (
+            "Annotations and labels",
+            "endpoint force-endpoint internal-ip force-internal-ip key last-seen wireguard-ip \
+             discovered-endpoints granularity cni-compatibility-ip leader location \
+             persistent-keepalive allowed-location-ips topology.kubernetes.io/region podCIDRs",
+        ),
+        (
+            "Files, links, ports",
+            "/var/lib/kilo/key /etc/cni/net.d/10-kilo.conflist kilo0 tunl0 kube-bridge \
+             /var/run/wireguard/kilo0.sock 51820/udp 1107/tcp 8443/tcp /run/xtables.lock \
+             /lib/modules /etc/kubernetes/kubeconfig",
+        ),
+        (
+            "HTTP",
+            "/health /metrics /graph?format=&layout= /debug/pprof/",
+        ),
+        (
+            "Metrics",
+            "kilo_errors_total kilo_leader kilo_nodes kilo_peers kilo_reconciles_total \
+             kilo_iptables_operations_total go_ process_ wireguard_ admission_requests_total \
+             http_requests_total errors_total PodMonitor",
+        ),
+        (
+            "Routes, rules, firewall",
+            "main 1107 10.4.0.0/16 KILO-NAT MTU",
+        ),
+        ("Rights", "privileged token probes"),
+    ];
+    for (heading, words) in interface {
+        let section = section(heading);
+        for word in words.split_whitespace() {
+            assert!(section.contains(word), "{word} is not under {heading}");
+        }
+    }
+}

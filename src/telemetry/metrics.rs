@@ -287,7 +287,15 @@ mod tests {
     #[test]
     fn kilos_five_names_are_there() {
         let metrics = Metrics::new();
-        metrics.error(Event::Apply);
+        for event in [
+            Event::Run,
+            Event::Apply,
+            Event::CheckIn,
+            Event::Local,
+            Event::CleanUp,
+        ] {
+            metrics.error(event);
+        }
         metrics.reconciled(Duration::from_millis(3), 2, true);
         metrics.show(Arc::new(Report {
             role: Role::Leader,
@@ -300,7 +308,16 @@ mod tests {
         let text = metrics.render();
 
         for line in [
+            "kilo_errors_total{event=\"run\"} 1",
             "kilo_errors_total{event=\"apply\"} 1",
+            "kilo_errors_total{event=\"checkin\"} 1",
+            "kilo_errors_total{event=\"local\"} 1",
+            "kilo_errors_total{event=\"cleanUp\"} 1",
+            "# TYPE kilo_errors counter",
+            "# TYPE kilo_reconciles counter",
+            "# TYPE kilo_leader gauge",
+            "# TYPE kilo_nodes gauge",
+            "# TYPE kilo_peers gauge",
             "kilo_leader 1",
             "kilo_nodes 4",
             "kilo_peers 2",

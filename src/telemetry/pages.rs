@@ -183,6 +183,105 @@ mod tests {
         server.abort();
     }
 
+    /// A mesh of one node.
+    fn mesh() -> Topology {
+        use crate::topology::{Member, NodeName, Segment, SegmentName};
+
+        let name = SegmentName::Node(NodeName("a1".into()));
+        Topology {
+            segments: vec![Segment {
+                group: name.clone(),
+                name,
+                leader: NodeName("a1".into()),
+                public_key: crate::wireguard::key::PublicKey([1; 32]),
+                endpoint: None,
+                address: None,
+                discovered: None,
+                behind_nat: false,
+                persistent_keepalive: 0,
+                wireguard_ips: vec![],
+                nodes: vec![Member {
+                    name: NodeName("a1".into()),
+                    endpoint: None,
+                    pod_cidrs: vec![],
+                    addresses: vec![],
+                    underlay: [].into(),
+                    private_ip: None,
+                }],
+                allowed_location_ips: vec![],
+            }],
+            ..Topology::default()
+        }
+    }
+
+    /// What is asked for, the status, the type of what comes (empty for any), and how it begins.
+    type Row<'a> = (&'a str, u16, &'a str, &'a str);
+
+    #[tokio::test]
+    async fn kilos_pages_answer_as_kilos_do() {
+        let (_report, report) = watch::channel(Arc::default());
+        let (_alive, alive) = watch::channel(tokio::time::Instant::now());
+        let (topology, seen) = watch::channel(Arc::default());
+        let pages = Pages {
+            metrics: Arc::new(Metrics::new()),
+            report,
+            topology: seen,
+            alive,
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(serve(listener, pages));
+        let check = async |(path, status, kind, body): Row<'_>| {
+            let answer = fetch(address, path).await;
+            let (head, told) = answer.split_once("\r\n\r\n").unwrap();
+            assert!(
+                head.starts_with(&format!("HTTP/1.1 {status} ")),
+                "{path}: {answer}"
+            );
+            assert!(head.contains(kind), "{path}: {head}");
+            assert!(told.starts_with(body), "{path}: {told}");
+        };
+
+        let nobody = "did not find any valid Kilo nodes in the cluster";
+        check(("/graph", 500, "", nobody)).await;
+        topology.send_replace(Arc::new(mesh()));
+        let (svg, dot) = ("<svg ", "digraph kilo {\n");
+        let (text, html) = ("text/plain", "text/html");
+        let rows: [Row<'_>; 14] = [
+            ("/", 200, html, "<!DOCTYPE html>"),
+            ("/health", 200, "content-length: 0", ""),
+            ("/metrics", 200, "", "# HELP "),
+            ("/graph", 200, "image/svg+xml", svg),
+            ("/graph?format=&layout=", 200, "image/svg+xml", svg),
+            ("/graph?format=svg&layout=circo", 200, "image/svg+xml", svg),
+            ("/graph?layout=dot", 200, "image/svg+xml", svg),
+            ("/graph?layout=neato", 200, "image/svg+xml", svg),
+            ("/graph?layout=twopi", 200, "image/svg+xml", svg),
+            ("/graph?layout=fdp", 200, "image/svg+xml", svg),
+            ("/graph?format=dot", 200, text, dot),
+            ("/graph?format=gv", 200, text, dot),
+            ("/graph?layout=round", 500, "", "unsupported layout"),
+            ("/graph?format=doc", 500, "", "unsupported format"),
+        ];
+        for row in rows {
+            check(row).await;
+        }
+        // Kilo has graphviz make these.
+        for format in ["png", "bmp", "fig", "gif", "json", "ps"] {
+            let path = format!("/graph?format={format}");
+            check((&path, 500, "", "unsupported format")).await;
+        }
+        let index = fetch(address, "/").await;
+        for page in ["/health", "/metrics", "/graph"] {
+            assert!(index.contains(page), "{index}");
+        }
+        // Whoever reaches the page could read keys out of the memory.
+        for page in ["", "heap", "profile", "goroutine", "cmdline"] {
+            check((&format!("/debug/pprof/{page}"), 404, "", "")).await;
+        }
+        server.abort();
+    }
+
     #[tokio::test]
     async fn who_connects_and_says_nothing_keeps_nobody_out() {
         let (_report, report) = watch::channel(Arc::default());
