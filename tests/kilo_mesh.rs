@@ -24,6 +24,9 @@ use selvedge_lab::traffic::{PORT, Servers, Stream, transfer, who};
 use selvedge_lab::{Lab, Namespace, Node, Process, Steps, scratch, wait_for};
 use serde_json::{Value, json};
 
+#[path = "kilo_mesh/bad_peers.rs"]
+mod bad_peers;
+
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
 const PEERS: &str = "/apis/kilo.squat.ai/v1alpha1/peers";
@@ -283,6 +286,10 @@ fn vpn_clients(steps: &mut Steps) -> Option<()> {
     steps.step(
         "of_two_equal_claims_the_older_keeps_and_the_other_is_told",
         || duplicate_claim(&lab),
+    );
+    steps.step(
+        "bad_peers_are_left_out_with_an_event_and_a_condition_and_disturb_nobody",
+        || bad_peers::left_out_and_told(&lab),
     );
     steps.step(
         "a_location_without_a_route_back_is_masqueraded_for_clients",
