@@ -23,6 +23,8 @@ mod cluster_strategy;
 
 #[path = "kilo_model/nodes.rs"]
 mod each_node;
+#[path = "kilo_model/reading.rs"]
+mod reading;
 
 use cluster_strategy::{nodes, peers};
 use each_node::{annotations_are_kilos, entries_are_kilos};

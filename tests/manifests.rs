@@ -671,6 +671,30 @@ fn peers_as_kilos_users_write_them_are_accepted() {
 }
 
 #[test]
+fn a_peers_name_may_have_253_characters_and_no_more() {
+    let cluster = cluster();
+    let spec = json!({"allowedIPs": ["10.5.0.9/32"], "publicKey": KEY});
+    let label = "n".repeat(63);
+    let longest = [label.as_str(), &label, &label, &label[..61]].join(".");
+    assert_eq!(longest.len(), 253);
+    let (status, answer) = cluster.create_peer(&longest, &spec);
+    assert_eq!(status, 201, "{answer}");
+    let path = format!("{PEERS}/{longest}");
+    cluster.api().delete(&path).unwrap();
+    for name in [
+        format!("{longest}n").as_str(),
+        "Laptop",
+        "a_b",
+        "-a",
+        "a/b",
+        "",
+    ] {
+        let (status, answer) = cluster.create_peer(name, &spec);
+        assert!(matches!(status, 400 | 422), "{name}: {status} {answer}");
+    }
+}
+
+#[test]
 fn a_peer_that_kilo_let_in_stays_and_can_be_labelled_but_not_made_worse() {
     let cluster = cluster();
     let path = format!("{PEERS}/old");
