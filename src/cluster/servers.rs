@@ -5,7 +5,7 @@
 //! their own region knows. Such a one counts if it answers a connection that carries the tunnel's
 //! mark: were it kept out of the tunnel for nothing, this host could not reach that node at all.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -31,11 +31,17 @@ const RETRY: Duration = Duration::from_secs(60);
 
 /// How long a server on a far continent may take to answer.
 const PROBE: Duration = Duration::from_secs(3);
+/// Rounds in a row in which an address that was reached directly may fail to answer: its host may be down
+/// for a moment. After that it is taken for one that only the tunnel reaches.
+const ROUNDS: u32 = 3;
+
+/// The addresses that are reached directly, and in how many rounds in a row each has not answered.
+type Known = BTreeMap<IpAddr, u32>;
 
 /// Where the API servers are.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Servers {
-    /// Every address that this host reaches directly, also from before.
+    /// Every address that this host reaches directly, or did until a moment ago.
     pub addresses: BTreeSet<IpAddr>,
     /// Why there may be more: a clause for the operator.
     pub incomplete: Option<String>,
@@ -76,7 +82,8 @@ pub(super) async fn run(
     mut connections: watch::Receiver<Option<Connection>>,
     servers: watch::Sender<Servers>,
 ) {
-    let mut known = servers.borrow().addresses.clone();
+    let addresses = servers.borrow().addresses.clone();
+    let mut known = addresses.into_iter().map(|ip| (ip, 0)).collect::<Known>();
     let mut first = true;
     loop {
         let Some(connection) = connections.borrow_and_update().clone() else {
@@ -90,20 +97,28 @@ pub(super) async fn run(
         if let (true, Ok(endpoints)) = (first, &endpoints) {
             // Until it is known which of them answer, none goes through the tunnel: the way to the
             // API server is worth more than the way to a node, for a moment.
-            let mut all = known.clone();
+            let mut all = known.keys().copied().collect::<BTreeSet<_>>();
             all.extend(&named);
             all.extend(endpoints.iter().map(SocketAddr::ip));
             show(&servers, all, None, first);
             first = false;
         }
-        let (mut direct, incomplete) = match endpoints {
-            Ok(endpoints) => (direct(endpoints, &known, mark).await, None),
-            Err(failure) => (known, Some(explain(&failure))),
+        let incomplete = match endpoints {
+            Ok(endpoints) => {
+                known = direct(ask(endpoints, mark).await, &known);
+                None
+            }
+            Err(failure) => Some(explain(&failure)),
         };
-        direct.extend(named);
-        known = direct.clone();
-        let pause = if incomplete.is_some() { RETRY } else { PERIOD };
-        show(&servers, direct, incomplete, first);
+        known.extend(named.into_iter().map(|ip| (ip, 0)));
+        let doubtful = known.values().any(|misses| *misses > 0);
+        let pause = if incomplete.is_some() || doubtful {
+            RETRY
+        } else {
+            PERIOD
+        };
+        let addresses = known.keys().copied().collect();
+        show(&servers, addresses, incomplete, first);
         first = false;
         tokio::select! {
             () = tokio::time::sleep(jitter(pause)) => {}
@@ -146,22 +161,28 @@ async fn named(host: &str) -> BTreeSet<IpAddr> {
     ips.into_iter().filter(|ip| !ip.is_loopback()).collect()
 }
 
-/// Those of the addresses that this host reaches directly. One that did so before still does: it may
-/// be down for a moment.
-async fn direct(
-    endpoints: BTreeSet<SocketAddr>,
-    before: &BTreeSet<IpAddr>,
-    mark: Option<u32>,
-) -> BTreeSet<IpAddr> {
-    let probes = endpoints.into_iter().map(|address| async move {
-        let known = is_public(address.ip()) || before.contains(&address.ip());
-        let direct = match mark {
-            Some(mark) if !known => answers(address, mark).await,
+/// Asks at the addresses whether this host reaches them without the tunnel; public ones it does.
+async fn ask(endpoints: BTreeSet<SocketAddr>, mark: Option<u32>) -> Vec<(IpAddr, bool)> {
+    let questions = endpoints.into_iter().map(|address| async move {
+        let answered = match mark {
+            Some(mark) if !is_public(address.ip()) => answers(address, mark).await,
             Some(_) | None => true,
         };
-        direct.then_some(address.ip())
+        (address.ip(), answered)
     });
-    join_all(probes).await.into_iter().flatten().collect()
+    join_all(questions).await
+}
+
+/// Those of the addresses asked that are reached directly, by what is known from before.
+fn direct(asked: Vec<(IpAddr, bool)>, before: &Known) -> Known {
+    let judge = |(ip, answered): (IpAddr, bool)| {
+        if answered {
+            return Some((ip, 0));
+        }
+        let misses = before.get(&ip)?.saturating_add(1);
+        (misses < ROUNDS).then_some((ip, misses))
+    };
+    asked.into_iter().filter_map(judge).collect()
 }
 
 /// Whether anything answers at an address without the tunnel, be it with a refusal.
@@ -210,22 +231,39 @@ fn explain(failure: &Failure) -> String {
 mod tests {
     use super::*;
 
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
     #[tokio::test]
-    async fn public_addresses_and_those_that_answered_before_are_not_asked_again() {
-        let endpoints = ["203.0.113.10:6443", "172.16.0.10:6443", "10.0.0.10:6443"];
-        let endpoints = endpoints.map(|text| text.parse().unwrap());
-        let before = ["172.16.0.10", "10.0.0.10"].map(|text| text.parse().unwrap());
-
-        let found = direct(endpoints.into(), &before.into(), Some(1)).await;
-
-        let all = ["203.0.113.10", "172.16.0.10", "10.0.0.10"];
-        assert_eq!(found, all.map(|text| text.parse().unwrap()).into());
+    async fn public_addresses_count_unasked() {
+        let endpoint = "203.0.113.10:6443".parse().unwrap();
+        let asked = ask([endpoint].into(), Some(1)).await;
+        assert_eq!(asked, [(endpoint.ip(), true)]);
     }
 
     #[tokio::test]
     async fn without_a_mark_every_address_counts() {
         let endpoint = "172.16.0.10:6443".parse().unwrap();
-        let found = direct([endpoint].into(), &BTreeSet::new(), None).await;
-        assert_eq!(found, [endpoint.ip()].into());
+        let asked = ask([endpoint].into(), None).await;
+        assert_eq!(asked, [(endpoint.ip(), true)]);
+    }
+
+    #[test]
+    fn an_address_that_never_answered_is_not_reached_directly() {
+        let known = direct(vec![(ip("172.16.0.10"), false)], &Known::new());
+        assert_eq!(known, Known::new());
+    }
+
+    #[test]
+    fn one_that_answered_before_may_miss_two_rounds_and_not_three() {
+        let server = ip("172.16.0.10");
+        let mut known = Known::from([(server, 0)]);
+        for round in [1, 2] {
+            known = direct(vec![(server, false)], &known);
+            assert_eq!(known, Known::from([(server, round)]));
+        }
+        assert_eq!(direct(vec![(server, true)], &known)[&server], 0);
+        assert_eq!(direct(vec![(server, false)], &known), Known::new());
     }
 }
