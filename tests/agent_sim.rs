@@ -1,11 +1,10 @@
 //! The agent's control loop, simulated: its schedule, its decisions and its passes against a kernel
 //! that fits in a test, with a clock that the test turns, and with faults.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
-use ipnet::IpNet;
 use proptest::prelude::*;
 use selvedge::agent::reconcile::{self, Facts, Platform};
 use selvedge::agent::schedule::{Outcome, Schedule};
@@ -22,7 +21,7 @@ mod cluster_strategy;
 mod fake_kernel;
 
 use cluster_strategy::mesh;
-use fake_kernel::{FakeKernel, ForeignLink};
+use fake_kernel::FakeKernel;
 use mesh::Mesh;
 
 const RESYNC: Duration = Duration::from_secs(30);
@@ -95,7 +94,7 @@ impl Sim {
             "--encapsulate=crosssubnet",
             "--service-cidr=10.43.0.0/16",
         ]);
-        let kernel = kernel(&mesh, me);
+        let kernel = FakeKernel::before_the_agent(&mesh, me);
         #[expect(clippy::disallowed_methods, reason = "an Instant has no other origin")]
         let now = Instant::now();
         Self {
@@ -180,31 +179,6 @@ impl Sim {
         self.desired()
             .is_none_or(|desired| self.node.kernel.observe() == desired)
     }
-}
-
-/// The kernel of a node before the agent comes.
-fn kernel(mesh: &Mesh, me: &NodeName) -> FakeKernel {
-    let flannel = mesh.flannel(me);
-    let node = &mesh.snapshot.nodes[me];
-    let underlay = node.private_ip.into_iter();
-    let eth0 = underlay.chain(node.internal_ips.iter().map(|ip| IpNet::from(*ip)));
-    let bridge = |pods: &IpNet| {
-        let gateway = pods.hosts().next().expect("no pod network is that small");
-        IpNet::new(gateway, pods.prefix_len()).expect("the length of another")
-    };
-    let mut links = BTreeMap::from([
-        ("eth0", eth0.collect()),
-        ("cni0", flannel.subnets.iter().map(bridge).collect()),
-    ]);
-    for vtep in &flannel.vteps {
-        links.insert(&vtep.name, vtep.addresses.iter().copied().collect());
-    }
-    let mut kernel = FakeKernel::default();
-    kernel.links = links
-        .into_iter()
-        .map(|(name, addresses)| (name.to_owned(), ForeignLink { addresses }))
-        .collect();
-    kernel
 }
 
 /// What anybody with the right could take away.

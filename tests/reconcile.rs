@@ -15,33 +15,8 @@ mod cluster_strategy;
 mod fake_kernel;
 
 use cluster_strategy::{any_mesh, mesh, node};
-use fake_kernel::{FakeKernel, ForeignLink};
+use fake_kernel::FakeKernel;
 use mesh::{Mesh, With, is_v6, lines, net};
-
-/// The kernel of a node before the agent comes.
-fn fresh_kernel(mesh: &Mesh, me: &NodeName) -> FakeKernel {
-    let flannel = mesh.flannel(me);
-    let node = &mesh.snapshot.nodes[me];
-    let underlay = node.private_ip.into_iter();
-    let eth0 = underlay.chain(node.internal_ips.iter().map(|ip| IpNet::from(*ip)));
-    let bridge = |pods: &IpNet| {
-        let gateway = pods.hosts().next().expect("no pod network is that small");
-        IpNet::new(gateway, pods.prefix_len()).expect("the length of another")
-    };
-    let mut links = BTreeMap::from([
-        ("eth0", eth0.collect()),
-        ("cni0", flannel.subnets.iter().map(bridge).collect()),
-    ]);
-    for vtep in &flannel.vteps {
-        links.insert(&vtep.name, vtep.addresses.iter().copied().collect());
-    }
-    let mut kernel = FakeKernel::default();
-    kernel.links = links
-        .into_iter()
-        .map(|(name, addresses)| (name.to_owned(), ForeignLink { addresses }))
-        .collect();
-    kernel
-}
 
 fn reach(kernel: &mut FakeKernel, desired: &State) -> Result<(), TestCaseError> {
     for change in diff(&kernel.observe(), desired) {
@@ -145,7 +120,7 @@ proptest! {
             let states = [&before, &after].map(|mesh| mesh.plan(&mesh.topology(), me));
             let [Some(first), Some(second)] = states else { continue };
 
-            let mut kernel = fresh_kernel(&before, me);
+            let mut kernel = FakeKernel::before_the_agent(&before, me);
             reach(&mut kernel, &first)?;
 
             let (old, new) = (destinations(&first), destinations(&second));
@@ -319,12 +294,12 @@ fn the_fake_kernel_is_strict() {
     let changes = diff(&State::default(), &desired);
 
     // The other way round something that is needed is not there yet.
-    let mut kernel = fresh_kernel(&mesh, &me);
+    let mut kernel = FakeKernel::before_the_agent(&mesh, &me);
     let backwards = changes.iter().rev().map(|change| kernel.apply(change));
     assert!(backwards.filter(Result::is_err).count() > 5);
 
     // What is there is not made again.
-    let mut kernel = fresh_kernel(&mesh, &me);
+    let mut kernel = FakeKernel::before_the_agent(&mesh, &me);
     assert!(changes.iter().all(|change| kernel.apply(change).is_ok()));
     assert!(changes.iter().all(|change| kernel.apply(change).is_err()));
 

@@ -10,7 +10,10 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use selvedge::diff::Change;
 use selvedge::plan::{Link, NextHop, Route, RouteKey, State};
+use selvedge::topology::NodeName;
 use selvedge::wireguard::key::PublicKey;
+
+use crate::mesh::Mesh;
 
 /// Longest name of a link (IFNAMSIZ without the terminator).
 const MAX_NAME: usize = 15;
@@ -32,6 +35,32 @@ pub(crate) struct FakeKernel {
 }
 
 impl FakeKernel {
+    /// The kernel of a node on which flannel is up and the agent has yet to come.
+    pub(crate) fn before_the_agent(mesh: &Mesh, node: &NodeName) -> Self {
+        let flannel = mesh.flannel(node);
+        let object = &mesh.snapshot.nodes[node];
+        let underlay = object.private_ip.into_iter();
+        let eth0 = underlay.chain(object.internal_ips.iter().map(|ip| IpNet::from(*ip)));
+        let bridge = |pods: &IpNet| {
+            let gateway = pods.hosts().next().expect("no pod network is that small");
+            IpNet::new(gateway, pods.prefix_len()).expect("the length of another")
+        };
+        let mut links = BTreeMap::from([
+            ("eth0", eth0.collect()),
+            ("cni0", flannel.subnets.iter().map(bridge).collect()),
+        ]);
+        for vtep in &flannel.vteps {
+            links.insert(&vtep.name, vtep.addresses.iter().copied().collect());
+        }
+        let links = links
+            .into_iter()
+            .map(|(name, addresses)| (name.to_owned(), ForeignLink { addresses }));
+        Self {
+            links: links.collect(),
+            ..Self::default()
+        }
+    }
+
     /// What there is of the agent's.
     pub(crate) fn observe(&self) -> State {
         self.state.clone()
