@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use kube::api::ListParams;
 use kube::{Api, Client};
 
+use crate::agent::resolve;
 use crate::cluster::node::{self, NodeObject, ParseSettings};
 use crate::cluster::peer::{self, PeerObject};
 use crate::cluster::{Rejected, annotation, kubeconfig};
@@ -166,7 +167,7 @@ pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
             .peers
             .extend(peer.map(|peer| (peer.name.clone(), peer)));
     }
-    snapshot.resolved = resolve(&snapshot).await;
+    snapshot.resolved = resolve_names(&snapshot).await;
 
     let settings = Settings {
         granularity: match args.mesh_granularity {
@@ -246,8 +247,9 @@ fn published_subnets(snapshot: &Snapshot) -> Vec<IpNet> {
     subnets
 }
 
-/// Looks all names up at once; one that does not resolve is left out and disturbs no other.
-async fn resolve(snapshot: &Snapshot) -> BTreeMap<String, IpAddr> {
+/// Looks all names up at once, and takes of each the address that an agent would take; one that does
+/// not resolve is left out and disturbs no other.
+async fn resolve_names(snapshot: &Snapshot) -> BTreeMap<String, IpAddr> {
     let of_nodes = snapshot.nodes.values().map(|node: &Node| &node.endpoint);
     let of_peers = snapshot.peers.values().map(|peer| &peer.endpoint);
     let names: BTreeSet<&str> = of_nodes
@@ -259,8 +261,9 @@ async fn resolve(snapshot: &Snapshot) -> BTreeMap<String, IpAddr> {
         .collect();
     let lookups = names.into_iter().map(|name| async move {
         let lookup = tokio::net::lookup_host((name, 0));
-        let mut found = tokio::time::timeout(RESOLVE, lookup).await.ok()?.ok()?;
-        Some((name.to_owned(), found.next()?.ip()))
+        let found = tokio::time::timeout(RESOLVE, lookup).await.ok()?.ok()?;
+        let answer: Vec<_> = found.map(|address| address.ip()).collect();
+        Some((name.to_owned(), resolve::choose(&answer, None)?))
     });
     join_all(lookups).await.into_iter().flatten().collect()
 }
@@ -306,6 +309,22 @@ mod tests {
             snapshot.nodes.insert(node.name.clone(), node);
         }
         snapshot
+    }
+
+    #[tokio::test]
+    async fn a_names_address_is_the_one_that_agents_take_and_an_unknown_one_disturbs_no_other() {
+        let mut snapshot = snapshot(&[("a", None, ""), ("b", None, ""), ("c", None, "")]);
+        // Numbers resolve without a server. No agent takes an address that no other host can have.
+        let hosts = ["203.0.113.9", "127.0.0.1", "unknown.invalid"];
+        for (node, host) in snapshot.nodes.values_mut().zip(hosts) {
+            node.endpoint = Some(Endpoint::Dns {
+                host: host.to_owned(),
+                port: 51820,
+            });
+        }
+        let resolved = resolve_names(&snapshot).await;
+        let address: IpAddr = "203.0.113.9".parse().unwrap();
+        assert_eq!(resolved, [("203.0.113.9".to_owned(), address)].into());
     }
 
     #[test]

@@ -108,7 +108,7 @@ async fn look_up(name: String) -> (String, Vec<IpAddr>) {
 
 /// The address in use where it is still among the answers, so that a name with several does not make
 /// a peer jump; else the lowest, IPv4 first. An address no other host can have is not an answer.
-fn choose(answer: &[IpAddr], current: Option<&IpAddr>) -> Option<IpAddr> {
+pub(crate) fn choose(answer: &[IpAddr], current: Option<&IpAddr>) -> Option<IpAddr> {
     let usable = answer.iter().copied().filter(|ip| is_unicast(*ip));
     usable
         .clone()
