@@ -1,7 +1,7 @@
-//! Every flag of Kilo's `kg`: the name, the default, what it means here; each form and each place in which
-//! a value may stand, and a bad value refused in one sentence that names that place.
+//! Every flag of Kilo's `kg` and `kgctl`: the name, the default, what it means here; each form and each
+//! place in which a value may stand, and a bad value refused in one sentence that names that place.
 //!
-//! The table is Kilo's own, written down from its documentation and its behaviour, not from ours.
+//! The tables are Kilo's own, written down from its documentation and its behaviour, not from ours.
 
 #![expect(
     clippy::disallowed_methods,
@@ -259,6 +259,24 @@ fn every_flag_of_kgs_takes_its_value_in_both_forms() {
 }
 
 #[test]
+fn a_flag_with_a_meaning_changes_the_configuration() {
+    let told = |arguments: &[&str]| {
+        let arguments = [&["--hostname=a"], arguments].concat();
+        format!("{:?}", Config::from_args(arguments).unwrap())
+    };
+    let defaults = told(&[]);
+    for flag in valued() {
+        let given = format!("--{}={}", flag.name, flag.good);
+        let changed = told(&[&given]) != defaults;
+        // One value alone is possible, or ours is Kilo's other one.
+        let same = matches!(flag.name, "backend" | "compatibility" | "clean-up");
+        let notes = flag.here == NoMeaning;
+        assert_eq!(changed, !same || notes, "{given}");
+    }
+    assert_ne!(told(&["--clean-up"]), defaults);
+}
+
+#[test]
 fn a_flag_without_a_meaning_is_accepted_and_says_so_once() {
     for flag in valued() {
         let given = format!("--{}={}", flag.name, flag.good);
@@ -313,5 +331,152 @@ fn a_bad_value_is_refused_in_one_sentence_wherever_it_stands() {
             let told = refusal(&[hostname, &[config.as_str()]].concat(), &[]);
             assert!(told.contains(name), "{name}: {bad} in a file: {told}");
         }
+    }
+}
+
+/// A flag, a value that it takes, and Kilo's default where `--help` has one.
+type Told = (&'static str, &'static str, &'static str);
+
+/// Every flag of `kgctl`'s, by command.
+const KGCTL: [(&[&str], &[Told]); 4] = [
+    (&["graph"], EVERYWHERE),
+    (&["showconf", "node", "a"], SHOWCONF),
+    (&["showconf", "peer", "a"], SHOWCONF),
+    (
+        &["connect", "a"],
+        &[
+            ("--backend", "kubernetes", ""),
+            ("--mesh-granularity", "location", "auto"),
+            ("--port", "51820", ""),
+            (
+                "--topology-label",
+                "example.com/site",
+                "topology.kubernetes.io/region",
+            ),
+            ("--allowed-ip", "10.10.10.11/32", "10.10.10.10/32"),
+            ("-a", "10.10.10.11/32", "10.10.10.10/32"),
+            ("--allowed-ips", "10.43.0.0/16,10.44.0.0/16", ""),
+            ("--private-key", "/nonexistent/key", ""),
+            ("--clean-up", "false", "true"),
+            ("--mtu", "1300", "1420"),
+            ("--resync-period", "1m", "30s"),
+            ("--interface", "kilo1", "kilo0"),
+            ("-i", "kilo1", "kilo0"),
+            ("--persistent-keepalive", "25", "10"),
+            ("--log-level", "debug", "info"),
+        ],
+    ),
+];
+const EVERYWHERE: &[Told] = &[
+    ("--backend", "kubernetes", ""),
+    ("--mesh-granularity", "full", "auto"),
+    ("--port", "51820", ""),
+    (
+        "--topology-label",
+        "example.com/site",
+        "topology.kubernetes.io/region",
+    ),
+];
+const SHOWCONF: &[Told] = &[
+    ("--backend", "kubernetes", ""),
+    ("--mesh-granularity", "full", "auto"),
+    ("--port", "51820", ""),
+    (
+        "--topology-label",
+        "example.com/site",
+        "topology.kubernetes.io/region",
+    ),
+    ("--output", "json", "wireguard"),
+    ("-o", "yaml", "wireguard"),
+    ("--allowed-ips", "10.43.0.0/16,10.44.0.0/16", ""),
+];
+
+fn selvedge(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_selvedge"));
+    command.args(arguments).output().unwrap()
+}
+
+#[test]
+fn every_flag_of_kgctls_is_there_with_its_default() {
+    // Past all flags, this is what ends the command.
+    let no_cluster = "--kubeconfig=/nonexistent";
+    for (command, flags) in KGCTL {
+        let help = selvedge(&[command, &["--help"]].concat());
+        let help = String::from_utf8(help.stdout).unwrap();
+        for (flag, value, default) in flags {
+            let joined = if flag.starts_with("--") {
+                format!("{flag}={value}")
+            } else {
+                format!("{flag}{value}")
+            };
+            let mut forms = vec![vec![joined.as_str()]];
+            if *flag != "--clean-up" {
+                forms.push(vec![flag, value]);
+            }
+            for form in forms {
+                let output = selvedge(&[command, &form, &[no_cluster]].concat());
+                let told = String::from_utf8(output.stderr).unwrap();
+                // What only shapes a Peer says so before, where none is asked for.
+                let last = told.lines().last().unwrap_or_default();
+                assert!(
+                    last.starts_with("selvedge: ") && last.contains("/nonexistent"),
+                    "{command:?} {form:?}: {told}"
+                );
+            }
+            let line = help.lines().find(|line| {
+                let mut words = line.split([' ', ',', '[', '=']);
+                words.any(|word| word == *flag)
+            });
+            if default.is_empty() {
+                continue;
+            }
+            let line = line.unwrap_or_else(|| panic!("{flag} is not in --help: {help}"));
+            let default = format!("[default: {default}]");
+            assert!(line.contains(&default), "{line:?} has no {default}");
+        }
+    }
+    let as_peer = ["showconf", "node", "a", "--as-peer", no_cluster];
+    let told = String::from_utf8(selvedge(&as_peer).stderr).unwrap();
+    assert!(told.contains("/nonexistent"), "{told}");
+}
+
+#[test]
+fn a_bad_value_of_a_commands_is_refused_in_one_sentence() {
+    for (arguments, expected) in [
+        (
+            &["graph", "--mesh-granularity=foo"][..],
+            "--mesh-granularity \"foo\": unknown; possible values are: location, full, cross, auto",
+        ),
+        (
+            &["graph", "--backend=etcd"],
+            "--backend \"etcd\": unknown; possible values are: kubernetes",
+        ),
+        (
+            &["showconf", "node", "a", "-o", "x"],
+            "--output \"x\": unknown; possible values are: json, wireguard, yaml",
+        ),
+        (
+            &["showconf", "node", "a", "--allowed-ips=x"],
+            "--allowed-ips \"x\": is not a CIDR such as 10.43.0.0/16",
+        ),
+        (
+            &["connect", "--allowed-ip=10.10.10.10"],
+            "--allowed-ip \"10.10.10.10\": is not an address with its prefix length, such as 10.10.10.10/32",
+        ),
+        (
+            &["connect", "--persistent-keepalive=25s"],
+            "--persistent-keepalive \"25s\"",
+        ),
+        (
+            &["connect", "--resync-period=30"],
+            "--resync-period \"30\": must be a duration",
+        ),
+        (&["nosuch"], "unrecognized subcommand 'nosuch'"),
+    ] {
+        let output = selvedge(arguments);
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(64), "{arguments:?}: {told}");
+        assert!(told.starts_with(&format!("selvedge: {expected}")), "{told}");
+        assert_eq!(told.lines().count(), 1, "{told}");
     }
 }
