@@ -202,7 +202,8 @@ impl Arena {
         let flood = Flood::start(&self.outside, to, &self.victim_key.public, sources, RATE)?;
         let measured = self.throughput()?;
         let newcomer = self.newcomer()?;
-        let (rate, grown) = (flood.per_second(), self.memory()?.saturating_sub(memory));
+        let (rate, theirs) = (flood.per_second(), flood.cpu_share());
+        let grown = self.memory()?.saturating_sub(memory);
         drop(flood);
         let after = self.throughput()?;
         let [longer, answers] = self.answers()?;
@@ -210,11 +211,12 @@ impl Arena {
         println!(
             "{sources:?}: {:.0} initiations/s; TCP {measured:.2} Gbit/s, {:.0} % of {idle:.2} idle, \
              {after:.2} afterwards; {answers} answers, {longer} longer than the request; memory \
-             +{:.1} MiB; a new peer in {:.2} s",
+             +{:.1} MiB; a new peer in {:.2} s; the strangers take {:.0} % of a CPU",
             rate,
             100.0 * measured / idle,
             grown as f64 / 1024.0,
-            newcomer.as_secs_f64()
+            newcomer.as_secs_f64(),
+            100.0 * theirs
         );
         ensure!(rate > f64::from(RATE) / 5.0, "the flood was no flood");
         ensure!(answers > 0, "nobody was answered: the flood did not arrive");

@@ -4,8 +4,9 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use boringtun::noise::rate_limiter::RateLimiter;
@@ -25,10 +26,14 @@ use super::udp::Endpoint;
 
 /// The most handshake messages that wait, as in the kernel.
 const MAX_QUEUED: usize = 4096;
-/// So many mean load.
-const LOAD: usize = MAX_QUEUED / 8;
 /// The most that wait from addresses of peers, and from those that have shown a cookie.
 const MAX_QUEUED_KNOWN: usize = 512;
+/// So many messages of strangers within [`FLOOD_WINDOW`] mean a flood: to do what 512 of them ask for
+/// in a second takes a tenth of a CPU.
+const FLOOD: u32 = 128;
+const FLOOD_WINDOW: Duration = Duration::from_millis(250);
+/// A flood lasts at least so long, so that it does not come and go with every batch.
+pub(super) const LOAD_LASTS: Duration = Duration::from_secs(1);
 
 /// The bytes of the longest handshake message, an initiation.
 pub(super) const MAX_HANDSHAKE: usize = 148;
@@ -110,20 +115,54 @@ impl HandshakeMessage {
 /// The queue of the handshake thread.
 ///
 /// Messages from the addresses of peers have a lane of their own, and so have those with a cookie: a
-/// flood from elsewhere can neither fill them nor delay them. Under load the strangers' lane is for
-/// those who have not asked just now.
+/// flood from elsewhere can neither fill them nor delay them. In a flood the strangers' lane is for
+/// those who have not asked just now; the others cost a look at two marks, and neither a lock nor a
+/// wake-up.
 #[derive(Default)]
 pub(super) struct Jobs {
     queue: Mutex<Queue>,
     /// The addresses that peers were last seen at.
     known: ArcSwap<HashSet<IpAddr>>,
-    /// Who asked when; made with the first load.
+    flood: Flood,
+    /// Who asked when; made with the first flood.
     novelty: OnceLock<Novelty>,
     /// Called when there is something to do after there was nothing.
     waker: ArcSwapOption<Waker>,
 }
 
 pub(super) struct Waker(pub(super) Box<dyn Fn() + Send + Sync>);
+
+/// Whether strangers ask for more than there is time for.
+#[derive(Debug, Default)]
+struct Flood {
+    window: AtomicU64,
+    messages: AtomicU32,
+    /// In nanoseconds.
+    until: AtomicU64,
+}
+
+impl Flood {
+    /// Takes note of a message; tells whether it is one of a flood.
+    ///
+    /// Threads that do so at once may forget some, of many.
+    fn note(&self, now: Time) -> bool {
+        let window = now.as_nanos() / FLOOD_WINDOW.as_nanos() as u64;
+        if self.window.load(Ordering::Relaxed) != window {
+            self.window.store(window, Ordering::Relaxed);
+            self.messages.store(0, Ordering::Relaxed);
+        }
+        if self.messages.fetch_add(1, Ordering::Relaxed) >= FLOOD {
+            let until = now + LOAD_LASTS;
+            self.until.store(until.as_nanos(), Ordering::Relaxed);
+            return true;
+        }
+        self.is_on(now)
+    }
+
+    fn is_on(&self, now: Time) -> bool {
+        now.as_nanos() < self.until.load(Ordering::Relaxed)
+    }
+}
 
 #[derive(Default)]
 struct Queue {
@@ -166,19 +205,23 @@ impl Jobs {
     ) -> Result<(), Dropped> {
         let address = from.remote.ip();
         let known = self.known.load().contains(&address);
-        let new = known || proven || self.novelty.get().is_none_or(|of| of.asks(address, now));
+        let mut flooded = false;
+        if !known && !proven {
+            flooded = self.flood.note(now);
+            if flooded {
+                self.novelty.get_or_init(Novelty::default);
+            }
+            let new = self.novelty.get().is_none_or(|of| of.asks(address, now));
+            if flooded && !new {
+                return Err(Dropped::RateLimited);
+            }
+        }
         let mut queue = self.queue();
         let (lane, limit) = if known {
             (&mut queue.known, MAX_QUEUED_KNOWN)
         } else if proven {
             (&mut queue.proven, MAX_QUEUED_KNOWN)
         } else {
-            if queue.strangers.len() >= LOAD {
-                self.novelty.get_or_init(Novelty::default);
-                if !new {
-                    return Err(Dropped::RateLimited);
-                }
-            }
             (&mut queue.strangers, MAX_QUEUED)
         };
         if lane.len() >= limit {
@@ -186,18 +229,24 @@ impl Jobs {
         }
         let message = HandshakeMessage::new(message, from, known).ok_or(Dropped::Malformed)?;
         lane.push_back(Box::new(message));
-        // Whoever is at work on a lane looks at it again.
+        // Whoever is at work on a lane looks at it again, and in a flood he comes by himself.
         let was_empty = lane.len() == 1;
         drop(queue);
-        if was_empty {
+        if was_empty && !flooded {
             self.wake();
         }
         Ok(())
     }
 
+    /// Whether strangers ask for more than there is time for: then their messages wait for whoever
+    /// looks after them, and wake nobody.
+    pub(super) fn is_flooded(&self, now: Time) -> bool {
+        self.flood.is_on(now)
+    }
+
     /// The next job: the device's own first, then known peers', then, if asked for, strangers', those
     /// with a cookie before the others.
-    /// Tells also whether so many wait behind it that it means load.
+    /// Tells also whether so many of peers' wait behind it that it means load.
     pub(super) fn pop(&self, strangers: bool) -> Option<(Job, bool)> {
         let mut queue = self.queue();
         let job = if let Some(job) = queue.own.pop_front() {
@@ -216,7 +265,7 @@ impl Jobs {
             };
             Job::Message(message?)
         };
-        let loaded = queue.strangers.len() >= LOAD || queue.known.len() >= MAX_QUEUED_KNOWN / 8;
+        let loaded = queue.known.len() >= MAX_QUEUED_KNOWN / 8;
         Some((job, loaded))
     }
 

@@ -17,7 +17,7 @@ use boringtun::noise::{
 use boringtun::x25519;
 
 use super::clock::Time;
-use super::core::{Core, HandshakeMessage, Identity, Job};
+use super::core::{Core, HandshakeMessage, Identity, Job, LOAD_LASTS};
 use super::drops::Dropped;
 use super::key::PublicKey;
 use super::packet::Outer;
@@ -27,15 +27,13 @@ use super::session::Session;
 use super::timers::{Attempt, REKEY_TIMEOUT};
 use super::transmit::Transmit;
 
-/// Load lasts at least so long, so that it does not come and go with every batch.
-const LOAD_LASTS: Duration = Duration::from_secs(1);
 /// A peer is taken at most 50 initiations of per second.
 const INITIATION_INTERVAL: Duration = Duration::from_millis(20);
 /// A cookie is used for so long: the 120 seconds of its secret but for what it was under way.
 const COOKIE_LASTS: Duration = Duration::from_secs(115);
 
-/// Under load strangers get so much of each [`SLICE`].
-const STRANGERS_SHARE: Duration = Duration::from_millis(1);
+/// Under load strangers get so much of each [`SLICE`]: enough for some thousand cookies a second.
+const STRANGERS_SHARE: Duration = Duration::from_micros(500);
 const SLICE: Duration = Duration::from_millis(10);
 
 /// The handshake thread's state.
@@ -72,7 +70,7 @@ impl Handshaker {
         let core = self.core.clone();
         let mut now = clock();
         while let Some((job, loaded)) = core.jobs.pop(self.has_time_for_strangers(now)) {
-            if loaded {
+            if loaded || core.jobs.is_flooded(now) {
                 self.loaded = Some(now);
             }
             match job {
@@ -100,7 +98,7 @@ impl Handshaker {
         }
         self.transmit.rest();
         self.slice
-            .filter(|_| core.jobs.strangers() > 0)
+            .filter(|_| core.jobs.strangers() > 0 || core.jobs.is_flooded(now))
             .map(|slice| slice + SLICE)
     }
 
@@ -243,7 +241,7 @@ impl Handshaker {
             peer.initiated(now);
             peer.timers.sent(false, now);
             peer.timers.initiated(attempt, now);
-            peer.send(
+            let sent = peer.send(
                 wire,
                 message,
                 HANDSHAKE_INIT_SZ,
@@ -251,6 +249,9 @@ impl Handshaker {
                 now,
                 &self.core.drops,
             );
+            if !sent {
+                peer.timers.initiation_refused(now);
+            }
         }
     }
 

@@ -23,6 +23,9 @@ use super::udp::{Endpoint, is_source_gone};
 
 /// A path that refused segmentation offload is tried with it again after this time.
 const OFFLOAD_PAUSE: Duration = Duration::from_secs(60);
+/// That the kernel refuses to send is told once, and not again within this time: where it refuses now
+/// and then, each time would be a flood.
+const REFUSAL_PAUSE: Duration = Duration::from_secs(60);
 
 /// Sessions that both sides began, one each, within this time of each other crossed on the way.
 const CROSSING: Duration = Duration::from_secs(1);
@@ -59,6 +62,11 @@ pub(super) struct Peer {
     /// Whether an initiation was asked for and not begun yet.
     pub(super) handshake_asked: AtomicBool,
     offload_after: AtomicU64,
+    /// Whether it was told that the path does not take segmentation offload.
+    offload_told: AtomicBool,
+    /// Whether it was told that the kernel refuses to send, and nothing was sent since.
+    refusal_told: AtomicBool,
+    refusal_untold_until: AtomicU64,
 }
 
 /// The sessions beside the current one.
@@ -113,6 +121,9 @@ impl Peer {
             last_initiation: AtomicU64::new(0),
             handshake_asked: AtomicBool::new(false),
             offload_after: AtomicU64::new(0),
+            offload_told: AtomicBool::new(false),
+            refusal_told: AtomicBool::new(false),
+            refusal_untold_until: AtomicU64::new(0),
         }
     }
 
@@ -260,7 +271,7 @@ impl Peer {
         }
     }
 
-    /// Sends a run of datagrams to where the peer is, and counts.
+    /// Sends a run of datagrams to where the peer is, and counts; false if the kernel refused it.
     pub(super) fn send(
         &self,
         wire: &impl Wire,
@@ -269,10 +280,11 @@ impl Peer {
         outer: Outer,
         now: Time,
         drops: &Drops,
-    ) {
+    ) -> bool {
         let count = run.len().div_ceil(stride) as u64;
         let Some(endpoint) = self.endpoint() else {
-            return drops.add(Dropped::NoEndpoint, count);
+            drops.add(Dropped::NoEndpoint, count);
+            return true;
         };
         let offload = self.offload_after.load(Ordering::Relaxed) <= now.as_nanos();
         let mut sent = wire.send(run, stride, &endpoint, outer, offload);
@@ -286,15 +298,35 @@ impl Peer {
                     let after = now + OFFLOAD_PAUSE;
                     self.offload_after
                         .store(after.as_nanos(), Ordering::Relaxed);
-                    tracing::info!(peer = %self.key, "the path does not take segmentation offload: datagrams are sent one by one for a minute");
+                    if !self.offload_told.swap(true, Ordering::Relaxed) {
+                        tracing::info!(peer = %self.key, "the path does not take segmentation offload: datagrams are sent one by one, and offload is tried again each minute");
+                    }
                 }
                 self.tx_bytes.fetch_add(run.len() as u64, Ordering::Relaxed);
+                if self.refusal_told.load(Ordering::Relaxed) {
+                    self.refusal_told.store(false, Ordering::Relaxed);
+                    tracing::info!(peer = %self.key, "the kernel sends to the peer again");
+                }
+                true
             }
             Err(error) => {
                 drops.add(Dropped::SendFailed, count);
-                tracing::trace!(peer = %self.key, %error, "sending");
+                self.tell_refusal(&endpoint.remote, &error, now);
+                false
             }
         }
+    }
+
+    fn tell_refusal(&self, endpoint: &SocketAddr, error: &io::Error, now: Time) {
+        let told = self.refusal_told.load(Ordering::Relaxed);
+        if told || self.refusal_untold_until.load(Ordering::Relaxed) > now.as_nanos() {
+            return;
+        }
+        self.refusal_told.store(true, Ordering::Relaxed);
+        let until = now + REFUSAL_PAUSE;
+        self.refusal_untold_until
+            .store(until.as_nanos(), Ordering::Relaxed);
+        tracing::warn!(peer = %self.key, %endpoint, %error, "the kernel refuses to send to the peer: what is sent is lost, and handshakes are tried again");
     }
 
     pub(super) fn count_received(&self, bytes: usize) {

@@ -61,6 +61,8 @@ struct Captured {
     sent: RefCell<Vec<Datagram>>,
     /// What every send is refused with, if it is.
     errno: Cell<Option<i32>>,
+    /// Whether the path takes segmentation offload.
+    offload: Cell<bool>,
 }
 
 impl Wire for Captured {
@@ -70,7 +72,7 @@ impl Wire for Captured {
         stride: usize,
         to: &Endpoint,
         outer: Outer,
-        _: bool,
+        offload: bool,
     ) -> io::Result<bool> {
         if let Some(errno) = self.errno.get() {
             return Err(io::Error::from_raw_os_error(errno));
@@ -82,7 +84,7 @@ impl Wire for Captured {
             ecn: outer.ecn,
         });
         self.sent.borrow_mut().extend(datagrams);
-        Ok(true)
+        Ok(offload && self.offload.get())
     }
 }
 
@@ -114,6 +116,7 @@ impl Host {
                 address: address(n),
                 sent: RefCell::default(),
                 errno: Cell::default(),
+                offload: Cell::new(true),
             },
             transmit: Transmit::default(),
             receive: Receive::default(),
@@ -246,6 +249,23 @@ impl World {
             ..
         } = &mut self.hosts[host];
         let _ = transmit.packet(core, wire, &bytes, self.now);
+        transmit.flush(core, wire, self.now);
+        self.collect();
+    }
+
+    /// The same with several packets, which leave as one run where they may.
+    #[cfg(test)]
+    fn send_run(&mut self, host: usize, packets: &[Vec<u8>]) {
+        let Host {
+            core,
+            wire,
+            transmit,
+            ..
+        } = &mut self.hosts[host];
+        for packet in packets {
+            let bytes = [&gso::VnetHeader::default().to_bytes()[..], packet].concat();
+            let _ = transmit.packet(core, wire, &bytes, self.now);
+        }
         transmit.flush(core, wire, self.now);
         self.collect();
     }

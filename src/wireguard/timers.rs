@@ -22,9 +22,16 @@ pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// out while only the other side sends.
 pub(super) const REKEY_ON_RECEIVE: Duration = Duration::from_secs(180 - 10 - 5);
 
+/// An initiation that the kernel refused to send is repeated after this time: nobody was bothered, and
+/// what is in its way, a route or a firewall, may be gone the next moment.
+pub(super) const REFUSED_TIMEOUT: Duration = Duration::from_millis(500);
+
 /// Added at random, so that two peers that lost each other do not go on colliding.
 const JITTER_MS: u64 = 334;
-const ATTEMPTS: u32 = (REKEY_ATTEMPT_TIME.as_secs() / REKEY_TIMEOUT.as_secs()) as u32;
+/// What one repeated initiation counts, and one that was refused: by the time it waited.
+const ATTEMPT: u32 = (REKEY_TIMEOUT.as_millis() / REFUSED_TIMEOUT.as_millis()) as u32;
+const REFUSED_ATTEMPT: u32 = 1;
+const ATTEMPTS: u32 = (REKEY_ATTEMPT_TIME.as_secs() / REKEY_TIMEOUT.as_secs()) as u32 * ATTEMPT;
 
 /// The timers of one peer.
 #[derive(Debug, Default)]
@@ -37,7 +44,10 @@ pub(super) struct Timers {
     persistent: Deadline,
     interval: AtomicU16,
     retransmit: Deadline,
+    /// The attempts so far, see [`ATTEMPT`].
     attempts: AtomicU32,
+    /// The kernel refused to send the last one.
+    refused: AtomicBool,
     /// Old keys are forgotten.
     wipe: Deadline,
     /// A handshake was begun on receipt with the current session.
@@ -162,13 +172,20 @@ impl Timers {
         if attempt == Attempt::First {
             self.attempts.store(0, Ordering::Relaxed);
         }
+        self.refused.store(false, Ordering::Relaxed);
         self.retransmit.arm(now + REKEY_TIMEOUT + jitter());
+    }
+
+    /// The initiation was refused by the kernel and never left.
+    pub(super) fn initiation_refused(&self, now: Time) {
+        self.refused.store(true, Ordering::Relaxed);
+        self.retransmit.arm(now + REFUSED_TIMEOUT);
     }
 
     /// A cookie came for the initiation under way: it is repeated with it at once, for the first
     /// attempts, instead of after the timeout.
     pub(super) fn cookie_received(&self, now: Time) {
-        if self.retransmit.is_armed() && self.attempts.load(Ordering::Relaxed) < 3 {
+        if self.retransmit.is_armed() && self.attempts.load(Ordering::Relaxed) < 3 * ATTEMPT {
             self.retransmit.arm(now + jitter() / 2);
         }
     }
@@ -194,7 +211,12 @@ impl Timers {
     pub(super) fn poll(&self, now: Time) -> Due {
         let mut due = Due::default();
         if self.retransmit.take(now) {
-            if self.attempts.fetch_add(1, Ordering::Relaxed) >= ATTEMPTS {
+            let waited = if self.refused.swap(false, Ordering::Relaxed) {
+                REFUSED_ATTEMPT
+            } else {
+                ATTEMPT
+            };
+            if self.attempts.fetch_add(waited, Ordering::Relaxed) >= ATTEMPTS {
                 due.give_up = true;
                 self.keepalive.clear();
                 self.wipe.arm_if_idle(|| now + 3 * REJECT_AFTER_TIME);
@@ -303,6 +325,26 @@ mod tests {
         assert!((90_000..110_000).contains(&now), "{now}");
         assert!(nothing(&timers, now + 400_000));
         assert!(timers.poll(time(now + 540_000)).wipe);
+    }
+
+    #[test]
+    fn an_initiation_that_was_refused_is_repeated_each_half_second_and_given_up_as_late() {
+        let timers = Timers::default();
+        let (mut now, mut attempt) = (0, Attempt::First);
+        loop {
+            timers.initiated(attempt, time(now));
+            timers.initiation_refused(time(now));
+            assert!(nothing(&timers, now + 499));
+            now += 500;
+            let due = timers.poll(time(now));
+            if due.give_up {
+                break;
+            }
+            attempt = due.handshake.unwrap();
+            assert_eq!(attempt, Attempt::Repeated);
+        }
+        assert!((90_000..=91_000).contains(&now), "{now}");
+        assert!(nothing(&timers, now + 400_000));
     }
 
     /// boringtun's first gap: after 90 s without an answer it never began again.

@@ -8,8 +8,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use rand::{RngCore as _, SeedableRng as _};
 use selvedge_lab::netns::Namespace;
+use selvedge_lab::process::wait_for;
 
-use crate::pair::{LEFT_PORT, LEFT4, Pair, Pairing, RIGHT_PORT, RIGHT4};
+use crate::pair::{LEFT_PORT, LEFT4, LEFT6, Pair, Pairing, RIGHT_PORT, RIGHT4, RIGHT6};
 use crate::relay::{Relay, Way};
 use crate::traffic::tcp;
 use crate::tunnel::{Key, Program, SOON, Tunnel};
@@ -150,6 +151,76 @@ pub(crate) fn replayed_datagrams_do_nothing(pairing: Pairing) -> Result<()> {
     expect_no_loss(&pair)
 }
 
+/// After a restart a device knows no more which initiations it took, so an old one may be answered (paper,
+/// 5.1): nothing comes of the answer, and once the peer itself has spoken not even that.
+pub(crate) fn datagrams_replayed_after_a_restart_deliver_nothing(pairing: Pairing) -> Result<()> {
+    let mut pair = Pair::strangers(pairing)?;
+    let relay = Relay::listening(&pair)?;
+    expect_no_loss(&pair)?;
+    let seen = relay.seen()?;
+    let seen: Vec<_> = seen.iter().filter(|seen| seen.way == Way::Right).collect();
+    ensure!(seen.len() > 10, "only {} datagrams to replay", seen.len());
+    let socket = stranger(&pair)?;
+    let replay = || -> Result<()> {
+        for datagram in &seen {
+            socket.send_to(&datagram.bytes, ("127.0.0.1", RIGHT_PORT))?;
+        }
+        Ok(())
+    };
+
+    pair.right.tunnel.stop()?;
+    pair.right.tunnel = Tunnel::start(pairing.right, &pair.under)?;
+    pair.right
+        .tunnel
+        .move_link(&pair.under, &pair.right.space)?;
+    let (left, right) = (&pair.left, &pair.right);
+    right.configure(
+        RIGHT_PORT,
+        &pair.psk,
+        left,
+        [RIGHT4, RIGHT6],
+        [LEFT4, LEFT6],
+    )?;
+    let before = right.statistic("rx_packets")?;
+    replay()?;
+    let initiations = seen.iter().filter(|seen| seen.bytes.first() == Some(&1));
+    let mut answers = 0;
+    loop {
+        match socket.recv(&mut [0; 2048]) {
+            Ok(length) => {
+                ensure!(length == 92, "{length} bytes were sent to a stranger");
+                answers += 1;
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    ensure!(
+        answers <= initiations.count(),
+        "{answers} answers, more than initiations"
+    );
+    ensure!(
+        right.statistic("rx_packets")? == before,
+        "a replayed packet came through"
+    );
+
+    // The peer itself, with a new handshake.
+    let restart = Key::new()?;
+    left.tunnel
+        .set(&format!("private-key {}", restart.file()))?;
+    left.tunnel
+        .set(&format!("private-key {}", left.key.file()))?;
+    wait_for("the peer's own handshake", SOON, || {
+        left.ping(RIGHT4).is_ok()
+    })?;
+    let before = (right.statistic("rx_packets")?, right.endpoint_of(left)?);
+    replay()?;
+    expect_silence(&socket)?;
+    let after = (right.statistic("rx_packets")?, right.endpoint_of(left)?);
+    ensure!(after == before, "replay changed {before:?} to {after:?}");
+    expect_no_loss(&pair)
+}
+
 /// Peers with keys of small order can be configured, and are never spoken to.
 pub(crate) fn keys_of_low_order_are_never_spoken_to(program: Program) -> Result<()> {
     let space = Namespace::new("low")?;
@@ -225,6 +296,7 @@ pairs! {
     garbage_does_nothing_and_gets_no_answer;
     altered_datagrams_are_dropped;
     replayed_datagrams_do_nothing;
+    datagrams_replayed_after_a_restart_deliver_nothing;
     a_burst_of_garbage_passes;
 }
 

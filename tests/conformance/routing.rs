@@ -370,6 +370,43 @@ pub(crate) fn an_underlay_that_was_away_is_used_again(pairing: Pairing) -> Resul
     tcp(&pair.left.space, &pair.right.space, RIGHT4, 1 << 20)
 }
 
+/// A handshake that the firewall or the lack of a route keeps from being sent is tried again, and the
+/// log says so once for each time it begins.
+pub(crate) fn a_handshake_that_was_refused_is_tried_again(pairing: Pairing) -> Result<()> {
+    let pair = hosts(pairing)?;
+    let left = &pair.left;
+    let refuse = "nft add table ip no ; \
+        nft add chain ip no out { type filter hook output priority 0 \\; } ; \
+        nft add rule ip no out udp dport 2 drop";
+    let ways = [
+        (refuse, "nft delete table ip no"),
+        (
+            "ip route add unreachable 10.0.0.2",
+            "ip route delete unreachable 10.0.0.2",
+        ),
+        ("ip link set cable down", "ip link set cable up"),
+    ];
+    let peer = format!("peer {}", pair.right.key.public);
+    for (refused, granted) in ways {
+        left.space.sh(refused)?;
+        left.tunnel.set(&format!("{peer} remove"))?;
+        left.tunnel.set(&format!(
+            "{peer} preshared-key {} allowed-ips {RIGHT4}/32 endpoint 10.0.0.2:2",
+            pair.psk.file()
+        ))?;
+        left.ping_fails(RIGHT4)?;
+        left.ping_fails(RIGHT4)?;
+        left.space.sh(granted)?;
+        wait_for(granted, SOON, || left.ping(RIGHT4).is_ok())?;
+    }
+    if pairing.left == Program::Selvedge {
+        let log = left.tunnel.log();
+        let told = log.matches("refuses to send").count();
+        ensure!(told == ways.len(), "it was told {told} times:\n{log}");
+    }
+    Ok(())
+}
+
 /// Where the underlay's MTU leaves no room for full datagrams, TCP gets through all the same.
 pub(crate) fn a_narrow_underlay_still_carries_tcp(pairing: Pairing) -> Result<()> {
     let pair = hosts(pairing)?;
@@ -401,6 +438,7 @@ pairs! {
     dscp_does_not_leak;
     a_link_may_move_on_to_another_namespace;
     an_underlay_that_was_away_is_used_again;
+    a_handshake_that_was_refused_is_tried_again;
 }
 
 devices! {

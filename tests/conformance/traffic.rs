@@ -9,7 +9,6 @@ use anyhow::{Context as _, Result, ensure};
 use selvedge_lab::netns::Namespace;
 
 use crate::pair::{LEFT4, LEFT6, Pair, RIGHT4, RIGHT6};
-use crate::tunnel::SOON;
 
 /// The bytes 0 to 250 over and over: 251 is prime, so that a segment that is missing, doubled or out
 /// of place shows.
@@ -37,7 +36,7 @@ pub(crate) fn tcp_within(
     let listener = to.within(|| TcpListener::bind((address, 0)))?;
     let target = listener.local_addr()?;
     thread::scope(|scope| {
-        let receiver = scope.spawn(move || receive(&listener, bytes));
+        let receiver = scope.spawn(move || receive(&listener, bytes, limit));
         let sent = from.within(|| send(target, bytes, limit));
         // The sender's error first: the receiver's is then only its consequence.
         sent.context("sending over TCP")?;
@@ -49,7 +48,7 @@ pub(crate) fn tcp_within(
 }
 
 fn send(target: SocketAddr, bytes: usize, limit: Duration) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&target, SOON)?;
+    let mut stream = TcpStream::connect_timeout(&target, limit)?;
     stream.set_write_timeout(Some(limit))?;
     let block = pattern(251 * 256);
     let mut left = bytes;
@@ -66,20 +65,20 @@ fn send(target: SocketAddr, bytes: usize, limit: Duration) -> Result<()> {
     Ok(())
 }
 
-fn receive(listener: &TcpListener, bytes: usize) -> Result<()> {
+fn receive(listener: &TcpListener, bytes: usize, limit: Duration) -> Result<()> {
     listener.set_nonblocking(true)?;
     let since = Instant::now();
     let mut stream = loop {
         match listener.accept() {
             Ok((stream, _)) => break stream,
-            Err(error) if error.kind() == ErrorKind::WouldBlock && since.elapsed() < SOON => {
+            Err(error) if error.kind() == ErrorKind::WouldBlock && since.elapsed() < limit => {
                 thread::sleep(Duration::from_millis(5));
             }
             Err(error) => return Err(error).context("nobody connects"),
         }
     };
     stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(LONG))?;
+    stream.set_read_timeout(Some(limit))?;
     let mut buffer = vec![0; 1 << 16];
     let expected = pattern(251 + buffer.len());
     let mut got = 0;

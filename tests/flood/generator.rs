@@ -16,6 +16,7 @@ use boringtun::noise::HANDSHAKE_INIT_SZ;
 use boringtun::noise::handshake::Handshake;
 use boringtun::x25519;
 use nix::sys::socket::{setsockopt, sockopt};
+use nix::time::{ClockId, clock_gettime};
 use selvedge::wireguard::key::PrivateKey;
 use selvedge_lab::netns::Namespace;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -40,6 +41,8 @@ pub(crate) enum Sources {
 pub(crate) struct Flood {
     stop: Arc<AtomicBool>,
     sent: Arc<AtomicU64>,
+    /// What sending has taken, in nanoseconds of a CPU.
+    spent: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
     start: Instant,
 }
@@ -59,9 +62,10 @@ impl Flood {
             Sources::Many => from.within(|| from_many(to, messages))?,
         };
         let (stop, sent) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
+        let spent = Arc::<AtomicU64>::default();
         let start = Instant::now();
         let thread = thread::spawn({
-            let (stop, sent) = (stop.clone(), sent.clone());
+            let (stop, sent, spent) = (stop.clone(), sent.clone(), spent.clone());
             move || {
                 while !stop.load(Ordering::Relaxed) {
                     let due = start.elapsed().as_secs_f64() * f64::from(per_second);
@@ -73,6 +77,7 @@ impl Flood {
                             break;
                         }
                     }
+                    spent.store(cpu_time(), Ordering::Relaxed);
                     thread::sleep(Duration::from_micros(500));
                 }
             }
@@ -80,6 +85,7 @@ impl Flood {
         Ok(Self {
             stop,
             sent,
+            spent,
             thread: Some(thread),
             start,
         })
@@ -89,6 +95,19 @@ impl Flood {
     pub(crate) fn per_second(&self) -> f64 {
         self.sent.load(Ordering::Relaxed) as f64 / self.start.elapsed().as_secs_f64()
     }
+
+    /// The share of one CPU that the strangers take for themselves: their program, and the kernel's
+    /// way from there to the device's socket.
+    pub(crate) fn cpu_share(&self) -> f64 {
+        self.spent.load(Ordering::Relaxed) as f64 / self.start.elapsed().as_nanos() as f64
+    }
+}
+
+/// What the calling thread has taken, in nanoseconds of a CPU.
+fn cpu_time() -> u64 {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
+    let time = time.map_or(Duration::ZERO, Duration::from);
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl Drop for Flood {

@@ -2,6 +2,7 @@
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
 use super::*;
 use crate::wireguard::threads::AbortOnPanic;
@@ -37,6 +38,117 @@ fn whatever_error_a_send_meets_the_session_goes_on() {
         }
     }
     assert_eq!(world.count(1), handshakes, "a session was given up");
+}
+
+/// What is logged while something is done, from INFO on.
+fn logged(what: impl FnOnce()) -> Vec<String> {
+    let log = Arc::<Mutex<Vec<u8>>>::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(move || Writer(writer.clone()))
+        .finish();
+    tracing::subscriber::with_default(subscriber, what);
+    let log = log.lock().unwrap();
+    let text = String::from_utf8(log.clone()).unwrap();
+    text.lines().map(str::to_owned).collect()
+}
+
+struct Writer(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Writer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut log = self.0.lock().map_err(|_| io::ErrorKind::Other)?;
+        log.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_handshake_that_the_kernel_refuses_is_tried_again_and_reported_once() {
+    for errno in [
+        libc::EAGAIN,
+        libc::EIO,
+        libc::ENETUNREACH,
+        libc::ENOBUFS,
+        libc::EPERM,
+    ] {
+        let mut world = World::pair();
+        world.hosts[0].wire.errno.set(Some(errno));
+        world.hosts[1].wire.errno.set(Some(errno));
+        let log = logged(|| {
+            world.send(0, &packet(1, 2, b"hello"));
+            world.pass(seconds(30));
+            let tries = world.hosts[0].drops(Dropped::SendFailed);
+            assert!((50..=61).contains(&tries), "{tries} tries in 30 s");
+            world.hosts[0].wire.errno.set(None);
+            world.hosts[1].wire.errno.set(None);
+            world.pass(Duration::from_millis(700));
+        });
+        assert_eq!(
+            world.hosts[1].delivered,
+            [packet(1, 2, b"hello")],
+            "errno {errno}: what waited arrives"
+        );
+        world.hosts[1].delivered.clear();
+        world.assert_connected();
+        let count = |words: &str| log.iter().filter(|line| line.contains(words)).count();
+        // Each of the two hosts says it once.
+        assert_eq!(count("refuses to send"), 2, "{log:?}");
+        assert_eq!(count("sends to the peer again"), 2, "{log:?}");
+    }
+}
+
+#[test]
+fn a_handshake_that_is_refused_for_good_is_given_up() {
+    let mut world = World::pair();
+    world.hosts[0].wire.errno.set(Some(libc::EPERM));
+    world.hosts[1].wire.errno.set(Some(libc::EPERM));
+    world.send(0, &packet(1, 2, b"hello"));
+    world.pass(seconds(120));
+    let tries = world.hosts[0].drops(Dropped::SendFailed);
+    world.pass(seconds(300));
+    assert_eq!(world.hosts[0].drops(Dropped::SendFailed), tries);
+}
+
+#[test]
+fn a_kernel_that_refuses_now_and_then_is_reported_once_a_minute() {
+    let mut world = World::connected_pair();
+    let log = logged(|| {
+        for round in 0..600 {
+            let errno = (round % 2 == 0).then_some(libc::ENOBUFS);
+            world.hosts[0].wire.errno.set(errno);
+            world.send(0, &packet(1, 2, b"now and then"));
+            world.now = world.now + Duration::from_millis(100);
+        }
+    });
+    let refusals = log.iter().filter(|line| line.contains("refuses to send"));
+    assert_eq!(refusals.count(), 1, "{log:?}");
+}
+
+#[test]
+fn a_path_without_segmentation_offload_is_remembered_and_told_of_once() {
+    let mut world = World::connected_pair();
+    world.hosts[0].wire.offload.set(false);
+    let log = logged(|| {
+        for _ in 0..200 {
+            world.send_run(0, &[packet(1, 2, &[1; 100]), packet(1, 2, &[2; 100])]);
+            world.now = world.now + seconds(1);
+            world.settle();
+        }
+    });
+    assert_eq!(
+        world.hosts[1].delivered.len(),
+        400,
+        "all is carried all the same"
+    );
+    let told = log
+        .iter()
+        .filter(|line| line.contains("segmentation offload"));
+    assert_eq!(told.count(), 1, "{log:?}");
 }
 
 #[test]
