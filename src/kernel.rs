@@ -107,10 +107,7 @@ impl Kernel {
             routes,
             rules,
             firewall: self.rulesets().observe()?.map(Ruleset::Installed),
-            sysctls: match own {
-                Some(_) => sysctl::read(&self.interface),
-                None => BTreeMap::new(),
-            },
+            sysctls: own.map(sysctl::of).unwrap_or_default(),
             ..State::default()
         })
     }

@@ -9,7 +9,8 @@ use netlink_packet_route::address::{
     AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope,
 };
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet, AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVxlan, LinkAttribute,
+    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
 
 use crate::flannel::{Mac, Vtep};
@@ -35,6 +36,10 @@ pub(super) struct Found {
     pub(super) mac: Option<Mac>,
     /// Only of vxlan links.
     pub(super) vxlan: Option<Vxlan>,
+    /// Its `net.ipv4.conf.….rp_filter`; `None` where it carries no IPv4.
+    pub(super) rp_filter: Option<i32>,
+    /// Its `net.ipv6.conf.….addr_gen_mode`; `None` where it carries no IPv6.
+    pub(super) addr_gen_mode: Option<u8>,
 }
 
 /// What only a vxlan link has.
@@ -152,6 +157,11 @@ pub(super) fn from_message(message: &LinkMessage) -> Found {
             LinkAttribute::Address(bytes) => {
                 found.mac = <[u8; 6]>::try_from(&bytes[..]).ok().map(Mac);
             }
+            LinkAttribute::AfSpecUnspec(families) => {
+                for family in families {
+                    found.read_settings(family);
+                }
+            }
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     match info {
@@ -195,6 +205,26 @@ impl Found {
     /// Whether it is a TUN device: one of packets, not of frames, which would have a hardware address.
     pub(super) fn is_tun(&self) -> bool {
         self.kind.as_deref() == Some("tun") && self.mac.is_none()
+    }
+
+    fn read_settings(&mut self, family: &AfSpecUnspec) {
+        match family {
+            AfSpecUnspec::Inet(settings) => {
+                for setting in settings {
+                    if let AfSpecInet::DevConf(settings) = setting {
+                        self.rp_filter = Some(settings.rp_filter);
+                    }
+                }
+            }
+            AfSpecUnspec::Inet6(settings) => {
+                for setting in settings {
+                    if let AfSpecInet6::AddrGenMode(mode) = setting {
+                        self.addr_gen_mode = Some(mode.into());
+                    }
+                }
+            }
+            _ => {}
+        }
     }
 
     /// flannel's device of this link, if it is one: `flannel.<VNI>` or `flannel-v6.<VNI>`.

@@ -1,37 +1,43 @@
 //! The sysctls of the tunnel's own link.
 //!
-//! Read as files; set by netlink, because a container that is not privileged sees `/proc/sys`
-//! read-only.
+//! Read and set by netlink: a container that is not privileged sees `/proc/sys` read-only, and a process
+//! that has run out of file descriptors does not see it at all.
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 
 use anyhow::Context as _;
+
+use super::link;
 
 /// Which of a link's settings the agent cares for: below `net/FAMILY/conf/LINK/`.
 const KEYS: [(&str, &str); 2] = [("ipv4", "rp_filter"), ("ipv6", "addr_gen_mode")];
 
 /// The settings of the link, by path below `/proc/sys`, without those this kernel does not have.
-pub(super) fn read(link: &str) -> BTreeMap<String, String> {
-    KEYS.iter()
-        .filter_map(|(family, key)| {
-            let path = format!("net/{family}/conf/{link}/{key}");
-            let value = fs::read_to_string(format!("/proc/sys/{path}")).ok()?;
-            Some((path, value.trim().to_owned()))
-        })
-        .collect()
+pub(super) fn of(link: &link::Found) -> BTreeMap<String, String> {
+    let [v4, v6] = KEYS.map(|(family, key)| format!("net/{family}/conf/{}/{key}", link.name));
+    let rp_filter = link.rp_filter.map(|value| (v4, value.to_string()));
+    let addr_gen_mode = link.addr_gen_mode.map(|value| (v6, value.to_string()));
+    rp_filter.into_iter().chain(addr_gen_mode).collect()
 }
 
 /// Whether the kernel carries no IPv6 on a link: it has none, or the operator has turned it off.
 ///
-/// A link that does not exist yet will be as new links are.
+/// A link that does not exist yet will be as new links are. What cannot be read says nothing: pods must
+/// not lose their IPv6 over a lack of file descriptors.
 pub fn ipv6_is_off(link: &str) -> bool {
-    let setting = |link: &str| {
-        let path = format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6");
-        fs::read_to_string(path).ok()
+    let setting =
+        |link: &str| fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6"));
+    let is_absent = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    let setting = match setting(link) {
+        Err(error) if is_absent(&error) => setting("default"),
+        setting => setting,
     };
-    let setting = setting(link).or_else(|| setting("default"));
-    setting.is_none_or(|value| value.trim() != "0")
+    match setting {
+        Ok(value) => value.trim() != "0",
+        Err(error) => is_absent(&error),
+    }
 }
 
 /// The family and name (`ipv4/rp_filter`) of a setting of the link; an error for any other path.

@@ -1,6 +1,7 @@
 //! Faults: flannel restarts, its device and its entries are deleted, what the agent installed is
 //! deleted, agents are killed. Each with what may be lost at most, and with a control.
 
+use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use selvedge_lab::family::Family;
 use selvedge_lab::lab::Mesh;
 use selvedge_lab::topology::MASTER;
 use selvedge_lab::traffic::PORT;
-use selvedge_lab::{Lab, Steps};
+use selvedge_lab::{Lab, Steps, wait_for};
 
 use super::{FOLLOWER, LEADER, doctor, leak_something, stream, wan_capture};
 
@@ -69,6 +70,10 @@ pub(super) fn all(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
             claims::what_is_deleted_is_repaired(lab, node, Family::V4, REPAIR)
         });
     }
+    steps.step(
+        "an_agent_out_of_file_descriptors_still_mends_routes",
+        || out_of_descriptors(lab),
+    );
     steps.step("everybody_still_reaches_everybody", || {
         claims::everybody_reaches_everybody(lab, By::OwnAddress)
     });
@@ -191,6 +196,41 @@ fn flannel_entries_deleted(lab: &Lab) -> anyhow::Result<String> {
         }
     }
     Ok(told.join("; "))
+}
+
+/// What is mended by netlink takes no descriptor; what `nft` must do waits until there are some again.
+fn out_of_descriptors(lab: &mut Lab) -> anyhow::Result<String> {
+    let pid = lab.agent(FOLLOWER).context("no agent")?.pid();
+    // The hard limit stays, so that there is a way back.
+    let limit = |soft: u32| -> anyhow::Result<()> {
+        let status = Command::new("prlimit")
+            .args(["--pid", &pid.to_string(), &format!("--nofile={soft}:")])
+            .status()?;
+        ensure!(status.success(), "prlimit: {status}");
+        Ok(())
+    };
+    let far = lab.pod_cidr(MASTER)?;
+    let (follower, route) = (lab.node(FOLLOWER)?, format!("table 5130 {far}"));
+    let stream = stream(lab, "pod@node-agent-02", "pod@node-master")?;
+    sleep(Duration::from_millis(300));
+    limit(20)?;
+    follower.run("nft delete table inet selvedge")?;
+    follower.run(&format!("ip route del {route} metric 0"))?;
+    let mended = wait_for("the route", REPAIR, || {
+        follower
+            .run(&format!("ip route show {route}"))
+            .is_ok_and(|routes| routes.contains("flannel.1"))
+    });
+    limit(1024)?;
+    let mended = mended?;
+    let firewall = wait_for("the nft table", Duration::from_secs(10), || {
+        follower.run("nft list table inet selvedge").is_ok()
+    })?;
+    let report = stream.stop()?;
+    ensure!(report.silence < Duration::from_secs(2), "{report}");
+    Ok(format!(
+        "the route after {mended:.1?}, the firewall {firewall:.1?} after there were some; {report}"
+    ))
 }
 
 fn flannel_device_deleted(lab: &mut Lab, node: &str) -> anyhow::Result<String> {
