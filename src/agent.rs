@@ -280,6 +280,8 @@ impl Agent {
             self.facts.snapshot.resolved = self.resolved.clone();
             self.facts.api_servers = view.servers.addresses.clone();
         }
+        // As late as can be: whoever moves meanwhile is not to be called back to where it was.
+        self.listen();
         let (now, own) = (unix_now(), self.own_last_seen());
         self.facts.last_seen = checkin::last_seen(now, own);
         self.facts.snapshot.now = self.check_in.handle_clock(now, own, self.is_live());
@@ -308,7 +310,22 @@ impl Agent {
 
     /// Asks the tunnel where its peers are. One that moved, or came alive, is a cause for a pass.
     fn look_at_tunnel(&mut self) {
+        if self.listen() {
+            self.schedule.handle_cause(now());
+        }
+        if self.problems().is_empty() {
+            self.readiness.handle_no_problems(now(), self.unheard());
+        }
+        self.show();
+    }
+
+    /// Takes what the tunnel tells of its peers, and looks for those that may have moved. True if there is
+    /// news.
+    fn listen(&mut self) -> bool {
         let stats = self.machine.stats();
+        let topology = &self.decision.topology;
+        let seen = hearing::sightings(topology, &self.facts.snapshot, &self.config.node);
+        let moved = self.hearing.handle_own(seen.get(&self.public_key));
         let mut alive = BTreeMap::new();
         let mut heard = BTreeMap::new();
         self.traffic.clear();
@@ -326,12 +343,20 @@ impl Agent {
                 continue;
             };
             heard.insert(*key, endpoint);
-            let topology = &self.decision.topology;
-            let there = self
-                .hearing
-                .handle_stats(*key, peer.rx_bytes, age, topology, now());
-            if there {
+            let (places, now) = (seen.get(key), now());
+            let sign = hearing::Sign {
+                endpoint,
+                received: peer.rx_bytes,
+                age,
+            };
+            if self.hearing.handle_sign(*key, sign, places, topology, now) {
                 alive.insert(*key, endpoint);
+            }
+            let mut look = self.hearing.poll_search(key, endpoint, topology, now);
+            // Their routers let this node's answers in when it has spoken first.
+            look.extend(Some(endpoint).filter(|_| moved && places.is_some()));
+            for place in look {
+                self.machine.look_for(key, place);
             }
         }
         self.hearing.retain(|key| stats.peers.contains_key(key));
@@ -340,16 +365,13 @@ impl Agent {
             .iter()
             .map(|(reason, count)| (reason.label().to_owned(), *count))
             .collect();
-        if self.facts.alive != alive || self.facts.heard != heard {
-            self.facts.alive = alive;
-            self.facts.heard = heard;
-            self.schedule.handle_cause(now());
+        let news = self.facts.alive != alive || self.facts.heard != heard;
+        self.facts.alive = alive;
+        self.facts.heard = heard;
+        if news {
             self.readiness.handle_unrest(now());
         }
-        if self.problems().is_empty() {
-            self.readiness.handle_no_problems(now(), self.unheard());
-        }
-        self.show();
+        news
     }
 
     /// How many peers have an endpoint and never answered.

@@ -203,16 +203,21 @@ fn of_report(report: &Report) -> Vec<Finding> {
     findings
 }
 
-/// Handshakes are renewed every two minutes while there is traffic; three without one mean that
-/// nothing comes through (WireGuard paper, 6.1).
 fn silent(peer: &status::Peer) -> Option<Finding> {
+    if !peer.is_silent() {
+        return None;
+    }
     let age = match peer.handshake_age {
-        Some(age) if age > 180 && peer.persistent_keepalive > 0 => format!("for {age} s"),
-        // Without traffic or keepalives none is due.
-        Some(_) => return None,
+        Some(age) => format!("for {age} s"),
         None => "yet".to_owned(),
     };
     let (remedy, severity) = match &peer.endpoint {
+        Some(endpoint) if peer.both_behind_nat => (
+            format!(
+                "This node and {endpoint} are both behind NAT. If one of the NATs gives each destination another port (symmetric), they cannot meet: give one region a leader with a public address, or forward a port to its leader and annotate it with force-endpoint."
+            ),
+            Severity::Problem,
+        ),
         Some(endpoint) => (
             format!(
                 "See whether UDP to {endpoint} gets through: firewalls and NAT on both sides, and the endpoint annotation."
@@ -303,6 +308,8 @@ mod tests {
         report.peers[0].handshake_age = None;
         assert!(found(&report).contains("no handshake with location:default yet"));
         assert!(found(&report).contains("UDP to 203.0.113.10:51820"));
+        report.peers[0].both_behind_nat = true;
+        assert!(found(&report).contains("203.0.113.10:51820 are both behind NAT"));
 
         report.peers[0].handshake_age = Some(200);
         assert!(found(&report).contains("for 200 s"));

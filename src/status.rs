@@ -171,6 +171,19 @@ pub struct Peer {
     pub sent: u64,
     /// Seconds between keepalives; 0 is off.
     pub persistent_keepalive: u16,
+    /// Whether its leader and this node are both behind NAT, so that neither can simply call the other.
+    pub both_behind_nat: bool,
+}
+
+impl Peer {
+    /// Whether nothing comes through: handshakes are renewed every two minutes while there is traffic, and
+    /// keepalives are (WireGuard paper, 6.1).
+    pub fn is_silent(&self) -> bool {
+        match self.handshake_age {
+            Some(age) => age > 180 && self.persistent_keepalive > 0,
+            None => true,
+        }
+    }
 }
 
 impl fmt::Display for Role {
@@ -344,6 +357,12 @@ fn write_report(out: &mut String, report: &Report) -> fmt::Result {
             Some(age) => writeln!(out, "  latest handshake: {age} s ago")?,
             None => writeln!(out, "  latest handshake: never")?,
         }
+        if peer.both_behind_nat && peer.is_silent() {
+            writeln!(
+                out,
+                "  no way to it: both behind NAT, and one that gives each destination another port keeps them apart"
+            )?;
+        }
         writeln!(
             out,
             "  transfer: {} B received, {} B sent",
@@ -420,6 +439,7 @@ mod tests {
                 received: 5,
                 sent: 6,
                 persistent_keepalive: 25,
+                both_behind_nat: false,
             }],
             ..Report::default()
         };

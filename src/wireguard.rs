@@ -222,6 +222,13 @@ impl Device {
         self.core.set_peers(peers, Time::now());
     }
 
+    /// Looks for a peer at an address where others see it: one handshake initiation goes there, which
+    /// also opens the way through a NAT on this side. The peer stays where it is until it answers from
+    /// there.
+    pub fn look_for(&self, key: &PublicKey, place: SocketAddr) {
+        self.core.look_for(key, place);
+    }
+
     /// Changes the device's key, or takes it away. Every session ends.
     pub fn set_private_key(&self, key: Option<PrivateKey>) {
         self.core.set_private_key(key);

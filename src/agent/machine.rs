@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
@@ -42,6 +43,11 @@ impl Machine {
     /// The tunnel's counters.
     pub fn stats(&self) -> Stats {
         self.tunnel.stats()
+    }
+
+    /// Looks for a peer where others see it.
+    pub fn look_for(&self, key: &PublicKey, place: SocketAddr) {
+        self.tunnel.look_for(key, place);
     }
 
     /// Lets the link go with this process.

@@ -156,6 +156,11 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
 }
 
 fn peers(inputs: &Inputs<'_>, desired: &State) -> Vec<Peer> {
+    let topology = &inputs.decision.topology;
+    let is_behind_nat = |key: &PublicKey| {
+        let mut segments = topology.segments.iter();
+        segments.any(|segment| segment.public_key == *key && segment.behind_nat)
+    };
     let mut peers = desired
         .peers
         .iter()
@@ -173,6 +178,7 @@ fn peers(inputs: &Inputs<'_>, desired: &State) -> Vec<Peer> {
                 received: traffic.received,
                 sent: traffic.sent,
                 persistent_keepalive: peer.persistent_keepalive.map_or(0, Into::into),
+                both_behind_nat: is_behind_nat(key) && is_behind_nat(&inputs.public_key),
             }
         })
         .collect::<Vec<_>>();

@@ -10,10 +10,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::future::join_all;
+use hyper_timeout::TimeoutConnector;
+use hyper_util::client::legacy;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use kube::client::{ClientBuilder, ConfigExt as _};
 use kube::config::{
     AuthInfo, Cluster, Context, Kubeconfig, NamedAuthInfo, NamedCluster, NamedContext,
 };
 use kube::{Client, Config};
+use tower::ServiceBuilder;
 
 use super::call::{self, Failure};
 use super::kubeconfig;
@@ -36,6 +42,17 @@ const PROBE: Duration = Duration::from_secs(5);
 /// Nothing is heard for this long on a connection that should carry something: it is half-open.
 /// API servers send a bookmark every minute.
 pub(super) const SILENCE: Duration = Duration::from_secs(90);
+
+/// A connection on which nothing comes is probed after this long, as Go's programs do a little later.
+///
+/// Watches are silent for a minute at a time. A router on the way that restarts knows nothing of them,
+/// and drops what the server sends; this host's next packet makes it known again, or the server refuses
+/// it and a new connection is made. Until then this node learns of nothing: a minute in which it does
+/// not speak to who wants to reach it through the NAT.
+const PROBE_IDLE: Duration = Duration::from_secs(10);
+/// Between probes that are not answered, and how many of them end the connection.
+const PROBE_AGAIN: Duration = Duration::from_secs(5);
+const PROBES: u32 = 4;
 
 /// Where to look for an API server.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -347,7 +364,7 @@ async fn probe(number: u64, origin: &Origin, mut config: Config) -> Result<Conne
     config.default_retry = false;
 
     let host = config.cluster_url.host().unwrap_or_default().to_owned();
-    let client = Client::try_from(config).map_err(|e| chain(&e))?;
+    let client = client(config).map_err(|e| chain(&e))?;
     match tokio::time::timeout(PROBE, call::call(&client, call::get("/version"))).await {
         // 403 comes from a server that knows us and guards even its version.
         Ok(Ok(_) | Err(Failure::Forbidden(_))) => Ok(Connection {
@@ -359,4 +376,29 @@ async fn probe(number: u64, origin: &Origin, mut config: Config) -> Result<Conne
         Ok(Err(failure)) => Err(failure.to_string()),
         Err(_) => Err(format!("no answer within {} s", PROBE.as_secs())),
     }
+}
+
+/// kube's client, but for the probes on its connections, which kube has no setting for.
+fn client(config: Config) -> kube::Result<Client> {
+    if config.proxy_url.is_some() {
+        return Client::try_from(config);
+    }
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_keepalive(Some(PROBE_IDLE));
+    tcp.set_keepalive_interval(Some(PROBE_AGAIN));
+    tcp.set_keepalive_retries(Some(PROBES));
+    let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(tcp)?);
+    connector.set_connect_timeout(config.connect_timeout);
+    connector.set_read_timeout(config.read_timeout);
+    connector.set_write_timeout(config.write_timeout);
+    connector.set_reset_reader_on_write(config.reset_reader_on_write);
+    let http = legacy::Client::builder(TokioExecutor::new()).build(connector);
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(tower::BoxError::from)
+        .service(http);
+    Ok(ClientBuilder::new(service, config.default_namespace).build())
 }

@@ -111,6 +111,13 @@ impl Core {
         }
     }
 
+    /// Looks for a peer where others see it. It stays where it is until it answers from there.
+    pub(super) fn look_for(&self, key: &PublicKey, place: SocketAddr) {
+        if let Some(peer) = self.table.load().peers.get(key) {
+            self.jobs.push(Job::LookFor(peer.clone(), place));
+        }
+    }
+
     /// Applies changes of peers in their order. The device's own key must have been set before.
     pub(super) fn change_peers(&self, replace: bool, changes: Vec<PeerSet>, now: Time) {
         let mut configured = self.configured();

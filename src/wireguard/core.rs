@@ -3,7 +3,7 @@
 //! No I/O and no clock: the same core runs under a test that carries its datagrams by hand.
 
 use std::collections::{HashSet, VecDeque};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -80,6 +80,8 @@ pub(super) enum Job {
     Message(Box<HandshakeMessage>),
     /// Something was to be sent to a peer, and there is no session or it is old.
     Initiate(Arc<Peer>),
+    /// The peer may be at this address by now.
+    LookFor(Arc<Peer>, SocketAddr),
     /// A session is in use now: what waited for it may go.
     Flush(Arc<Peer>),
     /// The peer is to hear from us now.

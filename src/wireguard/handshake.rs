@@ -5,6 +5,7 @@
 //! receives at its address, and limits each source; and it spends no more than a tenth of its time on
 //! strangers, so that a flood costs the packet threads little.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -89,6 +90,7 @@ impl Handshaker {
                         .store(false, std::sync::atomic::Ordering::Relaxed);
                     self.initiate(&peer, Attempt::First, wire, now);
                 }
+                Job::LookFor(peer, place) => self.look_for(&peer, place, wire, now),
                 Job::Flush(peer) => {
                     self.transmit.flush_staged(&core, wire, &peer, now);
                 }
@@ -206,6 +208,48 @@ impl Handshaker {
         if attempt == Attempt::First && peer.last_initiation().is_some_and(recent) {
             return;
         }
+        let mut buffer = [0; HANDSHAKE_INIT_SZ];
+        if !self.begin(peer, &mut buffer, now) {
+            return;
+        }
+        tracing::debug!(peer = %peer.key(), ?attempt, "sending a handshake initiation");
+        peer.timers.sent(false, now);
+        peer.timers.initiated(attempt, now);
+        let sent = peer.send(
+            wire,
+            &buffer,
+            HANDSHAKE_INIT_SZ,
+            Outer::default(),
+            now,
+            &self.core.drops,
+        );
+        if !sent {
+            peer.timers.initiation_refused(now);
+        }
+    }
+
+    /// Sends an initiation to where the peer may be by now, beside all else that goes to where it was.
+    ///
+    /// Its answer makes it be there, as any message from a new place does; without one, the attempts
+    /// that follow go to the old place, and nothing has changed.
+    fn look_for(&self, peer: &Arc<Peer>, place: SocketAddr, wire: &impl Wire, now: Time) {
+        let mut buffer = [0; HANDSHAKE_INIT_SZ];
+        if !self.begin(peer, &mut buffer, now) {
+            return;
+        }
+        tracing::debug!(peer = %peer.key(), %place, "looking for a peer");
+        peer.timers.initiated(Attempt::First, now);
+        let to = place.into();
+        if wire
+            .send(&buffer, HANDSHAKE_INIT_SZ, &to, Outer::default(), false)
+            .is_err()
+        {
+            self.core.drops.add(Dropped::SendFailed, 1);
+        }
+    }
+
+    /// Begins a handshake: writes its first message. False where none can be had with the peer.
+    fn begin(&self, peer: &Arc<Peer>, buffer: &mut [u8; HANDSHAKE_INIT_SZ], now: Time) -> bool {
         let mut state = peer.handshake();
         if state
             .cookie_since
@@ -217,7 +261,7 @@ impl Handshaker {
             }
         }
         let Some(noise) = &mut state.noise else {
-            return;
+            return false;
         };
         let index = self.core.indices.draw(peer);
         let timestamp = {
@@ -228,31 +272,17 @@ impl Handshaker {
                 .unwrap_or_else(PoisonError::into_inner);
             timestamps.next((self.core.wall)()).to_tai64n()
         };
-        let mut buffer = [0; HANDSHAKE_INIT_SZ];
         // It fails only for a key of small order, to which nothing is ever sent.
-        let message = noise.format_handshake_initiation(index, timestamp, &mut buffer);
-        match &message {
-            Ok(_) => note_awaiting(&self.core, &mut state),
-            Err(_) => self.core.indices.release(index),
+        if noise
+            .format_handshake_initiation(index, timestamp, buffer)
+            .is_err()
+        {
+            self.core.indices.release(index);
+            return false;
         }
-        drop(state);
-        if let Ok(message) = message {
-            tracing::debug!(peer = %peer.key(), ?attempt, "sending a handshake initiation");
-            peer.initiated(now);
-            peer.timers.sent(false, now);
-            peer.timers.initiated(attempt, now);
-            let sent = peer.send(
-                wire,
-                message,
-                HANDSHAKE_INIT_SZ,
-                Outer::default(),
-                now,
-                &self.core.drops,
-            );
-            if !sent {
-                peer.timers.initiation_refused(now);
-            }
-        }
+        note_awaiting(&self.core, &mut state);
+        peer.initiated(now);
+        true
     }
 
     /// Finishes a handshake that this side began.

@@ -128,6 +128,11 @@ impl Timers {
     /// Sets the persistent keepalive, in seconds; 0 is off. True if there was none before.
     pub(super) fn set_persistent_keepalive(&self, seconds: u16, now: Time) -> bool {
         let before = self.interval.swap(seconds, Ordering::Relaxed);
+        if before == seconds {
+            // One that is due is not put off: peers are set anew whenever the mesh changes, and a NAT
+            // does not wait.
+            return false;
+        }
         self.traversed(now);
         if seconds == 0 {
             self.persistent.clear();
@@ -369,6 +374,14 @@ mod tests {
         assert!(timers.poll(time(45_000)).keepalive);
         timers.set_persistent_keepalive(0, time(45_000));
         assert!(nothing(&timers, 200_000));
+    }
+
+    #[test]
+    fn setting_the_same_keepalive_again_does_not_put_it_off() {
+        let timers = Timers::default();
+        assert!(timers.set_persistent_keepalive(25, time(0)));
+        assert!(!timers.set_persistent_keepalive(25, time(20_000)));
+        assert!(timers.poll(time(25_000)).keepalive);
     }
 
     #[test]

@@ -11,7 +11,8 @@ use selvedge_lab::traffic::{PORT, Stream};
 use selvedge_lab::{Lab, claims, wait_for};
 use serde_json::{Value, json};
 
-use super::{FOLLOWER, LEADER, PATIENCE, PEERS, create_peer, on_the_master};
+use crate::clients::{PEERS, create_peer, on_the_master};
+use crate::{FOLLOWER, LEADER, PATIENCE};
 
 const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/default/events";
 const GOOD: &str = "oGFwdG9wUHVibGljS2V5Rm9yRG9jc09ubHkwMDAwMDA=";

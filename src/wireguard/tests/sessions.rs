@@ -70,6 +70,39 @@ fn a_host_whose_clock_went_back_without_a_floor_is_refused() {
 }
 
 #[test]
+fn a_peer_that_others_see_elsewhere_is_found_there() {
+    let mut world = World::connected_pair();
+    // Host 2 is somewhere else now, and host 1 goes on sending to where it was.
+    world.hosts[1].wire.address = address(9);
+    world.send(0, &packet(1, 2, b"lost"));
+    world.settle();
+    assert_eq!(world.hosts[1].delivered.len(), 0);
+
+    let key = world.hosts[1].public();
+    world.now = world.now + seconds(1);
+    world.hosts[0].core.look_for(&key, address(9));
+    world.settle();
+
+    let endpoint = world.hosts[0].peer(&world.hosts[1]).endpoint();
+    assert_eq!(endpoint.map(|endpoint| endpoint.remote), Some(address(9)));
+    world.assert_connected();
+}
+
+#[test]
+fn a_peer_that_others_see_wrongly_stays_where_it_is() {
+    let mut world = World::connected_pair();
+    let key = world.hosts[1].public();
+    for _ in 0..20 {
+        world.hosts[0].core.look_for(&key, address(9));
+        world.send(0, &packet(1, 2, b"on the way"));
+        world.pass(seconds(1));
+    }
+    assert_eq!(world.hosts[1].delivered.len(), 20);
+    let endpoint = world.hosts[0].peer(&world.hosts[1]).endpoint();
+    assert_eq!(endpoint.map(|endpoint| endpoint.remote), Some(address(2)));
+}
+
+#[test]
 fn a_peer_that_vanished_is_called_again_after_15_seconds_of_silence() {
     let mut world = World::connected_pair();
     let handshakes = world.count(1);

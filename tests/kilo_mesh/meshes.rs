@@ -1,0 +1,226 @@
+//! Every granularity, logical groups and six clouds.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use selvedge_lab::lab::Proxy;
+use selvedge_lab::topology::{MASTER, MASTER_PUBLIC, Master, Shape, Third, public_address};
+use selvedge_lab::traffic::Servers;
+use selvedge_lab::{Lab, Steps, claims, wait_for};
+
+use crate::{
+    FOLLOWER, LEADER, PATIENCE, SELVEDGE, THIRD_LEADER, flags, mesh, selvedge, settled, up,
+};
+
+/// Tunnels of every node, with `full` to all others, with `cross` to other regions.
+pub(crate) fn granularities(steps: &mut Steps, granularity: &str) -> Option<()> {
+    let shape = Shape {
+        agents: 2,
+        third: Third::Distinct,
+        ..Shape::default()
+    };
+    let name = format!("a_{granularity}_mesh_comes_up");
+    let flag = format!("--mesh-granularity={granularity}");
+    let flags = flags(&[&flag]);
+    let mut lab = steps.required(&name, || up(shape, Proxy::None))?;
+    let _servers = Servers::start(&lab.places()).ok()?;
+    steps.required(
+        &format!("the_agents_of_the_{granularity}_mesh_become_ready"),
+        || {
+            lab.join(&mesh(&flags, false))?;
+            Ok(String::new())
+        },
+    )?;
+    steps.step(
+        &format!("in_a_{granularity}_mesh_everybody_reaches_everybody"),
+        || settled(&lab),
+    );
+    steps.step(
+        &format!("in_a_{granularity}_mesh_every_node_has_its_tunnels"),
+        || {
+            // Five nodes: four others, or with cross those of the two other regions.
+            for (node, tunnels) in [(MASTER, (4, 4)), (LEADER, (4, 3)), (THIRD_LEADER, (4, 3))] {
+                let expected = if granularity == "full" {
+                    tunnels.0
+                } else {
+                    tunnels.1
+                };
+                let peers = claims::wg_show(&lab, node)?;
+                ensure!(peers.len() == expected, "{node}: {peers:?}");
+            }
+            Ok(String::new())
+        },
+    );
+    Some(())
+}
+
+/// Logical groups: two of a data centre's three nodes form one, the third stands for itself.
+pub(crate) fn mixed(steps: &mut Steps) -> Option<()> {
+    let mut lab = steps.required("a_mixed_mesh_comes_up", || {
+        up(Shape::default(), Proxy::None)
+    })?;
+    let _servers = Servers::start(&lab.places()).ok()?;
+    let flags = flags(&[]);
+    steps.required("the_agents_of_the_mixed_mesh_become_ready", || {
+        let location = ("kilo.squat.ai/location", Some("edge"));
+        lab.api().annotate("node-agent-03", &[location])?;
+        lab.join(&mesh(&flags, true))?;
+        Ok(String::new())
+    })?;
+    steps.step("in_a_mixed_mesh_everybody_reaches_everybody", || {
+        settled(&lab)
+    });
+    steps.step("in_a_mixed_mesh_each_group_has_a_leader", || {
+        for (node, tunnels) in [
+            (MASTER, 2),
+            (LEADER, 2),
+            (FOLLOWER, 0),
+            ("node-agent-03", 2),
+        ] {
+            let peers = claims::wg_show(&lab, node)?;
+            ensure!(peers.len() == tunnels, "{node}: {peers:?}");
+        }
+        Ok(String::new())
+    });
+    Some(())
+}
+
+/// Six nodes in five clouds, each with a public address by 1:1 NAT; one cloud has two of them.
+pub(crate) fn six_clouds(steps: &mut Steps) -> Option<()> {
+    let shape = Shape {
+        agents: 0,
+        master: Master::ElasticIp,
+        clouds: 4,
+        ..Shape::default()
+    };
+    let mut lab = steps.required("five_clouds_come_up", || up(shape, Proxy::None))?;
+    let _servers = Servers::start(&lab.places()).ok()?;
+    let flags = flags(&[]);
+    steps.required("the_agents_in_five_clouds_become_ready", || {
+        let publics = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1)].map(|(cloud, number)| {
+            let name = format!("node-cloud{cloud}-{number:02}");
+            (name, public_address(cloud, number))
+        });
+        let master = (MASTER.to_owned(), MASTER_PUBLIC);
+        for (node, public) in publics.into_iter().chain([master]) {
+            let endpoint = format!("{public}:51820");
+            let annotations = [
+                ("kilo.squat.ai/force-endpoint", Some(endpoint.as_str())),
+                ("kilo.squat.ai/persistent-keepalive", Some("20")),
+            ];
+            lab.api().annotate(&node, &annotations)?;
+        }
+        lab.join(&mesh(&flags, false))?;
+        Ok(String::new())
+    })?;
+    steps.step("across_five_clouds_everybody_reaches_everybody", || {
+        settled(&lab)
+    });
+    steps.step("across_five_clouds_each_leader_has_four_tunnels", || {
+        // By name of the region: cloud-1 .1, cloud-2 .2, cloud-3 .3, cloud-4 .4, default .5.
+        let expected = [
+            ("node-cloud1-01", 4, "10.4.0.1"),
+            ("node-cloud2-01", 4, "10.4.0.2"),
+            ("node-cloud2-02", 0, ""),
+            (MASTER, 4, "10.4.0.5"),
+        ];
+        for (node, tunnels, wireguard_ip) in expected {
+            let peers = claims::wg_show(&lab, node)?;
+            ensure!(peers.len() == tunnels, "{node}: {peers:?}");
+            let addresses = lab.node(node)?.run("ip -br address show kilo0")?;
+            ensure!(addresses.contains(wireguard_ip), "{node}: {addresses}");
+        }
+        Ok(String::new())
+    });
+    steps.step("the_agents_page_draws_what_the_command_draws", || {
+        let command = selvedge(lab.node(MASTER)?, &lab, &["graph"])?;
+        let (status, page) = lab.ask_agent(MASTER, "/graph?format=dot&layout=neato")?;
+        ensure!(
+            status == 200 && format!("{page}\n") == command,
+            "{status} {page}\n{command}"
+        );
+        let (_, picture) = lab.ask_agent(MASTER, "/graph")?;
+        ensure!(picture.starts_with("<svg "), "{picture}");
+        let (status, refusal) = lab.ask_agent(MASTER, "/graph?format=foo")?;
+        ensure!(
+            status == 500 && refusal.trim() == "unsupported format",
+            "{status} {refusal}"
+        );
+        Ok(String::new())
+    });
+    steps.step("across_five_clouds_showconf_and_wg_agree", || {
+        let master = lab.node(MASTER)?;
+        let conf = selvedge(master, &lab, &["showconf", "node", MASTER])?;
+        let mut shown: Vec<_> = conf
+            .lines()
+            .filter_map(|line| line.strip_prefix("AllowedIPs = "))
+            .map(|list| {
+                let mut nets: Vec<_> = list.split(", ").map(str::to_owned).collect();
+                nets.sort();
+                nets
+            })
+            .collect();
+        let mut real: Vec<Vec<_>> = claims::wg_show(&lab, MASTER)?
+            .into_iter()
+            .map(|peer| peer.allowed.into_iter().collect())
+            .collect();
+        shown.sort();
+        real.sort();
+        ensure!(shown == real, "showconf: {shown:?}\nwg: {real:?}");
+        Ok(String::new())
+    });
+    steps.step("an_agent_needs_no_more_than_its_manifest_grants", || {
+        confined(&mut lab, &flags)
+    });
+    Some(())
+}
+
+/// The master's agent again, with the one capability of the manifest, no way to more, a read-only root
+/// and read-only sysctls.
+fn confined(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String> {
+    lab.take_agent(MASTER)?.stop()?;
+    let node = lab.node(MASTER)?;
+    let script = format!(
+        "mount --make-rprivate /
+         mount --bind /proc/sys /proc/sys
+         mount -o remount,bind,ro /proc/sys
+         mount -o remount,bind,ro /
+         exec setpriv --no-new-privs --bounding-set=-all,+net_admin --inh-caps=-all --ambient-caps=-all \
+             {SELVEDGE} agent --kubeconfig=/run/selvedge-lab.kubeconfig --hostname={MASTER} {}",
+        flags.join(" ")
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-euc", &script]);
+    let agent = node.spawn("agent", command)?;
+    let ready = || {
+        lab.ask_agent(MASTER, "/ready")
+            .is_ok_and(|(status, _)| status == 200)
+    };
+    wait_for("the confined agent", Duration::from_secs(30), ready)
+        .with_context(|| lab.tail(MASTER, "agent"))?;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid()))?;
+    // Bit 12 is CAP_NET_ADMIN (linux/capability.h).
+    for set in ["CapEff", "CapPrm", "CapBnd"] {
+        let expected = format!("{set}:\t0000000000001000");
+        ensure!(status.contains(&expected), "{status}");
+    }
+
+    // It does not only stand there: what is taken away comes back.
+    node.run("nft delete table inet selvedge")?;
+    node.run("ip route flush table 5130")?;
+    node.run("ip link set kilo0 mtu 1300")?;
+    let repaired = wait_for("the repair", PATIENCE, || {
+        node.run("nft list table inet selvedge").is_ok()
+            && node
+                .run("ip route show table 5130")
+                .is_ok_and(|routes| routes.contains("kilo0"))
+            && node
+                .run("ip link show kilo0")
+                .is_ok_and(|link| link.contains("mtu 1420"))
+    });
+    repaired.with_context(|| lab.tail(MASTER, "agent"))?;
+    let pairs = settled(lab)?;
+    agent.stop()?;
+    Ok(pairs)
+}
