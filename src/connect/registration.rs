@@ -54,9 +54,12 @@ impl Registration {
         let (object, ours) = match api.get_opt(&who.name).await.map_err(describe)? {
             None => {
                 let object = serde_json::from_value(wanted)?;
-                let made = api.create(&PostParams::default(), &object).await;
+                let made = api
+                    .create(&PostParams::default(), &object)
+                    .await
+                    .map_err(describe)?;
                 tracing::info!(peer = who.name, "created the Peer");
-                (made.map_err(describe)?, true)
+                (made, true)
             }
             Some(found) => match who.is_made_by(&found) {
                 // Left by a run that could not clean up.
