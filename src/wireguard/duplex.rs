@@ -84,6 +84,8 @@ pub(super) fn both(core: &Core, io: &Io, handover: &Handover) {
             thread::sleep(RETRY);
             continue;
         };
+        // Once for all that is done in a turn, which is short beside what the timers count.
+        let now = Time::now();
         let away = handover.is_away();
         let (mut received, mut sent, mut dry) = (0, 0, true);
         turn = turn.wrapping_add(1);
@@ -97,13 +99,13 @@ pub(super) fn both(core: &Core, io: &Io, handover: &Handover) {
             if let Some(taken) = inward.take(socket, false) {
                 (received, dry) = (received + taken.bytes, dry && taken.all);
                 *awake = true;
-                inward.open(core, &tuns);
+                inward.open(core, &tuns, now);
                 inward.write(core, &tuns);
             }
         }
         if !away {
             let mut packets = 0;
-            while let Some(bytes) = outward.packet(core, io, tun, &sockets) {
+            while let Some(bytes) = outward.packet(core, io, tun, &sockets, now) {
                 (sent, packets) = (sent + bytes, packets + 1);
                 if sent >= TURN_BYTES || packets == TURN_PACKETS {
                     dry = false;
@@ -111,38 +113,34 @@ pub(super) fn both(core: &Core, io: &Io, handover: &Handover) {
                 }
             }
         }
-        if load.is_too_much(received, sent, Time::now()) && !away {
-            outward.flush(core, &sockets);
+        if load.is_too_much(received, sent, now) && !away {
+            outward.flush(core, &sockets, now);
             outward.rest();
             handover.give();
         } else if dry {
             outward.rest();
-            let tun = (!away).then_some(tun);
             let sockets = [false, true].map(|v6| sockets.family(v6));
-            awake = wait(io, handover, tun, sockets);
+            awake = wait(handover, (!away).then_some(tun), sockets);
         }
     }
 }
 
 /// Waits until there is something to do; tells which sockets have something to say.
-fn wait(
-    io: &Io,
-    handover: &Handover,
-    tun: Option<&Tun>,
-    sockets: [Option<&UdpSocket>; 2],
-) -> [bool; 2] {
-    let stop = io.stop.as_fd();
-    // In the place of what is not there stands what is waited for anyway.
-    let [v4, v6] = sockets.map(|socket| socket.map_or(stop, |socket| socket.as_fd()));
-    let tun = tun.map_or(stop, |tun| tun.as_fd());
-    let mut fds =
-        [v4, v6, tun, handover.back.as_fd(), stop].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+///
+/// Each descriptor costs at each packet that comes alone. So only the TUN device is waited for or,
+/// while it is away, its return; and sockets are shut down when the thread is to end or to use others,
+/// which wakes it.
+fn wait(handover: &Handover, tun: Option<&Tun>, sockets: [Option<&UdpSocket>; 2]) -> [bool; 2] {
+    let other = tun.map_or(handover.back.as_fd(), |tun| tun.as_fd());
+    // In the place of a family that is not there stands what is waited for anyway.
+    let [v4, v6] = sockets.map(|socket| socket.map_or(other, |socket| socket.as_fd()));
+    let mut fds = [other, v4, v6].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
     let _ = poll(&mut fds, PollTimeout::NONE);
     let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
-    if ready(&fds[3]) {
+    if tun.is_none() && ready(&fds[0]) {
         let _ = handover.back.read();
     }
-    [ready(&fds[0]), ready(&fds[1])]
+    [ready(&fds[1]), ready(&fds[2])]
 }
 
 /// Carries packets from the TUN device to the wire while the other thread has too much to do.
@@ -159,7 +157,10 @@ pub(super) fn relief(core: &Core, io: &Io, handover: &Handover) {
                 thread::sleep(RETRY);
                 continue;
             };
-            if outward.packet(core, io, tun, &io.sockets.load()).is_some() {
+            if outward
+                .packet(core, io, tun, &io.sockets.load(), Time::now())
+                .is_some()
+            {
                 continue;
             }
             outward.rest();

@@ -274,10 +274,11 @@ impl Outward {
         io: &Io,
         tun: &Tun,
         sockets: &Sockets,
+        now: Time,
     ) -> Option<usize> {
         match tun.read(&mut self.buffer) {
             Ok(length) => {
-                let (now, bytes) = (Time::now(), &self.buffer[..length]);
+                let bytes = &self.buffer[..length];
                 if let Err(Refused(Some(answer))) = self.transmit.packet(core, sockets, bytes, now)
                     && self.pace.allows(now)
                 {
@@ -286,7 +287,7 @@ impl Outward {
                 return Some(length);
             }
             Err(error) => match error.raw_os_error() {
-                Some(libc::EAGAIN) => self.flush(core, sockets),
+                Some(libc::EAGAIN) => self.flush(core, sockets, now),
                 Some(libc::EINTR) => {}
                 Some(libc::EBADFD) => io.link_is_gone(),
                 _ => {
@@ -300,8 +301,8 @@ impl Outward {
     }
 
     /// Sends what was read.
-    pub(super) fn flush(&mut self, core: &Core, sockets: &Sockets) {
-        self.transmit.flush(core, sockets, Time::now());
+    pub(super) fn flush(&mut self, core: &Core, sockets: &Sockets, now: Time) {
+        self.transmit.flush(core, sockets, now);
     }
 
     /// Lets go of what would keep a peer alive, before a time without traffic.
@@ -318,7 +319,10 @@ fn transmit(core: &Core, io: &Io, queue: usize) {
             thread::sleep(RETRY);
             continue;
         };
-        if outward.packet(core, io, tun, &io.sockets.load()).is_none() {
+        if outward
+            .packet(core, io, tun, &io.sockets.load(), Time::now())
+            .is_none()
+        {
             outward.rest();
             let mut fds = [
                 PollFd::new(tun.as_fd(), PollFlags::POLLIN),
@@ -390,8 +394,7 @@ impl Inward {
     }
 
     /// Opens the batch.
-    pub(super) fn open(&mut self, core: &Core, tuns: &[Tun]) {
-        let now = Time::now();
+    pub(super) fn open(&mut self, core: &Core, tuns: &[Tun], now: Time) {
         self.receive
             .join_udp(tuns.first().is_some_and(Tun::takes_udp));
         for message in &self.arena.messages {
@@ -426,7 +429,7 @@ fn receive(core: &Core, io: &Io, v6: bool, turnstile: &Turnstile) {
         // To open a small batch takes less than to wake another thread for the next one.
         let entrance = (taken.bytes < LARGE).then_some(entrance);
         let tuns = io.tuns.load();
-        inward.open(core, &tuns);
+        inward.open(core, &tuns, Time::now());
         turnstile.leave(ticket, || inward.write(core, &tuns));
         drop(entrance);
     }

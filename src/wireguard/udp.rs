@@ -214,6 +214,10 @@ pub(super) struct Arena {
     pub bytes: Vec<u8>,
     /// What the last receive brought.
     pub messages: Vec<Message>,
+    /// Where the kernel puts the senders' addresses and the control messages; kept, because to clear
+    /// them each time takes longer than to open a small packet.
+    names: Box<[libc::sockaddr_storage; MAX_MESSAGES]>,
+    controls: Box<[Control; MAX_MESSAGES]>,
 }
 
 impl Default for Arena {
@@ -221,6 +225,9 @@ impl Default for Arena {
         Self {
             bytes: vec![0; MAX_MESSAGES * MAX_MESSAGE],
             messages: Vec::with_capacity(MAX_MESSAGES),
+            // SAFETY: all-zero bytes are a valid address, of no family.
+            names: Box::new(unsafe { mem::zeroed() }),
+            controls: Box::new([Control([0; 128]); MAX_MESSAGES]),
         }
     }
 }
@@ -373,9 +380,6 @@ impl UdpSocket {
         arena.messages.clear();
         let limit = limit.clamp(1, MAX_MESSAGES);
         // SAFETY: all-zero bytes are valid for these plain structures of integers and pointers.
-        let mut names: [libc::sockaddr_storage; MAX_MESSAGES] = unsafe { mem::zeroed() };
-        let mut controls = [Control([0; 128]); MAX_MESSAGES];
-        // SAFETY: as above.
         let mut pieces: [libc::iovec; MAX_MESSAGES] = unsafe { mem::zeroed() };
         // SAFETY: as above.
         let mut headers: [libc::mmsghdr; MAX_MESSAGES] = unsafe { mem::zeroed() };
@@ -383,8 +387,8 @@ impl UdpSocket {
         for ((((header, piece), name), control), slot) in headers
             .iter_mut()
             .zip(&mut pieces)
-            .zip(&mut names)
-            .zip(&mut controls)
+            .zip(&mut *arena.names)
+            .zip(&mut *arena.controls)
             .zip(slots)
             .take(limit)
         {
@@ -416,7 +420,7 @@ impl UdpSocket {
         let received = usize::try_from(Errno::result(received)?).unwrap_or(0);
         for (n, header) in headers.iter().enumerate().take(received) {
             let length = header.msg_len as usize;
-            let Some(remote) = socket_address(&names[n]) else {
+            let Some(remote) = socket_address(&arena.names[n]) else {
                 continue;
             };
             if header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0 {
