@@ -6,7 +6,9 @@ mod visitors;
 
 use std::str::FromStr;
 
-use tracing_subscriber::filter::{EnvFilter, LevelFilter};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// `--log-level`, in Kilo's words.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -77,14 +79,20 @@ pub fn start_logging(level: LogLevel, format: LogFormat) {
     // Libraries speak up only when something is wrong with them.
     let others = level.min(LevelFilter::WARN);
     // kube's client logs every request that fails as an error, and hands the error on as well.
-    let filter = EnvFilter::new(format!("{others},selvedge={level},kube_client=off"));
+    let filter = Targets::new()
+        .with_default(others)
+        .with_target("selvedge", level)
+        .with_target("kube_client", LevelFilter::OFF);
     let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(LevelFilter::TRACE)
         .with_writer(std::io::stderr)
         .with_target(false);
     // An error means that a subscriber is there already, as in tests.
     let _ = match format {
-        LogFormat::Text => subscriber.with_ansi(false).try_init(),
-        LogFormat::Json => subscriber.json().flatten_event(true).try_init(),
+        LogFormat::Text => subscriber.with_ansi(false).finish().with(filter).try_init(),
+        LogFormat::Json => {
+            let subscriber = subscriber.json().flatten_event(true);
+            subscriber.finish().with(filter).try_init()
+        }
     };
 }

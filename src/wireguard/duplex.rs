@@ -131,7 +131,7 @@ pub(super) fn both(core: &Core, io: &Io, handover: &Handover) {
 /// while it is away, its return; and sockets are shut down when the thread is to end or to use others,
 /// which wakes it.
 fn wait(handover: &Handover, tun: Option<&Tun>, sockets: [Option<&UdpSocket>; 2]) -> [bool; 2] {
-    let other = tun.map_or(handover.back.as_fd(), |tun| tun.as_fd());
+    let other = tun.map_or_else(|| handover.back.as_fd(), |tun| tun.as_fd());
     // In the place of a family that is not there stands what is waited for anyway.
     let [v4, v6] = sockets.map(|socket| socket.map_or(other, |socket| socket.as_fd()));
     let mut fds = [other, v4, v6].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -145,7 +145,8 @@ fn wait(handover: &Handover, tun: Option<&Tun>, sockets: [Option<&UdpSocket>; 2]
 
 /// Carries packets from the TUN device to the wire while the other thread has too much to do.
 pub(super) fn relief(core: &Core, io: &Io, handover: &Handover) {
-    let mut outward = Outward::default();
+    // Made when it is first needed, which on most machines is never.
+    let mut outward = None;
     let stop = io.stop.as_fd();
     while !io.is_stopping() {
         let mut fds = [handover.go.as_fd(), stop].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -157,6 +158,7 @@ pub(super) fn relief(core: &Core, io: &Io, handover: &Handover) {
                 thread::sleep(RETRY);
                 continue;
             };
+            let outward = outward.get_or_insert_with(Outward::default);
             if outward
                 .packet(core, io, tun, &io.sockets.load(), Time::now())
                 .is_some()
