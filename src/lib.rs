@@ -18,6 +18,7 @@ pub mod kernel;
 pub mod plan;
 pub mod refusal;
 pub mod showconf;
+mod start_up;
 pub mod status;
 pub mod survey;
 pub mod telemetry;
