@@ -17,7 +17,7 @@ use super::configure::Configured;
 use super::drops::{Dropped, Drops};
 use super::indices::Indices;
 use super::key::{PrivateKey, PublicKey};
-use super::novelty::Novelty;
+use super::novelty::{Hearing, Novelty};
 use super::peer::Peer;
 use super::table::Table;
 use super::timers::REKEY_TIMEOUT;
@@ -28,6 +28,8 @@ use super::udp::Endpoint;
 const MAX_QUEUED: usize = 4096;
 /// The most that wait from addresses of peers, and from those that have shown a cookie.
 const MAX_QUEUED_KNOWN: usize = 512;
+/// In a flood those who asked just now are heard only while no more than so many wait.
+const FEW: usize = 16;
 /// So many messages of strangers within [`FLOOD_WINDOW`] mean a flood: to do what 512 of them ask for
 /// in a second takes a tenth of a CPU.
 const FLOOD: u32 = 128;
@@ -207,14 +209,16 @@ impl Jobs {
     ) -> Result<(), Dropped> {
         let address = from.remote.ip();
         let known = self.known.load().contains(&address);
-        let mut flooded = false;
+        let (mut flooded, mut hearing) = (false, Hearing::First);
         if !known && !proven {
             flooded = self.flood.note(now);
             if flooded {
                 self.novelty.get_or_init(Novelty::default);
             }
-            let new = self.novelty.get().is_none_or(|of| of.asks(address, now));
-            if flooded && !new {
+            if let Some(novelty) = self.novelty.get() {
+                hearing = novelty.asks(address, now);
+            }
+            if flooded && hearing == Hearing::Not {
                 return Err(Dropped::RateLimited);
             }
         }
@@ -224,7 +228,8 @@ impl Jobs {
         } else if proven {
             (&mut queue.proven, MAX_QUEUED_KNOWN)
         } else {
-            (&mut queue.strangers, MAX_QUEUED)
+            let few = flooded && hearing != Hearing::First;
+            (&mut queue.strangers, if few { FEW } else { MAX_QUEUED })
         };
         if lane.len() >= limit {
             return Err(Dropped::QueueFull);
@@ -262,7 +267,9 @@ impl Jobs {
                 None
             };
             let message = match proven {
-                None if strangers => queue.strangers.pop_front(),
+                // The newest first: who waited long has asked again meanwhile, and in a flood the
+                // others would have to wait for all that came before them.
+                None if strangers => queue.strangers.pop_back(),
                 proven => proven,
             };
             Job::Message(message?)

@@ -30,6 +30,17 @@ const MARKS: usize = 32;
 /// keeps that one out.
 const ONE_IN: u32 = 64;
 
+/// Whether to listen to who asks.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Hearing {
+    /// It asks for the first time in a while.
+    First,
+    /// It asks again too soon, and is the one in so many that is heard if there is time.
+    Perhaps,
+    /// It asks again too soon.
+    Not,
+}
+
 /// When each address last asked.
 #[derive(Debug)]
 pub(super) struct Novelty {
@@ -55,7 +66,7 @@ impl Default for Novelty {
 
 impl Novelty {
     /// Takes note that an address asks; whether to listen to it.
-    pub(super) fn asks(&self, address: IpAddr, now: Time) -> bool {
+    pub(super) fn asks(&self, address: IpAddr, now: Time) -> Hearing {
         let grains = now.as_duration().as_millis() / GRAIN.as_millis();
         // Time goes round; zero stands for never.
         let now = u16::try_from(grains % u128::from(u16::MAX)).unwrap_or(0) + 1;
@@ -69,7 +80,13 @@ impl Novelty {
             let age = u32::from(now.wrapping_sub(before));
             new |= before == 0 || GRAIN * age >= WHILE;
         }
-        new || self.repeated.fetch_add(1, Ordering::Relaxed) % ONE_IN == ONE_IN - 1
+        if new {
+            Hearing::First
+        } else if self.repeated.fetch_add(1, Ordering::Relaxed) % ONE_IN == ONE_IN - 1 {
+            Hearing::Perhaps
+        } else {
+            Hearing::Not
+        }
     }
 }
 
@@ -83,10 +100,14 @@ mod tests {
         Time::from_duration(Duration::from_millis(1_000_000 + millis))
     }
 
+    fn heard(novelty: &Novelty, address: IpAddr, millis: u64) -> bool {
+        novelty.asks(address, time(millis)) != Hearing::Not
+    }
+
     fn flood(novelty: &Novelty, millis: u64) -> usize {
         let addresses = 0xc612_0000..=0xc612_ffff_u32;
         addresses
-            .filter(|&address| novelty.asks(Ipv4Addr::from(address).into(), time(millis)))
+            .filter(|&address| heard(novelty, Ipv4Addr::from(address).into(), millis))
             .count()
     }
 
@@ -99,7 +120,8 @@ mod tests {
             assert!(heard <= 1025, "{heard} of 65,536 were heard again");
         }
         let newcomers = (0..1000_u32)
-            .filter(|&n| novelty.asks(Ipv4Addr::from(0x0a00_0000 | n).into(), time(7000)))
+            .map(|n| novelty.asks(Ipv4Addr::from(0x0a00_0000 | n).into(), time(7000)))
+            .filter(|&hearing| hearing == Hearing::First)
             .count();
         assert!(newcomers > 900, "only {newcomers} of 1000 were heard");
     }
@@ -109,18 +131,17 @@ mod tests {
         let novelty = Novelty::default();
         let address = IpAddr::from([192, 0, 2, 1]);
         for attempt in 0..10_000 {
-            assert!(novelty.asks(address, time(attempt * 5000)), "{attempt}");
+            let hearing = novelty.asks(address, time(attempt * 5000));
+            assert_eq!(hearing, Hearing::First, "{attempt}");
         }
-        assert!(!novelty.asks(address, time(10_000 * 5000 - 4000)));
+        assert!(!heard(&novelty, address, 10_000 * 5000 - 4000));
     }
 
     #[test]
     fn who_asks_all_the_time_is_heard_now_and_then() {
         let novelty = Novelty::default();
         let address = IpAddr::from([192, 0, 2, 1]);
-        let heard = (0..6400)
-            .filter(|&n| novelty.asks(address, time(n)))
-            .count();
+        let heard = (0..6400).filter(|&n| heard(&novelty, address, n)).count();
         assert!((90..=110).contains(&heard), "{heard} of 6400");
     }
 }
