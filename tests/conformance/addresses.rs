@@ -129,6 +129,25 @@ pub(crate) fn an_ipv6_source_that_is_gone_is_replaced(pairing: Pairing) -> Resul
     right.ping(LEFT4)
 }
 
+/// The address that the peer called goes, and no route with it: what was to leave from it leaves from
+/// another one, and is not lost. wireguard-go's code does not send again either; but it has forgotten the
+/// address before that could be seen.
+pub(crate) fn a_called_address_that_is_gone_costs_no_packet(pairing: Pairing) -> Result<()> {
+    let pair = on_a_cable(pairing, &[1], &[3])?;
+    let (left, right) = (&pair.left, &pair.right);
+    left.ip("link add other type veth peer name nowhere")?;
+    left.ip("link set nowhere up")?;
+    left.ip("link set other up")?;
+    left.ip("address add fd00:bb::1/128 dev other nodad")?;
+    right.ip("route add fd00:bb::1/128 via fd00:aa::1 dev cable")?;
+    right.endpoint(left, "[fd00:bb::1]:1")?;
+    right.ping(LEFT4)?;
+    expect_endpoint(right, left, "[fd00:bb::1]:1")?;
+    left.ip("address delete fd00:bb::1/128 dev other")?;
+    left.ping(RIGHT4).context("the called address is gone")?;
+    expect_endpoint(right, left, "[fd00:aa::1]:1")
+}
+
 pub(crate) fn a_source_of_one_family_does_not_spoil_the_other(pairing: Pairing) -> Result<()> {
     let pair = on_a_cable(pairing, &[1], &[2])?;
     let (left, right) = (&pair.left, &pair.right);
@@ -255,6 +274,8 @@ pairs! {
     a_keepalive_holds_a_nat_open;
     an_ipv4_source_that_is_gone_is_replaced;
     an_ipv6_source_that_is_gone_is_replaced;
+    a_called_address_that_is_gone_costs_no_packet
+        fails with WireguardGo on left: "the peer is at [fd00:aa::1]:1, not at [fd00:bb::1]:1";
     a_source_of_one_family_does_not_spoil_the_other
         fails with WireguardGo on left: "to [fd00:aa::2]:2", right: "to [fd00:aa::2]:2";
     the_answer_comes_from_the_address_that_was_called
