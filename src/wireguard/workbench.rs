@@ -25,9 +25,6 @@ use super::timestamp::{Timestamp, Timestamps};
 use super::transmit::Transmit;
 use super::udp::{Endpoint, Message};
 
-/// The bytes a datagram is longer than what it carries.
-pub const DATAGRAM_OVERHEAD: usize = OVERHEAD;
-
 /// Two devices: what the first one sends, the second one receives.
 pub struct Workbench {
     sender: Side,
