@@ -18,6 +18,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -48,6 +49,14 @@ const WAITING: u64 = 1 << 20;
 
 /// A device takes itself to be under load for a second after the last sign of it.
 const AFTER_LOAD: Duration = Duration::from_millis(1500);
+
+/// Lets one test run at a time: a program that another one starts holds every socket of this process
+/// from its fork until it runs, so a port that a device has left would stay taken.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    // A test that failed is no reason for the others to fail.
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A device, and a line to people who are none of its peers.
 struct Arena {
@@ -181,6 +190,7 @@ fn run_of_datagrams(
 
 #[test]
 fn a_million_datagrams_from_strangers_are_not_answered() {
+    let _alone = alone();
     let run = || -> Result<()> {
         let mut arena = Arena::new()?;
         let mut random = rand::rngs::StdRng::seed_from_u64(11);
@@ -240,6 +250,7 @@ fn a_million_datagrams_from_strangers_are_not_answered() {
 
 #[test]
 fn no_tcp_port_of_a_device_is_open() {
+    let _alone = alone();
     let run = || -> Result<()> {
         let arena = Arena::new()?;
         // The control: somebody else's port is found.
@@ -290,6 +301,7 @@ fn is_taken(space: &Namespace, device: &Device, peer: (PublicKey, PeerConfig)) -
 /// The clock is a day back after a restart: what was remembered on disk decides.
 #[test]
 fn a_clock_that_went_back_a_day_is_made_up_for_by_the_mark_on_disk() {
+    let _alone = alone();
     let run = || -> Result<()> {
         let (left, right) = (Namespace::new("left")?, Namespace::new("right")?);
         left.veth("wire", &right, "wire")?;
