@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -26,7 +25,7 @@ mod values;
 pub use flags::Flags;
 pub use layers::{parse, sentence};
 pub use values::{Listen, Mtu};
-pub(crate) use values::{boolean, link_name, resync_period};
+pub(crate) use values::{boolean, label_key, link_name, resync_period};
 
 /// Where the agent answers `selvedge status`, `doctor` and `graph`.
 pub const CONTROL_SOCKET: &str = "/run/selvedge/selvedge.sock";
@@ -172,7 +171,7 @@ impl Config {
     /// Checks the flags against each other.
     pub fn new(flags: Flags) -> Result<Self, Refusal> {
         let notes = notes(&flags);
-        let subnets = subnets(flags.subnet.0)?;
+        let subnets = flags.subnet.0;
         let service_cidrs = Flags::nets(&flags.service_cidr);
         for (pool, service) in subnets
             .iter()
@@ -184,26 +183,13 @@ impl Config {
                 )));
             }
         }
-        if let Some(url) = &flags.master
-            && !(url.starts_with("https://") || url.starts_with("http://"))
-        {
-            return Err(Refusal::usage(format!(
-                "--master {url:?} is not a URL such as https://10.0.0.1:6443"
-            )));
-        }
-        if flags.topology_label.is_empty() {
-            return Err(Refusal::usage(
-                "--topology-label is empty: name a Node label",
-            ));
-        }
-
         Ok(Self {
             node: NodeName(match flags.hostname {
                 Some(name) => name,
                 None => own_name()?,
             }),
             kubeconfig: flags.kubeconfig.filter(|path| !path.as_os_str().is_empty()),
-            master: flags.master,
+            master: flags.master.filter(|url| !url.is_empty()),
             topology_label: flags.topology_label,
             granularity: flags.mesh_granularity,
             subnets,
@@ -255,36 +241,6 @@ impl Config {
             .copied()
             .find(|net| matches!(net, IpNet::V6(_)) == v6)
     }
-}
-
-fn subnets(pools: Vec<IpNet>) -> Result<Vec<IpNet>, Refusal> {
-    let of_family = |v6| {
-        pools
-            .iter()
-            .filter(|net| net.addr().is_ipv6() == v6)
-            .count()
-    };
-    if pools.is_empty() || of_family(false) > 1 || of_family(true) > 1 {
-        return Err(Refusal::usage(
-            "--subnet takes one CIDR, or one of each family separated by a comma",
-        ));
-    }
-    for pool in &pools {
-        let host_bits = pool.max_prefix_len() - pool.prefix_len();
-        if host_bits < 2 {
-            return Err(Refusal::usage(format!(
-                "--subnet {pool} is too small: it must hold an address for each region"
-            )));
-        }
-        if matches!(pool.network(), IpAddr::V4(net) if net.is_loopback() || net.is_multicast())
-            || pool.prefix_len() == 0
-        {
-            return Err(Refusal::usage(format!(
-                "--subnet {pool} is no network of unicast addresses"
-            )));
-        }
-    }
-    Ok(pools)
 }
 
 /// The Node this machine is, where nobody said: the downward API's usual variable, else the host.

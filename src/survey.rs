@@ -18,6 +18,7 @@ use crate::agent::resolve;
 use crate::cluster::node::{self, NodeObject, ParseSettings};
 use crate::cluster::peer::{self, PeerObject};
 use crate::cluster::{Rejected, annotation, kubeconfig};
+use crate::config;
 use crate::refusal::Refusal;
 use crate::topology::{Endpoint, Granularity, Node, Settings, Snapshot, Topology};
 
@@ -41,11 +42,8 @@ pub struct Args {
     #[arg(long, value_name = "GRANULARITY", default_value = "auto", value_parser = granularity)]
     pub mesh_granularity: Auto,
     /// Node label that names the region
-    #[arg(
-        long,
-        value_name = "LABEL",
-        default_value = "topology.kubernetes.io/region"
-    )]
+    #[arg(long, value_name = "LABEL", default_value = "topology.kubernetes.io/region",
+          value_parser = config::label_key)]
     pub topology_label: String,
     /// The agents' --internal-cidr, where they have one (comma separated)
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = cidr)]

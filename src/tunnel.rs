@@ -18,16 +18,16 @@ use crate::wireguard::{DEFAULT_MTU, Device, Options, uapi};
 /// The flags of `selvedge tunnel`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// The name of the network interface to make.
+    /// Name of the network interface to make
     pub interface: String,
-    /// Stays in the foreground, which it does anyway; taken for the sake of wg-quick.
+    /// Changes nothing: it stays in the foreground anyway; for the sake of wg-quick
     #[arg(short, long)]
     pub foreground: bool,
-    /// The MTU of the interface in bytes.
-    #[arg(long, default_value_t = DEFAULT_MTU, value_parser = clap::value_parser!(u32).range(68..=65_535))]
+    /// MTU of the interface in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MTU, value_parser = clap::value_parser!(u32).range(68..=65_535))]
     pub mtu: u32,
-    /// What is logged: all, debug, info, warn, error or none.
-    #[arg(long, env = "LOG_LEVEL", default_value = "info")]
+    /// What is logged: all, debug, info, warn, error or none
+    #[arg(long, value_name = "LEVEL", env = "LOG_LEVEL", default_value = "info")]
     pub log_level: LogLevel,
 }
 

@@ -664,7 +664,11 @@ mod anything {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(512))]
+        #![proptest_config(ProptestConfig {
+            // PROPTEST_CASES asks for more.
+            cases: ProptestConfig::default().cases.max(512),
+            ..ProptestConfig::default()
+        })]
 
         /// Whatever stands on one node, no agent panics and no other region loses its pods.
         #[test]

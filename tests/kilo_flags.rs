@@ -109,7 +109,13 @@ const KG: [Flag; 27] = [
     ),
     flag("local", "true", NoMeaning, "false", &["no"]),
     flag("log-level", "info", Same, "debug", &["loud", ""]),
-    flag("master", "", Same, "https://10.0.0.1:6443", &["10.0.0.1"]),
+    flag(
+        "master",
+        "",
+        Same,
+        "https://10.0.0.1:6443",
+        &["10.0.0.1", "https://", "ftp://10.0.0.1", "https://a b"],
+    ),
     // And cross.
     flag(
         "mesh-granularity",
@@ -134,14 +140,21 @@ const KG: [Flag; 27] = [
         "10.4.0.0/16",
         Same,
         "10.5.0.0/16",
-        &["10.4.0.0", "10.4.0.0/31"],
+        &[
+            "10.4.0.0",
+            "10.4.0.0/31",
+            "224.0.0.0/8",
+            "169.254.0.0/16",
+            "ff00::/16",
+            "10.4.0.0/16,10.5.0.0/16",
+        ],
     ),
     flag(
         "topology-label",
         "topology.kubernetes.io/region",
         Same,
         "example.com/site",
-        &[""],
+        &["", "a b", "/region", "example.com/", "a/b/c"],
     ),
     // Of the program and not of its agent.
     flag("version", "", Same, "", &[]),
@@ -321,15 +334,14 @@ fn a_bad_value_is_refused_in_one_sentence_wherever_it_stands() {
                 &["--hostname=a"]
             };
             let told = refusal(hostname, &[(&variable, bad)]);
-            assert!(
-                told.contains(&variable) || told.contains(&format!("--{name}")),
-                "{variable}={bad}: {told}"
-            );
+            let blamed = format!("selvedge: {variable} ");
+            assert!(told.starts_with(&blamed), "{variable}={bad}: {told}");
 
             std::fs::write(&file, format!("# ours\n{name}: {bad}\n")).unwrap();
             let config = format!("--config={}", file.display());
             let told = refusal(&[hostname, &[config.as_str()]].concat(), &[]);
-            assert!(told.contains(name), "{name}: {bad} in a file: {told}");
+            let line = format!("selvedge: line 2 of {}: {name} ", file.display());
+            assert!(told.starts_with(&line), "{name}: {bad} in a file: {told}");
         }
     }
 }

@@ -528,7 +528,9 @@ fn beside_a_real_kilo_the_topology_is_kilos() {
 fn config() -> ProptestConfig {
     ProptestConfig {
         failure_persistence: None,
-        ..ProptestConfig::with_cases(1000)
+        // PROPTEST_CASES asks for more.
+        cases: ProptestConfig::default().cases.max(1000),
+        ..ProptestConfig::default()
     }
 }
 

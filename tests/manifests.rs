@@ -630,6 +630,67 @@ fn every_bad_peer_is_refused_by_the_api() {
     assert!(accepted.is_empty(), "accepted of {count}: {accepted:#?}");
 }
 
+#[test]
+fn the_networks_that_no_peer_may_claim_are_written_as_people_write_lists() {
+    let cluster = cluster();
+    let api = cluster.api();
+    // Lists of its own, for labelled Peers alone: other tests' Peers are judged at the same time.
+    let label = json!({"list": "of-people"});
+    let policies = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings";
+    let list = "/api/v1/namespaces/kube-system/configmaps";
+    let config_map = json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "of-people"},
+        "data": {"networks": " 172.31.0.0/16 , fd31::/16,\n"},
+    });
+    api.create(list, &config_map).unwrap();
+    let binding = json!({
+        "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicyBinding",
+        "metadata": {"name": "of-people"},
+        "spec": {
+            "policyName": "selvedge-peers", "validationActions": ["Deny"],
+            "paramRef": {"name": "of-people", "namespace": "kube-system", "parameterNotFoundAction": "Allow"},
+            "matchResources": {"objectSelector": {"matchLabels": label}},
+        },
+    });
+    api.create(policies, &binding).unwrap();
+    let create = |net: &str| {
+        let peer = json!({
+            "apiVersion": "kilo.squat.ai/v1alpha1", "kind": "Peer",
+            "metadata": {"name": "of-people", "labels": label},
+            "spec": {"allowedIPs": [net], "publicKey": KEY},
+        });
+        let (status, answer) = api
+            .request("POST", PEERS, "application/json", Some(&peer))
+            .unwrap();
+        if status == 201 {
+            api.delete(&format!("{PEERS}/of-people")).unwrap();
+        }
+        (status, answer.to_string())
+    };
+
+    wait_for("a list with spaces", Duration::from_secs(30), || {
+        create("172.31.7.0/24").0 == 422
+    })
+    .unwrap();
+    assert_eq!(create("fd31:7::/64").0, 422);
+    assert_eq!(create("172.30.7.0/24").0, 201);
+
+    let mistake = json!({"data": {"networks": "172.31.0.0,10.42.0.0/16"}});
+    let (status, answer) = patch(api, &format!("{list}/of-people"), &mistake);
+    assert_eq!(status, 200, "{answer}");
+    let mut told = (201, String::new());
+    wait_for("a list with a mistake", Duration::from_secs(30), || {
+        told = create("172.30.7.0/24");
+        told.0 != 201
+    })
+    .unwrap();
+    assert!(
+        told.1
+            .contains("selvedge-networks holds 172.31.0.0, which is no network"),
+        "{told:?}"
+    );
+}
+
 /// Points of small order (RFC 7748, 6.1), also with the bit set that is ignored.
 const LOW_ORDER: [&str; 14] = [
     "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",

@@ -32,37 +32,40 @@ pub struct Flags {
     pub(super) config: Option<PathBuf>,
 
     // Kubernetes
-    /// Kubeconfig to reach the API server with [default: this node's own ways, see the guide]
+    /// Kubeconfig to reach the API server with [default: the pod's service account, by the first way
+    /// to a server that answers: this host's own, then the cluster's service]
     #[arg(long, value_name = "FILE", help_heading = KUBERNETES)]
     pub(super) kubeconfig: Option<PathBuf>,
     /// URL of the API server, instead of the kubeconfig's
-    #[arg(long, value_name = "URL", help_heading = KUBERNETES)]
+    #[arg(long, value_name = "URL", help_heading = KUBERNETES, value_parser = values::master)]
     pub(super) master: Option<String>,
     /// Name of this machine's Node object [default: NODE_NAME, else the host's name]
     #[arg(long, value_name = "NODE", help_heading = KUBERNETES, value_parser = values::node_name)]
     pub(super) hostname: Option<String>,
     /// Node label that names the region
-    #[arg(long, value_name = "LABEL", help_heading = KUBERNETES,
+    #[arg(long, value_name = "LABEL", help_heading = KUBERNETES, value_parser = values::label_key,
           default_value = "topology.kubernetes.io/region")]
     pub(super) topology_label: String,
 
     // Mesh
     /// What gets tunnels: `location`, a leader of each region; `cross`, every node, to the nodes of
     /// other regions; `full`, every node, to all others
-    #[arg(long, help_heading = MESH, default_value = "location", value_parser = values::granularity)]
+    #[arg(long, value_name = "GRANULARITY", help_heading = MESH, default_value = "location",
+          value_parser = values::granularity)]
     pub(super) mesh_granularity: Granularity,
     /// Pool of the leaders' WireGuard addresses; one CIDR, or one of each family
-    #[arg(long, value_name = "CIDR", help_heading = MESH, default_value = "10.4.0.0/16")]
+    #[arg(long, value_name = "CIDR", help_heading = MESH, default_value = "10.4.0.0/16",
+          value_parser = values::pools)]
     pub(super) subnet: Cidrs,
     /// Inside a region: `always` and `crosssubnet` go as flannel goes, `never` directly where it can
-    #[arg(long, help_heading = MESH, default_value = "always")]
+    #[arg(long, value_name = "WHEN", help_heading = MESH, default_value = "always")]
     pub(super) encapsulate: Encapsulation,
     /// Service CIDRs: never masqueraded for VPN peers (repeatable)
     #[arg(long, value_name = "CIDR", help_heading = MESH)]
     pub(super) service_cidr: Vec<Cidrs>,
     /// What happens to traffic for a region whose tunnel is down: `closed` refuses it, `open` leaves
     /// it to flannel, in clear
-    #[arg(long, help_heading = MESH, default_value = "closed")]
+    #[arg(long, value_name = "HOW", help_heading = MESH, default_value = "closed")]
     pub(super) on_tunnel_down: OnTunnelDown,
 
     // This node
@@ -74,13 +77,14 @@ pub struct Flags {
     #[arg(long, help_heading = NODE, default_value = "51820", value_parser = values::port)]
     pub(super) port: u16,
     /// MTU of the tunnel's link: `auto`, or bytes
-    #[arg(long, help_heading = NODE, default_value = "auto")]
+    #[arg(long, value_name = "BYTES", help_heading = NODE, default_value = "auto")]
     pub(super) mtu: Mtu,
     /// Take the private address from these CIDRs only (repeatable)
     #[arg(long, value_name = "CIDR", help_heading = NODE)]
     pub(super) internal_cidr: Vec<Cidrs>,
     /// Publish the private address as the endpoint, where there is one
-    #[arg(long, help_heading = NODE, default_value = "false", value_parser = values::boolean,
+    #[arg(long, value_name = "BOOL", help_heading = NODE, default_value = "false",
+          value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) prioritise_private_addresses: bool,
     /// How often everything is looked at again, besides at every change
@@ -107,7 +111,8 @@ pub struct Flags {
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) clean_up: Option<bool>,
     /// With --clean-up, remove the tunnel's link too
-    #[arg(long, help_heading = NODE, default_value = "false", value_parser = values::boolean,
+    #[arg(long, value_name = "BOOL", help_heading = NODE, default_value = "false",
+          value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) clean_up_interface: bool,
 
@@ -132,10 +137,11 @@ pub struct Flags {
 
     // Accepted because Kilo has them
     /// Only `kubernetes`
-    #[arg(long, help_heading = KILO, default_value = "kubernetes", value_parser = ["kubernetes"])]
+    #[arg(long, value_name = "STORE", help_heading = KILO, default_value = "kubernetes",
+          value_parser = ["kubernetes"], hide_possible_values = true)]
     pub(super) backend: String,
     /// Only `flannel`, the default
-    #[arg(long, help_heading = KILO, default_value = "flannel")]
+    #[arg(long, value_name = "CNI", help_heading = KILO, default_value = "flannel")]
     pub(super) compatibility: Compatibility,
     /// flannel manages the CNI configuration
     #[arg(long, value_name = "BOOL", help_heading = KILO, value_parser = values::boolean,

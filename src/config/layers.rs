@@ -20,6 +20,23 @@ struct Layered {
     origin: String,
 }
 
+/// What a flag is given in the file, and on which of its lines, counted from 1.
+struct Written {
+    value: String,
+    lines: Vec<usize>,
+}
+
+impl Written {
+    fn place(&self) -> String {
+        let lines: Vec<_> = self.lines.iter().map(usize::to_string).collect();
+        let lines = lines.join(", ");
+        match self.lines.len() {
+            1 => format!("line {lines}"),
+            _ => format!("lines {lines}"),
+        }
+    }
+}
+
 /// Parses the arguments of `command`; its subcommands' flags may also stand in the environment and in
 /// the file of `--config`.
 ///
@@ -46,12 +63,11 @@ pub fn parse(
                 origin: variable.clone(),
             });
         let layer = from_environment.or_else(|| {
-            file.get(name).map(|value| Layered {
-                value: value.clone(),
-                origin: format!(
-                    "{name} in {}",
-                    path.as_deref().unwrap_or_default().display()
-                ),
+            let line = file.get(name)?;
+            let path = path.as_deref().unwrap_or_default().display();
+            Some(Layered {
+                value: line.value.clone(),
+                origin: format!("{} of {path}: {name}", line.place()),
             })
         });
         if let Some(layer) = layer {
@@ -183,13 +199,13 @@ fn config_file(args: &[OsString], environment: &BTreeMap<String, String>) -> Opt
 }
 
 /// Lines of `name: value` or `name=value`; a name that comes again adds to the list.
-fn read_file(path: &Path, command: &Command) -> Result<BTreeMap<String, String>, Refusal> {
+fn read_file(path: &Path, command: &Command) -> Result<BTreeMap<String, Written>, Refusal> {
     let shown = path.display();
     let text = std::fs::read_to_string(path).map_err(|error| {
         Refusal::configuration(format!("cannot read --config {shown}: {error}"))
     })?;
     let known = flag_names(command);
-    let mut values = BTreeMap::<String, String>::new();
+    let mut values = BTreeMap::<String, Written>::new();
     for (number, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
         let line = line.split(" #").next().unwrap_or(line).trim();
         if line.is_empty() || line.starts_with('#') {
@@ -211,10 +227,14 @@ fn read_file(path: &Path, command: &Command) -> Result<BTreeMap<String, String>,
         values
             .entry(name.to_owned())
             .and_modify(|list| {
-                list.push(',');
-                list.push_str(value);
+                list.value.push(',');
+                list.value.push_str(value);
+                list.lines.push(number + 1);
             })
-            .or_insert_with(|| value.to_owned());
+            .or_insert_with(|| Written {
+                value: value.to_owned(),
+                lines: vec![number + 1],
+            });
     }
     Ok(values)
 }
@@ -382,7 +402,7 @@ mod tests {
             (&["--nosuch"], "unexpected argument '--nosuch' found"),
             (
                 &["--hostname=a", "--subnet=10.4.0.0/31"],
-                "--subnet 10.4.0.0/31 is too small: it must hold an address for each region",
+                "--subnet \"10.4.0.0/31\": is too small: it must hold an address for each region",
             ),
             (
                 &["--hostname=a", "--service-cidr=10.4.1.0/24"],
@@ -390,7 +410,19 @@ mod tests {
             ),
             (
                 &["--hostname=a", "--master=10.0.0.1"],
-                "--master \"10.0.0.1\" is not a URL such as https://10.0.0.1:6443",
+                "--master \"10.0.0.1\": must be a URL such as https://10.0.0.1:6443",
+            ),
+            (
+                &["--topology-label=the region"],
+                "--topology-label \"the region\": must be the key of a Node label, such as topology.kubernetes.io/region",
+            ),
+            (
+                &["--subnet=169.254.0.0/16"],
+                "--subnet \"169.254.0.0/16\": is no network of unicast addresses",
+            ),
+            (
+                &["--subnet=10.4.0.0/16,10.5.0.0/16"],
+                "--subnet \"10.4.0.0/16,10.5.0.0/16\": must be one CIDR, or one of each family separated by a comma",
             ),
             (
                 &["--interface=a/b"],
@@ -418,6 +450,40 @@ mod tests {
                 .starts_with("SELVEDGE_MTU \"x\": must be auto"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_bad_value_in_the_file_is_blamed_on_its_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("c");
+        let told = |text: &str, args: &[&str]| {
+            std::fs::write(&file, text).unwrap();
+            let path = ["--config", file.to_str().unwrap()];
+            config(&[&path, args].concat(), &[]).map_err(|error| error.sentence)
+        };
+        let shown = file.display();
+
+        assert_eq!(
+            told("# ours\n\nmtu: x\n", &[]).unwrap_err(),
+            format!(
+                "line 3 of {shown}: mtu \"x\": must be auto or a number of bytes in the range 576 to 65455"
+            )
+        );
+        // A list has as many lines as the file gives it.
+        assert_eq!(
+            told(
+                "service-cidr: 10.43.0.0/16\nport: 1\nservice-cidr: y\n",
+                &[]
+            )
+            .unwrap_err(),
+            format!(
+                "lines 1, 3 of {shown}: service-cidr \"10.43.0.0/16,y\": \"y\" is not a CIDR such as 10.43.0.0/16"
+            )
+        );
+        // A flag that wins is not held responsible for the line it wins over, nor the line for the flag.
+        assert!(told("mtu: x\n", &["--mtu=1300", "--hostname=a"]).is_ok());
+        let error = told("mtu: 1300\n", &["--mtu=y"]).unwrap_err();
+        assert!(error.starts_with("--mtu \"y\""), "{error}");
     }
 
     #[test]

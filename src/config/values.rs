@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
-use crate::topology::Granularity;
+use crate::topology::{Granularity, is_unicast};
 
 /// Go's `strconv.ParseBool`, which every flag of Kilo's goes through.
 pub(crate) fn boolean(text: &str) -> Result<bool, String> {
@@ -109,6 +109,61 @@ impl FromStr for Cidrs {
             })
             .collect::<Result<_, _>>()
             .map(Self)
+    }
+}
+
+/// `--subnet`: the pools of WireGuard addresses, at most one of each family.
+pub(super) fn pools(text: &str) -> Result<Cidrs, String> {
+    let Cidrs(pools) = text.parse::<Cidrs>()?;
+    let of_family = |v6| {
+        pools
+            .iter()
+            .filter(|net| net.addr().is_ipv6() == v6)
+            .count()
+    };
+    if pools.is_empty() || of_family(false) > 1 || of_family(true) > 1 {
+        return Err("must be one CIDR, or one of each family separated by a comma".into());
+    }
+    for pool in &pools {
+        if pool.max_prefix_len() - pool.prefix_len() < 2 {
+            return Err("is too small: it must hold an address for each region".into());
+        }
+        if pool.prefix_len() == 0 || !is_unicast(pool.network()) {
+            return Err("is no network of unicast addresses".into());
+        }
+    }
+    Ok(Cidrs(pools))
+}
+
+/// `--master`: a URL of HTTP; empty, Kilo's default, is none.
+pub(super) fn master(text: &str) -> Result<String, String> {
+    let valid = text.parse::<http::Uri>().is_ok_and(|url| {
+        matches!(url.scheme_str(), Some("https" | "http"))
+            && url.host().is_some_and(|host| !host.is_empty())
+    });
+    if text.is_empty() || valid {
+        Ok(text.into())
+    } else {
+        Err("must be a URL such as https://10.0.0.1:6443".into())
+    }
+}
+
+/// The key of a Node's label: a name of at most 63 characters, behind a DNS subdomain and a slash or not.
+pub(crate) fn label_key(text: &str) -> Result<String, String> {
+    let (prefix, name) = match text.split_once('/') {
+        Some((prefix, name)) => (Some(prefix), name),
+        None => (None, text),
+    };
+    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+    let inside = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let is_name = name.len() <= 63
+        && edge(name.chars().next())
+        && edge(name.chars().last())
+        && name.chars().all(inside);
+    if is_name && prefix.is_none_or(|prefix| node_name(prefix).is_ok()) {
+        Ok(text.into())
+    } else {
+        Err("must be the key of a Node label, such as topology.kubernetes.io/region".into())
     }
 }
 

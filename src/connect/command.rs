@@ -48,11 +48,11 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     private_key: Option<PathBuf>,
     /// Delete the Peer at the end, if this command made it
-    #[arg(long, default_value = "true", value_parser = config::boolean,
+    #[arg(long, value_name = "BOOL", default_value = "true", value_parser = config::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     clean_up: bool,
     /// MTU of the tunnel's link in bytes
-    #[arg(long, default_value = "1420", value_parser = clap::value_parser!(u32).range(576..=65_455))]
+    #[arg(long, value_name = "BYTES", default_value = "1420", value_parser = clap::value_parser!(u32).range(576..=65_455))]
     mtu: u32,
     /// How often to look at the cluster
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = config::resync_period)]
