@@ -22,6 +22,7 @@ mod netlink;
 mod nfnetlink;
 pub mod nft;
 mod ownership;
+pub(crate) mod program;
 mod route;
 mod rule;
 mod ruleset;

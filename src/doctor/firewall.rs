@@ -3,15 +3,19 @@
 //! In nf_tables one table's accept does not protect from another's drop, so the agent can only tell.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 
 use super::Finding;
+use crate::kernel::program::{self, Failure};
 
 /// The agent's own table.
 const OWN: &str = "selvedge";
+/// How long `nft` may take to list thousands of rules of a busy host's.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// All rules of this network namespace, as `nft` lists them.
 #[expect(
@@ -19,11 +23,16 @@ const OWN: &str = "selvedge";
     reason = "nft is the one program the product runs"
 )]
 pub(super) fn ruleset() -> anyhow::Result<Value> {
-    let output = Command::new("nft")
-        .args(["-j", "list", "ruleset"])
-        .stdin(Stdio::null())
-        .output()
-        .context("running nft")?;
+    let mut command = Command::new("nft");
+    command.args(["-j", "list", "ruleset"]);
+    let output = match program::run(&mut command, b"", PATIENCE) {
+        Ok(output) => output,
+        Err(Failure::NotRun(error)) => return Err(error).context("running nft"),
+        Err(Failure::Late(_)) => bail!(
+            "nft does not answer within {} s: see what holds nf_tables on this node (ps -e, dmesg)",
+            PATIENCE.as_secs()
+        ),
+    };
     ensure!(
         output.status.success(),
         "nft says {}",

@@ -5,13 +5,15 @@
 //! any time which rules these are and whether somebody touched them, whatever the version of `nft`
 //! makes of them. nf_tables' generation number tells for free that nothing has changed since.
 
-use std::io::{self, Write as _};
-use std::process::{Command, Output, Stdio};
+use std::io;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, anyhow, bail, ensure};
 
 use super::nfnetlink::Nfnetlink;
 use super::nft::{self, SEAL, TABLE, digest, render};
+use super::program::{self, Failure};
 use crate::plan::{Firewall, FirewallId};
 use crate::refusal::Refusal;
 
@@ -19,6 +21,12 @@ use crate::refusal::Refusal;
 const SEALED: &str = "installed";
 /// How much of what `nft` complains about is passed on, in bytes: the first line and the culprit.
 const MAX_COMPLAINT: usize = 400;
+/// How long `nft` may take. A table for 5,000 nodes takes it well below a second; what takes longer
+/// than this waits for a lock or in the kernel, and nobody knows for how long.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long `nft` is left alone after that. All else on the node waits while it is tried, so it gets
+/// half of the time at most.
+const REST: Duration = PATIENCE;
 
 /// The agent's table in the kernel.
 #[derive(Debug)]
@@ -26,6 +34,14 @@ pub(super) struct Rulesets {
     netlink: Nfnetlink,
     /// What was found last, and nf_tables' generation before that.
     last: Option<(u32, Option<FirewallId>)>,
+    nft: Nft,
+}
+
+/// The program `nft`.
+#[derive(Debug, Default)]
+struct Nft {
+    /// One that took too long and was killed, and when.
+    late: Option<(Child, Instant)>,
 }
 
 /// The table's counters, in packets.
@@ -45,6 +61,7 @@ impl Rulesets {
         Ok(Self {
             netlink: Nfnetlink::open().context("opening a socket to nf_tables")?,
             last: None,
+            nft: Nft::default(),
         })
     }
 
@@ -61,7 +78,7 @@ impl Rulesets {
             return Ok(id);
         }
         let id = if self.exists()? {
-            match list() {
+            match self.nft.list() {
                 Ok(listing) => Some(sealed(&listing).unwrap_or(FirewallId::UNKNOWN)),
                 // Without `nft` nothing is known of the table; whoever replaces or deletes it is told
                 // why not, and all else goes on.
@@ -78,7 +95,7 @@ impl Rulesets {
     }
 
     /// Replaces the table, or makes it, in one transaction.
-    pub(super) fn replace(&self, firewall: &Firewall) -> anyhow::Result<()> {
+    pub(super) fn replace(&mut self, firewall: &Firewall) -> anyhow::Result<()> {
         for name in firewall.vxlan.keys().chain([&firewall.tunnel]) {
             // The kernel allows nearly everything in a name, nft's language does not.
             ensure!(
@@ -88,10 +105,10 @@ impl Rulesets {
             );
         }
         let text = render(firewall);
-        run(&["-f", "-"], &text)?;
-        let content = digest(list()?.as_bytes());
+        self.nft.run(&["-f", "-"], &text)?;
+        let content = digest(self.nft.list()?.as_bytes());
         let comment = seal(firewall.id(), content);
-        run(
+        self.nft.run(
             &["-f", "-"],
             &format!("add rule inet {TABLE} {SEAL} continue comment \"{comment}\"\n"),
         )?;
@@ -101,7 +118,7 @@ impl Rulesets {
     /// Deletes the table. It is no error if there is none.
     pub(super) fn delete(&mut self) -> anyhow::Result<()> {
         if self.exists()? {
-            run(&["delete", "table", "inet", TABLE], "")?;
+            self.nft.run(&["delete", "table", "inet", TABLE], "")?;
         }
         Ok(())
     }
@@ -165,34 +182,64 @@ fn is_plain(name: &str) -> bool {
     !name.is_empty() && name.bytes().all(plain)
 }
 
-/// The table as `nft` prints it, without what counters say.
-fn list() -> anyhow::Result<String> {
-    run(&["--stateless", "list", "table", "inet", TABLE], "")
+impl Nft {
+    /// The table as `nft` prints it, without what counters say.
+    fn list(&mut self) -> anyhow::Result<String> {
+        self.run(&["--stateless", "list", "table", "inet", TABLE], "")
+    }
+
+    /// Runs `nft` and returns what it prints.
+    fn run(&mut self, arguments: &[&str], input: &str) -> anyhow::Result<String> {
+        self.look_after_late()?;
+        let output = match program::run(&mut nft(arguments), input.as_bytes(), PATIENCE) {
+            Ok(output) => output,
+            Err(Failure::NotRun(error)) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(missing().into());
+            }
+            Err(Failure::NotRun(error)) => return Err(error).context("running the program nft"),
+            Err(Failure::Late(child)) => {
+                self.late = Some((child, now()));
+                return Err(late());
+            }
+        };
+        if !output.status.success() {
+            let complaint = String::from_utf8_lossy(&output.stderr);
+            let complaint: String = complaint
+                .trim()
+                .escape_debug()
+                .take(MAX_COMPLAINT)
+                .collect();
+            bail!(
+                "nft {}: {complaint} ({})",
+                arguments.join(" "),
+                output.status
+            );
+        }
+        String::from_utf8(output.stdout).context("reading what nft printed")
+    }
+
+    /// Refuses while one that took too long has not gone, so that there are never two of them, and for
+    /// as long as `nft` is left alone.
+    fn look_after_late(&mut self) -> anyhow::Result<()> {
+        if let Some((child, killed)) = &mut self.late {
+            let gone = !matches!(child.try_wait(), Ok(None));
+            if !gone || killed.elapsed() < REST {
+                return Err(late());
+            }
+            self.late = None;
+        }
+        Ok(())
+    }
 }
 
-/// Runs `nft` and returns what it prints.
-fn run(arguments: &[&str], input: &str) -> anyhow::Result<String> {
-    let output = match spawn(arguments, input) {
-        Ok(output) => output,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(missing().into());
-        }
-        Err(error) => return Err(error).context("running the program nft"),
-    };
-    if !output.status.success() {
-        let complaint = String::from_utf8_lossy(&output.stderr);
-        let complaint: String = complaint
-            .trim()
-            .escape_debug()
-            .take(MAX_COMPLAINT)
-            .collect();
-        bail!(
-            "nft {}: {complaint} ({})",
-            arguments.join(" "),
-            output.status
-        );
-    }
-    String::from_utf8(output.stdout).context("reading what nft printed")
+#[expect(
+    clippy::disallowed_methods,
+    reason = "nft is the one program the agent runs: no maintained crate speaks enough of nf_tables"
+)]
+fn nft(arguments: &[&str]) -> Command {
+    let mut command = Command::new("nft");
+    command.args(arguments).env("LC_ALL", "C");
+    command
 }
 
 fn missing() -> Refusal {
@@ -201,24 +248,17 @@ fn missing() -> Refusal {
     )
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "nft is the one program the agent runs: no maintained crate speaks enough of nf_tables"
-)]
-fn spawn(arguments: &[&str], input: &str) -> io::Result<Output> {
-    let mut child = Command::new("nft")
-        .args(arguments)
-        .env("LC_ALL", "C")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    // nft reads all of its input before it prints anything, so this cannot block for ever. If it
-    // ended early, its status says why.
-    if let Some(mut stdin) = child.stdin.take() {
-        let _ = stdin.write_all(input.as_bytes());
-    }
-    child.wait_with_output()
+/// One sentence for all calls, so that it is told once.
+fn late() -> anyhow::Error {
+    anyhow!(
+        "the program nft took longer than {} s and was ended, so the firewall stays as it is while all else goes on; it is tried again, but see what holds nf_tables on this node (ps -e, dmesg)",
+        PATIENCE.as_secs()
+    )
+}
+
+#[expect(clippy::disallowed_methods, reason = "the shell reads the clock")]
+fn now() -> Instant {
+    Instant::now()
 }
 
 #[cfg(test)]
