@@ -25,7 +25,7 @@ mod values;
 pub use flags::Flags;
 pub use layers::{parse, sentence};
 pub use values::{Listen, Mtu};
-pub(crate) use values::{boolean, label_key, link_name, resync_period};
+pub(crate) use values::{boolean, label_key, link_name, port, resync_period};
 
 /// Where the agent answers `selvedge status`, `doctor` and `graph`.
 pub const CONTROL_SOCKET: &str = "/run/selvedge/selvedge.sock";

@@ -483,6 +483,22 @@ fn a_bad_value_of_a_commands_is_refused_in_one_sentence() {
             &["connect", "--resync-period=30"],
             "--resync-period \"30\": must be a duration",
         ),
+        (
+            &["graph", "--port=x"],
+            "--port \"x\": must be a port in the range 1 to 65535",
+        ),
+        (
+            &["showconf", "node", "a", "--port=0"],
+            "--port \"0\": must be a port in the range 1 to 65535",
+        ),
+        (
+            &["connect", "--port=65536"],
+            "--port \"65536\": must be a port in the range 1 to 65535",
+        ),
+        (
+            &["graph", "--topology-label=a b"],
+            "--topology-label \"a b\": must be the key of a Node label",
+        ),
         (&["nosuch"], "unrecognized subcommand 'nosuch'"),
     ] {
         let output = selvedge(arguments);

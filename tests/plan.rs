@@ -25,6 +25,8 @@ mod golden;
 mod golden_000;
 #[path = "plan/golden_002.rs"]
 mod golden_002;
+#[path = "plan/kilo_nat.rs"]
+mod kilo_nat;
 #[path = "plan/leaders.rs"]
 mod leaders;
 #[path = "plan/locations.rs"]

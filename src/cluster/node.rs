@@ -247,7 +247,7 @@ impl<'a> Reader<'a> {
             self.refusals.add(
                 annotation::LEADER,
                 text,
-                "any value counts as true; remove the annotation to withdraw the wish",
+                "the node may lead all the same, since any value counts; remove the annotation to withdraw the wish",
             );
         }
         true

@@ -63,7 +63,7 @@ pub(crate) fn resync_period(text: &str) -> Result<Duration, String> {
 }
 
 /// A UDP port; Kilo's wording without its misspelling.
-pub(super) fn port(text: &str) -> Result<u16, String> {
+pub(crate) fn port(text: &str) -> Result<u16, String> {
     match u16::from_str(text) {
         Ok(port) if port != 0 => Ok(port),
         Ok(_) | Err(_) => Err("must be a port in the range 1 to 65535".into()),

@@ -64,8 +64,8 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", default_value = "10")]
     persistent_keepalive: u16,
     /// UDP port to listen on [default: a free one]
-    #[arg(long, default_value = "0", hide_default_value = true)]
-    port: u16,
+    #[arg(long, value_parser = config::port)]
+    port: Option<u16>,
     /// What is logged: all, debug, info, warn, error or none
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: LogLevel,
@@ -163,7 +163,7 @@ async fn connect(
 
     let device = Device::start(Options {
         mtu: args.mtu,
-        listen_port: args.port,
+        listen_port: args.port.unwrap_or(0),
         fwmark: FWMARK,
         ..Options::new(args.interface.as_str())
     });

@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use super::{Format, render};
+use crate::config;
 use crate::survey;
 
 /// Flags of `selvedge graph`.
@@ -13,7 +14,7 @@ pub struct Args {
     #[arg(long, short, value_name = "FORMAT", default_value = "dot")]
     format: Format,
     /// Changes nothing: a graph has no port
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, value_parser = config::port)]
     port: Option<u16>,
     #[command(flatten)]
     cluster: survey::Args,

@@ -38,8 +38,10 @@ pub(super) fn firewall(site: &Site<'_>) -> Firewall {
         .chain(site.outside_neighbours().flat_map(|node| &node.pod_cidrs));
     let peers = topology.peers.iter().flat_map(|peer| &peer.allowed_ips);
     let masquerade_sources = peers.copied().collect::<BTreeSet<_>>();
+    // On every node of the region, as Kilo has it: what is offered may be behind one that does not lead,
+    // and hosts there know that node at best.
     let masquerade_destinations = site
-        .led()
+        .segment
         .into_iter()
         .flat_map(|segment| segment.allowed_location_ips.iter().copied())
         .collect::<BTreeSet<_>>();

@@ -31,7 +31,7 @@ pub(super) struct Site<'a> {
     /// What this node reaches without the tunnel.
     group: &'a SegmentName,
     /// This node's segment; none for an outsider.
-    segment: Option<&'a Segment>,
+    pub(super) segment: Option<&'a Segment>,
     /// This node's pod CIDRs, as far as flannel uses what the cluster gave it.
     subnets: Vec<IpNet>,
     /// Every address of the own region's nodes, and of this one.

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use ipnet::IpNet;
 
 use super::{Output, Shape, Subject, showconf};
+use crate::config;
 use crate::survey;
 use crate::topology::NodeName;
 
@@ -28,7 +29,7 @@ pub struct Args {
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = survey::cidr)]
     allowed_ips: Vec<IpNet>,
     /// The listening port to show [default: that of the node's endpoint]
-    #[arg(long)]
+    #[arg(long, value_parser = config::port)]
     port: Option<u16>,
     #[command(flatten)]
     cluster: survey::Args,

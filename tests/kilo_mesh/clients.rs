@@ -443,15 +443,20 @@ fn duplicate_claim(lab: &Lab) -> anyhow::Result<String> {
             && older.is_ok_and(|(status, _)| status == "True")
     });
     told.with_context(|| format!("{:?} {:?}", condition("a-newer"), condition("z-older")))?;
-    let dump = lab.node(MASTER)?.run("wg show kilo0 allowed-ips")?;
-    let owner = dump.lines().find(|line| line.contains("10.10.12.1/32"));
-    ensure!(
-        owner.is_some_and(|line| line.starts_with("oGFwdG9w")),
-        "{dump}"
-    );
-    for name in ["z-older", "a-newer"] {
-        lab.api().delete(&format!("{PEERS}/{name}"))?;
-    }
+    let owner = || -> anyhow::Result<String> {
+        let dump = lab.node(MASTER)?.run("wg show kilo0 allowed-ips")?;
+        let owner = dump.lines().find(|line| line.contains("10.10.12.1/32"));
+        Ok(owner.unwrap_or_default().to_owned())
+    };
+    ensure!(owner()?.starts_with("oGFwdG9w"), "{}", owner()?);
+    // The other has waited, and is told when its turn has come.
+    lab.api().delete(&format!("{PEERS}/z-older"))?;
+    let taken_over = wait_for("the newer one's turn", PATIENCE, || {
+        owner().is_ok_and(|owner| owner.starts_with("zGFwdG9w"))
+            && condition("a-newer").is_ok_and(|(status, _)| status == "True")
+    });
+    taken_over.with_context(|| format!("{:?} {:?}", owner(), condition("a-newer")))?;
+    lab.api().delete(&format!("{PEERS}/a-newer"))?;
     Ok(String::new())
 }
 

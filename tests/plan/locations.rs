@@ -49,19 +49,23 @@ fn what_a_location_offers_is_carried_but_nothing_near_is_captured() {
 }
 
 #[test]
-fn what_goes_to_it_is_masqueraded_by_its_leader() {
-    let mesh = mesh();
-    let firewall = firewall(&mesh, "a1");
-    assert_eq!(
-        firewall.masquerade_destinations,
-        [net("10.6.0.1/32"), net("192.168.0.0/16")].into()
-    );
-    assert!(firewall.known.contains(&net("192.168.2.1/32")));
-    assert!(
-        super::firewall(&mesh, "b1")
-            .masquerade_destinations
-            .is_empty()
-    );
+fn what_goes_to_it_is_masqueraded_by_the_nodes_of_its_region() {
+    let mut mesh = mesh();
+    mesh.snapshot
+        .nodes
+        .extend([node("a2", "a", 4, "192.168.1.2/24")].map(|node| (node.name.clone(), node)));
+    // Whoever of the region the network is behind: its hosts need not know the leader.
+    for me in ["a1", "a2"] {
+        let firewall = firewall(&mesh, me);
+        assert_eq!(
+            firewall.masquerade_destinations,
+            [net("10.6.0.1/32"), net("192.168.0.0/16")].into()
+        );
+        assert!(firewall.known.contains(&net("192.168.2.1/32")));
+    }
+    for me in ["b1", "b2"] {
+        assert!(firewall(&mesh, me).masquerade_destinations.is_empty());
+    }
 }
 
 #[test]

@@ -51,6 +51,54 @@ fn of_two_equal_claims_the_older_peers_stays() {
 }
 
 #[test]
+fn of_two_equally_old_claims_the_first_by_name_stays() {
+    let mut mesh = scenario_000();
+    mesh.add_peers([
+        vpn_peer("b", 100, &["10.5.0.1/32"]),
+        vpn_peer("a", 101, &["10.5.0.1/32"]).with(|peer| peer.created = 100),
+    ]);
+    let topology = mesh.topology();
+    assert_eq!(
+        topology.excluded[0].to_string(),
+        "peer b: left out allowed IPs 10.5.0.1/32: claimed by peer a before"
+    );
+    assert_eq!(topology.excluded.len(), 1);
+}
+
+/// What was left out waits: of the claims that are there the oldest counts.
+#[test]
+fn when_the_winner_leaves_the_next_oldest_takes_over() {
+    let later = |name: &str, seed: u8, nets: &[&str]| vpn_peer(name, seed, nets);
+    let mut mesh = mesh();
+    mesh.add_peers([
+        later("tablet", 102, &["10.5.0.1/32", "10.6.0.128/25"]),
+        // The key of another peer.
+        later("copy", 103, &["10.5.0.3/32"]).with(|peer| peer.public_key = key(100)),
+    ]);
+    let owner = |mesh: &Mesh, prefix: &str| {
+        let peers = mesh.state("node-master").peers;
+        let mut owners = peers
+            .iter()
+            .filter(|(_, peer)| peer.allowed_ips.contains(&net(prefix)));
+        let owner = owners.next().map(|(key, _)| *key);
+        assert!(owners.next().is_none(), "{prefix} has two owners");
+        owner
+    };
+    assert_eq!(owner(&mesh, "10.5.0.1/32"), Some(key(100)));
+    assert_eq!(owner(&mesh, "10.6.0.128/25"), None);
+    assert_eq!(owner(&mesh, "10.5.0.3/32"), None);
+
+    mesh.snapshot.peers.remove("office");
+    assert_eq!(owner(&mesh, "10.5.0.1/32"), Some(key(101)));
+    assert_eq!(owner(&mesh, "10.6.0.128/25"), Some(key(102)));
+    assert_eq!(owner(&mesh, "10.5.0.3/32"), Some(key(100)));
+
+    mesh.snapshot.peers.remove("zlaptop");
+    assert_eq!(owner(&mesh, "10.5.0.1/32"), Some(key(102)));
+    assert!(mesh.topology().excluded.is_empty());
+}
+
+#[test]
 fn what_they_send_elsewhere_is_masqueraded() {
     let firewall = firewall(&mesh(), "node-agent-01");
     let nets = ["10.5.0.1/32", "10.5.0.2/32", "10.6.0.0/24"].map(net);
