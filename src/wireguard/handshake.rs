@@ -305,7 +305,8 @@ impl Handshaker {
             let keys = noise.receive_handshake_response(response).map_err(reason)?;
             let session = establish(&core, &peer, &keys, true, now);
             let yields = identity.public > *peer.key();
-            core.indices.retire(peer.install_initiated(session, yields));
+            core.indices
+                .retire(peer.install_initiated(session, yields, now));
             note_awaiting(&core, &mut state);
         }
         tracing::debug!(peer = %peer.key(), "handshake completed as initiator");
@@ -356,7 +357,7 @@ fn respond(
             }
         };
         let session = establish(core, peer, &keys, false, now);
-        core.indices.retire(peer.install_responded(session));
+        core.indices.retire(peer.install_responded(session, now));
         note_awaiting(core, &mut state);
         state.last_taken = Some(now);
     }

@@ -30,6 +30,13 @@ const REFUSAL_PAUSE: Duration = Duration::from_secs(60);
 /// Sessions that both sides began, one each, within this time of each other crossed on the way.
 const CROSSING: Duration = Duration::from_secs(1);
 
+/// A session that was replaced still opens for so long what was under way: longer than any network keeps
+/// a datagram, and a handshake an answer. The one replaced last does until there is another.
+const STILL_OPENS: Duration = Duration::from_secs(10);
+/// As many replaced sessions still open at the most: two sides that look for each other in four places
+/// make no more.
+const MAX_REPLACED: usize = 8;
+
 /// What datagrams are sent by: the sockets, or a test's stand-in.
 pub(super) trait Wire {
     /// Sends a run of datagrams; see [`super::udp::Sockets::send`].
@@ -70,12 +77,39 @@ pub(super) struct Peer {
 }
 
 /// The sessions beside the current one.
+///
+/// The paper keeps one that was replaced. Where handshakes follow each other within a round trip, or cross,
+/// that is too few: each side goes on by the old keys until it knows of new ones, and what it sent by then
+/// arrives after the second handshake.
 #[derive(Default)]
 struct Waiting {
-    /// Still opens what was under way when it was replaced.
-    previous: Option<Arc<Session>>,
+    /// Still open what was under way when they were replaced, at the given times; the latest is the last.
+    replaced: Vec<(Arc<Session>, Time)>,
     /// Made as responder, and not yet confirmed by a message of the initiator.
     next: Option<Arc<Session>>,
+}
+
+impl Waiting {
+    /// Keeps sessions that were replaced, the latest last; returns those that are over.
+    fn replace(
+        &mut self,
+        sessions: impl IntoIterator<Item = Arc<Session>>,
+        now: Time,
+    ) -> Vec<Arc<Session>> {
+        let sessions = sessions.into_iter().map(|session| (session, now));
+        self.replaced.extend(sessions);
+        let surplus = self.replaced.len().saturating_sub(MAX_REPLACED);
+        let before_last = self.replaced.len().saturating_sub(1);
+        let is_over = |(_, since): &(_, Time)| now.since(*since) >= STILL_OPENS;
+        let old = self.replaced[..before_last]
+            .iter()
+            .take_while(|kept| is_over(kept));
+        let count = old.count().max(surplus);
+        self.replaced
+            .drain(..count)
+            .map(|(session, _)| session)
+            .collect()
+    }
 }
 
 /// The handshakes with a peer; `None` while the device has no key, or the peer's own.
@@ -165,6 +199,7 @@ impl Peer {
         &self,
         session: Arc<Session>,
         yields: bool,
+        now: Time,
     ) -> Vec<Arc<Session>> {
         let mut waiting = lock(&self.waiting);
         if yields
@@ -174,37 +209,34 @@ impl Peer {
                 .as_ref()
                 .is_some_and(|other| crossed(&session, other))
         {
-            return waiting.previous.replace(session).into_iter().collect();
+            return waiting.replace([session], now);
         }
         // A session that the other side began is newer than the current one. If it crossed with this
         // one and ours yields, it takes over as soon as it is confirmed; else it only still opens.
         let awaited = |next: &mut Arc<Session>| !(yields && crossed(&session, next));
         let next = waiting.next.take_if(awaited);
         let current = self.current.swap(Some(session));
-        let mut over = Vec::new();
-        let previous = match next {
-            Some(next) => {
-                over.extend(current);
-                Some(next)
-            }
-            None => current,
-        };
-        over.extend(std::mem::replace(&mut waiting.previous, previous));
-        over
+        waiting.replace(current.into_iter().chain(next), now)
     }
 
     /// Keeps a session that the other side began until it is confirmed; returns those that are over.
-    pub(super) fn install_responded(&self, session: Arc<Session>) -> Vec<Arc<Session>> {
+    pub(super) fn install_responded(&self, session: Arc<Session>, now: Time) -> Vec<Arc<Session>> {
         let mut waiting = lock(&self.waiting);
-        let over = [waiting.next.replace(session), waiting.previous.take()];
-        over.into_iter().flatten().collect()
+        // The initiator may have the one before already, and send by it.
+        let before = waiting.next.replace(session);
+        waiting.replace(before, now)
     }
 
     /// Takes the session that waited for its confirmation into use; returns those that are over.
     ///
     /// A side that `insists` keeps the session it began at the same time, see
     /// [`Self::install_initiated`].
-    pub(super) fn confirm(&self, session: &Arc<Session>, insists: bool) -> Vec<Arc<Session>> {
+    pub(super) fn confirm(
+        &self,
+        session: &Arc<Session>,
+        insists: bool,
+        now: Time,
+    ) -> Vec<Arc<Session>> {
         let mut waiting = lock(&self.waiting);
         if !waiting
             .next
@@ -213,33 +245,28 @@ impl Peer {
         {
             return Vec::new();
         }
-        if insists
+        let next = waiting.next.take();
+        let is_ours_kept = insists
             && self
                 .current
                 .load()
                 .as_ref()
-                .is_some_and(|own| crossed(own, session))
-        {
-            let next = waiting.next.take();
-            return std::mem::replace(&mut waiting.previous, next)
-                .into_iter()
-                .collect();
-        }
-        let current = self.current.swap(waiting.next.take());
-        std::mem::replace(&mut waiting.previous, current)
-            .into_iter()
-            .collect()
+                .is_some_and(|own| crossed(own, session));
+        let replaced = if is_ours_kept {
+            next
+        } else {
+            self.current.swap(next)
+        };
+        waiting.replace(replaced, now)
     }
 
     /// Gives up every session; returns them.
     pub(super) fn forget_sessions(&self) -> Vec<Arc<Session>> {
         let mut waiting = lock(&self.waiting);
-        let all = [
-            self.current.swap(None),
-            waiting.previous.take(),
-            waiting.next.take(),
-        ];
-        all.into_iter().flatten().collect()
+        let mut all: Vec<_> = waiting.replaced.drain(..).map(|(old, _)| old).collect();
+        all.extend(self.current.swap(None));
+        all.extend(waiting.next.take());
+        all
     }
 
     pub(super) fn endpoint(&self) -> Option<Endpoint> {

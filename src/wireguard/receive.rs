@@ -178,7 +178,7 @@ fn note_received(core: &Core, peer: &Arc<Peer>, session: &Arc<Session>, data: bo
             .load()
             .as_ref()
             .is_some_and(|own| own.public < *peer.key());
-        core.indices.retire(peer.confirm(session, insists));
+        core.indices.retire(peer.confirm(session, insists, now));
         peer.handshake_completed(now);
         core.jobs.push(Job::Flush(peer.clone()));
     }

@@ -5,6 +5,8 @@
 #[cfg(test)]
 mod boringtun_gaps;
 #[cfg(test)]
+mod crossing;
+#[cfg(test)]
 mod failing;
 #[cfg(test)]
 mod garbage;

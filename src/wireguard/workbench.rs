@@ -97,7 +97,7 @@ impl Side {
         };
         let session = Arc::new(Session::new(&keys, Arc::downgrade(&peer), true, now));
         core.indices.establish(&session);
-        peer.install_initiated(session.clone(), false);
+        peer.install_initiated(session.clone(), false, now);
         Self {
             core,
             session,
