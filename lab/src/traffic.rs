@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -151,7 +152,7 @@ pub fn shout(from: &Path, to: SocketAddr) -> anyhow::Result<()> {
 }
 
 /// What happened to a steady stream of datagrams.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Report {
     /// How many were sent.
     pub sent: u32,
@@ -159,6 +160,19 @@ pub struct Report {
     pub answered: u32,
     /// The longest time between two answers.
     pub silence: Duration,
+    /// Which ones did not come back.
+    pub missing: Vec<Missing>,
+}
+
+/// Datagrams in a row that did not come back.
+#[derive(Clone, Debug)]
+pub struct Missing {
+    /// Their numbers, from 0.
+    pub numbers: RangeInclusive<u32>,
+    /// When the first of them was sent, since the beginning.
+    pub at: Duration,
+    /// How many of them this host's kernel refused to send.
+    pub refused: u32,
 }
 
 impl Report {
@@ -171,9 +185,35 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Whoever reads it wants to know how it began, and not two thousand numbers.
+        const SHOWN: usize = 5;
         let Self { sent, silence, .. } = self;
         let lost = self.lost();
-        write!(f, "{lost} of {sent} lost, longest silence {silence:.0?}")
+        write!(f, "{lost} of {sent} lost")?;
+        for (n, missing) in self.missing.iter().take(SHOWN).enumerate() {
+            write!(f, "{}{missing}", if n == 0 { " (" } else { ", " })?;
+        }
+        match self.missing.len() {
+            0 => {}
+            1..=SHOWN => write!(f, ")")?,
+            more => write!(f, ", and {} times more)", more - SHOWN)?,
+        }
+        write!(f, ", longest silence {silence:.0?}")
+    }
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (first, last) = (self.numbers.start(), self.numbers.end());
+        write!(f, "no. {first}")?;
+        if first != last {
+            write!(f, " to {last}")?;
+        }
+        write!(f, " after {:.0?}", self.at)?;
+        if self.refused > 0 {
+            write!(f, ", {} refused by the kernel", self.refused)?;
+        }
+        Ok(())
     }
 }
 
@@ -220,12 +260,21 @@ impl Stream {
     }
 }
 
+/// One datagram of a stream.
+struct Sent {
+    /// Since the beginning.
+    at: Duration,
+    refused: bool,
+    answered: bool,
+}
+
 fn run_stream(socket: &UdpSocket, stop: &AtomicBool) -> io::Result<Report> {
     const FAREWELL: Duration = Duration::from_millis(500);
-    let mut report = Report::default();
-    let mut answered = Vec::new();
-    let mut last = Instant::now();
-    let mut next = last;
+    let mut sent: Vec<Sent> = Vec::new();
+    let begun = Instant::now();
+    let mut silence = Duration::ZERO;
+    let mut last = begun;
+    let mut next = begun;
     let mut end = None;
     let mut buffer = [0; 64];
     loop {
@@ -234,16 +283,19 @@ fn run_stream(socket: &UdpSocket, stop: &AtomicBool) -> io::Result<Report> {
             end = Some(now + FAREWELL);
         }
         match end {
-            Some(end) if now >= end => return Ok(report),
+            Some(end) if now >= end => return Ok(Report::of(&sent, silence)),
             None if now >= next => {
                 let mut payload = [0; 28];
-                payload[..4].copy_from_slice(&report.sent.to_be_bytes());
+                let number = u32::try_from(sent.len()).map_err(io::Error::other)?;
+                payload[..4].copy_from_slice(&number.to_be_bytes());
                 payload[4..].copy_from_slice(MAGIC);
-                report.sent += 1;
-                answered.push(false);
                 next += Stream::INTERVAL;
-                // "No route" and "refused" are outages to be measured, not reasons to stop.
-                let _ = socket.send(&payload);
+                sent.push(Sent {
+                    at: now - begun,
+                    // "No route" and "refused" are outages to be measured, not reasons to stop.
+                    refused: socket.send(&payload).is_err(),
+                    answered: false,
+                });
             }
             Some(_) | None => {}
         }
@@ -252,19 +304,48 @@ fn run_stream(socket: &UdpSocket, stop: &AtomicBool) -> io::Result<Report> {
                 continue;
             };
             let number = u32::from_be_bytes(*number) as usize;
-            if let Some(seen) = answered.get_mut(number)
-                && !std::mem::replace(seen, true)
+            if let Some(one) = sent.get_mut(number)
+                && !std::mem::replace(&mut one.answered, true)
             {
                 let now = Instant::now();
-                report.answered += 1;
-                report.silence = report.silence.max(now - last);
+                silence = silence.max(now - last);
                 last = now;
             }
         }
         if end.is_none() {
-            report.silence = report.silence.max(last.elapsed());
+            silence = silence.max(last.elapsed());
         }
         sleep(Duration::from_millis(1));
+    }
+}
+
+impl Report {
+    fn of(sent: &[Sent], silence: Duration) -> Self {
+        let mut report = Self {
+            silence,
+            ..Self::default()
+        };
+        let mut before = true;
+        for (number, one) in (0..).zip(sent) {
+            report.sent += 1;
+            report.answered += u32::from(one.answered);
+            if !one.answered {
+                let refused = u32::from(one.refused);
+                match report.missing.last_mut().filter(|_| !before) {
+                    Some(missing) => {
+                        missing.numbers = *missing.numbers.start()..=number;
+                        missing.refused += refused;
+                    }
+                    None => report.missing.push(Missing {
+                        numbers: number..=number,
+                        at: one.at,
+                        refused,
+                    }),
+                }
+            }
+            before = one.answered;
+        }
+        report
     }
 }
 
@@ -525,7 +606,14 @@ mod tests {
         let disturbed = disturbed.stop().unwrap();
 
         assert_eq!(undisturbed.lost(), 0, "{undisturbed}");
+        assert!(undisturbed.missing.is_empty(), "{undisturbed}");
         assert!(disturbed.lost() > 20, "{disturbed}");
+        let missing = disturbed.missing.iter();
+        let missing: u32 = missing.map(|row| row.numbers.clone().count() as u32).sum();
+        assert_eq!(missing, disturbed.lost(), "{disturbed}");
+        let first = &disturbed.missing[0];
+        assert!(*first.numbers.start() >= 10, "{disturbed}");
+        assert!(first.at >= Duration::from_millis(100), "{disturbed}");
         assert!(
             disturbed.silence > Duration::from_millis(450),
             "{disturbed}"
