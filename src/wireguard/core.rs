@@ -200,6 +200,10 @@ impl Jobs {
 
     /// Queues a message of at most [`MAX_HANDSHAKE`] bytes, unless there are too many; `proven` says
     /// that it carries a valid cookie.
+    ///
+    /// # Errors
+    /// Why a message was dropped: this one, or where it came to a full lane of strangers the one that
+    /// had waited longest there.
     fn push_message(
         &self,
         message: &[u8],
@@ -222,19 +226,25 @@ impl Jobs {
                 return Err(Dropped::RateLimited);
             }
         }
+        let message = HandshakeMessage::new(message, from, known).ok_or(Dropped::Malformed)?;
         let mut queue = self.queue();
+        // Strangers are heard the newest first, so where one is too many it is the oldest.
+        let mut yields = false;
         let (lane, limit) = if known {
             (&mut queue.known, MAX_QUEUED_KNOWN)
         } else if proven {
             (&mut queue.proven, MAX_QUEUED_KNOWN)
+        } else if flooded && hearing != Hearing::First {
+            (&mut queue.strangers, FEW)
         } else {
-            let few = flooded && hearing != Hearing::First;
-            (&mut queue.strangers, if few { FEW } else { MAX_QUEUED })
+            yields = true;
+            (&mut queue.strangers, MAX_QUEUED)
         };
-        if lane.len() >= limit {
+        let full = lane.len() >= limit;
+        if full && !yields {
             return Err(Dropped::QueueFull);
         }
-        let message = HandshakeMessage::new(message, from, known).ok_or(Dropped::Malformed)?;
+        let oldest = if full { lane.pop_front() } else { None };
         lane.push_back(Box::new(message));
         // Whoever is at work on a lane looks at it again, and in a flood he comes by himself.
         let was_empty = lane.len() == 1;
@@ -242,7 +252,7 @@ impl Jobs {
         if was_empty && !flooded {
             self.wake();
         }
-        Ok(())
+        oldest.map_or(Ok(()), |_| Err(Dropped::QueueFull))
     }
 
     /// Whether strangers ask for more than there is time for: then their messages wait for whoever
@@ -380,6 +390,8 @@ impl Core {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
     #[test]
@@ -402,5 +414,50 @@ mod tests {
         }
         core.set_mtu(0);
         assert_eq!(core.padding(5), 0);
+    }
+
+    fn address(n: usize) -> Endpoint {
+        let n = u32::try_from(n).unwrap();
+        SocketAddr::from((Ipv4Addr::from(0x0a00_0000 + n), 51820)).into()
+    }
+
+    #[test]
+    fn when_too_many_strangers_wait_the_newest_is_heard_first_and_the_oldest_goes() {
+        let jobs = Jobs::default();
+        // Slowly enough for no flood, in which an address may be taken for another one now and then.
+        let at = |n: usize| Time::from_duration(FLOOD_WINDOW * u32::try_from(n / 100).unwrap());
+        let ask = |n| jobs.push_message(&[1; MAX_HANDSHAKE], address(n), false, at(n));
+        for n in 0..MAX_QUEUED {
+            ask(n).unwrap();
+        }
+        assert_eq!(ask(MAX_QUEUED), Err(Dropped::QueueFull));
+
+        let heard: Vec<_> = std::iter::from_fn(|| jobs.pop(true))
+            .map(|(job, _)| {
+                let Job::Message(message) = job else {
+                    unreachable!("nothing else was asked for")
+                };
+                message.from.remote
+            })
+            .collect();
+        let newest_first: Vec<_> = (1..=MAX_QUEUED).rev().map(|n| address(n).remote).collect();
+        assert_eq!(heard, newest_first);
+    }
+
+    #[test]
+    fn of_known_peers_messages_those_that_came_first_are_heard() {
+        let jobs = Jobs::default();
+        jobs.set_known([address(0).remote.ip()].into());
+        let ask = |kind| {
+            let message = [kind; MAX_HANDSHAKE];
+            jobs.push_message(&message, address(0), false, Time::default())
+        };
+        for n in 0..MAX_QUEUED_KNOWN {
+            ask(u8::try_from(n % 7).unwrap()).unwrap();
+        }
+        assert_eq!(ask(99), Err(Dropped::QueueFull));
+        let heard = std::iter::from_fn(|| jobs.pop(false))
+            .filter(|(job, _)| matches!(job, Job::Message(message) if message.bytes()[0] != 99));
+        assert_eq!(heard.count(), MAX_QUEUED_KNOWN);
     }
 }
