@@ -27,6 +27,7 @@ pub mod gso;
 mod handshake;
 mod icmp;
 mod indices;
+mod keeper;
 pub mod key;
 mod link;
 mod nested;
@@ -75,6 +76,7 @@ use self::clock::Time;
 pub use self::configure::PeerConfig;
 use self::core::Core;
 pub use self::drops::Dropped;
+use self::keeper::Keeper;
 use self::key::{PrivateKey, PublicKey};
 use self::threads::{Io, OnGone, open_queues};
 use self::timestamp::Timestamps;
@@ -101,7 +103,7 @@ pub struct Options {
     pub queues: Option<NonZeroUsize>,
     /// The last timestamp that [`Self::persist_timestamp`] was called with, in any earlier run.
     pub timestamp_floor: Timestamp,
-    /// Remembers the high-water mark of handshake timestamps; called about once an hour at most.
+    /// Remembers the high-water mark of handshake timestamps. Handshakes do not wait for it.
     pub persist_timestamp: Option<Persist>,
     /// Called once if the link is deleted by somebody else and is not persistent.
     pub on_link_gone: Box<dyn Fn() + Send + Sync>,
@@ -200,7 +202,13 @@ impl Device {
             .queues
             .map_or_else(default_queues, NonZeroUsize::get);
         let tuns = open_queues(&name, mtu, persistent, queues)?;
-        let timestamps = Timestamps::new(options.timestamp_floor, options.persist_timestamp);
+        let floor = options.timestamp_floor;
+        let keeper = options
+            .persist_timestamp
+            .map(|persist| Keeper::start(floor, persist))
+            .transpose()
+            .map_err(StartError::Threads)?;
+        let timestamps = Timestamps::new(floor, keeper);
         let core = Arc::new(Core::new(mtu, timestamps, wall_clock));
         let on_gone = if persistent {
             OnGone::Remake(name, mtu, persistent)

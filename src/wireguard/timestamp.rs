@@ -2,10 +2,12 @@
 //!
 //! A peer refuses an initiation that is not newer than the last one it took. The wall clock alone
 //! does not see to that: it may be set back, or be in 1970 at boot. So the highest timestamp that may
-//! have been used is remembered, by whoever embeds the device, in steps of an hour.
+//! have been used is remembered, by whoever embeds the device, in steps of an hour, and again when
+//! half of it is used, so that a disk may be slow or away for as long as that without anybody noticing.
 
-use std::fmt;
 use std::time::Duration;
+
+use super::keeper::Keeper;
 
 /// Seconds and nanoseconds since the Unix epoch, in the order of time.
 ///
@@ -13,12 +15,18 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Timestamp(Duration);
 
-/// What remembers the high-water mark: it is called with a timestamp that must be on disk before it
+/// What remembers the high-water mark: it is called with a timestamp that should be on disk when it
 /// returns, or the next run may have to wait for the clock.
+///
+/// It is called on a thread of its own, about every half hour in which there are handshakes, and may
+/// take as long as it takes: handshakes go on meanwhile. Each call has a later timestamp than the one
+/// before, and none is made before the last one has returned.
 pub type Persist = Box<dyn Fn(Timestamp) + Send>;
 
 /// How far ahead of the clock the high-water mark is set, so that it is seldom written.
 const AHEAD: Duration = Duration::from_secs(3600);
+/// When no more than so much of that is left, more is asked for.
+const LOW: Duration = Duration::from_secs(1800);
 
 /// Timestamps are no finer than this, so that they do not tell the machine's load or its clock's
 /// drift (as in the kernel: 2^24 ns).
@@ -37,6 +45,10 @@ impl Timestamp {
         self.0
     }
 
+    fn plus(self, time: Duration) -> Self {
+        Self(self.0.saturating_add(time))
+    }
+
     fn coarse(self) -> Self {
         let nanos = self.0.subsec_nanos() & !(GRANULARITY - 1);
         Self(Duration::new(self.0.as_secs(), nanos))
@@ -53,39 +65,35 @@ impl Timestamp {
 }
 
 /// Makes timestamps, each later than all before.
+#[derive(Debug)]
 pub(super) struct Timestamps {
     last: Timestamp,
-    reserved: Timestamp,
-    persist: Option<Persist>,
+    keeper: Option<Keeper>,
 }
 
 impl Timestamps {
-    /// Begins after `floor`, which is the last thing `persist` was called with, in any earlier run.
-    pub(super) fn new(floor: Timestamp, persist: Option<Persist>) -> Self {
+    /// Begins after `floor`, which is the last thing that was remembered, in any earlier run; the
+    /// keeper has to begin there as well.
+    pub(super) fn new(floor: Timestamp, keeper: Option<Keeper>) -> Self {
         Self {
             last: floor,
-            reserved: floor,
-            persist,
+            keeper,
         }
     }
 
     /// A timestamp for an initiation that is sent now, by the wall clock.
+    ///
+    /// Waits for the disk only with the first one, or after a leap of the clock, and then but a moment.
     pub(super) fn next(&mut self, now: Timestamp) -> Timestamp {
-        let least = Timestamp(self.last.0.saturating_add(Duration::from_nanos(1)));
+        let least = self.last.plus(Duration::from_nanos(1));
         self.last = now.coarse().max(least);
-        if let Some(persist) = self.persist.as_ref().filter(|_| self.last > self.reserved) {
-            self.reserved = Timestamp(self.last.0.saturating_add(AHEAD));
-            persist(self.reserved);
+        if let Some(keeper) = &mut self.keeper {
+            if self.last.plus(LOW) > keeper.wanted() {
+                keeper.reserve(self.last.plus(AHEAD));
+            }
+            keeper.wait(self.last);
         }
         self.last
-    }
-}
-
-impl fmt::Debug for Timestamps {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Timestamps")
-            .field("last", &self.last)
-            .finish_non_exhaustive()
     }
 }
 
@@ -107,23 +115,99 @@ mod tests {
         assert!(made.is_sorted_by(|one, next| one < next), "{made:?}");
     }
 
+    /// A disk: what was written, and a lock that keeps it from writing.
+    #[derive(Clone, Default)]
+    struct Disk(Arc<(Mutex<Vec<Timestamp>>, Mutex<()>)>);
+
+    impl Disk {
+        fn written(&self) -> Vec<Timestamp> {
+            self.0.0.lock().unwrap().clone()
+        }
+
+        fn timestamps(&self, floor: Timestamp) -> Timestamps {
+            let disk = self.0.clone();
+            let persist = Box::new(move |timestamp| {
+                let _turn = disk.1.lock().unwrap();
+                disk.0.lock().unwrap().push(timestamp);
+            });
+            Timestamps::new(floor, Some(Keeper::start(floor, persist).unwrap()))
+        }
+    }
+
+    fn is_late(timestamps: &Timestamps) -> bool {
+        timestamps.keeper.as_ref().is_some_and(Keeper::is_late)
+    }
+
     #[test]
     fn after_a_restart_in_1970_they_are_later_than_before() {
-        let stored = Arc::new(Mutex::new(Vec::new()));
-        let persist = {
-            let stored = stored.clone();
-            Box::new(move |timestamp| stored.lock().unwrap().push(timestamp))
-        };
-        let mut timestamps = Timestamps::new(Timestamp::default(), Some(persist));
+        let disk = Disk::default();
+        let mut timestamps = disk.timestamps(Timestamp::default());
         let last = (0..100)
             .map(|minute| timestamps.next(at(1_000_000 + 60 * minute)))
             .max()
             .unwrap();
-        let stored = stored.lock().unwrap();
-        assert_eq!(stored.len(), 2, "an hour is reserved at a time");
+        drop(timestamps);
+        let written = disk.written();
+        // A disk that is slow for once may be asked for two marks at a time.
+        assert!(
+            (2..=4).contains(&written.len()),
+            "an hour is reserved at a time, and again after half of it: {written:?}"
+        );
 
-        let mut timestamps = Timestamps::new(*stored.last().unwrap(), None);
+        let mut timestamps = Timestamps::new(*written.last().unwrap(), None);
         assert!(timestamps.next(at(0)) > last);
+    }
+
+    #[test]
+    fn a_disk_that_hangs_holds_up_no_handshake_and_gets_the_last_mark_when_it_is_back() {
+        let disk = Disk::default();
+        let mut timestamps = disk.timestamps(at(10));
+        let hanging = disk.0.1.lock().unwrap();
+        // Were each to wait, this would take more than four minutes; were one to wait for the disk,
+        // it would take for ever.
+        let last = (0..1000)
+            .map(|minute| timestamps.next(at(1_000_000 + 60 * minute)))
+            .max()
+            .unwrap();
+        assert_eq!(disk.written(), []);
+
+        drop(hanging);
+        let next = timestamps.next(at(1_000_000));
+        drop(timestamps);
+        assert!(next > last);
+        assert!(disk.written().last().is_some_and(|mark| *mark >= next));
+    }
+
+    #[test]
+    fn a_device_may_end_while_its_disk_hangs() {
+        let disk = Disk::default();
+        let hanging = disk.0.1.lock().unwrap();
+        let mut timestamps = disk.timestamps(Timestamp::default());
+        timestamps.next(at(1_000_000));
+        drop(timestamps);
+        assert_eq!(disk.written(), []);
+        drop(hanging);
+    }
+
+    #[test]
+    fn while_half_an_hour_is_left_nobody_waits_for_the_disk() {
+        let disk = Disk::default();
+        let mut timestamps = disk.timestamps(Timestamp::default());
+        loop {
+            timestamps.next(at(1_000_000));
+            if !is_late(&timestamps) {
+                break;
+            }
+        }
+        let hanging = disk.0.1.lock().unwrap();
+        for minute in 0..59 {
+            timestamps.next(at(1_000_000 + 60 * minute));
+            assert!(!is_late(&timestamps), "minute {minute}");
+        }
+        // The control: beyond the hour it is noticed.
+        timestamps.next(at(1_000_000 + 60 * 61));
+        assert!(is_late(&timestamps));
+        drop(hanging);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Sessions over time: rekeying, restarts, several owners of a prefix, changes of peers.
 
 use super::*;
+use crate::wireguard::keeper::Keeper;
 use crate::wireguard::key::PresharedKey;
 use crate::wireguard::uapi::{AllowedIp, KeyUpdate, PeerSet};
 
@@ -67,6 +68,43 @@ fn a_host_whose_clock_went_back_without_a_floor_is_refused() {
     world.send(0, &packet(1, 2, b"hello"));
     world.settle();
     assert_eq!(world.hosts[1].drops(Dropped::Replayed), 1);
+}
+
+#[test]
+fn a_disk_that_hangs_stops_no_handshake() {
+    let mut world = World::pair();
+    let (hold, held) = std::sync::mpsc::channel::<()>();
+    let written = Arc::new(std::sync::Mutex::new(None));
+    let persist = {
+        let written = written.clone();
+        Box::new(move |mark| {
+            // Until the disk is back.
+            let _ = held.recv();
+            *written.lock().unwrap() = Some(mark);
+        })
+    };
+    let floor = Timestamp::default();
+    let keeper = Keeper::start(floor, persist).unwrap();
+    *world.hosts[0].core.timestamps.lock().unwrap() = Timestamps::new(floor, Some(keeper));
+    // The first handshake, and three rekeys.
+    for _ in 0..4 {
+        world.send(0, &packet(1, 2, b"hello"));
+        world.settle();
+        world.assert_connected();
+        world.now = world.now + seconds(121);
+    }
+    assert!(world.count(2) >= 4, "{} handshakes", world.count(2));
+    assert_eq!(*written.lock().unwrap(), None);
+
+    drop(hold);
+    let used = world.hosts[0]
+        .core
+        .timestamps
+        .lock()
+        .unwrap()
+        .next(Timestamp::from_unix(seconds(1)));
+    drop(world);
+    assert!(written.lock().unwrap().is_some_and(|mark| mark >= used));
 }
 
 #[test]
