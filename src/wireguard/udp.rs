@@ -8,6 +8,10 @@
     reason = "sendmsg and recvmmsg with control messages, without an allocation per call"
 )]
 
+mod control;
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -18,6 +22,7 @@ use std::ptr;
 use nix::errno::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 
+use self::control::Control;
 use super::packet::{Ecn, Outer};
 
 /// The most bytes of one send with segmentation: what IPv4 and IPv6 both take, with some slack for
@@ -227,15 +232,10 @@ impl Default for Arena {
             messages: Vec::with_capacity(MAX_MESSAGES),
             // SAFETY: all-zero bytes are a valid address, of no family.
             names: Box::new(unsafe { mem::zeroed() }),
-            controls: Box::new([Control([0; 128]); MAX_MESSAGES]),
+            controls: Box::new([Control::default(); MAX_MESSAGES]),
         }
     }
 }
-
-/// Room for the control messages of one datagram, aligned as they need it.
-#[derive(Clone, Copy)]
-#[repr(C, align(8))]
-struct Control([u8; 128]);
 
 impl UdpSocket {
     fn bind(address: IpAddr, port: u16, fwmark: u32) -> io::Result<Option<Self>> {
@@ -295,62 +295,8 @@ impl UdpSocket {
         outer: Outer,
     ) -> io::Result<()> {
         let address = socket2::SockAddr::from(to.remote);
-        let mut control = Control([0; 128]);
-        let mut writer = ControlWriter {
-            control: &mut control,
-            length: 0,
-        };
-        match to.local {
-            Some((IpAddr::V4(local), _)) if !self.v6 => writer.push(
-                libc::IPPROTO_IP,
-                libc::IP_PKTINFO,
-                // The interface stays open: the route decides, the address sticks.
-                libc::in_pktinfo {
-                    ipi_ifindex: 0,
-                    ipi_spec_dst: libc::in_addr {
-                        s_addr: u32::from_ne_bytes(local.octets()),
-                    },
-                    ipi_addr: libc::in_addr { s_addr: 0 },
-                },
-            ),
-            Some((IpAddr::V6(local), interface)) if self.v6 => writer.push(
-                libc::IPPROTO_IPV6,
-                libc::IPV6_PKTINFO,
-                libc::in6_pktinfo {
-                    ipi6_addr: libc::in6_addr {
-                        s6_addr: local.octets(),
-                    },
-                    // A link-local address means nothing without its link.
-                    ipi6_ifindex: if local.is_unicast_link_local() {
-                        interface
-                    } else {
-                        0
-                    },
-                },
-            ),
-            _ => {}
-        }
-        if let Some(hops) = outer.hops {
-            let hops = libc::c_int::from(hops.get());
-            if self.v6 {
-                writer.push(libc::IPPROTO_IPV6, libc::IPV6_HOPLIMIT, hops);
-            } else {
-                writer.push(libc::IPPROTO_IP, libc::IP_TTL, hops);
-            }
-        }
-        if outer.ecn != Ecn::NotCapable {
-            let tos = libc::c_int::from(outer.ecn as u8);
-            if self.v6 {
-                writer.push(libc::IPPROTO_IPV6, libc::IPV6_TCLASS, tos);
-            } else {
-                writer.push(libc::IPPROTO_IP, libc::IP_TOS, tos);
-            }
-        }
-        if let Some(stride) = stride {
-            let stride = u16::try_from(stride).map_err(|_| Errno::EINVAL)?;
-            writer.push(libc::SOL_UDP, libc::UDP_SEGMENT, stride);
-        }
-        let length = writer.length;
+        let mut control = Control::default();
+        let length = control.write(self.v6, to.local, outer, stride)?;
         let mut piece = libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
             iov_len: bytes.len(),
@@ -362,7 +308,7 @@ impl UdpSocket {
         header.msg_iov = &raw mut piece;
         header.msg_iovlen = 1;
         if length > 0 {
-            header.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_control = control.room().as_mut_ptr().cast();
             header.msg_controllen = length as _;
         }
         // SAFETY: the header points to a live address, one live piece that sendmsg only reads, and
@@ -398,8 +344,8 @@ impl UdpSocket {
             header.msg_hdr.msg_iovlen = 1;
             header.msg_hdr.msg_name = ptr::from_mut(name).cast();
             header.msg_hdr.msg_namelen = size_of_u32::<libc::sockaddr_storage>();
-            header.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
-            header.msg_hdr.msg_controllen = control.0.len() as _;
+            header.msg_hdr.msg_control = control.room().as_mut_ptr().cast();
+            header.msg_hdr.msg_controllen = control.room().len() as _;
         }
         let flags = if wait {
             libc::MSG_WAITFORONE
@@ -432,7 +378,8 @@ impl UdpSocket {
                 from: remote.into(),
                 ecn: Ecn::NotCapable,
             };
-            read_control(&header.msg_hdr, &mut message);
+            // SAFETY: recvmmsg has filled in this header, and the arena holds what it points to.
+            unsafe { control::read(&header.msg_hdr, &mut message) };
             arena.messages.push(message);
         }
         Ok(())
@@ -475,79 +422,6 @@ fn set_buffer(fd: RawFd, force: libc::c_int, plain: libc::c_int) -> io::Result<(
         .or_else(|_| set_option(fd, libc::SOL_SOCKET, plain, size))
 }
 
-struct ControlWriter<'a> {
-    control: &'a mut Control,
-    length: usize,
-}
-
-impl ControlWriter<'_> {
-    /// Appends a control message of a plain C type.
-    fn push<T: Copy>(&mut self, level: libc::c_int, kind: libc::c_int, value: T) {
-        let size = size_of_u32::<T>();
-        // SAFETY: pure arithmetic.
-        let (space, length) = unsafe { (libc::CMSG_SPACE(size), libc::CMSG_LEN(size)) };
-        let end = self.length + space as usize;
-        let room = &mut self.control.0[self.length..end];
-        let header = room.as_mut_ptr().cast::<libc::cmsghdr>();
-        // SAFETY: the room is `space` bytes at a multiple of the alignment of cmsghdr (the buffer is
-        // so aligned, and CMSG_SPACE keeps it), which holds the header and, where CMSG_DATA points,
-        // the value; the value is written without assuming its own alignment.
-        unsafe {
-            (*header).cmsg_level = level;
-            (*header).cmsg_type = kind;
-            (*header).cmsg_len = length as _;
-            libc::CMSG_DATA(header).cast::<T>().write_unaligned(value);
-        }
-        self.length = end;
-    }
-}
-
-fn read_control(header: &libc::msghdr, message: &mut Message) {
-    // SAFETY: the kernel has filled in msg_control up to msg_controllen, both still valid.
-    let mut control = unsafe { libc::CMSG_FIRSTHDR(header) };
-    // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR give null or a header that lies whole in the buffer.
-    while let Some(cmsg) = unsafe { control.as_ref() } {
-        // SAFETY: the header is followed by its data.
-        let data = unsafe { libc::CMSG_DATA(control) };
-        // SAFETY (of the reads below): the kernel writes each of these kinds with the type read, and
-        // no alignment is assumed.
-        match (cmsg.cmsg_level, cmsg.cmsg_type) {
-            (libc::SOL_UDP, libc::UDP_GRO) => {
-                // SAFETY: an int, see above.
-                let stride = unsafe { data.cast::<libc::c_int>().read_unaligned() };
-                if let Ok(stride @ 1..) = usize::try_from(stride) {
-                    message.stride = stride;
-                }
-            }
-            (libc::IPPROTO_IP, libc::IP_TOS) => {
-                // SAFETY: one byte, see above.
-                message.ecn = Ecn::from_bits(unsafe { data.read() });
-            }
-            (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
-                // SAFETY: an int, see above.
-                let class = unsafe { data.cast::<libc::c_int>().read_unaligned() };
-                message.ecn = Ecn::from_bits(u8::try_from(class & 0xff).unwrap_or(0));
-            }
-            (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
-                // SAFETY: an in_pktinfo, see above.
-                let info = unsafe { data.cast::<libc::in_pktinfo>().read_unaligned() };
-                let local = Ipv4Addr::from(info.ipi_spec_dst.s_addr.to_ne_bytes());
-                let interface = u32::try_from(info.ipi_ifindex).unwrap_or(0);
-                message.from.local = Some((local.into(), interface));
-            }
-            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
-                // SAFETY: an in6_pktinfo, see above.
-                let info = unsafe { data.cast::<libc::in6_pktinfo>().read_unaligned() };
-                let local = Ipv6Addr::from(info.ipi6_addr.s6_addr);
-                message.from.local = Some((local.into(), info.ipi6_ifindex));
-            }
-            _ => {}
-        }
-        // SAFETY: both pointers are into the live buffer, see above.
-        control = unsafe { libc::CMSG_NXTHDR(header, control) };
-    }
-}
-
 fn socket_address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
     match libc::c_int::from(name.ss_family) {
         libc::AF_INET => {
@@ -564,124 +438,5 @@ fn socket_address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
             Some(SocketAddrV6::new(address, port, 0, name.sin6_scope_id).into())
         }
         _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::num::NonZeroU8;
-
-    use super::*;
-
-    fn receive(sockets: &Sockets, v6: bool) -> Vec<(Vec<u8>, Message)> {
-        let mut arena = Arena::default();
-        sockets
-            .family(v6)
-            .unwrap()
-            .receive(&mut arena, MAX_MESSAGES, true)
-            .unwrap();
-        let bytes = &arena.bytes;
-        arena
-            .messages
-            .iter()
-            .map(|message| (bytes[message.range.clone()].to_vec(), message.clone()))
-            .collect()
-    }
-
-    #[test]
-    fn a_run_of_datagrams_arrives_with_its_stride_and_addresses_and_marks() {
-        for v6 in [false, true] {
-            let (ours, theirs) = (Sockets::bind(0, 0).unwrap(), Sockets::bind(0, 0).unwrap());
-            let address: IpAddr = if v6 {
-                Ipv6Addr::LOCALHOST.into()
-            } else {
-                Ipv4Addr::LOCALHOST.into()
-            };
-            let to = Endpoint::from(SocketAddr::new(address, theirs.port()));
-            let outer = Outer {
-                ecn: Ecn::Ect0,
-                hops: NonZeroU8::new(56),
-            };
-            let run: Vec<u8> = (0..250).map(|n| u8::try_from(n).unwrap()).collect();
-
-            assert!(ours.send(&run, 100, &to, outer, true).unwrap());
-            let (mut bytes, mut strides) = (Vec::new(), Vec::new());
-            while bytes.len() < run.len() {
-                for (received, message) in receive(&theirs, v6) {
-                    bytes.extend(received);
-                    strides.push(message.stride);
-                    assert_eq!(message.from.remote, SocketAddr::new(address, ours.port()));
-                    assert_eq!(message.from.local.unwrap().0, address);
-                    assert_eq!(message.ecn, Ecn::Ect0);
-                }
-            }
-            assert_eq!(bytes, run);
-            assert!(strides[0] == 100, "{strides:?}");
-
-            let back = Endpoint {
-                remote: SocketAddr::new(address, ours.port()),
-                local: Some((address, 1)),
-            };
-            theirs.send(b"x", 1, &back, Outer::default(), true).unwrap();
-            assert_eq!(receive(&ours, v6)[0].0, b"x");
-        }
-    }
-
-    #[test]
-    fn without_offload_the_datagrams_go_one_by_one() {
-        let (ours, theirs) = (Sockets::bind(0, 0).unwrap(), Sockets::bind(0, 0).unwrap());
-        let to = Endpoint::from(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), theirs.port()));
-        assert!(
-            !ours
-                .send(&[7; 25], 10, &to, Outer::default(), false)
-                .unwrap()
-        );
-        let mut bytes = 0;
-        while bytes < 25 {
-            bytes += receive(&theirs, false)
-                .iter()
-                .map(|(bytes, _)| bytes.len())
-                .sum::<usize>();
-        }
-    }
-
-    #[test]
-    fn a_source_address_that_is_gone_is_told_apart() {
-        let sockets = Sockets::bind(0, 0).unwrap();
-        let to = Endpoint {
-            remote: (Ipv4Addr::LOCALHOST, 9).into(),
-            local: Some((Ipv4Addr::new(192, 0, 2, 77).into(), 1)),
-        };
-        let error = sockets
-            .send(b"x", 1, &to, Outer::default(), true)
-            .unwrap_err();
-        assert!(is_source_gone(&error), "{error}");
-    }
-
-    #[test]
-    fn a_taken_port_is_refused() {
-        let taken = Sockets::bind(0, 0).unwrap();
-        let error = Sockets::bind(taken.port(), 0).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
-    }
-
-    #[test]
-    fn shutting_down_wakes_the_reader() {
-        let sockets = std::sync::Arc::new(Sockets::bind(0, 0).unwrap());
-        let reader = std::thread::spawn({
-            let sockets = sockets.clone();
-            move || {
-                let mut arena = Arena::default();
-                let _ = sockets.family(false).unwrap().receive(&mut arena, 1, true);
-                arena
-                    .messages
-                    .iter()
-                    .map(|message| message.range.len())
-                    .sum::<usize>()
-            }
-        });
-        std::thread::sleep(std::time::Duration::from_millis(50));
-        sockets.shut_down();
-        assert_eq!(reader.join().unwrap(), 0);
     }
 }
