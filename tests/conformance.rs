@@ -94,23 +94,13 @@ mod traffic;
 #[path = "conformance/tunnel.rs"]
 mod tunnel;
 
-/// How often a scenario is tried.
-const TRIES: u32 = 2;
-
 /// Runs a scenario; where a failure is known, it has to happen, and in those words.
-///
-/// A scenario is real time on CPUs that others use too, some two hundred of them side by side. So it
-/// has a second try, which `--nocapture` shows; what fails twice fails.
 fn judge(known: &[(bool, &str)], scenario: impl Fn() -> Result<()>) {
     let known = known.iter().find(|(applies, _)| *applies);
-    for left in (0..TRIES).rev() {
-        let complaint = disappointment(known.map(|(_, words)| *words), scenario());
-        let logs = tunnel::take_logs();
-        match complaint {
-            None => return,
-            Some(complaint) if left > 0 => eprintln!("tried again: {complaint}\n{logs}"),
-            Some(complaint) => panic!("{complaint}\n{logs}"),
-        }
+    let complaint = disappointment(known.map(|(_, words)| *words), scenario());
+    let logs = tunnel::take_logs();
+    if let Some(complaint) = complaint {
+        panic!("{complaint}\n{logs}");
     }
 }
 

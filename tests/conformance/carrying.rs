@@ -1,7 +1,7 @@
 //! What a tunnel carries, and how its datagrams look from outside.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use selvedge_lab::netns::Namespace;
@@ -9,7 +9,7 @@ use selvedge_lab::process::wait_for;
 
 use crate::pair::{LEFT4, LEFT6, Pair, Pairing, RIGHT4, RIGHT6};
 use crate::relay::Relay;
-use crate::traffic::{everything, parallel, tcp, tcp_within, udp};
+use crate::traffic::{everything, numbered, parallel, tcp, udp};
 use crate::tunnel::SOON;
 
 pub(crate) fn ipv4_and_ipv6_pass_over_ipv4(pairing: Pairing) -> Result<()> {
@@ -34,14 +34,25 @@ pub(crate) fn counters_are_exact(pairing: Pairing) -> Result<()> {
     right
         .space
         .run(&format!("ping -q -n -c 10 -f -W 1 {LEFT4}"))?;
-    let (received, sent) = right.tunnel.transfer(&left.key.public)?;
-    ensure!(received == 1372, "received {received}, not 1372");
-    ensure!([1428, 1460].contains(&sent), "sent {sent}, not 1428");
-    let (received, sent) = left.tunnel.transfer(&right.key.public)?;
-    ensure!(sent == 1372, "sent {sent}, not 1372");
+    // ping does not wait for the last answers longer than for the others.
+    let counted = || -> Result<bool> {
+        let (received, sent) = right.tunnel.transfer(&left.key.public)?;
+        let (left_received, left_sent) = left.tunnel.transfer(&right.key.public)?;
+        Ok([received, left_sent] == [1372; 2]
+            && [sent, left_received]
+                .iter()
+                .all(|sum| [1428, 1460].contains(sum)))
+    };
+    wait_for("1372 bytes one way and 1428 the other", SOON, || {
+        counted().is_ok_and(|right| right)
+    })
+    .with_context(|| format!("{:?}", right.tunnel.transfer(&left.key.public)))?;
+    // And no more come.
+    thread::sleep(Duration::from_millis(500));
     ensure!(
-        [1428, 1460].contains(&received),
-        "received {received}, not 1428"
+        counted()?,
+        "more than that: {:?}",
+        right.tunnel.transfer(&left.key.public)
     );
     for (end, peer) in [(left, right), (right, left)] {
         let handshake = end.tunnel.peer("latest-handshakes", &peer.key.public)?;
@@ -71,7 +82,7 @@ pub(crate) fn a_raised_mtu_is_used(pairing: Pairing) -> Result<()> {
     ] {
         end.space
             .run(&format!(
-                "ping -q -n -c 3 -i 0.01 -W 3 -M do -s 30000 {peer}"
+                "ping -q -n -c 3 -i 0.01 -W 10 -M do -s 30000 {peer}"
             ))
             .context("with the big MTU")?;
     }
@@ -94,7 +105,7 @@ pub(crate) fn padding_fills_blocks_of_sixteen(pairing: Pairing) -> Result<()> {
         let before = relay.seen()?.len();
         pair.left
             .space
-            .run(&format!("ping -q -n -c 1 -W 3 -s {payload} {RIGHT4}"))?;
+            .run(&format!("ping -q -n -c 1 -W 10 -s {payload} {RIGHT4}"))?;
         let inner = (20_usize + 8 + payload).next_multiple_of(16);
         let seen = relay.seen()?;
         let sizes: Vec<_> = seen[before..]
@@ -116,6 +127,7 @@ pub(crate) fn padding_never_exceeds_the_mtu(pairing: Pairing) -> Result<()> {
     let (left, right) = (&pair.left, &pair.right);
     left.ip("address add 10.0.0.1/24 dev cable")?;
     right.ip("address add 10.0.0.2/24 dev cable")?;
+    left.reaches("10.0.0.2")?;
     left.endpoint(right, "10.0.0.2:2")?;
     full_sized_packets_pass(&pair, &left.space, &right.space)
 }
@@ -138,11 +150,11 @@ fn full_sized_packets_pass(pair: &Pair, left: &Namespace, right: &Namespace) -> 
         // 1299 bytes in 60 of headers.
         under.run("nft add rule ip narrow in ip length > 1359 counter drop")?;
     }
-    pair.left.ping(RIGHT4)?;
+    pair.left.reaches(RIGHT4)?;
     for payload in 1255..=1271 {
         pair.right
             .space
-            .run(&format!("ping -q -n -c 1 -W 2 -M do -s {payload} {LEFT4}"))?;
+            .run(&format!("ping -q -n -c 1 -W 5 -M do -s {payload} {LEFT4}"))?;
     }
     for under in [left, right] {
         let rules = under.run("nft list chain ip narrow in")?;
@@ -159,25 +171,16 @@ pub(crate) fn a_tenth_of_the_datagrams_may_be_lost(pairing: Pairing) -> Result<(
     let under = &pair.under;
     under.run("nft add table inet lossy")?;
     under.run("nft add chain inet lossy in { type filter hook input priority 0 ; }")?;
-    under.run(
-        "nft add rule inet lossy in meta l4proto udp numgen random mod 10 == 0 counter drop",
-    )?;
+    // Each tenth and not any: where chance loses a segment several times running, TCP's patience grows
+    // to minutes, and the test's would have to.
+    under.run("nft add rule inet lossy in meta l4proto udp numgen inc mod 10 == 0 counter drop")?;
     // The handshake may be lost as well, and is tried again after five seconds.
-    wait_for("a first answer", Duration::from_secs(30), || {
-        pair.left.ping(RIGHT4).is_ok()
-    })?;
-    // TCP doubles its patience with each repetition that is lost as well, up to two minutes, and one of
-    // some hundred transfers would need more than a minute: where the kernel lets it be bounded (Linux
-    // 6.15), it is.
-    for end in [&pair.left, &pair.right] {
-        let _ = end.space.sysctl("ipv4/tcp_rto_max_ms", "1000");
-    }
-    let limit = Duration::from_secs(180);
+    pair.left.reaches(RIGHT4)?;
     for (from, to, address) in [
         (&pair.left, &pair.right, RIGHT4),
         (&pair.right, &pair.left, LEFT6),
     ] {
-        tcp_within(limit, &from.space, &to.space, address, 4 << 20)?;
+        tcp(&from.space, &to.space, address, 1 << 20)?;
     }
     let rules = under.run("nft list chain inet lossy in")?;
     ensure!(
@@ -206,19 +209,9 @@ pub(crate) fn reordered_and_doubled_datagrams_arrive_once(pairing: Pairing) -> R
         }
         out
     })?;
-    // A held request goes out with the next one, so no more than the last can be missing.
-    let report = pair
-        .left
-        .space
-        .attempt(&format!("ping -n -c 100 -i 0.01 -W 2 {RIGHT4}"))?;
-    let report = String::from_utf8_lossy(&report.stdout).into_owned();
-    ensure!(
-        !report.contains("DUP!"),
-        "a doubled datagram came through:\n{report}"
-    );
-    let arrived = report.matches("bytes from").count();
-    ensure!(arrived >= 98, "{arrived} of 100 answers arrived:\n{report}");
-    Ok(())
+    // What is held goes out with the next one, be it an echo request or a number.
+    pair.left.reaches(RIGHT4)?;
+    numbered(&pair.left.space, &pair.right.space, RIGHT4, 100)
 }
 
 pub(crate) fn an_idle_tunnel_is_silent(pairing: Pairing) -> Result<()> {
@@ -226,6 +219,7 @@ pub(crate) fn an_idle_tunnel_is_silent(pairing: Pairing) -> Result<()> {
     let relay = Relay::listening(&pair)?;
     thread::sleep(Duration::from_secs(1));
     ensure!(relay.seen()?.is_empty(), "datagrams without any traffic");
+    let since = Instant::now();
     pair.left.ping(RIGHT4)?;
     // The keepalive that answers the last message comes after ten seconds, and then nothing more.
     thread::sleep(Duration::from_secs(12));
@@ -233,12 +227,10 @@ pub(crate) fn an_idle_tunnel_is_silent(pairing: Pairing) -> Result<()> {
     // Two handshakes, where both sides begin one, and the echo.
     ensure!(before <= 12, "{before} datagrams for one echo");
     thread::sleep(Duration::from_secs(12));
-    let after = relay.seen()?.len();
-    ensure!(
-        after == before,
-        "{} more datagrams while idle",
-        after - before
-    );
+    let more = relay.seen()?.len() - before;
+    // An initiation, its answer and the keepalive that confirms it.
+    let needless = 3 * pairing.needless_handshakes(since.elapsed());
+    ensure!(more <= needless, "{more} more datagrams while idle");
     Ok(())
 }
 
@@ -251,8 +243,9 @@ pub(crate) fn a_link_that_was_down_carries_again(pairing: Pairing) -> Result<()>
         left.ip("link set {} up")?;
         // Taking a link down takes its IPv6 addresses away.
         left.ip(&format!("address add {LEFT6}/112 dev {{}} nodad"))?;
-        wait_for("an answer", SOON, || left.ping(RIGHT4).is_ok())?;
-        right.ping(LEFT6)?;
+        left.settled()?;
+        left.reaches(RIGHT4)?;
+        right.reaches(LEFT6)?;
     }
     tcp(&left.space, &right.space, RIGHT4, 1 << 20)
 }

@@ -5,7 +5,6 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
@@ -325,7 +324,7 @@ pub(crate) fn sigterm_removes_link_and_socket(program: Program) -> Result<()> {
         }
         ensure!(device.has_link()?, "there is no link to begin with");
         device.tunnel.signal(Signal::SIGTERM);
-        wait_for("the end", Duration::from_secs(3), || device.tunnel.ended())?;
+        wait_for("the end", SOON, || device.tunnel.ended())?;
         ensure!(!device.has_link()?, "the link is still there");
         ensure!(!device.tunnel.socket().exists(), "so is the socket");
     }

@@ -8,7 +8,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use rand::{RngCore as _, SeedableRng as _};
 use selvedge_lab::netns::Namespace;
-use selvedge_lab::process::wait_for;
 
 use crate::pair::{LEFT_PORT, LEFT4, LEFT6, Pair, Pairing, RIGHT_PORT, RIGHT4, RIGHT6};
 use crate::relay::{Relay, Way};
@@ -210,9 +209,7 @@ pub(crate) fn datagrams_replayed_after_a_restart_deliver_nothing(pairing: Pairin
         .set(&format!("private-key {}", restart.file()))?;
     left.tunnel
         .set(&format!("private-key {}", left.key.file()))?;
-    wait_for("the peer's own handshake", SOON, || {
-        left.ping(RIGHT4).is_ok()
-    })?;
+    left.reaches(RIGHT4)?;
     let before = (right.statistic("rx_packets")?, right.endpoint_of(left)?);
     replay()?;
     expect_silence(&socket)?;

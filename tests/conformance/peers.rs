@@ -1,7 +1,7 @@
 //! Who may send what: cryptokey routing, keys that change, peers that are changed while they live.
 
 use std::net::UdpSocket;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use selvedge_lab::process::wait_for;
@@ -11,10 +11,10 @@ use crate::relay::Relay;
 use crate::traffic::{tcp, udp};
 use crate::tunnel::{Key, SOON, Tunnel};
 
-/// Whether a datagram from one end reaches the other within a second.
-fn arrives(from: &End, to: &End, address: &str) -> Result<bool> {
+/// Whether a datagram from one end reaches the other in this time.
+fn arrives(from: &End, to: &End, address: &str, patience: Duration) -> Result<bool> {
     let receiver = to.space.within(|| UdpSocket::bind((address, 0)))?;
-    receiver.set_read_timeout(Some(Duration::from_secs(1)))?;
+    receiver.set_read_timeout(Some(patience))?;
     let sender = from.space.within(|| UdpSocket::bind("0.0.0.0:0"))?;
     sender.send_to(b"X", receiver.local_addr()?)?;
     Ok(receiver.recv(&mut [0; 8]).is_ok())
@@ -29,7 +29,7 @@ pub(crate) fn a_source_belongs_to_its_most_specific_owner(pairing: Pairing) -> R
     left.tunnel
         .set(&format!("{peer} allowed-ips 192.168.241.0/24"))?;
     ensure!(
-        arrives(right, left, LEFT4)?,
+        arrives(right, left, LEFT4, SOON)?,
         "the owner of the /24 may send"
     );
     let other = Key::new()?.public;
@@ -37,16 +37,15 @@ pub(crate) fn a_source_belongs_to_its_most_specific_owner(pairing: Pairing) -> R
         .set(&format!("peer {other} allowed-ips {RIGHT4}/32"))?;
     right.tunnel.set("listen-port 9997")?;
     ensure!(
-        !arrives(right, left, LEFT4)?,
+        !arrives(right, left, LEFT4, Duration::from_secs(1))?,
         "a source of another owner came through"
     );
-    let endpoint = left.endpoint_of(right)?;
-    ensure!(
-        endpoint == "127.0.0.1:9997",
-        "the endpoint is {endpoint}, and did not follow the datagram"
-    );
+    wait_for("the endpoint to follow the datagram", SOON, || {
+        left.endpoint_of(right)
+            .is_ok_and(|endpoint| endpoint == "127.0.0.1:9997")
+    })?;
     left.tunnel.set(&format!("peer {other} remove"))?;
-    ensure!(arrives(right, left, LEFT4)?, "the /24 is whole again");
+    ensure!(arrives(right, left, LEFT4, SOON)?, "the /24 is whole again");
     Ok(())
 }
 
@@ -64,7 +63,7 @@ pub(crate) fn a_spoofed_source_never_comes_through(pairing: Pairing) -> Result<(
     right.ip("address add 192.168.241.7/24 dev {}")?;
     right
         .space
-        .run(&format!("ping -q -n -c 1 -W 3 -I 192.168.241.7 {LEFT4}"))?;
+        .run(&format!("ping -q -n -c 1 -W 10 -I 192.168.241.7 {LEFT4}"))?;
     let before = left.statistic("rx_packets")?;
     let output = right
         .space
@@ -96,6 +95,7 @@ pub(crate) fn a_changed_private_key_makes_a_new_handshake_at_once(pairing: Pairi
 pub(crate) fn a_changed_preshared_key_keeps_the_session(pairing: Pairing) -> Result<()> {
     let pair = Pair::strangers(pairing)?;
     let relay = Relay::listening(&pair)?;
+    let since = Instant::now();
     let (left, right) = (&pair.left, &pair.right);
     left.ping(RIGHT4)?;
     let other = Key::new()?;
@@ -107,7 +107,9 @@ pub(crate) fn a_changed_preshared_key_keeps_the_session(pairing: Pairing) -> Res
     left.ping(RIGHT4)?;
     set(right, left, &other)?;
     left.ping(RIGHT4)?;
-    ensure!(initiations(&relay)? == 1, "the session was given up");
+    let count = initiations(&relay)?;
+    let granted = 1 + pairing.needless_handshakes(since.elapsed());
+    ensure!(count <= granted, "the session was given up");
     Ok(())
 }
 
@@ -127,8 +129,7 @@ pub(crate) fn different_preshared_keys_make_no_session(pairing: Pairing) -> Resu
     right.ping_fails(LEFT4)?;
     psk(&pair.psk)?;
     // The attempt under way has to time out first: five seconds.
-    wait_for("an answer", SOON, || left.ping(RIGHT4).is_ok())?;
-    Ok(())
+    left.reaches(RIGHT4)
 }
 
 fn initiations(relay: &Relay) -> Result<usize> {
@@ -141,6 +142,7 @@ fn initiations(relay: &Relay) -> Result<usize> {
 pub(crate) fn changes_of_a_live_peer_leave_its_session_alone(pairing: Pairing) -> Result<()> {
     let pair = Pair::strangers(pairing)?;
     let relay = Relay::listening(&pair)?;
+    let since = Instant::now();
     let (left, right) = (&pair.left, &pair.right);
     left.ping(RIGHT4)?;
     let peer = format!("peer {}", right.key.public);
@@ -160,10 +162,13 @@ pub(crate) fn changes_of_a_live_peer_leave_its_session_alone(pairing: Pairing) -
         left.ping(RIGHT4)
             .with_context(|| format!("after {change}"))?;
         let count = initiations(&relay)?;
-        ensure!(count == 1, "{count} initiations after {change}");
+        let granted = 1 + pairing.needless_handshakes(since.elapsed());
+        ensure!(count <= granted, "{count} initiations after {change}");
     }
     tcp(&left.space, &right.space, RIGHT6, 1 << 20)?;
-    ensure!(initiations(&relay)? == 1, "a new handshake in the end");
+    let count = initiations(&relay)?;
+    let granted = 1 + pairing.needless_handshakes(since.elapsed());
+    ensure!(count <= granted, "a new handshake in the end");
     Ok(())
 }
 
@@ -173,7 +178,7 @@ pub(crate) fn a_transfer_survives_hundreds_of_changes(pairing: Pairing) -> Resul
     let (left, right) = (&pair.left, &pair.right);
     left.ping(RIGHT4)?;
     std::thread::scope(|scope| {
-        let transfer = scope.spawn(|| tcp(&left.space, &right.space, RIGHT4, 64 << 20));
+        let transfer = scope.spawn(|| tcp(&left.space, &right.space, RIGHT4, 16 << 20));
         let mut round = 0;
         while !transfer.is_finished() || round < 20 {
             round += 1;

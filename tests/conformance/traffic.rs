@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use selvedge_lab::netns::Namespace;
 
 use crate::pair::{LEFT4, LEFT6, Pair, RIGHT4, RIGHT6};
+use crate::tunnel::SOON;
 
 /// The bytes 0 to 250 over and over: 251 is prime, so that a segment that is missing, doubled or out
 /// of place shows.
@@ -16,8 +17,14 @@ fn pattern(length: usize) -> Vec<u8> {
     (0..251).cycle().take(length).collect()
 }
 
+/// So many of the last datagrams may still be held back when all are sent.
+const FEW: u32 = 10;
+
+/// How long to wait for what should not come.
+const SHORT: Duration = Duration::from_millis(500);
+
 /// How long a transfer may take that would take a second on an idle machine.
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(180);
 
 /// Sends so many bytes over TCP from one namespace to an address in another and checks them.
 pub(crate) fn tcp(from: &Namespace, to: &Namespace, address: &str, bytes: usize) -> Result<()> {
@@ -141,6 +148,40 @@ pub(crate) fn udp(
     Ok(())
 }
 
+/// Sends so many numbered datagrams; each but the last few has to arrive once, in whatever order.
+pub(crate) fn numbered(from: &Namespace, to: &Namespace, address: &str, count: u32) -> Result<()> {
+    let address: IpAddr = address.parse()?;
+    let receiver = to.within(|| UdpSocket::bind((address, 0)))?;
+    let sender = from.within(|| UdpSocket::bind("0.0.0.0:0"))?;
+    sender.connect(receiver.local_addr()?)?;
+    for number in 0..count + FEW {
+        sender.send(&number.to_be_bytes())?;
+        // Slowly enough for whatever stands between.
+        thread::sleep(Duration::from_millis(2));
+    }
+    let mut arrived = vec![0; (count + FEW) as usize];
+    let due = |arrived: &[u32]| arrived[..count as usize].contains(&0);
+    let mut buffer = [0; 4];
+    loop {
+        // The copies of the last ones may be under way when they have arrived.
+        let patience = if due(&arrived) { SOON } else { SHORT };
+        receiver.set_read_timeout(Some(patience))?;
+        match receiver.recv(&mut buffer) {
+            Ok(4) => arrived[u32::from_be_bytes(buffer) as usize] += 1,
+            Ok(length) => anyhow::bail!("a datagram of {length} bytes"),
+            // A wait with a time-out is not resumed after a signal (signal(7)).
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    ensure!(!due(&arrived), "some did not arrive: {arrived:?}");
+    ensure!(
+        arrived.iter().all(|times| *times <= 1),
+        "some arrived more than once: {arrived:?}"
+    );
+    Ok(())
+}
+
 /// Pings, TCP each way and in parallel, UDP of all kinds of sizes, over IPv4 and IPv6.
 pub(crate) fn everything(pair: &Pair) -> Result<()> {
     let (left, right) = (&pair.left, &pair.right);
@@ -151,7 +192,7 @@ pub(crate) fn everything(pair: &Pair) -> Result<()> {
         (right, LEFT6),
     ] {
         from.space
-            .run(&format!("ping -q -n -c 10 -i 0.01 -W 3 {to}"))?;
+            .run(&format!("ping -q -n -c 10 -i 0.01 -W 10 {to}"))?;
     }
     for (from, to, address) in [
         (left, right, RIGHT4),

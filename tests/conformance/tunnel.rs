@@ -14,8 +14,9 @@ use selvedge_lab::netns::{Namespace, unique_prefix};
 use selvedge_lab::process::{Process, wait_for};
 use tempfile::TempDir;
 
-/// How long anything may take that should happen at once, on a machine that has other work too.
-pub(crate) const SOON: Duration = Duration::from_secs(10);
+/// How long anything may take that should happen at once, on a machine that has other work too; also two
+/// of a handshake's attempts, which are five seconds apart.
+pub(crate) const SOON: Duration = Duration::from_secs(30);
 
 /// A program that makes a WireGuard device and serves its configuration socket.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -200,7 +201,7 @@ impl Tunnel {
     pub(crate) fn wg(&self, line: &str) -> Result<String> {
         let line = line.replace("{}", &self.name);
         let output = Command::new("timeout")
-            .args(["10", "wg"])
+            .args(["30", "wg"])
             .args(line.split_whitespace())
             .output()
             .context("wg cannot be run: install wireguard-tools")?;
