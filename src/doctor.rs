@@ -15,6 +15,7 @@ use crate::status::{self, Report, Role};
 mod api;
 mod firewall;
 mod host;
+mod kilo;
 mod leaders;
 mod port;
 
@@ -89,6 +90,7 @@ pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
     let report = status::ask(&config.control_socket);
     let mut findings = host::findings(&config, report.as_ref().ok());
     findings.extend(flannel(&config));
+    findings.extend(kilo::findings(&config));
     let mut port = config.port;
     match report {
         Ok(report) => {

@@ -41,6 +41,7 @@ use self::heal::{FlannelState, Repair};
 pub use self::host::{LocalAddress, Path, Uplink};
 pub use self::monitor::{Event, Monitor, read_news};
 use self::netlink::{Netlink, Refused};
+pub use self::ownership::KilosRemains;
 pub use self::ruleset::Counters;
 use self::ruleset::Rulesets;
 pub use self::sysctl::ipv6_is_off;

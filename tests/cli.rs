@@ -212,11 +212,12 @@ fn ports_in_use_are_refused() {
     let (udp, tcp) = node.namespace.within(|| {
         (
             std::net::UdpSocket::bind("0.0.0.0:51820").unwrap(),
-            std::net::TcpListener::bind("127.0.0.1:1107").unwrap(),
+            // As Kilo's kg has it.
+            std::net::TcpListener::bind("[::]:1107").unwrap(),
         )
     });
     assert!(path.exists());
-    refused(node.agent(&[]), 78, "127.0.0.1:1107");
+    refused(node.agent(&[]), 78, "never run both on a node");
     drop(tcp);
     refused(node.agent(&[]), 78, "UDP port 51820 is in use");
     drop(udp);
@@ -294,6 +295,33 @@ fn the_doctor_names_who_has_the_tunnels_port() {
     assert!(text.contains(&whose), "{text}");
     drop(socket);
     assert!(!node.doctor(&[]).contains("UDP port 51820"));
+}
+
+#[test]
+fn the_doctor_lists_what_kilo_left() {
+    let node = Node::new();
+    assert!(!node.doctor(&[]).contains("Kilo's routing table"));
+    // As after a kg that was killed.
+    for line in [
+        "ip route add 192.168.50.12 dev lo table 1107",
+        "ip rule add to 192.168.50.12 iif kilo0 lookup 1107",
+    ] {
+        node.namespace.run(line).unwrap();
+    }
+    let text = node.doctor(&[]);
+    assert!(
+        text.contains(
+            "table 1107 is not empty (routes: 1), and the rules of priority 32765 lead there"
+        ),
+        "{text}"
+    );
+    // What it says is to be done is enough.
+    let (_, todo) = text.split_once("If no kg runs here any more: ").unwrap();
+    let todo = todo.lines().next().unwrap().trim_end_matches('.');
+    for command in todo.split("; ") {
+        node.namespace.run(command).unwrap();
+    }
+    assert!(!node.doctor(&[]).contains("Kilo's routing table"));
 }
 
 #[test]

@@ -20,6 +20,9 @@ use selvedge_lab::netns::require_root;
 use selvedge_lab::{Client, ControlPlane, Namespace, Node, Scratch, scratch, wait_for};
 use serde_json::{Value, json};
 
+#[path = "manifests/guide.rs"]
+mod guide;
+
 const PEERS: &str = "/apis/kilo.squat.ai/v1alpha1/peers";
 const KEY: &str = "oGFwdG9wUHVibGljS2V5Rm9yRG9jc09ubHkwMDAwMDA=";
 const PSK: &str = "PSKwdG9wUHVibGljS2V5Rm9yRG9jc09ubHkwMDAwMDA=";
@@ -29,7 +32,7 @@ struct Cluster {
     // Declared in the order in which they must end.
     plane: ControlPlane,
     node: Node,
-    _files: Scratch,
+    files: Scratch,
 }
 
 /// Names of Peers are unique per test, so that the tests do not meet.
@@ -47,18 +50,7 @@ fn cluster() -> Arc<Cluster> {
 
 impl Cluster {
     fn start() -> anyhow::Result<Self> {
-        require_root()?;
-        let address = Ipv4Addr::new(203, 0, 113, 10);
-        let files = scratch("manifests")?;
-        let namespace = Namespace::new("manifests")?;
-        namespace.run(&format!("ip addr add {address}/32 dev lo"))?;
-        let node = Node::new("node-a", address, namespace, files.path().join("node-a"))?;
-        let plane = ControlPlane::start(&node, address, &files.path().join("plane"))?;
-        let cluster = Self {
-            plane,
-            node,
-            _files: files,
-        };
+        let cluster = Self::empty("manifests")?;
         cluster.leave_as_kilo_did()?;
         let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
         let applied = cluster.kubectl(&["apply", "-f", manifest]);
@@ -71,6 +63,18 @@ impl Cluster {
         }
         cluster.wait_for_admission()?;
         Ok(cluster)
+    }
+
+    /// A control plane without anything.
+    fn empty(label: &str) -> anyhow::Result<Self> {
+        require_root()?;
+        let address = Ipv4Addr::new(203, 0, 113, 10);
+        let files = scratch(label)?;
+        let namespace = Namespace::new(label)?;
+        namespace.run(&format!("ip addr add {address}/32 dev lo"))?;
+        let node = Node::new("node-a", address, namespace, files.path().join("node-a"))?;
+        let plane = ControlPlane::start(&node, address, &files.path().join("plane"))?;
+        Ok(Self { plane, node, files })
     }
 
     fn api(&self) -> &Client {

@@ -38,7 +38,7 @@ pub(super) fn finding(port: u16) -> Option<Finding> {
         .map(|inode| process(Path::new("/proc"), inode).unwrap_or(Holder::Unseen))?;
     Some(Finding::problem(
         format!("UDP port {port} is held by {holder}, so no agent can start."),
-        "Stop that, or choose another port with --port on all nodes.",
+        "Stop that (Kilo's link goes by itself when an agent starts), or choose another port with --port on all nodes.",
     ))
 }
 

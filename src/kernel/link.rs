@@ -207,6 +207,11 @@ impl Found {
         self.kind.as_deref() == Some("tun") && self.mac.is_none()
     }
 
+    /// Whether it is a WireGuard link of the kernel's, which is what Kilo's `kg` makes.
+    pub(super) fn is_wireguard(&self) -> bool {
+        self.kind.as_deref() == Some("wireguard")
+    }
+
     fn read_settings(&mut self, family: &AfSpecUnspec) {
         match family {
             AfSpecUnspec::Inet(settings) => {
@@ -343,6 +348,30 @@ mod tests {
             };
             assert_eq!(found, Some(expected));
         }
+    }
+
+    #[test]
+    fn only_the_kernels_wireguard_link_is_taken_for_kilos() {
+        let of_kind = |kind| {
+            let mut message = to_index(7);
+            message.attributes = vec![
+                LinkAttribute::IfName("kilo0".to_owned()),
+                LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]),
+            ];
+            let mut bytes = vec![0; message.buffer_len()];
+            message.emit(&mut bytes);
+            from_message(&LinkMessage::parse(&bytes[..]).unwrap())
+        };
+        assert!(of_kind(InfoKind::Wireguard).is_wireguard());
+        for other in [
+            InfoKind::Tun,
+            InfoKind::Bridge,
+            InfoKind::Dummy,
+            InfoKind::Veth,
+        ] {
+            assert!(!of_kind(other).is_wireguard());
+        }
+        assert!(!Found::default().is_wireguard(), "hardware");
     }
 
     #[test]

@@ -4,18 +4,72 @@
 use std::ops::RangeInclusive;
 
 use super::{Kernel, list, route, rule};
-use crate::diff::diff;
+use crate::diff::{Change, diff};
 use crate::plan::{PROTOCOL, State, Table};
 use crate::refusal::Refusal;
 
+/// The routing table of Kilo's `kg`, which empties it neither at its end nor at its start.
+const KILOS_TABLE: u32 = 1107;
+
+/// What Kilo's `kg` has on this node, or left here.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct KilosRemains {
+    /// Whether the tunnel's name is that of a WireGuard link of the kernel's.
+    pub link: bool,
+    /// The priorities of the rules that lead to its table.
+    pub rules: Vec<u32>,
+    /// How many routes are in it.
+    pub routes: usize,
+}
+
 impl Kernel {
+    /// Deletes the WireGuard link of the kernel's that has the tunnel's name, and says whether there was one.
+    ///
+    /// Kilo's `kg` keeps its link at its end, unless told otherwise, with its UDP port and configuration. Who
+    /// changes the image, or moves a node, expects the next agent to go on from there. With the link go its
+    /// routes.
+    pub fn take_over(&self) -> anyhow::Result<bool> {
+        if !self.left_by_kilo()?.link {
+            return Ok(false);
+        }
+        let changes = [Change::DeleteLink {
+            name: self.interface.clone(),
+        }];
+        match self.apply_all(&changes).pop() {
+            None => Ok(true),
+            Some((change, error)) => Err(error.context(change.to_string())),
+        }
+    }
+
+    /// Looks for what Kilo's `kg` has on this node, or left here.
+    pub fn left_by_kilo(&self) -> anyhow::Result<KilosRemains> {
+        let mut netlink = self.netlink();
+        let link = list::links(&mut netlink)?
+            .iter()
+            .any(|link| link.name == self.interface && link.is_wireguard());
+        let rules = list::rules(&mut netlink)?;
+        let rules = rules.iter().filter(|rule| rule.table == KILOS_TABLE);
+        let rules = rules.map(|rule| rule.priority).collect();
+        let mut routes = 0;
+        for v6 in [false, true] {
+            routes += list::routes(&mut netlink, v6, KILOS_TABLE)?.len();
+        }
+        Ok(KilosRemains {
+            link,
+            rules,
+            routes,
+        })
+    }
+
     /// Refuses to work where others already use what the agent would: a rule on one of its
-    /// `priorities`, routes in its tables, a link that is no tunnel under its tunnel's name.
+    /// `priorities`, routes in its tables, a link that is no tunnel under its tunnel's name, nor one that
+    /// [`Self::take_over`] replaces.
     pub fn check(&self, priorities: RangeInclusive<u32>) -> anyhow::Result<()> {
         let mut netlink = self.netlink();
         let links = list::links(&mut netlink)?;
         if let Some(link) = links.iter().find(|link| link.name == self.interface)
             && !link.is_tun()
+            && !link.is_wireguard()
         {
             return Err(Refusal::configuration(format!(
                 "there is a link {} already, of the kind {}: delete it (ip link del {}), or choose another name with --interface",

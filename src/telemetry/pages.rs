@@ -51,7 +51,7 @@ pub async fn bind(listen: Listen) -> Result<Option<TcpListener>, Refusal> {
     match failure {
         None => Ok(None),
         Some((address, error)) => Err(Refusal::configuration(format!(
-            "cannot serve pages on {address}: {error}: choose another --listen address, or an empty one"
+            "cannot serve pages on {address}: {error}: stop what has it (Kilo's kg has port 1107, and never run both on a node), or choose another --listen address, or an empty one"
         ))),
     }
 }

@@ -1,0 +1,81 @@
+//! What Kilo's `kg` has on this node, or left here: for those who move a cluster from one to the other.
+
+use super::Finding;
+use crate::config::Config;
+use crate::kernel::{Kernel, KilosRemains};
+
+/// What is to be known of it, and to be done about it.
+pub(super) fn findings(config: &Config) -> Vec<Finding> {
+    match Kernel::open(&config.interface).and_then(|kernel| kernel.left_by_kilo()) {
+        Ok(remains) => of(&remains, &config.interface),
+        Err(error) => vec![Finding::warning(
+            format!("Links, rules and routes could not be looked at: {error:#}."),
+            "Run this as root on the node.",
+        )],
+    }
+}
+
+fn of(remains: &KilosRemains, interface: &str) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    if remains.link {
+        findings.push(Finding::note(format!(
+            "{interface} is a WireGuard link of the kernel's, as Kilo makes it and leaves it: an agent that starts replaces it."
+        )));
+    }
+    if remains.rules.is_empty() && remains.routes == 0 {
+        return findings;
+    }
+    let mut priorities = remains.rules.clone();
+    priorities.sort_unstable();
+    priorities.dedup();
+    let rules = match priorities.as_slice() {
+        [] => "no rule leads there".to_owned(),
+        some => {
+            let some: Vec<_> = some.iter().map(u32::to_string).collect();
+            format!("the rules of priority {} lead there", some.join(", "))
+        }
+    };
+    let mut remedy = "If no kg runs here any more: ".to_owned();
+    for priority in &priorities {
+        remedy.push_str(&format!("ip rule del pref {priority} lookup 1107; "));
+    }
+    remedy.push_str("ip route flush table 1107.");
+    findings.push(Finding::warning(
+        format!(
+            "Kilo's routing table 1107 is not empty (routes: {}), and {rules}.",
+            remains.routes
+        ),
+        remedy,
+    ));
+    findings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_that_never_knew_kilo_is_told_nothing() {
+        assert!(of(&KilosRemains::default(), "kilo0").is_empty());
+    }
+
+    #[test]
+    fn what_kilo_left_is_listed_with_the_commands_that_remove_it() {
+        let remains = KilosRemains {
+            link: true,
+            rules: vec![32765, 32764, 32764],
+            routes: 2,
+        };
+        let told: Vec<_> = of(&remains, "kilo0")
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(
+            told,
+            [
+                "note: kilo0 is a WireGuard link of the kernel's, as Kilo makes it and leaves it: an agent that starts replaces it.",
+                "warning: Kilo's routing table 1107 is not empty (routes: 2), and the rules of priority 32764, 32765 lead there.\n  to do: If no kg runs here any more: ip rule del pref 32764 lookup 1107; ip rule del pref 32765 lookup 1107; ip route flush table 1107.",
+            ]
+        );
+    }
+}
