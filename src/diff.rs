@@ -68,7 +68,7 @@ pub enum Change {
         /// What it should be.
         peer: Peer,
     },
-    /// Replaces the whole nft table in one transaction.
+    /// Makes the nft table this one in one transaction; where only prefixes differ, by its sets' elements.
     ReplaceFirewall(Box<Firewall>),
     /// Adds a route, or replaces the one with the same key in place.
     ReplaceRoute {

@@ -47,24 +47,36 @@ pub(super) fn digest(bytes: &[u8]) -> FirewallId {
 }
 
 /// The table as `nft -f` reads it, replacing one that is there, in one transaction.
+///
+/// For some microseconds of it packets see the new rules with nothing in their sets yet: the kernel starts
+/// the new generation of rules before it shows the elements of new sets. A packet that belongs to the
+/// region is then taken for one that leaves it. So this is for a table that is not there, or whose frame
+/// differs; see [`render_elements`].
 pub fn render(firewall: &Firewall) -> String {
-    let mut text = Text::new(firewall);
+    let text = Text::new(firewall);
     // Deleting a table that is not there would fail, so it is added first.
-    text.line(0, format!("table inet {TABLE}"));
-    text.line(0, format!("delete table inet {TABLE}"));
-    text.line(0, format!("table inet {TABLE} {{"));
-    for counter in [LEAK_DROPS, LEAKS, POD_DROPS] {
-        text.line(1, format!("counter {counter} {{ }}"));
+    format!(
+        "table inet {TABLE}\ndelete table inet {TABLE}\n{}",
+        text.table(true)
+    )
+}
+
+/// What the table is without the elements of its sets, which is what mostly changes.
+pub(super) fn frame(firewall: &Firewall) -> FirewallId {
+    digest(Text::new(firewall).table(false).as_bytes())
+}
+
+/// The elements of the sets as `nft -f` reads them, replacing those of a table of the same frame, in one
+/// transaction. Packets see the old elements or the new.
+pub(super) fn render_elements(firewall: &Firewall) -> String {
+    let mut text = Text::new(firewall);
+    for ((name, family), nets) in std::mem::take(&mut text.sets) {
+        let set = format!("inet {TABLE} {name}{}", family.digit());
+        text.line(0, format!("flush set {set}"));
+        if !nets.is_empty() {
+            text.line(0, format!("add element {set} {}", one_of(&nets)));
+        }
     }
-    text.sets();
-    text.transit();
-    text.translate();
-    text.clamp();
-    text.underlay();
-    text.leave();
-    text.guard_ports();
-    text.chain(SEAL, None, |_| ());
-    text.line(0, "}");
     text.out
 }
 
@@ -113,7 +125,8 @@ impl Family {
 /// The text in the making.
 struct Text<'a> {
     firewall: &'a Firewall,
-    /// What the rules look up by name: prefixes that neither overlap nor touch. None is empty.
+    /// What the rules look up by name: prefixes that neither overlap nor touch. Of a family that occurs at
+    /// all there is every set, though nothing be in it, so that the rules stay when it fills.
     sets: BTreeMap<(&'static str, Family), Vec<IpNet>>,
     vxlan_ports: BTreeSet<u16>,
     out: String,
@@ -133,10 +146,13 @@ impl<'a> Text<'a> {
             ("remote", &firewall.remote_pods | &firewall.remote_nodes),
             ("remote_pods", firewall.remote_pods.clone()),
         ];
+        let nets = || named.iter().flat_map(|(_, nets)| nets);
+        let families: BTreeSet<_> = nets().map(Family::of).collect();
         let mut sets: BTreeMap<_, Vec<IpNet>> = BTreeMap::new();
-        for (name, nets) in named {
-            for net in nets {
-                sets.entry((name, Family::of(&net))).or_default().push(net);
+        for (name, nets) in &named {
+            for family in &families {
+                let nets = nets.iter().filter(|net| Family::of(net) == *family);
+                sets.insert((*name, *family), nets.copied().collect());
             }
         }
         // A set refuses intervals that overlap.
@@ -152,7 +168,25 @@ impl<'a> Text<'a> {
         }
     }
 
-    /// `@name4`, or `None` where the set is empty and a rule with it could not match.
+    /// The whole table, with what is in its sets or without.
+    fn table(mut self, filled: bool) -> String {
+        self.line(0, format!("table inet {TABLE} {{"));
+        for counter in [LEAK_DROPS, LEAKS, POD_DROPS] {
+            self.line(1, format!("counter {counter} {{ }}"));
+        }
+        self.sets(filled);
+        self.transit();
+        self.translate();
+        self.clamp();
+        self.underlay();
+        self.leave();
+        self.guard_ports();
+        self.chain(SEAL, None, |_| ());
+        self.line(0, "}");
+        self.out
+    }
+
+    /// `@name4`, or `None` where nothing is of that family and a rule with it could not match.
     fn set(&self, name: &'static str, family: Family) -> Option<String> {
         self.sets
             .contains_key(&(name, family))
@@ -186,13 +220,15 @@ impl<'a> Text<'a> {
         self.line(1, "}");
     }
 
-    fn sets(&mut self) {
+    fn sets(&mut self, filled: bool) {
         for ((name, family), nets) in std::mem::take(&mut self.sets) {
             self.line(0, "");
             self.line(1, format!("set {name}{} {{", family.digit()));
             self.rule(format!("type {}_addr", family.protocol()));
             self.rule("flags interval");
-            self.rule(format!("elements = {}", one_of(&nets)));
+            if filled && !nets.is_empty() {
+                self.rule(format!("elements = {}", one_of(&nets)));
+            }
             self.line(1, "}");
             self.sets.insert((name, family), nets);
         }

@@ -1,9 +1,10 @@
 //! Installs the agent's nft table with the `nft` program, and tells whether it is still as installed.
 //!
-//! After a table was replaced, it is listed (without counters), and a digest of the listing is left in
-//! it as the comment of a rule, beside the identity of what was asked for. So any process can tell at
-//! any time which rules these are and whether somebody touched them, whatever the version of `nft`
-//! makes of them. nf_tables' generation number tells for free that nothing has changed since.
+//! After a table was changed, it is listed (without counters), and a digest of the listing is left in
+//! it as the comment of a rule, beside the identities of what was asked for and of the frame around its
+//! sets. So any process can tell at any time which rules these are and whether somebody touched them,
+//! whatever the version of `nft` makes of them, and whether other elements will do in place of another
+//! table. nf_tables' generation number tells for free that nothing has changed since.
 
 use std::io;
 use std::process::{Child, Command};
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow, bail, ensure};
 
 use super::nfnetlink::Nfnetlink;
-use super::nft::{self, SEAL, TABLE, digest, render};
+use super::nft::{self, SEAL, TABLE, digest, frame, render, render_elements};
 use super::program::{self, Failure};
 use crate::plan::{Firewall, FirewallId};
 use crate::refusal::Refusal;
@@ -33,8 +34,23 @@ const REST: Duration = PATIENCE;
 pub(super) struct Rulesets {
     netlink: Nfnetlink,
     /// What was found last, and nf_tables' generation before that.
-    last: Option<(u32, Option<FirewallId>)>,
+    last: Option<(u32, Option<Seal>)>,
     nft: Nft,
+}
+
+/// What a table is by its seal.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Seal {
+    asked: FirewallId,
+    /// What was asked for without the elements of its sets; none where nothing is known of the table.
+    frame: Option<FirewallId>,
+}
+
+impl Seal {
+    const UNKNOWN: Self = Self {
+        asked: FirewallId::UNKNOWN,
+        frame: None,
+    };
 }
 
 /// The program `nft`.
@@ -67,34 +83,39 @@ impl Rulesets {
 
     /// What the table is, if it is there.
     pub(super) fn observe(&mut self) -> anyhow::Result<Option<FirewallId>> {
+        Ok(self.look()?.map(|seal| seal.asked))
+    }
+
+    fn look(&mut self) -> anyhow::Result<Option<Seal>> {
         // Read before the listing: what changes in between makes the next call list again.
         let generation = self
             .netlink
             .generation()
             .context("asking nf_tables for its generation")?;
-        if let Some((last, id)) = self.last
+        if let Some((last, seal)) = self.last
             && last == generation
         {
-            return Ok(id);
+            return Ok(seal);
         }
-        let id = if self.exists()? {
+        let seal = if self.exists()? {
             match self.nft.list() {
-                Ok(listing) => Some(sealed(&listing).unwrap_or(FirewallId::UNKNOWN)),
+                Ok(listing) => Some(sealed(&listing).unwrap_or(Seal::UNKNOWN)),
                 // Without `nft` nothing is known of the table; whoever replaces or deletes it is told
                 // why not, and all else goes on.
                 Err(error) => {
                     tracing::debug!("listing the nft table: {error:#}");
-                    return Ok(Some(FirewallId::UNKNOWN));
+                    return Ok(Some(Seal::UNKNOWN));
                 }
             }
         } else {
             None
         };
-        self.last = Some((generation, id));
-        Ok(id)
+        self.last = Some((generation, seal));
+        Ok(seal)
     }
 
-    /// Replaces the table, or makes it, in one transaction.
+    /// Makes the table this one, in one transaction. Where only the elements of its sets differ, the rules
+    /// stay where they are, and no packet sees anything but the old elements or the new.
     pub(super) fn replace(&mut self, firewall: &Firewall) -> anyhow::Result<()> {
         for name in firewall.vxlan.keys().chain([&firewall.tunnel]) {
             // The kernel allows nearly everything in a name, nft's language does not.
@@ -104,10 +125,17 @@ impl Rulesets {
                 name.escape_debug()
             );
         }
-        let text = render(firewall);
+        let frame = frame(firewall);
+        let text = match self.look()? {
+            Some(seal) if seal.frame == Some(frame) => {
+                let elements = render_elements(firewall);
+                format!("flush chain inet {TABLE} {SEAL}\n{elements}")
+            }
+            _ => render(firewall),
+        };
         self.nft.run(&["-f", "-"], &text)?;
         let content = digest(self.nft.list()?.as_bytes());
-        let comment = seal(firewall.id(), content);
+        let comment = comment(firewall.id(), frame, content);
         self.nft.run(
             &["-f", "-"],
             &format!("add rule inet {TABLE} {SEAL} continue comment \"{comment}\"\n"),
@@ -148,12 +176,12 @@ impl Rulesets {
 }
 
 /// The comment that seals a table.
-fn seal(asked: FirewallId, listed: FirewallId) -> String {
-    format!("{SEALED} {} {}", hex(asked), hex(listed))
+fn comment(asked: FirewallId, frame: FirewallId, listed: FirewallId) -> String {
+    format!("{SEALED} {} {} {}", hex(asked), hex(frame), hex(listed))
 }
 
-/// The identity in a listing's seal, unless the rest of the listing is not what was sealed.
-fn sealed(listing: &str) -> Option<FirewallId> {
+/// What a listing's seal says, unless the rest of the listing is not what was sealed.
+fn sealed(listing: &str) -> Option<Seal> {
     let mut content = String::with_capacity(listing.len());
     let mut comment = None;
     for line in listing.split_inclusive('\n') {
@@ -164,8 +192,13 @@ fn sealed(listing: &str) -> Option<FirewallId> {
             _ => content.push_str(line),
         }
     }
-    let (asked, listed) = comment?.split_once(' ')?;
-    (listed == hex(digest(content.as_bytes()))).then(|| from_hex(asked))?
+    let mut identities = comment?.split(' ');
+    let (asked, frame, listed) = (identities.next()?, identities.next()?, identities.next()?);
+    let intact = identities.next().is_none() && listed == hex(digest(content.as_bytes()));
+    intact.then_some(Seal {
+        asked: from_hex(asked)?,
+        frame: Some(from_hex(frame)?),
+    })
 }
 
 fn hex(id: FirewallId) -> String {
@@ -274,23 +307,29 @@ mod tests {
 
     #[test]
     fn a_sealed_table_tells_what_it_was_made_from() {
-        let asked = FirewallId([7; 16]);
-        let comment = seal(asked, digest(LISTING.as_bytes()));
+        let (asked, frame) = (FirewallId([7; 16]), FirewallId([8; 16]));
+        let comment = comment(asked, frame, digest(LISTING.as_bytes()));
         assert!(comment.len() <= 128, "nft refuses longer comments");
 
-        assert_eq!(sealed(&with_seal(LISTING, &comment)), Some(asked));
+        let frame = Some(frame);
+        assert_eq!(
+            sealed(&with_seal(LISTING, &comment)),
+            Some(Seal { asked, frame })
+        );
     }
 
     #[test]
     fn a_table_that_somebody_touched_has_no_identity() {
-        let comment = seal(FirewallId([7; 16]), digest(LISTING.as_bytes()));
+        let id = FirewallId([7; 16]);
+        let comment = comment(id, id, digest(LISTING.as_bytes()));
         let listing = with_seal(LISTING, &comment);
 
         let touched = [
             listing.replace("icmp", "icmpv6"),
             listing.replace("\t\ticmp type 8 notrack\n", ""),
             listing.replace(&comment, "installed"),
-            listing.replace(&comment, "installed 07 07"),
+            listing.replace(&comment, "installed 07 07 07"),
+            listing.replace(&comment, &format!("{comment} 07")),
             listing.replace("continue", "continue comment \"installed x\"\n\t\tcontinue"),
             LISTING.to_owned(),
             String::new(),

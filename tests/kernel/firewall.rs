@@ -1,6 +1,7 @@
 //! The nft table: how it reads, and what it does to packets.
 
 use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use selvedge::diff::Change;
@@ -8,7 +9,7 @@ use selvedge::kernel::{Counters, Kernel};
 use selvedge::plan::Firewall;
 use selvedge_lab::netns::Namespace;
 
-use crate::fixture::{Node, firewall, nets};
+use crate::fixture::{Node, firewall, ip, nets};
 
 #[test]
 fn an_operator_reads_what_a_leader_does() {
@@ -34,6 +35,11 @@ fn an_operator_reads_what_a_leader_does() {
     		elements = { 10.42.0.0/16, 203.0.113.10 }
     	}
 
+    	set known6 {
+    		type ipv6_addr
+    		flags interval
+    	}
+
     	set local_pods4 {
     		type ipv4_addr
     		flags interval
@@ -52,10 +58,20 @@ fn an_operator_reads_what_a_leader_does() {
     		elements = { 10.5.0.1 }
     	}
 
+    	set masquerade_from6 {
+    		type ipv6_addr
+    		flags interval
+    	}
+
     	set masquerade_to4 {
     		type ipv4_addr
     		flags interval
     		elements = { 172.16.0.0/24 }
+    	}
+
+    	set masquerade_to6 {
+    		type ipv6_addr
+    		flags interval
     	}
 
     	set mesh4 {
@@ -145,6 +161,9 @@ fn an_operator_reads_what_a_leader_does() {
     		oifname "kilo0" ip saddr @region4 snat ip to ip saddr
     		oifname "kilo0" ip saddr @local_pods4 snat ip to ip saddr
     		ip saddr @local_pods4 ip daddr @remote4 snat ip to ip saddr
+    		ip6 saddr @masquerade_from6 ip6 daddr @known6 snat ip6 to ip6 saddr
+    		ip6 saddr @masquerade_from6 masquerade
+    		ip6 daddr @masquerade_to6 ip6 daddr != @known6 masquerade
     		oifname "kilo0" ip6 saddr @region6 snat ip6 to ip6 saddr
     		oifname "kilo0" ip6 saddr @local_pods6 snat ip6 to ip6 saddr
     		ip6 saddr @local_pods6 ip6 daddr @remote6 snat ip6 to ip6 saddr
@@ -221,10 +240,25 @@ fn an_operator_reads_what_a_follower_does() {
     		packets 0 bytes 0
     	}
 
+    	set known4 {
+    		type ipv4_addr
+    		flags interval
+    	}
+
     	set local_pods4 {
     		type ipv4_addr
     		flags interval
     		elements = { 10.42.1.0/24 }
+    	}
+
+    	set masquerade_from4 {
+    		type ipv4_addr
+    		flags interval
+    	}
+
+    	set masquerade_to4 {
+    		type ipv4_addr
+    		flags interval
     	}
 
     	set mesh4 {
@@ -268,6 +302,9 @@ fn an_operator_reads_what_a_follower_does() {
     		type nat hook postrouting priority srcnat - 1; policy accept;
     		meta mark & 0x00004000 == 0x00004000 ip daddr @mesh4 snat ip to 10.42.1.0 fully-random
     		meta mark & 0x00004000 == 0x00004000 return comment "kube-proxy masquerades it"
+    		ip saddr @masquerade_from4 ip daddr @known4 snat ip to ip saddr
+    		ip saddr @masquerade_from4 masquerade
+    		ip daddr @masquerade_to4 ip daddr != @known4 masquerade
     		ip saddr @local_pods4 ip daddr @remote4 snat ip to ip saddr
     	}
 
@@ -353,6 +390,71 @@ const FLAVOURS: [(&str, &str); 3] = [
     ("iptables-legacy", "iptables-legacy"),
     ("nftables", ""),
 ];
+
+/// A change of who is where replaces the elements of sets. A new table would let packets see new rules with
+/// nothing in their sets: one to a member of the region looked like one that leaves it.
+#[test]
+fn a_change_of_prefixes_disturbs_no_packet() {
+    let node = Node::with_tunnel("swap");
+    node.run("ip neigh add 192.168.50.12 lladdr 02:00:00:00:00:12 dev eth0 nud permanent");
+    node.with(|kernel| {
+        let stop = AtomicBool::new(false);
+        let peers = |n: u8| Firewall {
+            masquerade_sources: nets(&[&format!("10.5.1.{n}/32")]),
+            remote_nodes: nets(&["10.4.0.1/32", &format!("203.0.113.{n}/32")]),
+            ..firewall()
+        };
+        let none = Firewall {
+            masquerade_sources: nets(&[]),
+            masquerade_destinations: nets(&[]),
+            known: nets(&[]),
+            ..firewall()
+        };
+        install(kernel, &none);
+        let socket = bind("192.168.50.11", 8473);
+        // A refusal is told to the sender. It sends without a pause: what a change gets wrong lasts
+        // for some microseconds.
+        let send = || {
+            let (mut sent, mut refused) = (0_u32, 0_u32);
+            while !stop.load(Ordering::Relaxed) {
+                sent += 1;
+                refused += u32::from(socket.send_to(b"vxlan", "192.168.50.12:8472").is_err());
+            }
+            (sent, refused)
+        };
+        let (sent, refused) = std::thread::scope(|scope| {
+            let sender = scope.spawn(send);
+            for n in 1..60 {
+                install(kernel, &peers(n));
+                let id = kernel.observe().unwrap().firewall.unwrap().id();
+                assert_eq!(id, peers(n).id());
+            }
+            install(kernel, &none);
+            stop.store(true, Ordering::Relaxed);
+            sender.join().unwrap()
+        });
+        assert_eq!(refused, 0, "of {sent}");
+
+        // Control: what the sets do not hold is refused, and noticed.
+        let gone = Firewall {
+            region_underlay: [ip("192.168.50.11")].into(),
+            ..peers(1)
+        };
+        install(kernel, &gone);
+        assert!(socket.send_to(b"vxlan", "192.168.50.12:8472").is_err());
+        assert_eq!(kernel.counters().unwrap().leak_drops, 1);
+    });
+}
+
+#[test]
+fn a_table_that_somebody_touched_is_made_anew_though_its_frame_is_the_same() {
+    let node = Node::with_tunnel("touched");
+    node.with(|kernel| install(kernel, &firewall()));
+    node.sh("nft insert rule inet selvedge underlay udp dport 8472 accept");
+    node.with(|kernel| install(kernel, &firewall()));
+    let rules = node.run("nft list chain inet selvedge underlay");
+    assert!(!rules.contains("dport 8472 accept"), "{rules}");
+}
 
 #[test]
 fn without_us_flannel_hides_the_source_of_what_a_leader_forwards() {
