@@ -13,12 +13,12 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use selvedge_lab::Namespace;
 use selvedge_lab::netns::require_root;
+use selvedge_lab::{Namespace, wait_for};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 /// A second is promised; a busy machine gets some more before it is a failure.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs the program to its end and checks how it tells what is wrong.
 fn refused(mut command: Command, code: i32, expected: &str) {
@@ -99,6 +99,17 @@ impl Node {
         command.arg(format!("--subnet-file={}", self.path("subnet.env")));
         command.args(more);
         command
+    }
+
+    /// Waits until nobody has a port. What another test starts holds all sockets of this process until
+    /// it runs.
+    fn wait_free(&self, protocol: &str, port: u16) {
+        let taken = || {
+            let sockets = format!("/proc/thread-self/net/{protocol}");
+            let sockets = self.namespace.within(|| fs::read_to_string(&sockets));
+            sockets.unwrap().contains(&format!(":{port:04X} "))
+        };
+        wait_for("a free port", PATIENCE, || !taken()).unwrap();
     }
 
     fn write(&self, name: &str, content: &str) -> String {
@@ -219,6 +230,7 @@ fn ports_in_use_are_refused() {
     assert!(path.exists());
     refused(node.agent(&[]), 78, "never run both on a node");
     drop(tcp);
+    node.wait_free("tcp", 1107);
     refused(node.agent(&[]), 78, "UDP port 51820 is in use");
     drop(udp);
 }
@@ -239,10 +251,8 @@ fn a_node_without_a_tun_device_is_refused() {
 fn a_second_agent_on_a_node_is_refused() {
     let node = Node::new();
     let mut first = node.agent(&[]).stderr(Stdio::null()).spawn().unwrap();
-    let begun = Instant::now();
-    while !Path::new(&node.path("control.sock")).exists() && begun.elapsed() < PATIENCE {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    let socket = node.path("control.sock");
+    wait_for("the first agent", PATIENCE, || Path::new(&socket).exists()).unwrap();
     refused(node.agent(&[]), 78, "another agent runs on this node");
     assert!(first.try_wait().unwrap().is_none(), "the first goes on");
     first.kill().unwrap();
@@ -294,6 +304,7 @@ fn the_doctor_names_who_has_the_tunnels_port() {
     assert!(text.contains("UDP port 51820 is held by "), "{text}");
     assert!(text.contains(&whose), "{text}");
     drop(socket);
+    node.wait_free("udp", 51820);
     assert!(!node.doctor(&[]).contains("UDP port 51820"));
 }
 

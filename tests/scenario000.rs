@@ -332,7 +332,7 @@ fn told_to_clean_up(lab: &mut Lab, mesh: &Mesh<'_>, before: &Dumps) -> anyhow::R
             lab.take_agent(node)?.stop()?;
         }
         lab.start_agent(mesh.binary, node, mesh.access, &flags)?;
-        lab.wait_agents(Duration::from_secs(30))?;
+        lab.wait_agents(Duration::from_secs(120))?;
         lab.take_agent(node)?.stop()?;
         let mut difference = String::new();
         let outcome = wait_for("the dump to be as before", Duration::from_secs(10), || {

@@ -46,7 +46,7 @@ impl ApiServer {
     ///
     /// # Errors
     ///
-    /// When its program has not been built, or does not listen within ten seconds.
+    /// When its program has not been built, or does not listen within a minute.
     pub fn stand_in(master: &Node, public: IpAddr, directory: &Path) -> anyhow::Result<Self> {
         fs::create_dir_all(directory)?;
         let listen = SocketAddr::new(public, 6443);
@@ -57,7 +57,7 @@ impl ApiServer {
             directory.join("admin.kubeconfig"),
             directory.join("admin.ca.crt"),
         );
-        let patience = Duration::from_secs(10);
+        let patience = Duration::from_secs(60);
         wait_for("the API stand-in", patience, || kubeconfig.exists())
             .with_context(|| fs::read_to_string(master.log("api-server")).unwrap_or_default())?;
         let admin = Client::new(&master.namespace().path(), listen, &ca, "")?;

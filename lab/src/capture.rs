@@ -5,8 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
-use std::net::{IpAddr, Ipv6Addr};
+use std::fs::{self, File};
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use anyhow::{Context as _, ensure};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 
-use crate::netns::Namespace;
+use crate::netns::{Namespace, within_path};
 use crate::process::{Process, wait_for};
 use crate::traffic::MAGIC;
 
@@ -23,11 +24,17 @@ const VXLAN_PORT: u16 = 8472;
 /// Linux "cooked" capture, version 2, which tcpdump writes for `-i any`.
 const LINKTYPE_LINUX_SLL2: u32 = 276;
 
+/// Where nobody listens, for the datagram that ends a capture.
+const DISCARD_PORT: u16 = 9;
+/// How long tcpdump may take to write what has been captured, on a machine with much else to do.
+const WRITING: Duration = Duration::from_secs(60);
+
 /// A capture that is running.
 #[derive(Debug)]
 pub struct Capture {
     tcpdump: Process,
     file: PathBuf,
+    namespace: PathBuf,
 }
 
 /// What a capture saw.
@@ -60,12 +67,13 @@ impl Capture {
             .arg(file);
         let log = file.with_extension("log");
         let tcpdump = Process::start_logging("tcpdump", command, &log)?;
-        wait_for("tcpdump", Duration::from_secs(10), || {
+        wait_for("tcpdump", WRITING, || {
             fs::read_to_string(&log).is_ok_and(|text| text.contains("listening on"))
         })?;
         Ok(Self {
             tcpdump,
             file: file.to_owned(),
+            namespace: namespace.path(),
         })
     }
 
@@ -84,12 +92,25 @@ impl Capture {
     ///
     /// When the file is not what tcpdump writes, or when tcpdump missed packets.
     pub fn finish_all(self, pods: &[IpNet]) -> anyhow::Result<Findings> {
-        let Self { mut tcpdump, file } = self;
-        // The kernel hands packets over when a block is full or a second old; what it still holds
-        // when tcpdump ends is lost.
-        std::thread::sleep(Duration::from_millis(1500));
+        let Self {
+            mut tcpdump,
+            file,
+            namespace,
+        } = self;
+        // What the kernel still holds when tcpdump ends is lost, and it hands packets over a second late
+        // or later. They come in order: what was heard before this one is in the file when it is.
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        let last = format!("the last packet of {name}");
+        within_path(&namespace, || {
+            let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+            socket.send_to(last.as_bytes(), (Ipv4Addr::LOCALHOST, DISCARD_PORT))
+        })??;
+        let mut read = 0;
+        wait_for("tcpdump to write what it heard", WRITING, || {
+            contains(&file, &mut read, last.as_bytes())
+        })?;
         tcpdump.signal(Signal::SIGINT);
-        tcpdump.wait(Duration::from_secs(10))?;
+        tcpdump.wait(WRITING)?;
         let log = fs::read_to_string(file.with_extension("log"))?;
         ensure!(
             log.contains("\n0 packets dropped by kernel"),
@@ -97,6 +118,18 @@ impl Capture {
         );
         Findings::read(&fs::read(&file)?, pods)
     }
+}
+
+/// Whether a file that grows contains some bytes, looked for from `read` on, which follows it.
+fn contains(path: &Path, read: &mut u64, bytes: &[u8]) -> bool {
+    let mut tail = Vec::new();
+    let outcome = File::open(path).and_then(|mut file| {
+        file.seek(SeekFrom::Start(*read))?;
+        file.read_to_end(&mut tail)
+    });
+    // Those at the end may be the first of them.
+    *read += tail.len().saturating_sub(bytes.len()) as u64;
+    outcome.is_ok() && tail.windows(bytes.len()).any(|window| window == bytes)
 }
 
 impl Findings {

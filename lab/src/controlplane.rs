@@ -326,7 +326,7 @@ impl ControlPlane {
             apiserver, admin, ..
         } = self;
         let mut gone = false;
-        let outcome = wait_for("the API server", Duration::from_secs(90), || {
+        let outcome = wait_for("the API server", Duration::from_secs(180), || {
             gone = apiserver
                 .as_mut()
                 .is_none_or(|process| process.ended().is_some());

@@ -310,7 +310,7 @@ impl Lab {
         let file = self.node(node)?.outside(flannel::SUBNET_ENV);
         let before = fs::metadata(&file)?.modified()?;
         self.start_flannel(node)?;
-        wait_for("flannel to be up again", Duration::from_secs(15), || {
+        wait_for("flannel to be up again", Duration::from_secs(60), || {
             fs::metadata(&file)
                 .and_then(|data| data.modified())
                 .is_ok_and(|written| written > before)

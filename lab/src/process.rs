@@ -12,8 +12,8 @@ use anyhow::{Context as _, bail};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-/// How long a process may take to end after SIGTERM before it is killed.
-const GRACE: Duration = Duration::from_secs(5);
+/// How long a process may take to end after SIGTERM before it is killed: many seconds on a busy machine.
+const GRACE: Duration = Duration::from_secs(20);
 
 /// How often a condition that somebody waits for is looked at.
 const POLL: Duration = Duration::from_millis(20);
@@ -88,7 +88,7 @@ impl Process {
         let _ = killpg(group, signal);
     }
 
-    /// Asks it to end (SIGTERM), waits, and tells how it ended; kills it after five seconds.
+    /// Asks it to end (SIGTERM), waits, and tells how it ended; kills it after twenty seconds.
     ///
     /// # Errors
     ///

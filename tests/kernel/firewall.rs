@@ -722,9 +722,13 @@ fn v4_only(firewall: Firewall) -> Firewall {
     }
 }
 
+/// How long a datagram may be under way between two namespaces of a machine that has much else to do.
+/// What is dropped is waited for as long.
+const ARRIVAL: Duration = Duration::from_secs(1);
+
 /// Binds a port that a child process of another test may still hold between its fork and exec.
 fn bind(address: &str, port: u16) -> UdpSocket {
-    for _ in 0..100 {
+    for _ in 0..1000 {
         if let Ok(socket) = UdpSocket::bind((address, port)) {
             return socket;
         }
@@ -869,8 +873,7 @@ impl Mesh {
             .owner(from)
             .within(|| UdpSocket::bind((from, 0)).unwrap());
         for socket in [&server, &client] {
-            let wait = Duration::from_millis(300);
-            socket.set_read_timeout(Some(wait)).unwrap();
+            socket.set_read_timeout(Some(ARRIVAL)).unwrap();
         }
         client.send_to(b"?", (address, port)).unwrap();
         let mut buffer = [0; 8];
@@ -890,8 +893,7 @@ impl Mesh {
         port: u16,
     ) -> bool {
         let server = to.within(|| bind(at, port));
-        let wait = Duration::from_millis(200);
-        server.set_read_timeout(Some(wait)).unwrap();
+        server.set_read_timeout(Some(ARRIVAL)).unwrap();
         from.within(|| {
             let client = UdpSocket::bind((source, 0)).unwrap();
             client.send_to(b"?", (at, port)).unwrap();

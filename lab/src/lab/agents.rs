@@ -101,7 +101,7 @@ impl Lab {
     ///
     /// # Errors
     ///
-    /// When an agent does not become ready within half a minute.
+    /// When an agent does not become ready within two minutes.
     pub fn join(&mut self, mesh: &Mesh<'_>) -> anyhow::Result<Duration> {
         if self.options.parts == Parts::Real {
             self.kubectl_apply(mesh.manifest)?;
@@ -114,7 +114,7 @@ impl Lab {
         for name in self.node_names() {
             self.start_agent(mesh.binary, &name, mesh.access, mesh.flags)?;
         }
-        self.wait_agents(Duration::from_secs(30))
+        self.wait_agents(Duration::from_secs(120))
     }
 
     /// Starts `binary agent` on a node, as the service account of the deployed manifest.

@@ -130,7 +130,7 @@ impl Lab {
             let pods: Vec<String> = pods.collect();
             register_node_with(self.api(), name, node.addresses(), &pods)?;
             let what = format!("pod CIDR of {name}");
-            wait_for(&what, Duration::from_secs(30), || {
+            wait_for(&what, Duration::from_secs(120), || {
                 self.pod_cidr(name).is_ok()
             })?;
         }
@@ -205,7 +205,7 @@ impl Lab {
         let file = self.node(name)?.outside(SUBNET_ENV);
         let outcome = wait_for(
             &format!("flannel on {name}"),
-            Duration::from_secs(30),
+            Duration::from_secs(120),
             || file.exists(),
         );
         if let Err(error) = outcome {
