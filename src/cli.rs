@@ -28,9 +28,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
-    let environment = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .collect::<BTreeMap<_, _>>();
+    let environment = environment(std::env::vars_os())?;
     let matches = match config::parse(command(), &with_subcommand(args), &environment)? {
         Ok(matches) => matches,
         Err(asked_for) => {
@@ -54,6 +52,21 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         "tunnel" => crate::tunnel::run(&arguments(matches)?),
         other => unreachable!("clap knows no command {other}"),
     }
+}
+
+/// The variables that may hold a flag's value. Others may hold what they like, and no text.
+fn environment(
+    variables: impl Iterator<Item = (OsString, OsString)>,
+) -> Result<BTreeMap<String, String>, Refusal> {
+    let ours = variables.filter_map(|(name, value)| {
+        let name = name.into_string().ok()?;
+        name.starts_with(config::PREFIX).then_some((name, value))
+    });
+    ours.map(|(name, value)| match value.into_string() {
+        Ok(value) => Ok((name, value)),
+        Err(_) => Err(Refusal::usage(format!("{name} is not text in UTF-8"))),
+    })
+    .collect()
 }
 
 fn agent_config(matches: &ArgMatches) -> Result<Config, Refusal> {
@@ -187,6 +200,23 @@ mod tests {
         ] {
             assert_eq!(sorted(args), args.join(" "));
         }
+    }
+
+    #[test]
+    fn a_flag_in_a_variable_is_text() {
+        use std::os::unix::ffi::OsStringExt as _;
+        let variable = |name: &str, value: &[u8]| {
+            environment([(name.into(), OsString::from_vec(value.to_vec()))].into_iter())
+        };
+        assert_eq!(
+            variable("SELVEDGE_MTU", b"1300").unwrap()["SELVEDGE_MTU"],
+            "1300"
+        );
+        assert_eq!(
+            variable("SELVEDGE_MTU", b"\xff").unwrap_err().sentence,
+            "SELVEDGE_MTU is not text in UTF-8"
+        );
+        assert!(variable("LESS", b"\xff").unwrap().is_empty());
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod layers;
 mod values;
 
 pub use flags::Flags;
+pub(crate) use layers::PREFIX;
 pub use layers::{parse, sentence};
 pub use values::{Listen, Mtu};
 pub(crate) use values::{boolean, label_key, link_name, port, resync_period};

@@ -77,7 +77,8 @@ fn elsewhere<'a>(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
+    // 256 cases, or as many as PROPTEST_CASES asks for.
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Agents see nodes in different orders and must still agree.
     #[test]

@@ -10,7 +10,7 @@ use clap::{Arg, ArgMatches, Command};
 use crate::refusal::Refusal;
 
 /// Before a flag's name in upper case.
-const PREFIX: &str = "SELVEDGE_";
+pub(crate) const PREFIX: &str = "SELVEDGE_";
 /// The flag that names the file.
 const FILE: &str = "config";
 
@@ -28,11 +28,15 @@ struct Written {
 
 impl Written {
     fn place(&self) -> String {
-        let lines: Vec<_> = self.lines.iter().map(usize::to_string).collect();
-        let lines = lines.join(", ");
+        /// As many as anybody looks at.
+        const SHOWN: usize = 8;
+        let shown = self.lines.iter().take(SHOWN);
+        let shown: Vec<_> = shown.map(usize::to_string).collect();
+        let shown = shown.join(", ");
         match self.lines.len() {
-            1 => format!("line {lines}"),
-            _ => format!("lines {lines}"),
+            1 => format!("line {shown}"),
+            2..=SHOWN => format!("lines {shown}"),
+            all => format!("lines {shown} and {} more", all - SHOWN),
         }
     }
 }
@@ -480,6 +484,9 @@ mod tests {
                 "lines 1, 3 of {shown}: service-cidr \"10.43.0.0/16,y\": \"y\" is not a CIDR such as 10.43.0.0/16"
             )
         );
+        let error = told(&"port: 1\n".repeat(100), &[]).unwrap_err();
+        let place = format!("lines 1, 2, 3, 4, 5, 6, 7, 8 and 92 more of {shown}: port ");
+        assert!(error.starts_with(&place), "{error}");
         // A flag that wins is not held responsible for the line it wins over, nor the line for the flag.
         assert!(told("mtu: x\n", &["--mtu=1300", "--hostname=a"]).is_ok());
         let error = told("mtu: 1300\n", &["--mtu=y"]).unwrap_err();
