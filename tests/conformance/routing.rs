@@ -263,17 +263,17 @@ pub(crate) fn a_removed_peer_is_reported_by_the_router(pairing: Pairing) -> Resu
 
 /// A rule in a namespace that counts what its words describe.
 fn count(space: &Namespace, hook: &str, words: &str) -> Result<()> {
-    space.run("nft add table ip count")?;
+    space.run("nft add table inet count")?;
     space.run(&format!(
-        "nft add chain ip count {hook} {{ type filter hook {hook} priority 0 ; }}"
+        "nft add chain inet count {hook} {{ type filter hook {hook} priority 0 ; }}"
     ))?;
     space
-        .run(&format!("nft add rule ip count {hook} {words}"))
+        .run(&format!("nft add rule inet count {hook} {words}"))
         .map(drop)
 }
 
 fn counted(space: &Namespace, hook: &str) -> Result<bool> {
-    let rules = space.run(&format!("nft list chain ip count {hook}"))?;
+    let rules = space.run(&format!("nft list chain inet count {hook}"))?;
     Ok(!rules.contains("packets 0 "))
 }
 
@@ -285,6 +285,19 @@ pub(crate) fn ecn_is_copied_to_the_datagram(pairing: Pairing) -> Result<()> {
         .space
         .run(&format!("ping -q -n -c 3 -i 0.1 -W 10 -Q 2 {RIGHT4}"))?;
     ensure!(counted(&pair.under, "input")?, "ECT(0) stayed inside");
+    count(
+        &pair.under,
+        "prerouting",
+        "udp dport 2 ip6 ecn ect0 counter",
+    )?;
+    pair.meet("[::1]")?;
+    pair.left
+        .space
+        .run(&format!("ping -q -n -c 3 -i 0.1 -W 10 -Q 2 {RIGHT6}"))?;
+    ensure!(
+        counted(&pair.under, "prerouting")?,
+        "ECT(0) stayed inside of IPv6"
+    );
     Ok(())
 }
 
@@ -310,14 +323,29 @@ pub(crate) fn congestion_marks_come_out_of_the_tunnel(pairing: Pairing) -> Resul
 
 pub(crate) fn dscp_does_not_leak(pairing: Pairing) -> Result<()> {
     let pair = Pair::new(pairing)?;
-    count(&pair.under, "input", "ip dscp != cs0 counter")?;
-    pair.left
-        .space
-        .run(&format!("ping -q -n -c 3 -i 0.1 -W 10 -Q 0xb8 {RIGHT4}"))?;
-    ensure!(
-        !counted(&pair.under, "input")?,
-        "the class of traffic shows outside"
-    );
+    let under = &pair.under;
+    let classes = [
+        ("input", "ip dscp != cs0 counter"),
+        ("prerouting", "ip6 dscp != cs0 counter"),
+    ];
+    for (hook, words) in classes {
+        count(under, hook, words)?;
+    }
+    for underlay in ["127.0.0.1", "[::1]"] {
+        pair.meet(underlay)?;
+        for address in [RIGHT4, RIGHT6] {
+            pair.left
+                .space
+                .run(&format!("ping -q -n -c 3 -i 0.1 -W 10 -Q 0xb8 {address}"))?;
+        }
+    }
+    let leaks = || -> Result<_> { Ok([counted(under, "input")?, counted(under, "prerouting")?]) };
+    ensure!(leaks()? == [false; 2], "the class of traffic shows outside");
+    // The control: outside of the tunnel it shows.
+    for address in ["127.0.0.1", "::1"] {
+        under.run(&format!("ping -q -n -c 1 -W 10 -Q 0xb8 {address}"))?;
+    }
+    ensure!(leaks()? == [true; 2], "nothing is counted at all");
     Ok(())
 }
 
@@ -425,7 +453,7 @@ pub(crate) fn a_narrow_underlay_still_carries_tcp(pairing: Pairing) -> Result<()
         (&pair.left, &pair.right, RIGHT4),
         (&pair.right, &pair.left, LEFT6),
     ] {
-        // A hundred times what it takes, and a fifth of what wireguard-go's retransmissions would.
+        // Long for what it takes, and less than wireguard-go's retransmissions would.
         let limit = Duration::from_secs(30);
         tcp_within(limit, &from.space, &to.space, address, 4 << 20)?;
     }
