@@ -323,8 +323,8 @@ impl Agent {
     /// news.
     fn listen(&mut self) -> bool {
         let stats = self.machine.stats();
-        let topology = &self.decision.topology;
-        let seen = hearing::sightings(topology, &self.facts.snapshot, &self.config.node);
+        let (topology, keys) = (&self.decision.topology, &self.decision.keys);
+        let seen = hearing::sightings(topology, keys, &self.facts.snapshot, &self.config.node);
         let moved = self.hearing.handle_own(seen.get(&self.public_key));
         let mut alive = BTreeMap::new();
         let mut heard = BTreeMap::new();
@@ -349,10 +349,10 @@ impl Agent {
                 received: peer.rx_bytes,
                 age,
             };
-            if self.hearing.handle_sign(*key, sign, places, topology, now) {
+            if self.hearing.handle_sign(*key, sign, places, keys, now) {
                 alive.insert(*key, endpoint);
             }
-            let mut look = self.hearing.poll_search(key, endpoint, topology, now);
+            let mut look = self.hearing.poll_search(key, endpoint, keys, now);
             // Their routers let this node's answers in when it has spoken first.
             look.extend(Some(endpoint).filter(|_| moved && places.is_some()));
             for place in look {

@@ -33,6 +33,54 @@ const MAX_PLACES: usize = 4;
 /// Where others see the peers.
 pub type Sightings = BTreeMap<PublicKey, BTreeSet<SocketAddr>>;
 
+/// What is asked of a peer's key at every look at the tunnel: found out once for each topology, for with a
+/// tunnel from everybody to everybody there are as many peers as segments to look through.
+#[derive(Clone, Debug, Default)]
+pub struct Keys(BTreeMap<PublicKey, Known>);
+
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// The keepalives that it sends by itself, in seconds; 0 for none.
+    keepalive: u16,
+    is_leader: bool,
+    /// Whether it has no place of its own that holds for everybody.
+    is_sought: bool,
+}
+
+impl Keys {
+    /// The leaders' keys and those of external peers.
+    pub fn new(topology: &Topology) -> Self {
+        let mut keys = BTreeMap::new();
+        for segment in &topology.segments {
+            keys.entry(segment.public_key).or_insert(Known {
+                keepalive: segment.persistent_keepalive,
+                is_leader: true,
+                is_sought: segment.behind_nat,
+            });
+        }
+        for peer in &topology.peers {
+            keys.entry(peer.public_key).or_insert_with(|| Known {
+                keepalive: peer.persistent_keepalive,
+                is_leader: false,
+                is_sought: topology.whereabouts.contains_key(&peer.public_key),
+            });
+        }
+        Self(keys)
+    }
+
+    fn keepalive(&self, key: &PublicKey) -> u16 {
+        self.0.get(key).map_or(0, |known| known.keepalive)
+    }
+
+    fn is_leader(&self, key: &PublicKey) -> bool {
+        self.0.get(key).is_some_and(|known| known.is_leader)
+    }
+
+    fn is_sought(&self, key: &PublicKey) -> bool {
+        self.0.get(key).is_some_and(|known| known.is_sought)
+    }
+}
+
 /// What the tunnel tells of a peer with which it had a session.
 #[derive(Clone, Copy, Debug)]
 pub struct Sign {
@@ -69,7 +117,7 @@ impl Hearing {
         key: PublicKey,
         sign: Sign,
         seen: Option<&BTreeSet<SocketAddr>>,
-        topology: &Topology,
+        keys: &Keys,
         now: Instant,
     ) -> bool {
         let nowhere = BTreeSet::new();
@@ -96,7 +144,7 @@ impl Hearing {
         }
         // A side whose keepalives are always the second says nothing for minutes, and is there; one
         // whose session has ended as well is not.
-        sign.age < SESSION || !heard.is_silent(keepalive(topology, &key), now)
+        sign.age < SESSION || !heard.is_silent(keys.keepalive(&key), now)
     }
 
     /// Where to look for a peer now, if anywhere: where it was seen after it was last heard, and when it
@@ -105,7 +153,7 @@ impl Hearing {
         &mut self,
         key: &PublicKey,
         endpoint: SocketAddr,
-        topology: &Topology,
+        keys: &Keys,
         now: Instant,
     ) -> Vec<SocketAddr> {
         let Some(heard) = self.peers.get_mut(key) else {
@@ -114,7 +162,7 @@ impl Hearing {
         if now < heard.next {
             return Vec::new();
         }
-        let silent = heard.is_silent(keepalive(topology, key), now);
+        let silent = heard.is_silent(keys.keepalive(key), now);
         // What came in at the same look may be from before: one attempt too many costs nothing.
         let is_news = |since: &Option<Instant>| since.is_some_and(|since| since >= heard.at);
         let mut places: Vec<_> = heard
@@ -167,21 +215,27 @@ impl Heard {
 ///
 /// Every leader is asked: the one whose word counts in the topology may be away, and what it published
 /// is there all the same.
-pub fn sightings(topology: &Topology, snapshot: &Snapshot, me: &NodeName) -> Sightings {
+pub fn sightings(
+    topology: &Topology,
+    keys: &Keys,
+    snapshot: &Snapshot,
+    me: &NodeName,
+) -> Sightings {
     let Some(own) = topology.segment_of(me).filter(|own| own.leader == *me) else {
         return Sightings::new();
     };
     let mut sightings = Sightings::new();
     let leaders = topology.segments.iter().map(|segment| &segment.leader);
     let nodes = leaders.filter_map(|leader| snapshot.nodes.get(leader));
+    let near = topology.segments.iter();
+    let near = near.filter(|segment| segment.group == own.group);
+    let ours: BTreeSet<_> = near
+        .flat_map(|segment| &segment.nodes)
+        .flat_map(|node| &node.underlay)
+        .collect();
     for (key, place) in nodes.flat_map(|node| &node.discovered_endpoints) {
-        let place_is_ours = topology
-            .segments
-            .iter()
-            .filter(|segment| segment.group == own.group)
-            .flat_map(|segment| &segment.nodes)
-            .any(|node| node.underlay.contains(&place.ip()));
-        if !place_is_ours {
+        let is_wanted = keys.is_sought(key) || *key == own.public_key;
+        if is_wanted && !ours.contains(&place.ip()) {
             sightings.entry(*key).or_default().insert(*place);
         }
     }
@@ -194,38 +248,12 @@ pub fn sightings(topology: &Topology, snapshot: &Snapshot, me: &NodeName) -> Sig
         .map(SocketAddr::ip)
         .collect();
     for (key, places) in &mut sightings {
-        let is_leader = topology
-            .segments
-            .iter()
-            .any(|segment| segment.public_key == *key);
-        if is_leader && *key != own.public_key {
+        if keys.is_leader(key) && *key != own.public_key {
             places.retain(|place| !beside_us.contains(&place.ip()));
         }
     }
-    let sought = |key: &PublicKey| {
-        let segment = topology
-            .segments
-            .iter()
-            .find(|segment| segment.public_key == *key);
-        match segment {
-            Some(segment) => segment.behind_nat,
-            None => topology.whereabouts.contains_key(key),
-        }
-    };
-    sightings.retain(|key, places| sought(key) && !places.is_empty());
+    sightings.retain(|key, places| keys.is_sought(key) && !places.is_empty());
     sightings
-}
-
-/// The keepalives that a peer sends by itself, in seconds; 0 for none.
-fn keepalive(topology: &Topology, key: &PublicKey) -> u16 {
-    let segments = topology.segments.iter();
-    let segments = segments.map(|segment| (segment.public_key, segment.persistent_keepalive));
-    let peers = topology.peers.iter();
-    let peers = peers.map(|peer| (peer.public_key, peer.persistent_keepalive));
-    segments
-        .chain(peers)
-        .find_map(|(of, seconds)| (of == *key).then_some(seconds))
-        .unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -257,7 +285,7 @@ mod tests {
     /// A peer that sends a keepalive every ten seconds, and the others' word of it.
     struct World {
         hearing: Hearing,
-        topology: Topology,
+        keys: Keys,
         start: Instant,
         received: u64,
         seen: BTreeSet<SocketAddr>,
@@ -267,7 +295,7 @@ mod tests {
         fn new() -> Self {
             let mut world = Self {
                 hearing: Hearing::default(),
-                topology: with_keepalive(10),
+                keys: Keys::new(&with_keepalive(10)),
                 start: Instant::now(),
                 received: 100,
                 seen: [place(1)].into(),
@@ -284,12 +312,9 @@ mod tests {
                 received: self.received,
                 age: Duration::from_secs(seconds),
             };
-            let (hearing, topology) = (&mut self.hearing, &self.topology);
-            let there = hearing.handle_sign(KEY, sign, Some(&self.seen), topology, now);
-            (
-                there,
-                hearing.poll_search(&KEY, sign.endpoint, topology, now),
-            )
+            let (hearing, keys) = (&mut self.hearing, &self.keys);
+            let there = hearing.handle_sign(KEY, sign, Some(&self.seen), keys, now);
+            (there, hearing.poll_search(&KEY, sign.endpoint, keys, now))
         }
     }
 
@@ -432,7 +457,12 @@ mod tests {
             ..Snapshot::default()
         };
 
-        let sightings = sightings(&topology, &snapshot, &NodeName("home".into()));
+        let sightings = sightings(
+            &topology,
+            &Keys::new(&topology),
+            &snapshot,
+            &NodeName("home".into()),
+        );
 
         let expected: Sightings = [
             (PublicKey([2; 32]), [place(2), place(22)].into()),
@@ -440,6 +470,82 @@ mod tests {
         ]
         .into();
         assert_eq!(sightings, expected);
+    }
+
+    #[test]
+    fn a_key_is_known_for_what_its_first_holder_is() {
+        let mut topology = Topology {
+            segments: vec![segment("cloud", 1, true), segment("home", 2, false)],
+            ..with_keepalive(10)
+        };
+        // A peer of a leader's key is left out of the mesh; should one be there, it changes nothing.
+        let mut twin = topology.peers[0].clone();
+        twin.public_key = PublicKey([2; 32]);
+        topology.peers.push(twin);
+        let place = crate::topology::Whereabouts::default();
+        topology.whereabouts.insert(KEY, place);
+        let keys = Keys::new(&topology);
+
+        let told = |key| {
+            (
+                keys.keepalive(key),
+                keys.is_leader(key),
+                keys.is_sought(key),
+            )
+        };
+        assert_eq!(told(&PublicKey([1; 32])), (25, true, false));
+        assert_eq!(told(&PublicKey([2; 32])), (25, true, true));
+        assert_eq!(told(&KEY), (10, false, true));
+        assert_eq!(told(&PublicKey([9; 32])), (0, false, false));
+    }
+
+    /// With `--mesh-granularity=full` everybody looks at everybody, once a second.
+    #[test]
+    fn five_thousand_leaders_are_looked_at_in_a_moment() {
+        const NODES: u16 = 5000;
+        let key = |n: u16| PublicKey([n.to_be_bytes(); 16].concat().try_into().unwrap());
+        let segments = (1..=NODES).map(|n| Segment {
+            public_key: key(n),
+            ..segment(&format!("node-{n}"), 1, n % 10 != 0)
+        });
+        let topology = Topology {
+            segments: segments.collect(),
+            ..Topology::default()
+        };
+        let nodes = (1..=NODES).map(|n| {
+            let (name, mut node) = saw(&format!("node-{n}"), &[]);
+            let others = (1..=20).map(|step| (key((n + step * 10) % NODES), place(1)));
+            node.discovered_endpoints = others.collect();
+            (name, node)
+        });
+        let snapshot = Snapshot {
+            nodes: nodes.collect(),
+            ..Snapshot::default()
+        };
+        let me = NodeName("node-1".into());
+
+        let begun = Instant::now();
+        let keys = Keys::new(&topology);
+        let seen = sightings(&topology, &keys, &snapshot, &me);
+        let found = begun.elapsed();
+        let mut hearing = Hearing::default();
+        let begun = Instant::now();
+        for n in 1..=NODES {
+            let sign = Sign {
+                endpoint: place(1),
+                received: 1,
+                age: Duration::ZERO,
+            };
+            let at = seen.get(&key(n));
+            assert!(hearing.handle_sign(key(n), sign, at, &keys, begun));
+            hearing.poll_search(&key(n), place(1), &keys, begun);
+        }
+        let looked = begun.elapsed();
+        // Half a second without optimisation; to walk all segments for each peer took minutes.
+        assert!(
+            found + looked < Duration::from_secs(10),
+            "{found:?} {looked:?}"
+        );
     }
 
     #[test]
@@ -453,7 +559,12 @@ mod tests {
             ..Snapshot::default()
         };
         assert_eq!(
-            sightings(&topology, &snapshot, &NodeName("follower".into())),
+            sightings(
+                &topology,
+                &Keys::new(&topology),
+                &snapshot,
+                &NodeName("follower".into())
+            ),
             Sightings::new()
         );
     }

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 
+use super::hearing::Keys;
 use super::publication;
 use super::schedule::Outcome;
 use crate::cluster::Annotations;
@@ -51,6 +52,8 @@ pub struct Facts {
 pub struct Decision {
     /// Who is where.
     pub topology: Topology,
+    /// Whose each key is.
+    pub keys: Keys,
     /// What this node should have; `None` to leave all as it is.
     pub desired: Option<State>,
     /// What its Node should carry; `None` while there is no such Node.
@@ -100,6 +103,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
     });
     Decision {
         names: names(&facts.snapshot),
+        keys: Keys::new(&topology),
         topology,
         desired,
         annotations,
