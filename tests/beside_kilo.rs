@@ -200,7 +200,7 @@ impl Mixed {
         let server = SocketAddr::from((self.lab.pod(LEADER)?.address(), PORT));
         let client = self.lab.pod(MASTER)?.namespace().path();
         let talk = Conversation::start(&client, server)?;
-        let stream = Stream::start(&client, server)?;
+        let stream = Stream::start_warm(&client, server)?;
         change(self)?;
         let pairs = self.settled()?;
         let report = stream.stop()?;

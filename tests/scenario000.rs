@@ -370,7 +370,7 @@ fn wan_capture(lab: &Lab, name: &str) -> anyhow::Result<Capture> {
 
 fn stream(lab: &Lab, from: &str, to: &str) -> anyhow::Result<Stream> {
     let (from, to) = (lab.place(from)?, lab.place(to)?);
-    Stream::start(&from.namespace, SocketAddr::from((to.address, PORT)))
+    Stream::start_warm(&from.namespace, SocketAddr::from((to.address, PORT)))
 }
 
 /// Pod traffic from the cloud to the data centre, recognisable wherever it is readable.

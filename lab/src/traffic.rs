@@ -236,6 +236,38 @@ impl Stream {
     pub fn start(from: &Path, to: SocketAddr) -> anyhow::Result<Self> {
         let socket = within_path(from, || unbound(to))??;
         socket.connect(to)?;
+        Self::go_on(socket)
+    }
+
+    /// Starts sending where somebody has just answered: for claims about what a change does to traffic
+    /// that flows, not about how traffic begins.
+    ///
+    /// # Errors
+    ///
+    /// When no socket can be made there, or nobody answers within ten seconds.
+    pub fn start_warm(from: &Path, to: SocketAddr) -> anyhow::Result<Self> {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let socket = within_path(from, || unbound(to))??;
+        socket.connect(to)?;
+        socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+        // A number that the stream never comes to.
+        let mut payload = [0xff; 28];
+        payload[4..].copy_from_slice(MAGIC);
+        let begun = Instant::now();
+        let mut buffer = [0; 64];
+        loop {
+            let _ = socket.send(&payload);
+            match socket.recv(&mut buffer) {
+                Ok(_) => return Self::go_on(socket),
+                Err(error) => ensure!(
+                    begun.elapsed() < PATIENCE,
+                    "{to} does not answer, so that nothing can be said of a change: {error}"
+                ),
+            }
+        }
+    }
+
+    fn go_on(socket: UdpSocket) -> anyhow::Result<Self> {
         socket.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
@@ -594,7 +626,7 @@ mod tests {
         let _servers = Servers::start(std::slice::from_ref(&place)).unwrap();
         let server = SocketAddr::from((place.address, PORT));
 
-        let undisturbed = Stream::start(&place.namespace, server).unwrap();
+        let undisturbed = Stream::start_warm(&place.namespace, server).unwrap();
         sleep(Duration::from_millis(300));
         let undisturbed = undisturbed.stop().unwrap();
         let disturbed = Stream::start(&place.namespace, server).unwrap();

@@ -49,7 +49,7 @@ pub(super) fn left_out_and_told(lab: &Lab) -> anyhow::Result<String> {
     sleep(Duration::from_millis(1100));
 
     let server = SocketAddr::from((lab.pod(FOLLOWER)?.address(), PORT));
-    let stream = Stream::start(&lab.pod(MASTER)?.namespace().path(), server)?;
+    let stream = Stream::start_warm(&lab.pod(MASTER)?.namespace().path(), server)?;
     let before = owners(lab)?;
     let leaders_key = lab.node(LEADER)?.run("wg show kilo0 public-key")?;
     let node_ip = format!("{}/32", lab.node(FOLLOWER)?.address());

@@ -364,7 +364,7 @@ fn follows_its_leader(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
 /// Peers without an endpoint, with a name that resolves nowhere, changed and deleted, while pods talk.
 fn peers_disturb_nobody(lab: &Lab) -> anyhow::Result<String> {
     let server = SocketAddr::from((lab.pod(FOLLOWER)?.address(), PORT));
-    let stream = Stream::start(&lab.pod(MASTER)?.namespace().path(), server)?;
+    let stream = Stream::start_warm(&lab.pod(MASTER)?.namespace().path(), server)?;
     // Its key sorts before every other.
     let first = "ABCwdG9wUHVibGljS2V5Rm9yRG9jc09ubHkwMDAwMDA=";
     create_peer(
