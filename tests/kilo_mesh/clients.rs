@@ -91,6 +91,10 @@ pub(crate) fn clients(steps: &mut Steps, lab: &Lab) -> Option<()> {
         "a_location_without_a_route_back_is_masqueraded_for_clients",
         || allowed_location(lab, &home.laptop),
     );
+    steps.step(
+        "a_location_behind_a_node_that_does_not_lead_need_not_know_its_leader",
+        || behind_a_follower(lab, &home.laptop),
+    );
     drop(wireguard);
     steps.step(
         "disconnecting_leaves_neither_link_nor_route_nor_peer",
@@ -494,5 +498,45 @@ fn allowed_location(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     who(&lab.pod(MASTER)?.namespace().path(), target).context("from a pod elsewhere")?;
     lab.api()
         .annotate(LEADER, &[("kilo.squat.ai/allowed-location-ips", None)])?;
+    Ok(String::new())
+}
+
+/// Machines beside a follower alone know that one, and no way to its leader or further.
+fn behind_a_follower(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
+    let follower = lab.node(FOLLOWER)?;
+    let scanner = Namespace::named(format!("{}-scanner", lab.network().prefix()))?;
+    follower.namespace().veth("scanners", &scanner, "eth0")?;
+    follower.run("ip address add 192.168.77.1/24 dev scanners")?;
+    scanner.run("ip address add 192.168.77.9/24 dev eth0")?;
+    // The region's own network is its operator's business.
+    let leader = lab.node(LEADER)?;
+    let way = format!("192.168.77.0/24 via {}", follower.address());
+    leader.run(&format!("ip route add {way}"))?;
+    let place = Place {
+        name: "scanner".into(),
+        node: "scanner".into(),
+        pod: false,
+        address: [192, 168, 77, 9].into(),
+        namespace: scanner.path(),
+    };
+    let _server = Servers::start(std::slice::from_ref(&place))?;
+    let key = "kilo.squat.ai/allowed-location-ips";
+    lab.api()
+        .annotate(FOLLOWER, &[(key, Some("192.168.77.0/24"))])?;
+    let target = SocketAddr::from((place.address, PORT));
+    for from in [
+        laptop.namespace().path(),
+        lab.pod(MASTER)?.namespace().path(),
+    ] {
+        let mut seen = Err(anyhow::anyhow!("nobody asked"));
+        wait_for("the scanner", PATIENCE, || {
+            seen = who(&from, target);
+            seen.is_ok()
+        })
+        .with_context(|| format!("{seen:?} from {}", from.display()))?;
+        ensure!(seen? == Ipv4Addr::new(192, 168, 77, 1));
+    }
+    lab.api().annotate(FOLLOWER, &[(key, None)])?;
+    leader.run(&format!("ip route del {way}"))?;
     Ok(String::new())
 }
