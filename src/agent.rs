@@ -162,6 +162,7 @@ impl Agent {
                 _ = interrupt.recv() => break,
                 changed = views.changed() => {
                     changed.context("following the cluster")?;
+                    self.wait_for_servers();
                     self.view = views.borrow_and_update().clone();
                     self.schedule.handle_cause(now());
                 }
@@ -313,10 +314,19 @@ impl Agent {
         if self.listen() {
             self.schedule.handle_cause(now());
         }
+        self.wait_for_servers();
         if self.problems().is_empty() {
             self.readiness.handle_no_problems(now(), self.unheard());
         }
         self.show();
+    }
+
+    /// While API servers are being asked whether this host reaches them directly, it calls all of them
+    /// so, and what it begins on the way to one that only the tunnel reaches comes to nothing.
+    fn wait_for_servers(&mut self) {
+        if self.view.as_ref().is_some_and(|view| view.servers.asking) {
+            self.readiness.handle_unrest(now());
+        }
     }
 
     /// Takes what the tunnel tells of its peers, and looks for those that may have moved. True if there is

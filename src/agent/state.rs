@@ -71,6 +71,7 @@ impl Saved {
             servers: Servers {
                 addresses: self.servers,
                 incomplete: None,
+                asking: false,
             },
             ..View::default()
         }

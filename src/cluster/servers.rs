@@ -45,6 +45,8 @@ pub struct Servers {
     pub addresses: BTreeSet<IpAddr>,
     /// Why there may be more: a clause for the operator.
     pub incomplete: Option<String>,
+    /// Whether some of them only count for as long as it takes to ask them.
+    pub asking: bool,
 }
 
 #[derive(Deserialize)]
@@ -100,7 +102,12 @@ pub(super) async fn run(
             let mut all = known.keys().copied().collect::<BTreeSet<_>>();
             all.extend(&named);
             all.extend(endpoints.iter().map(SocketAddr::ip));
-            show(&servers, all, None, first);
+            let now = Servers {
+                addresses: all,
+                incomplete: None,
+                asking: true,
+            };
+            show(&servers, now, first);
             first = false;
         }
         let incomplete = match endpoints {
@@ -117,8 +124,12 @@ pub(super) async fn run(
         } else {
             PERIOD
         };
-        let addresses = known.keys().copied().collect();
-        show(&servers, addresses, incomplete, first);
+        let now = Servers {
+            addresses: known.keys().copied().collect(),
+            incomplete,
+            asking: false,
+        };
+        show(&servers, now, first);
         first = false;
         tokio::select! {
             () = tokio::time::sleep(jitter(pause)) => {}
@@ -128,16 +139,7 @@ pub(super) async fn run(
     }
 }
 
-fn show(
-    servers: &watch::Sender<Servers>,
-    addresses: BTreeSet<IpAddr>,
-    incomplete: Option<String>,
-    first: bool,
-) {
-    let now = Servers {
-        addresses,
-        incomplete,
-    };
+fn show(servers: &watch::Sender<Servers>, now: Servers, first: bool) {
     servers.send_if_modified(|servers| {
         let changed = *servers != now;
         if changed && let Some(reason) = &now.incomplete {
