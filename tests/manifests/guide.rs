@@ -1,5 +1,5 @@
 //! The migration guide's commands, as they stand in it, on a real API server: Kilo goes node by node, and
-//! comes back.
+//! comes back, and never are both on one.
 //!
 //! A stand-in plays the kubelets, and pods run nothing: what the agents do is shown in `tests/beside_kilo.rs`.
 
@@ -26,7 +26,8 @@ spec:
     spec:
       hostNetwork: true
       tolerations: [{operator: Exists}]
-      containers: [{name: kilo, image: 'squat/kilo:0.7.0'}]
+      containers:
+      - {name: kilo, image: 'squat/kilo:0.7.0', ports: [{containerPort: 1107, name: metrics}]}
 ";
 
 /// The shell commands under a heading, one text for each block.
@@ -66,7 +67,7 @@ fn kilos_pods(cluster: &Cluster) -> BTreeSet<(String, String)> {
         .collect()
 }
 
-/// What kubelets do: pods that should run are Ready, and those that should end are gone.
+/// What kubelets do: pods that should run are Ready, and those that should end are gone after a while.
 fn play_kubelets(cluster: &Cluster, end: &AtomicBool) {
     while !end.load(Ordering::Relaxed) {
         let pods = cluster.api().get(PODS).unwrap_or_default();
@@ -74,6 +75,7 @@ fn play_kubelets(cluster: &Cluster, end: &AtomicBool) {
             let metadata = &pod["metadata"];
             let path = format!("{PODS}/{}", metadata["name"].as_str().unwrap_or_default());
             if metadata["deletionTimestamp"].is_string() {
+                std::thread::sleep(Duration::from_millis(500));
                 let now = json!({"gracePeriodSeconds": 0});
                 let _ = cluster
                     .api()
@@ -93,6 +95,10 @@ fn settled(cluster: &Cluster, expected: [(&str, &str); 2]) {
     let mut seen = Vec::new();
     wait_for("the pods", PATIENCE, || {
         seen = expected.map(|(node, _)| agents_of(cluster, node)).to_vec();
+        assert!(
+            seen.iter().all(|agents| agents.len() < 2),
+            "both on one node: {seen:?}"
+        );
         let wanted = expected.map(|(_, agent)| BTreeSet::from([agent.to_owned()]));
         seen == wanted
     })
@@ -188,10 +194,10 @@ impl<'a> Shell<'a> {
 
     /// Runs commands as they stand in the guide; each must succeed.
     fn run(&self, commands: &str, node: &str) {
-        let mut command = Command::new("sh");
+        let mut command = Command::new("timeout");
         let path = std::env::var("PATH").unwrap_or_default();
         command
-            .args(["-ec", commands])
+            .args(["120", "sh", "-ec", commands])
             .current_dir(&self.directory)
             .env("PATH", format!("{}:{path}", self.directory.display()))
             .env("NODE", node);
