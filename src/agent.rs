@@ -20,6 +20,7 @@ pub mod readiness;
 pub mod reconcile;
 pub mod report;
 pub mod resolve;
+pub mod restless;
 pub mod schedule;
 mod start;
 pub mod state;
@@ -42,6 +43,7 @@ use self::machine::Machine;
 use self::readiness::Readiness;
 use self::reconcile::{Decision, Facts};
 use self::report::Traffic;
+use self::restless::Restless;
 use self::schedule::{Outcome, Schedule};
 use self::state::Saved;
 use crate::cluster::{self, Access, Cluster, View};
@@ -112,6 +114,8 @@ struct Agent {
     resolved: resolve::Addresses,
     facts: Facts,
     hearing: Hearing,
+    /// Who of them keeps moving.
+    restless: Restless,
     check_in: CheckIn,
     decision: Decision,
     schedule: Schedule,
@@ -375,6 +379,10 @@ impl Agent {
             .iter()
             .map(|(reason, count)| (reason.label().to_owned(), *count))
             .collect();
+        let (heard, restless) = self.restless.handle_heard(&heard, now());
+        for peer in restless {
+            tracing::warn!(%peer, "a peer is seen elsewhere again and again, so a NAT before it does not keep its mapping: where it is seen is published more seldom");
+        }
         let news = self.facts.alive != alive || self.facts.heard != heard;
         self.facts.alive = alive;
         self.facts.heard = heard;

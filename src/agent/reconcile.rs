@@ -41,7 +41,8 @@ pub struct Facts {
     pub api_servers: BTreeSet<IpAddr>,
     /// Where the tunnel heard each peer with which its session is alive.
     pub alive: BTreeMap<PublicKey, SocketAddr>,
-    /// Where it heard each with which it ever had a session.
+    /// Where each is to be told to be with which it ever had a session: where it heard it, but for those
+    /// that do not come to rest.
     pub heard: BTreeMap<PublicKey, SocketAddr>,
     /// When this node checked in, in Unix seconds; only published beside a real `kg`.
     pub last_seen: i64,

@@ -11,6 +11,7 @@ use super::hearing::Hearing;
 use super::machine::Machine;
 use super::readiness::Readiness;
 use super::reconcile::{Decision, Facts};
+use super::restless::Restless;
 use super::schedule::Schedule;
 use super::state::{self, Saved};
 use super::{Agent, Shown, control, now, resolve};
@@ -110,6 +111,7 @@ impl Agent {
             resolved,
             facts: Facts::default(),
             hearing: Hearing::default(),
+            restless: Restless::default(),
             check_in: CheckIn::default(),
             decision: Decision::default(),
             awaited: None,
