@@ -124,6 +124,18 @@ mod tests {
             self.0.0.lock().unwrap().clone()
         }
 
+        /// Waits until a mark is written that is no earlier than this: the end of a device does not wait
+        /// for long.
+        fn takes(&self, used: Timestamp) {
+            for _ in 0..3000 {
+                if self.written().last().is_some_and(|mark| *mark >= used) {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            panic!("{:?} and not {used:?} was written", self.written());
+        }
+
         fn timestamps(&self, floor: Timestamp) -> Timestamps {
             let disk = self.0.clone();
             let persist = Box::new(move |timestamp| {
@@ -147,10 +159,11 @@ mod tests {
             .max()
             .unwrap();
         drop(timestamps);
+        disk.takes(last);
         let written = disk.written();
-        // A disk that is slow for once may be asked for two marks at a time.
+        // Fewer, where the thread that writes was not yet there for one when the next was wanted.
         assert!(
-            (2..=4).contains(&written.len()),
+            (1..=4).contains(&written.len()),
             "an hour is reserved at a time, and again after half of it: {written:?}"
         );
 
@@ -175,7 +188,7 @@ mod tests {
         let next = timestamps.next(at(1_000_000));
         drop(timestamps);
         assert!(next > last);
-        assert!(disk.written().last().is_some_and(|mark| *mark >= next));
+        disk.takes(next);
     }
 
     #[test]
