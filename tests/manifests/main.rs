@@ -1,0 +1,231 @@
+//! The manifests of `deploy/` on a real API server: what they install, what they allow, and what they
+//! refuse.
+//!
+//! Needs root (the control plane runs in a network namespace) and the programs of `lab/build.sh`.
+
+#![expect(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    reason = "tests run kubectl, wait for what it started, and fail by panicking"
+)]
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use selvedge_lab::controlplane::program;
+use selvedge_lab::netns::require_root;
+use selvedge_lab::{Client, ControlPlane, Namespace, Node, Scratch, scratch, wait_for};
+use serde_json::{Value, json};
+
+mod files;
+mod guide;
+mod peers;
+mod rights;
+
+const PEERS: &str = "/apis/kilo.squat.ai/v1alpha1/peers";
+const KEY: &str = "oGFwdG9wUHVibGljS2V5Rm9yRG9jc09ubHkwMDAwMDA=";
+const PSK: &str = "PSKwdG9wUHVibGljS2V5Rm9yRG9jc09ubHkwMDAwMDA=";
+
+/// A control plane with the k3s manifests applied and two nodes, shared by the tests that run at once.
+struct Cluster {
+    // Declared in the order in which they must end.
+    plane: ControlPlane,
+    node: Node,
+    files: Scratch,
+}
+
+/// Names of Peers are unique per test, so that the tests do not meet.
+fn cluster() -> Arc<Cluster> {
+    static SHARED: Mutex<Weak<Cluster>> = Mutex::new(Weak::new());
+    let mut shared = SHARED
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
+    shared.upgrade().unwrap_or_else(|| {
+        let cluster = Arc::new(Cluster::start().unwrap());
+        *shared = Arc::downgrade(&cluster);
+        cluster
+    })
+}
+
+impl Cluster {
+    fn start() -> anyhow::Result<Self> {
+        let cluster = Self::empty("manifests")?;
+        cluster.leave_as_kilo_did()?;
+        let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
+        let applied = cluster.kubectl(&["apply", "-f", manifest]);
+        assert!(
+            applied.contains("daemonset.apps/selvedge created"),
+            "{applied}"
+        );
+        for name in ["node-a", "node-b"] {
+            cluster.register(name)?;
+        }
+        cluster.wait_for_admission()?;
+        Ok(cluster)
+    }
+
+    /// A control plane without anything.
+    fn empty(label: &str) -> anyhow::Result<Self> {
+        require_root()?;
+        let address = Ipv4Addr::new(203, 0, 113, 10);
+        let files = scratch(label)?;
+        let namespace = Namespace::new(label)?;
+        namespace.run(&format!("ip addr add {address}/32 dev lo"))?;
+        let node = Node::new("node-a", address, namespace, files.path().join("node-a"))?;
+        let plane = ControlPlane::start(&node, address, &files.path().join("plane"))?;
+        Ok(Self { plane, node, files })
+    }
+
+    fn api(&self) -> &Client {
+        self.plane.admin()
+    }
+
+    /// Installs Kilo's definition of the resource, which checks next to nothing, and a Peer of the kind
+    /// that Kilo's agents ignore in silence.
+    fn leave_as_kilo_did(&self) -> anyhow::Result<()> {
+        let string = json!({"type": "string"});
+        let spec = json!({
+            "type": "object", "required": ["allowedIPs", "publicKey"],
+            "properties": {
+                "allowedIPs": {"type": "array", "items": string},
+                "endpoint": {"type": "object", "required": ["dnsOrIP", "port"], "properties": {
+                    "dnsOrIP": {"type": "object", "properties": {"dns": string, "ip": string}},
+                    "port": {"type": "integer", "format": "int32"}}},
+                "persistentKeepalive": {"type": "integer"},
+                "presharedKey": string,
+                "publicKey": string,
+            },
+        });
+        let schema = json!({"type": "object", "required": ["spec"], "properties": {"spec": spec}});
+        self.api().create(
+            "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
+            &json!({
+                "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+                "metadata": {"name": "peers.kilo.squat.ai"},
+                "spec": {
+                    "group": "kilo.squat.ai", "scope": "Cluster",
+                    "names": {"kind": "Peer", "listKind": "PeerList", "plural": "peers", "singular": "peer"},
+                    "versions": [{"name": "v1alpha1", "served": true, "storage": true,
+                        "schema": {"openAPIV3Schema": schema}}],
+                },
+            }),
+        )?;
+        let bad = json!({"allowedIPs": ["0.0.0.0/0", "nonsense"], "publicKey": KEY, "presharedKey": "secret"});
+        wait_for("Kilo's definition", Duration::from_secs(30), || {
+            self.create_peer("old", &bad).0 == 201
+        })?;
+        Ok(())
+    }
+
+    /// Registers a node with room for pods and a taint that keeps ordinary ones away.
+    fn register(&self, name: &str) -> anyhow::Result<()> {
+        self.api().create(
+            "/api/v1/nodes",
+            &json!({
+                "apiVersion": "v1", "kind": "Node",
+                "metadata": {"name": name, "labels": {"kubernetes.io/os": "linux"}},
+                "spec": {"taints": [
+                    {"key": "node.example/new", "effect": "NoSchedule"},
+                    {"key": "node.example/sick", "effect": "NoExecute"}]},
+            }),
+        )?;
+        let room = json!({"cpu": "2", "memory": "2Gi", "pods": "10"});
+        self.api().merge(
+            &format!("/api/v1/nodes/{name}/status"),
+            &json!({"status": {
+                "capacity": room, "allocatable": room,
+                "conditions": [{"type": "Ready", "status": "True", "reason": "Test"}]}}),
+        )?;
+        Ok(())
+    }
+
+    /// The API server takes policies up some time after they were created.
+    fn wait_for_admission(&self) -> anyhow::Result<()> {
+        let overlap = json!({"allowedIPs": ["10.42.0.0/16"], "publicKey": KEY});
+        wait_for("the policy on Peers", Duration::from_secs(30), || {
+            let (status, _) = self.create_peer("probe", &overlap);
+            if status == 201 {
+                let _ = self.api().delete(&format!("{PEERS}/probe"));
+            }
+            status == 422
+        })?;
+        Ok(())
+    }
+
+    fn kubectl(&self, args: &[&str]) -> String {
+        let mut command = Command::new(program("labcp").unwrap());
+        command
+            .arg("kubectl")
+            .arg("--kubeconfig")
+            .arg(self.plane.kubeconfig_path("admin"))
+            .args(args);
+        let output = self.node.output(command).unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            output.status.success(),
+            "kubectl {args:?}: {text}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        text
+    }
+
+    /// A client with the rights of the kubelet of `node-b`.
+    fn kubelet_of_node_b(&self) -> Client {
+        let path = self.plane.kubeconfig_path("system:node:node-b");
+        let kubeconfig: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let token = &kubeconfig["users"][0]["user"]["token"];
+        self.api().with_token(token.as_str().unwrap())
+    }
+
+    fn create_peer(&self, name: &str, spec: &Value) -> (u16, Value) {
+        let peer = json!({
+            "apiVersion": "kilo.squat.ai/v1alpha1", "kind": "Peer",
+            "metadata": {"name": name}, "spec": spec,
+        });
+        let json = "application/json";
+        self.api()
+            .request("POST", PEERS, json, Some(&peer))
+            .unwrap()
+    }
+
+    /// A client with the token that the agent's pod on a node has.
+    fn agent_of(&self, node: &str) -> Client {
+        let pods =
+            "/api/v1/namespaces/kube-system/pods?labelSelector=app.kubernetes.io/name=selvedge";
+        let mut found = None;
+        wait_for("the agent's pod", Duration::from_secs(60), || {
+            let pods = self.api().get(pods).unwrap();
+            let pods = pods["items"].as_array().cloned().unwrap_or_default();
+            found = pods.into_iter().find(|pod| pod["spec"]["nodeName"] == node);
+            found.is_some()
+        })
+        .unwrap();
+        let pod = found.unwrap();
+        let request = json!({
+            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+            "spec": {"boundObjectRef": {
+                "apiVersion": "v1", "kind": "Pod",
+                "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}},
+        });
+        let account = "/api/v1/namespaces/kube-system/serviceaccounts/selvedge/token";
+        let answer = self.api().create(account, &request).unwrap();
+        self.api()
+            .with_token(answer["status"]["token"].as_str().unwrap())
+    }
+}
+
+fn patch(client: &Client, path: &str, patch: &Value) -> (u16, String) {
+    let merge = "application/merge-patch+json";
+    let (status, answer) = client.request("PATCH", path, merge, Some(patch)).unwrap();
+    (
+        status,
+        answer["message"].as_str().unwrap_or_default().to_owned(),
+    )
+}
+
+fn annotations(entries: &Value) -> Value {
+    json!({"metadata": {"annotations": entries}})
+}
