@@ -212,7 +212,7 @@ fn reachability(steps: &mut Steps, name: &str, lab: &Lab, family: Family) {
     );
     steps.step(
         &format!("{name}::everybody_reaches_everybody_by_{inner}"),
-        || claims::everybody_comes_to_reach_everybody(&view, By::OwnAddress, claims::SETTLING),
+        || claims::everybody_reaches_everybody(&view, By::OwnAddress),
     );
     steps.step(
         &format!("{name}::everybody_reaches_every_service_by_{inner}"),
