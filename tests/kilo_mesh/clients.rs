@@ -495,7 +495,14 @@ fn allowed_location(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     .with_context(|| format!("{seen:?}"))?;
     // A neighbour's address: the leader's own.
     ensure!(seen? == Ipv4Addr::new(192, 168, 50, 11));
-    who(&lab.pod(MASTER)?.namespace().path(), target).context("from a pod elsewhere")?;
+    // The laptop's own program and each agent hear of the change at times of their own.
+    let from_pod = lab.pod(MASTER)?.namespace().path();
+    let mut seen = Err(anyhow::anyhow!("nobody asked"));
+    wait_for("the printer, from a pod elsewhere", PATIENCE, || {
+        seen = who(&from_pod, target);
+        seen.is_ok()
+    })
+    .with_context(|| format!("{seen:?}"))?;
     lab.api()
         .annotate(LEADER, &[("kilo.squat.ai/allowed-location-ips", None)])?;
     Ok(String::new())
