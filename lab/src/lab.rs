@@ -253,6 +253,9 @@ impl Lab {
             .arg("kubectl")
             .arg("--kubeconfig")
             .arg(self.plane()?.kubeconfig_path("admin"))
+            // What it learnt of another lab's API server, which had the same address, is not true here.
+            .arg("--cache-dir")
+            .arg(self.directory().join("kubectl"))
             .args(arguments);
         let output = self.node(MASTER)?.output(command)?;
         if !output.status.success() {

@@ -161,6 +161,9 @@ impl Cluster {
             .arg("kubectl")
             .arg("--kubeconfig")
             .arg(self.plane.kubeconfig_path("admin"))
+            // Clusters of other tests have the same address, and other kinds of objects.
+            .arg("--cache-dir")
+            .arg(self.files.path().join("kubectl"))
             .args(args);
         let output = self.node.output(command).unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
