@@ -541,7 +541,7 @@ mod tests {
             hearing.poll_search(&key(n), place(1), &keys, begun);
         }
         let looked = begun.elapsed();
-        // Half a second without optimisation; to walk all segments for each peer took minutes.
+        // Half a second without optimisation.
         assert!(
             found + looked < Duration::from_secs(10),
             "{found:?} {looked:?}"

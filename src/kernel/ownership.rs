@@ -3,18 +3,21 @@
 
 use std::ops::RangeInclusive;
 
+use super::link::Found;
 use super::{Kernel, list, route, rule};
 use crate::diff::{Change, diff};
 use crate::plan::{PROTOCOL, State, Table};
 use crate::refusal::Refusal;
 
+/// The link of Kilo's `kg`, unless told otherwise. A WireGuard link of another name may be anybody's.
+const KILOS_LINK: &str = "kilo0";
 /// The routing table of Kilo's `kg`, which empties it neither at its end nor at its start.
 const KILOS_TABLE: u32 = 1107;
 
 /// What Kilo's `kg` has on this node, or left here.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct KilosRemains {
-    /// Whether the tunnel's name is that of a WireGuard link of the kernel's.
+    /// Whether the tunnel's name is that of its WireGuard link, one of the kernel's.
     pub link: bool,
     /// The priorities of the rules that lead to its table.
     pub rules: Vec<u32>,
@@ -23,7 +26,7 @@ pub struct KilosRemains {
 }
 
 impl Kernel {
-    /// Deletes the WireGuard link of the kernel's that has the tunnel's name, and says whether there was one.
+    /// Deletes Kilo's WireGuard link where the tunnel has its name, and says whether there was one.
     ///
     /// Kilo's `kg` keeps its link at its end, unless told otherwise, with its UDP port and configuration. Who
     /// changes the image, or moves a node, expects the next agent to go on from there. With the link go its
@@ -41,12 +44,17 @@ impl Kernel {
         }
     }
 
+    /// Whether a link of the tunnel's name is Kilo's.
+    fn is_kilos(&self, link: &Found) -> bool {
+        link.name == self.interface && link.name == KILOS_LINK && link.is_wireguard()
+    }
+
     /// Looks for what Kilo's `kg` has on this node, or left here.
     pub fn left_by_kilo(&self) -> anyhow::Result<KilosRemains> {
         let mut netlink = self.netlink();
         let link = list::links(&mut netlink)?
             .iter()
-            .any(|link| link.name == self.interface && link.is_wireguard());
+            .any(|link| self.is_kilos(link));
         let rules = list::rules(&mut netlink)?;
         let rules = rules.iter().filter(|rule| rule.table == KILOS_TABLE);
         let rules = rules.map(|rule| rule.priority).collect();
@@ -69,7 +77,7 @@ impl Kernel {
         let links = list::links(&mut netlink)?;
         if let Some(link) = links.iter().find(|link| link.name == self.interface)
             && !link.is_tun()
-            && !link.is_wireguard()
+            && !self.is_kilos(link)
         {
             return Err(Refusal::configuration(format!(
                 "there is a link {} already, of the kind {}: delete it (ip link del {}), or choose another name with --interface",

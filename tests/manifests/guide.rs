@@ -1,5 +1,5 @@
 //! The migration guide's commands, as they stand in it, on a real API server: Kilo goes node by node, and
-//! never are both on one. Not the way back, which waits for what only real kubelets do in time.
+//! never are both on one. Not the way back, which waits for what the garbage collector does in its own time.
 //!
 //! A stand-in plays the kubelets, and pods run nothing: what the agents do is shown in `tests/beside_kilo.rs`.
 
