@@ -157,15 +157,12 @@ pub(crate) fn a_called_address_that_is_gone_costs_no_packet(pairing: Pairing) ->
     expect_endpoint(right, left, "[fd00:aa::1]:1")
 }
 
-pub(crate) fn a_source_of_one_family_does_not_spoil_the_other(pairing: Pairing) -> Result<()> {
+/// Several times, for wireguard-go keeps the addresses that it sends to in a pool, and writes an IPv6 one
+/// over what was an IPv4 one last by its first four bytes only: which of them it takes is chance.
+pub(crate) fn an_address_of_one_family_does_not_spoil_the_other(pairing: Pairing) -> Result<()> {
     let pair = on_a_cable(pairing, &[1], &[2])?;
     let (left, right) = (&pair.left, &pair.right);
-    for endpoint in [
-        "10.0.0.2:2",
-        "[fd00:aa::2]:2",
-        "10.0.0.2:2",
-        "[fd00:aa::2]:2",
-    ] {
+    for endpoint in ["10.0.0.2:2", "[fd00:aa::2]:2"].repeat(6) {
         left.endpoint(right, endpoint)?;
         left.ping(RIGHT4)
             .and_then(|()| right.ping(LEFT4))
@@ -176,16 +173,18 @@ pub(crate) fn a_source_of_one_family_does_not_spoil_the_other(pairing: Pairing) 
     Ok(())
 }
 
-/// A device with several addresses answers from the one it was called on.
+/// A device with several addresses answers from the one it was called on. Several times, see
+/// [`an_address_of_one_family_does_not_spoil_the_other`].
 pub(crate) fn the_answer_comes_from_the_address_that_was_called(pairing: Pairing) -> Result<()> {
     let pair = on_a_cable(pairing, &[1, 2], &[3])?;
     let (left, right) = (&pair.left, &pair.right);
-    for endpoint in [
+    let endpoints = [
         "10.0.0.1:1",
         "10.0.0.2:1",
         "[fd00:aa::1]:1",
         "[fd00:aa::2]:1",
-    ] {
+    ];
+    for endpoint in endpoints.repeat(4) {
         right.endpoint(left, endpoint)?;
         right
             .ping(LEFT4)
@@ -288,12 +287,12 @@ pairs! {
     an_ipv6_source_that_is_gone_is_replaced;
     a_called_address_that_is_gone_costs_no_packet
         fails with WireguardGo on left: "the peer is at [fd00:aa::1]:1, not at [fd00:bb::1]:1";
-    a_source_of_one_family_does_not_spoil_the_other
+    an_address_of_one_family_does_not_spoil_the_other
         fails with WireguardGo on left: "to [fd00:aa::2]:2", right: "to [fd00:aa::2]:2";
     the_answer_comes_from_the_address_that_was_called
         fails with WireguardGo on
             left: "the peer is at 10.0.0.1:1, not at 10.0.0.2:1",
-            right: "calling [fd00:aa::1]:1";
+            right: "[fd00:aa::";
     the_answer_comes_from_an_address_of_another_interface
         fails with WireguardGo on left: "the peer is at 10.0.0.1:1, not at 10.50.0.1:1";
     a_better_route_is_taken_with_its_own_source;
