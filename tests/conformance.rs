@@ -94,10 +94,20 @@ mod traffic;
 #[path = "conformance/tunnel.rs"]
 mod tunnel;
 
+/// How often what is known of wireguard-go may fail to show itself: some of it is chance.
+const CHANCES: usize = 5;
+
 /// Runs a scenario; where a failure is known, it has to happen, and in those words.
 fn judge(known: &[(bool, &str)], scenario: impl Fn() -> Result<()>) {
     let known = known.iter().find(|(applies, _)| *applies);
-    let complaint = disappointment(known.map(|(_, words)| *words), scenario());
+    let mut outcome = scenario();
+    for _ in 1..CHANCES {
+        if known.is_none() || outcome.is_err() {
+            break;
+        }
+        outcome = scenario();
+    }
+    let complaint = disappointment(known.map(|(_, words)| *words), outcome);
     let logs = tunnel::take_logs();
     if let Some(complaint) = complaint {
         panic!("{complaint}\n{logs}");
