@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use selvedge_lab::claims::{self, By};
-use selvedge_lab::lab::{Access, Mesh, Options, SCENARIO_FLAGS};
+use selvedge_lab::lab::{Mesh, Options};
 use selvedge_lab::netns::unique_prefix;
 use selvedge_lab::topology::MASTER;
 use selvedge_lab::traffic::Servers;
@@ -28,13 +28,7 @@ const START: Duration = Duration::from_secs(15);
 const LIVE_AGAIN: Duration = Duration::from_secs(120);
 
 fn mesh() -> Mesh<'static> {
-    Mesh {
-        binary: Path::new(SELVEDGE),
-        manifest: Path::new(MANIFEST),
-        access: Access::Kubeconfig,
-        flags: &SCENARIO_FLAGS,
-        annotate: true,
-    }
+    Mesh::scenario(Path::new(SELVEDGE), Path::new(MANIFEST))
 }
 
 fn main() -> ExitCode {

@@ -19,7 +19,7 @@ use selvedge_lab::capture::Capture;
 use selvedge_lab::claims::{self, By, Pairs};
 use selvedge_lab::controlplane::POD_NETWORK;
 use selvedge_lab::dumps::Dumps;
-use selvedge_lab::lab::{Access, Mesh, Options, Proxy, SCENARIO_FLAGS};
+use selvedge_lab::lab::{Mesh, Options, Proxy};
 use selvedge_lab::netns::unique_prefix;
 use selvedge_lab::topology::{MASTER, Site};
 use selvedge_lab::traffic::{PORT, Servers, Stream, shout};
@@ -59,13 +59,7 @@ fn run(steps: &mut Steps) -> Option<()> {
     without_selvedge(steps, &mut lab);
     let before = steps.required("the_nodes_are_dumped_before_selvedge", || Dumps::take(&lab))?;
 
-    let mesh = Mesh {
-        binary: Path::new(SELVEDGE),
-        manifest: Path::new(MANIFEST),
-        access: Access::Kubeconfig,
-        flags: &SCENARIO_FLAGS,
-        annotate: true,
-    };
+    let mesh = Mesh::scenario(Path::new(SELVEDGE), Path::new(MANIFEST));
     steps.required("all_agents_become_ready", || {
         let time = lab.join(&mesh)?;
         Ok(format!(

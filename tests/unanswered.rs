@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use selvedge_lab::claims;
-use selvedge_lab::lab::{Access, Mesh, Options, Parts, SCENARIO_FLAGS};
+use selvedge_lab::lab::{Mesh, Options, Parts};
 use selvedge_lab::netns::unique_prefix;
 use selvedge_lab::topology::{MASTER, Shape};
 use selvedge_lab::traffic::Servers;
@@ -34,13 +34,7 @@ const LEADER: &str = "node-agent-01";
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn mesh() -> Mesh<'static> {
-    Mesh {
-        binary: Path::new(SELVEDGE),
-        manifest: Path::new(MANIFEST),
-        access: Access::Kubeconfig,
-        flags: &SCENARIO_FLAGS,
-        annotate: true,
-    }
+    Mesh::scenario(Path::new(SELVEDGE), Path::new(MANIFEST))
 }
 
 fn lab(label: &str) -> Lab {

@@ -15,7 +15,7 @@ use selvedge_lab::capture::Capture;
 use selvedge_lab::claims::{self, By, Pairs};
 use selvedge_lab::controlplane::POD_NETWORK;
 use selvedge_lab::flannel::{Backend, Firewall};
-use selvedge_lab::lab::{Access, Mesh, Options, Proxy, SCENARIO_FLAGS};
+use selvedge_lab::lab::{Access, Mesh, Options, Proxy};
 use selvedge_lab::netns::unique_prefix;
 use selvedge_lab::topology::{MASTER, Master, Nat, Shape, Third};
 use selvedge_lab::traffic::Servers;
@@ -147,11 +147,9 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
     }
 
     let mesh = Mesh {
-        binary: Path::new(SELVEDGE),
-        manifest: Path::new(MANIFEST),
         access: *access,
-        flags: &SCENARIO_FLAGS,
         annotate: *annotate,
+        ..Mesh::scenario(Path::new(SELVEDGE), Path::new(MANIFEST))
     };
     steps.required(&format!("{name}::all_agents_become_ready"), || {
         let time = lab.join(&mesh)?;

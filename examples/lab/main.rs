@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use selvedge_lab::claims::{self, By};
 use selvedge_lab::family::{Family, Inner};
-use selvedge_lab::lab::{Access, Mesh, Options, Parts, Places as _, Proxy, SCENARIO_FLAGS};
+use selvedge_lab::lab::{Mesh, Options, Parts, Places as _, Proxy};
 use selvedge_lab::matrix::Matrix;
 use selvedge_lab::netns::require_root;
 use selvedge_lab::topology::{MASTER, Shape};
@@ -134,13 +134,7 @@ fn run(choice: Choice) -> anyhow::Result<()> {
 
     progress("selvedge: nodes labelled and annotated, one agent each");
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/selvedge-k3s.yaml");
-    lab.join(&Mesh {
-        binary: &binary,
-        manifest: &manifest,
-        access: Access::Kubeconfig,
-        flags: &SCENARIO_FLAGS,
-        annotate: true,
-    })?;
+    lab.join(&Mesh::scenario(&binary, &manifest))?;
     progress("all agents are ready");
     let patience = Duration::from_secs(15);
     wait_for("a first answer through the tunnel", patience, || {

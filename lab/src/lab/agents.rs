@@ -49,6 +49,20 @@ pub struct Mesh<'a> {
     pub annotate: bool,
 }
 
+impl<'a> Mesh<'a> {
+    /// Scenario 000 as its users have it: its flags and annotations, and a kubeconfig for each agent.
+    #[must_use]
+    pub fn scenario(binary: &'a Path, manifest: &'a Path) -> Self {
+        Self {
+            binary,
+            manifest,
+            access: Access::Kubeconfig,
+            flags: &SCENARIO_FLAGS,
+            annotate: true,
+        }
+    }
+}
+
 impl Lab {
     /// Labels all nodes with their region, and nothing else.
     ///
