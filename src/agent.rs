@@ -370,7 +370,7 @@ impl Agent {
             // Their routers let this node's answers in when it has spoken first.
             look.extend(Some(endpoint).filter(|_| moved && places.is_some()));
             for place in look {
-                self.machine.look_for(key, place);
+                self.machine.look_for(key, &[place]);
             }
         }
         self.hearing.retain(|key| stats.peers.contains_key(key));

@@ -75,6 +75,7 @@ use nix::errno::Errno;
 use self::clock::Time;
 pub use self::configure::PeerConfig;
 use self::core::Core;
+pub use self::core::UNASKED_AFTER;
 pub use self::drops::Dropped;
 use self::keeper::Keeper;
 use self::key::{PrivateKey, PublicKey};
@@ -83,6 +84,9 @@ use self::timestamp::Timestamps;
 pub use self::timestamp::{Persist, Timestamp};
 pub use self::tun::TunError;
 use self::udp::Sockets;
+
+/// The most candidate endpoints that one initiation is sent to.
+pub const MAX_CANDIDATES: usize = 16;
 
 /// The MTU of a new link: what is left of 1,500 bytes after IPv6, UDP and WireGuard.
 pub const DEFAULT_MTU: u32 = 1420;
@@ -165,6 +169,14 @@ pub struct PeerStats {
     pub tx_bytes: u64,
     /// How long ago the last handshake ended.
     pub last_handshake: Option<Duration>,
+    /// How long ago an *unasked* initiation of the peer arrived last: one from an IP address to which this
+    /// device had sent nothing for [`UNASKED_AFTER`], while it had sent nothing to the peer at any other
+    /// address either, and at least that long after the device started, since a process before it may
+    /// have sent. Then no state of a NAT or firewall in front of this host was made for that address.
+    ///
+    /// It does not exclude a NAT that lets every source in while anything at all is sent through it
+    /// (endpoint-independent filtering, RFC 4787, section 5): there, a keepalive to any one peer has to go on.
+    pub heard_unasked: Option<Duration>,
 }
 
 /// A running device. Dropping it ends its threads; the link stays if it is persistent.
@@ -209,7 +221,7 @@ impl Device {
             .transpose()
             .map_err(StartError::Threads)?;
         let timestamps = Timestamps::new(floor, keeper);
-        let core = Arc::new(Core::new(mtu, timestamps, wall_clock));
+        let core = Arc::new(Core::new(mtu, timestamps, wall_clock, Time::now()));
         let on_gone = if persistent {
             OnGone::Remake(name, mtu, persistent)
         } else {
@@ -230,11 +242,13 @@ impl Device {
         self.core.set_peers(peers, Time::now());
     }
 
-    /// Looks for a peer at an address where others see it: one handshake initiation goes there, which
-    /// also opens the way through a NAT on this side. The peer stays where it is until it answers from
-    /// there.
-    pub fn look_for(&self, key: &PublicKey, place: SocketAddr) {
-        self.core.look_for(key, place);
+    /// Tries candidate endpoints of a peer: one and the same handshake initiation goes to all of them,
+    /// which also opens the way through a NAT on this side. The peer answers the copy that arrives
+    /// first, and the endpoint moves to where that answer comes from. Without an answer it stays.
+    ///
+    /// Unknown keys and an empty list are ignored. Of a longer list the first [`MAX_CANDIDATES`] count.
+    pub fn look_for(&self, key: &PublicKey, candidates: &[SocketAddr]) {
+        self.core.look_for(key, candidates);
     }
 
     /// Changes the device's key, or takes it away. Every session ends.
@@ -299,6 +313,7 @@ impl Device {
             rx_bytes: peer.rx_bytes(),
             tx_bytes: peer.tx_bytes(),
             last_handshake: peer.last_handshake().map(|at| now.since(at)),
+            heard_unasked: peer.heard_unasked().map(|at| now.since(at)),
         };
         let table = self.core.table.load();
         Stats {

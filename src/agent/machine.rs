@@ -45,9 +45,9 @@ impl Machine {
         self.tunnel.stats()
     }
 
-    /// Looks for a peer where others see it.
-    pub fn look_for(&self, key: &PublicKey, place: SocketAddr) {
-        self.tunnel.look_for(key, place);
+    /// Sends one initiation to candidate endpoints of a peer; see [`Device::look_for`].
+    pub fn look_for(&self, key: &PublicKey, candidates: &[SocketAddr]) {
+        self.tunnel.look_for(key, candidates);
     }
 
     /// Lets the link go with this process.

@@ -11,6 +11,7 @@ use boringtun::noise::handshake::Handshake;
 use boringtun::x25519;
 use ipnet::IpNet;
 
+use super::MAX_CANDIDATES;
 use super::clock::Time;
 use super::core::{Core, Identity, Job};
 use super::handshake::forget_handshakes;
@@ -38,7 +39,13 @@ pub(super) struct Configured {
     peers: BTreeMap<PublicKey, ConfiguredPeer>,
     /// The owners of each prefix: one by UAPI, several by the agent.
     allowed_ips: BTreeMap<IpNet, BTreeSet<PublicKey>>,
+    /// When something was last sent to peers that were removed, the latest [`MAX_REMOVED`] of them: one
+    /// that comes back was not silent meanwhile, see [`super::PeerStats::heard_unasked`].
+    removed: BTreeMap<PublicKey, Time>,
 }
+
+/// More peers than this do not come and go within minutes.
+const MAX_REMOVED: usize = 1024;
 
 struct ConfiguredPeer {
     peer: Arc<Peer>,
@@ -111,10 +118,14 @@ impl Core {
         }
     }
 
-    /// Looks for a peer where others see it. It stays where it is until it answers from there.
-    pub(super) fn look_for(&self, key: &PublicKey, place: SocketAddr) {
+    /// Tries candidate endpoints of a peer. It stays where it is until it answers from one of them.
+    pub(super) fn look_for(&self, key: &PublicKey, candidates: &[SocketAddr]) {
+        let candidates: Vec<_> = candidates.iter().take(MAX_CANDIDATES).copied().collect();
+        if candidates.is_empty() {
+            return;
+        }
         if let Some(peer) = self.table.load().peers.get(key) {
-            self.jobs.push(Job::LookFor(peer.clone(), place));
+            self.jobs.push(Job::LookFor(peer.clone(), candidates));
         }
     }
 
@@ -225,8 +236,12 @@ impl Core {
 
     /// The peer of this key, made if there is none.
     fn peer<'a>(&self, configured: &'a mut Configured, key: PublicKey) -> &'a mut ConfiguredPeer {
-        configured.peers.entry(key).or_insert_with(|| {
+        let Configured { peers, removed, .. } = configured;
+        peers.entry(key).or_insert_with(|| {
             let peer = Arc::new(Peer::new(key));
+            if let Some(at) = removed.remove(&key) {
+                peer.note_sent(at);
+            }
             if let Some(identity) = self.identity.load().as_ref() {
                 let mut state = peer.handshake();
                 state.noise = Some(noise(identity, &peer, &state));
@@ -242,6 +257,7 @@ impl Core {
         let Some(known) = configured.peers.remove(key) else {
             return;
         };
+        configured.note_removed(&known.peer);
         configured.disown(key, |_| true);
         let peer = known.peer;
         let mut state = peer.handshake();
@@ -318,6 +334,18 @@ impl Core {
 }
 
 impl Configured {
+    fn note_removed(&mut self, peer: &Peer) {
+        let Some(at) = peer.last_sent() else {
+            return;
+        };
+        self.removed.insert(*peer.key(), at);
+        if self.removed.len() > MAX_REMOVED
+            && let Some((&oldest, _)) = self.removed.iter().min_by_key(|(_, at)| **at)
+        {
+            self.removed.remove(&oldest);
+        }
+    }
+
     /// Takes prefixes from a peer.
     fn disown(&mut self, key: &PublicKey, which: impl Fn(&IpNet) -> bool) {
         self.allowed_ips.retain(|net, owners| {

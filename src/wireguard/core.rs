@@ -37,6 +37,11 @@ const FLOOD_WINDOW: Duration = Duration::from_millis(250);
 /// A flood lasts at least so long, so that it does not come and go with every batch.
 pub(super) const LOAD_LASTS: Duration = Duration::from_secs(1);
 
+/// So long after the last datagram to an address no usual NAT or firewall lets in an answer any more
+/// (Linux: `nf_conntrack_udp_timeout_stream`, 120 s; RFC 4787, section 4.3 wants no more than 5 minutes,
+/// common devices keep 30 to 180 s).
+pub const UNASKED_AFTER: Duration = Duration::from_secs(180);
+
 /// The bytes of the longest handshake message, an initiation.
 pub(super) const MAX_HANDSHAKE: usize = 148;
 
@@ -53,6 +58,7 @@ pub(super) struct Core {
     pub(super) wall: fn() -> Timestamp,
     mtu: AtomicUsize,
     up: AtomicBool,
+    started: Time,
 }
 
 /// The device's own key and what follows from it.
@@ -82,8 +88,8 @@ pub(super) enum Job {
     Message(Box<HandshakeMessage>),
     /// Something was to be sent to a peer, and there is no session or it is old.
     Initiate(Arc<Peer>),
-    /// The peer may be at this address by now.
-    LookFor(Arc<Peer>, SocketAddr),
+    /// The peer may be at one of these addresses by now.
+    LookFor(Arc<Peer>, Vec<SocketAddr>),
     /// A session is in use now: what waited for it may go.
     Flush(Arc<Peer>),
     /// The peer is to hear from us now.
@@ -303,7 +309,12 @@ impl Jobs {
 }
 
 impl Core {
-    pub(super) fn new(mtu: u32, timestamps: Timestamps, wall: fn() -> Timestamp) -> Self {
+    pub(super) fn new(
+        mtu: u32,
+        timestamps: Timestamps,
+        wall: fn() -> Timestamp,
+        now: Time,
+    ) -> Self {
         let core = Self {
             table: ArcSwap::from_pointee(Table::default()),
             indices: Indices::default(),
@@ -315,6 +326,7 @@ impl Core {
             wall,
             mtu: AtomicUsize::new(0),
             up: AtomicBool::new(false),
+            started: now,
         };
         core.set_mtu(mtu);
         core
@@ -348,6 +360,20 @@ impl Core {
         if !peer.handshake_asked.swap(true, Ordering::Relaxed) {
             self.jobs.push(Job::Initiate(peer.clone()));
         }
+    }
+
+    /// Whether nothing that this device sent can have let in a message of a peer from an address; see
+    /// [`super::PeerStats::heard_unasked`].
+    pub(super) fn is_unasked(&self, peer: &Peer, from: IpAddr, now: Time) -> bool {
+        let is_quiet = |at| now.since(at) >= UNASKED_AFTER;
+        is_quiet(self.started)
+            && peer.last_sent().is_none_or(is_quiet)
+            && self.table.load().peers.values().all(|other| {
+                other.last_sent().is_none_or(is_quiet)
+                    || other
+                        .endpoint()
+                        .is_none_or(|endpoint| endpoint.remote.ip() != from)
+            })
     }
 
     /// Queues a handshake message for the handshake thread.
@@ -397,7 +423,7 @@ mod tests {
     #[test]
     fn packets_are_padded_to_16_bytes_but_never_beyond_the_mtu() {
         let timestamps = Timestamps::new(Timestamp::default(), None);
-        let core = Core::new(1420, timestamps, Timestamp::default);
+        let core = Core::new(1420, timestamps, Timestamp::default, Time::default());
         for (length, padded) in [
             (0, 0),
             (1, 16),

@@ -90,7 +90,7 @@ impl Handshaker {
                         .store(false, std::sync::atomic::Ordering::Relaxed);
                     self.initiate(&peer, Attempt::First, wire, now);
                 }
-                Job::LookFor(peer, place) => self.look_for(&peer, place, wire, now),
+                Job::LookFor(peer, candidates) => self.look_for(&peer, &candidates, wire, now),
                 Job::Flush(peer) => {
                     self.transmit.flush_staged(&core, wire, &peer, now);
                 }
@@ -228,23 +228,25 @@ impl Handshaker {
         }
     }
 
-    /// Sends an initiation to where the peer may be by now, beside all else that goes to where it was.
+    /// Sends one initiation to all candidate endpoints of a peer, beside what goes to its endpoint.
     ///
-    /// Its answer makes it be there, as any message from a new place does; without one, the attempts
-    /// that follow go to the old place, and nothing has changed.
-    fn look_for(&self, peer: &Arc<Peer>, place: SocketAddr, wire: &impl Wire, now: Time) {
+    /// The answer moves the endpoint to where it comes from. Without an answer, the attempts that follow
+    /// go to the endpoint as it was. The peer takes one copy of the initiation, the first: the others
+    /// are no newer (paper, 5.1).
+    fn look_for(&self, peer: &Arc<Peer>, candidates: &[SocketAddr], wire: &impl Wire, now: Time) {
         let mut buffer = [0; HANDSHAKE_INIT_SZ];
         if !self.begin(peer, &mut buffer, now) {
             return;
         }
-        tracing::debug!(peer = %peer.key(), %place, "looking for a peer");
+        tracing::debug!(peer = %peer.key(), ?candidates, "trying candidates");
         peer.timers.initiated(Attempt::First, now);
-        let to = place.into();
-        if wire
-            .send(&buffer, HANDSHAKE_INIT_SZ, &to, Outer::default(), false)
-            .is_err()
-        {
-            self.core.drops.add(Dropped::SendFailed, 1);
+        for &candidate in candidates {
+            let to = candidate.into();
+            let sent = wire.send(&buffer, HANDSHAKE_INIT_SZ, &to, Outer::default(), false);
+            match sent {
+                Ok(_) => peer.note_sent(now),
+                Err(_) => self.core.drops.add(Dropped::SendFailed, 1),
+            }
         }
     }
 
@@ -360,6 +362,9 @@ fn respond(
         core.indices.retire(peer.install_responded(session, now));
         note_awaiting(core, &mut state);
         state.last_taken = Some(now);
+    }
+    if core.is_unasked(peer, message.from.remote.ip(), now) {
+        peer.note_unasked(now);
     }
     tracing::debug!(peer = %peer.key(), "answering a handshake initiation");
     peer.roam(message.from);

@@ -66,6 +66,9 @@ pub(super) struct Peer {
     tx_bytes: AtomicU64,
     last_handshake: AtomicU64,
     last_initiation: AtomicU64,
+    /// When a datagram was last sent to the peer, wherever.
+    last_sent: AtomicU64,
+    heard_unasked: AtomicU64,
     /// Whether an initiation was asked for and not begun yet.
     pub(super) handshake_asked: AtomicBool,
     offload_after: AtomicU64,
@@ -153,6 +156,8 @@ impl Peer {
             tx_bytes: AtomicU64::new(0),
             last_handshake: AtomicU64::new(0),
             last_initiation: AtomicU64::new(0),
+            last_sent: AtomicU64::new(0),
+            heard_unasked: AtomicU64::new(0),
             handshake_asked: AtomicBool::new(false),
             offload_after: AtomicU64::new(0),
             offload_told: AtomicBool::new(false),
@@ -330,6 +335,7 @@ impl Peer {
                     }
                 }
                 self.tx_bytes.fetch_add(run.len() as u64, Ordering::Relaxed);
+                self.note_sent(now);
                 if self.refusal_told.load(Ordering::Relaxed) {
                     self.refusal_told.store(false, Ordering::Relaxed);
                     tracing::info!(peer = %self.key, "the kernel sends to the peer again");
@@ -375,6 +381,24 @@ impl Peer {
 
     pub(super) fn last_handshake(&self) -> Option<Time> {
         Time::from_nanos(self.last_handshake.load(Ordering::Relaxed))
+    }
+
+    /// Takes note that a datagram was sent to the peer.
+    pub(super) fn note_sent(&self, now: Time) {
+        self.last_sent.store(now.as_nanos(), Ordering::Relaxed);
+    }
+
+    pub(super) fn last_sent(&self) -> Option<Time> {
+        Time::from_nanos(self.last_sent.load(Ordering::Relaxed))
+    }
+
+    /// Takes note of an initiation that nothing of ours let in.
+    pub(super) fn note_unasked(&self, now: Time) {
+        self.heard_unasked.store(now.as_nanos(), Ordering::Relaxed);
+    }
+
+    pub(super) fn heard_unasked(&self) -> Option<Time> {
+        Time::from_nanos(self.heard_unasked.load(Ordering::Relaxed))
     }
 
     pub(super) fn initiated(&self, now: Time) {

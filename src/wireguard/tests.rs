@@ -5,6 +5,8 @@
 #[cfg(test)]
 mod boringtun_gaps;
 #[cfg(test)]
+mod candidates;
+#[cfg(test)]
 mod crossing;
 #[cfg(test)]
 mod failing;
@@ -105,9 +107,12 @@ impl Host {
     /// A host at 192.0.2.`n`, with the same key and timestamps as any other of that number.
     fn new(n: u8) -> Self {
         let timestamps = Timestamps::new(Timestamp::default(), None);
-        let core = Core::new(1420, timestamps, || {
-            Timestamp::from_unix(Duration::from_secs(1))
-        });
+        let core = Core::new(
+            1420,
+            timestamps,
+            || Timestamp::from_unix(Duration::from_secs(1)),
+            Time::default(),
+        );
         let core = Arc::new(core);
         core.link_changed(true);
         let key = PrivateKey([n; 32]);

@@ -78,7 +78,7 @@ impl Wire for Loop {
 impl Side {
     fn new(own: u8, other: u8, now: Time) -> Self {
         let timestamps = Timestamps::new(Timestamp::default(), None);
-        let core = Core::new(1420, timestamps, Timestamp::default);
+        let core = Core::new(1420, timestamps, Timestamp::default, Time::default());
         core.link_changed(true);
         let network = ipnet::Ipv4Net::new_assert(Ipv4Addr::new(10, 0, other, 0), 24);
         let config = PeerConfig {

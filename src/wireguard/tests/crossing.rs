@@ -59,7 +59,7 @@ impl Crossing {
     fn begin(&mut self, from: usize) {
         let key = self.world.hosts[1 - from].public();
         let place = self.world.hosts[1 - from].wire.address;
-        self.world.hosts[from].core.look_for(&key, place);
+        self.world.hosts[from].core.look_for(&key, &[place]);
         self.world.work();
     }
 

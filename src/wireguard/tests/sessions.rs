@@ -125,7 +125,7 @@ fn a_peer_that_others_see_elsewhere_is_found_there() {
 
     let key = world.hosts[1].public();
     world.now = world.now + seconds(1);
-    world.hosts[0].core.look_for(&key, address(9));
+    world.hosts[0].core.look_for(&key, &[address(9)]);
     world.settle();
 
     let endpoint = world.hosts[0].peer(&world.hosts[1]).endpoint();
@@ -138,7 +138,7 @@ fn a_peer_that_others_see_wrongly_stays_where_it_is() {
     let mut world = World::connected_pair();
     let key = world.hosts[1].public();
     for _ in 0..20 {
-        world.hosts[0].core.look_for(&key, address(9));
+        world.hosts[0].core.look_for(&key, &[address(9)]);
         world.send(0, &packet(1, 2, b"on the way"));
         world.pass(seconds(1));
     }

@@ -1,0 +1,145 @@
+//! Candidate endpoints of a peer, and initiations that came unasked.
+
+use super::super::UNASKED_AFTER;
+use super::*;
+
+fn endpoint(world: &World, of: usize, at: usize) -> Option<SocketAddr> {
+    let endpoint = world.hosts[at].peer(&world.hosts[of]).endpoint();
+    endpoint.map(|endpoint| endpoint.remote)
+}
+
+#[test]
+fn one_initiation_goes_to_all_candidates_and_the_first_that_answers_is_used() {
+    let mut world = World::connected_pair();
+    world.hosts[1].wire.address = address(9);
+    let key = world.hosts[1].public();
+    world.now = world.now + seconds(1);
+    let before = world.log.len();
+    world.hosts[0]
+        .core
+        .look_for(&key, &[address(7), address(8), address(9)]);
+    world.work();
+
+    let sent: Vec<_> = world.log[before..].to_vec();
+    let places: Vec<_> = sent.iter().map(|datagram| datagram.to).collect();
+    assert_eq!(places, [address(7), address(8), address(9)]);
+    assert!(sent.iter().all(|datagram| datagram.bytes == sent[0].bytes));
+    assert_eq!(
+        endpoint(&world, 1, 0),
+        Some(address(2)),
+        "moved without an answer"
+    );
+
+    world.settle();
+    assert_eq!(endpoint(&world, 1, 0), Some(address(9)));
+    world.assert_connected();
+}
+
+#[test]
+fn a_second_copy_of_an_initiation_moves_nothing() {
+    let mut world = World::connected_pair();
+    let key = world.hosts[1].public();
+    world.now = world.now + seconds(1);
+    world.hosts[0]
+        .core
+        .look_for(&key, &[address(2), address(9)]);
+    world.work();
+    let mut copies: Vec<_> = world.under_way.drain(..).collect();
+    // Both candidates are ways to the same host, and host 1 is seen from another address on the second.
+    copies[1].to = address(2);
+    copies[1].from = address(7);
+    for copy in copies {
+        world.deliver(&copy);
+        world.now = world.now + seconds(1);
+        world.settle();
+    }
+    assert_eq!(world.hosts[1].drops(Dropped::Replayed), 1);
+    assert_eq!(endpoint(&world, 0, 1), Some(address(1)));
+    world.assert_connected();
+}
+
+/// Host 2 calls host 1, which is told of host 2 but not where it is. Returns what host 1 makes of it.
+fn called(world: &mut World) -> Option<Time> {
+    world.send(1, &packet(2, 1, b"hello"));
+    world.settle();
+    world.hosts[0].peer(&world.hosts[1]).heard_unasked()
+}
+
+fn pair_of_which_one_knows_no_endpoint() -> World {
+    let world = World::of([1, 2]);
+    let anywhere = PeerConfig {
+        endpoint: None,
+        ..config(2)
+    };
+    world.hosts[0].set_peers(&[(&world.hosts[1], anywhere)], world.now);
+    world.hosts[1].set_peers(&[(&world.hosts[0], config(1))], world.now);
+    world
+}
+
+#[test]
+fn an_initiation_from_an_address_that_was_never_sent_to_is_unasked() {
+    let mut world = pair_of_which_one_knows_no_endpoint();
+    assert_eq!(called(&mut world), Some(world.now));
+}
+
+#[test]
+fn an_initiation_after_one_of_ours_is_not_unasked() {
+    let mut world = pair_of_which_one_knows_no_endpoint();
+    let key = world.hosts[1].public();
+    // A candidate that is wrong: the peer answers from elsewhere, through a hole that may be ours.
+    world.hosts[0].core.look_for(&key, &[address(9)]);
+    world.settle();
+    world.pass(UNASKED_AFTER.checked_sub(seconds(1)).unwrap());
+    assert_eq!(called(&mut world), None);
+}
+
+#[test]
+fn after_minutes_of_silence_an_initiation_is_unasked() {
+    let mut world = World::connected_pair();
+    // Until neither side has anything to say any more: sessions end after three minutes.
+    world.pass(seconds(600));
+    let before = world.hosts[0].peer(&world.hosts[1]).heard_unasked();
+    assert_eq!(before, None);
+    assert_eq!(called(&mut world), Some(world.now));
+}
+
+#[test]
+fn a_process_that_has_just_begun_cannot_tell_what_is_unasked() {
+    let mut world = pair_of_which_one_knows_no_endpoint();
+    world.now = Time::from_duration(UNASKED_AFTER.checked_sub(seconds(1)).unwrap());
+    assert_eq!(called(&mut world), None);
+}
+
+#[test]
+fn a_peer_that_was_removed_and_added_again_was_not_silent_meanwhile() {
+    let mut world = World::connected_pair();
+    let anywhere = PeerConfig {
+        endpoint: None,
+        ..config(2)
+    };
+    world.hosts[0].set_peers(&[], world.now);
+    world.hosts[0].set_peers(&[(&world.hosts[1], anywhere)], world.now);
+    world.hosts[1].set_peers(&[], world.now);
+    world.hosts[1].set_peers(&[(&world.hosts[0], config(1))], world.now);
+    world.now = world.now + seconds(1);
+    assert_eq!(called(&mut world), None);
+}
+
+#[test]
+fn what_is_sent_to_another_peer_at_the_same_address_opens_the_way_too() {
+    let mut world = World::of([1, 2, 3]);
+    let [one, two, three] = world.hosts.as_slice() else {
+        unreachable!()
+    };
+    let anywhere = PeerConfig {
+        endpoint: None,
+        ..config(2)
+    };
+    let mut behind_it = config(3);
+    behind_it.endpoint = Some((address(2).ip(), 4242).into());
+    one.set_peers(&[(two, anywhere), (three, behind_it)], world.now);
+    two.set_peers(&[(one, config(1))], world.now);
+    world.send(0, &packet(1, 3, b"out"));
+    world.work();
+    assert_eq!(called(&mut world), None);
+}
