@@ -2,7 +2,7 @@
 #
 #   make lab [ARGS="--real --keep"]   scenario 000 in network namespaces, narrated
 #   make test                         everything that has to pass, with real flannel and Kubernetes
-#   make check                        formatting, lints, documentation, dependencies
+#   make check                        formatting, lints, documentation, dependencies, vendored code
 #   make bench                        the benchmarks, as ratios to the peers in one run
 #   make fuzz [SECONDS_EACH=60]       the parsers and state machines, a minute each
 #   make soak [SECONDS_LONG=600]      sessions renewed under load, not one packet lost; root
@@ -38,6 +38,7 @@ test:
 # Documentation is made for those who work on it, so it may link to what is private.
 check:
 	$(CARGO) fmt --all --check
+	scripts/vendor-boringtun --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --workspace --no-deps --document-private-items --quiet
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --log-level error check licenses bans sources; \

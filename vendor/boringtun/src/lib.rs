@@ -3,7 +3,8 @@
 
 //! The handshake and cookies of the WireGuard protocol, from boringtun.
 //!
-//! `PATCHES.md` lists what was left out and what was changed, and why.
+//! `PATCHES.md` lists what was left out and what was changed, and why. No file of `src` is edited by
+//! hand: `scripts/vendor-boringtun` makes them from the release and the patches.
 
 pub mod noise;
 

@@ -246,7 +246,7 @@ struct Cookies {
     write_cookie: Option<[u8; 16]>,
 }
 
-/// An initiation of which so much is known as its sender claims: who it is, not yet that it is them.
+/// An initiation whose sender is known as it claims to be, and not yet authenticated.
 pub struct HalfHandshake {
     pub peer_index: u32,
     pub peer_static_public: [u8; 32],
@@ -256,8 +256,9 @@ pub struct HalfHandshake {
     encrypted_timestamp: [u8; TIMESTAMP_LEN + 16],
 }
 
-/// A Diffie-Hellman exchange that refuses a point of small order (RFC 7748, 6.1), with which the
-/// secret would be known to everybody.
+/// The shared secret, unless the other public key is a point of small order (RFC 7748, 6.1).
+///
+/// With such a point the secret is the same for every private key, so everyone can compute it.
 fn contributory(shared: x25519::SharedSecret) -> Result<x25519::SharedSecret, WireGuardError> {
     if shared.was_contributory() {
         Ok(shared)

@@ -97,3 +97,6 @@ pub fn parse_incoming_packet(src: &[u8]) -> Result<Packet<'_>, WireGuardError> {
         _ => return Err(WireGuardError::InvalidPacket),
     })
 }
+
+#[cfg(test)]
+mod tests;
