@@ -62,6 +62,7 @@ fn recompute(criterion: &mut Criterion) {
                     settings: &mesh.local,
                     api_servers: &mesh.api_servers,
                     observed: &mesh.observed,
+                    connected: &mesh.connected,
                 });
                 let desired = desired.expect("the node is known");
                 diff(observed, &desired)

@@ -18,6 +18,7 @@ pub mod peer;
 mod publish;
 mod rejected;
 mod servers;
+pub mod since;
 mod store;
 
 use std::collections::BTreeSet;

@@ -303,6 +303,9 @@ pub struct Inputs<'a> {
     pub api_servers: &'a BTreeSet<IpAddr>,
     /// Where the tunnel device itself last heard each peer from, if the session with it is alive.
     pub observed: &'a BTreeMap<PublicKey, SocketAddr>,
+    /// The networks that this node's own links are connected to, truncated: not the tunnel's,
+    /// flannel's or the pods' bridge's. A link with a single address (/32, /128) tells none.
+    pub connected: &'a BTreeSet<IpNet>,
 }
 
 /// Returns the state this node should have; `None` to leave everything as it is, because the

@@ -17,10 +17,12 @@ mod address;
 mod claims;
 mod excluded;
 mod kilo;
+mod ledger;
 mod native;
 
 pub use address::{is_public, is_public_to_kilo, is_unicast, overlap};
 pub use excluded::{Excluded, Field, Overlap, Reason, Subject};
+pub use ledger::{Claim, Ledger, MAX_ENTRIES};
 
 /// The name of a Kubernetes Node.
 #[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
@@ -35,7 +37,7 @@ pub struct RegionName(pub String);
 /// What shares one leader: the nodes of a location, or a node on its own.
 ///
 /// Ordered and displayed as in Kilo: every `location:` before every `node:`.
-#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum SegmentName {
     /// The nodes of a region that reach each other without the tunnel.
     Location(RegionName),
@@ -104,6 +106,8 @@ pub struct Node {
     pub last_seen: Option<i64>,
     /// Whether the node's agent is Selvedge: the last that wrote here left our mark.
     pub ours: bool,
+    /// `selvedge.dev/since`: since when the node has claimed what it claims.
+    pub ledger: Ledger,
     /// What flannel says of the node; `None` while it carries no usable annotations.
     pub lease: Option<crate::flannel::Lease>,
 }

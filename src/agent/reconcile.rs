@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 
+use ipnet::IpNet;
+
 use super::hearing::Keys;
 use super::publication;
 use super::schedule::Outcome;
@@ -88,6 +90,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             settings: &settings(facts, config),
             api_servers: &facts.api_servers,
             observed: &facts.alive,
+            connected: &connected(&facts.links),
         })
     });
     let annotations = facts.snapshot.nodes.get(&config.node).map(|node| {
@@ -109,6 +112,14 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
         desired,
         annotations,
     }
+}
+
+/// The networks that this node's links are connected to. A single address is no network.
+fn connected(links: &[InterfaceAddr]) -> BTreeSet<IpNet> {
+    let networks = links
+        .iter()
+        .filter(|link| link.prefix_len() < link.max_prefix_len());
+    networks.map(IpNet::trunc).collect()
 }
 
 /// The tunnel's MTU.

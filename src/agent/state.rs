@@ -36,7 +36,7 @@ const STATE: &str = "state.json";
 const TIMESTAMP: &str = "handshake-time";
 
 /// The form of the file; it changes with any type in it.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Five thousand Nodes are some four megabytes; whatever is larger than this was never a cache.
 const MAX_SIZE: u64 = 64 << 20;
 /// The file is written this often at most; a cluster that is being built changes all the time.

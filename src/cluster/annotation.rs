@@ -43,9 +43,11 @@ pub const PERSISTENT_KEEPALIVE: &str = "kilo.squat.ai/persistent-keepalive";
 pub const ALLOWED_LOCATION_IPS: &str = "kilo.squat.ai/allowed-location-ips";
 /// The mark of this product's agents: their version, and beside Kilo's the time of [`LAST_SEEN`].
 pub const AGENT: &str = "selvedge.dev/agent";
+/// Since when the node has claimed what it claims, in the form of [`super::since`].
+pub const SINCE: &str = "selvedge.dev/since";
 
 /// What an agent writes on its own Node, and what clean-up removes. Never one of the operator's.
-pub const PUBLISHED: [&str; 9] = [
+pub const PUBLISHED: [&str; 10] = [
     AGENT,
     CNI_COMPATIBILITY_IP,
     DISCOVERED_ENDPOINTS,
@@ -54,6 +56,7 @@ pub const PUBLISHED: [&str; 9] = [
     INTERNAL_IP,
     KEY,
     LAST_SEEN,
+    SINCE,
     WIREGUARD_IP,
 ];
 

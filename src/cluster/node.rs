@@ -14,8 +14,9 @@ use serde::Deserialize;
 
 use super::annotation::{self, Malformed};
 use super::rejected::{Object, Refusals, Rejected};
+use super::since;
 use crate::flannel::Lease;
-use crate::topology::{Endpoint, InterfaceAddr, Node, NodeName, RegionName};
+use crate::topology::{Endpoint, InterfaceAddr, Ledger, Node, NodeName, RegionName};
 use crate::wireguard::key::PublicKey;
 
 const POD_CIDRS: &str = "spec.podCIDRs";
@@ -130,6 +131,7 @@ pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Ve
         granularity: reader.granularity(),
         last_seen,
         ours: annotation::is_ours(reader.text(annotation::AGENT), last_seen),
+        ledger: reader.ledger(),
         lease: reader.lease(),
     };
     (Some(node), reader.refusals.into_rejected())
@@ -291,6 +293,20 @@ impl<'a> Reader<'a> {
             Some("") => None,
             Some(_) | None => self.read(annotation::GRANULARITY, annotation::granularity),
         }
+    }
+
+    fn ledger(&mut self) -> Ledger {
+        let key = annotation::SINCE;
+        let read = self.read(key, since::parse).unwrap_or_default();
+        if read.skipped > 0 {
+            let text = self.text(key).unwrap_or_default();
+            let reason = format!(
+                "{} of its entries make no sense or are too many",
+                read.skipped
+            );
+            self.refusals.add(key, text, reason);
+        }
+        read.ledger
     }
 
     fn lease(&mut self) -> Option<Lease> {

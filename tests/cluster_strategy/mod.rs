@@ -8,7 +8,7 @@ use proptest::option;
 use proptest::prelude::*;
 use selvedge::config::{Encapsulation, OnTunnelDown};
 use selvedge::flannel::Backend;
-use selvedge::topology::{Endpoint, ExternalPeer, Granularity, Node, NodeName, RegionName};
+use selvedge::topology::{Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName};
 
 use crate::mesh::{Mesh, addr, ip, key, net, vpn_peer};
 
@@ -122,6 +122,7 @@ pub(crate) fn node(number: u8) -> impl Strategy<Value = Node> {
             granularity: None,
             last_seen: age.map(|age| 1_000_000 - age),
             ours: true,
+            ledger: Ledger::default(),
             lease: None,
         }
     })

@@ -12,7 +12,7 @@ use selvedge::cluster::peer::{self, PeerObject};
 use selvedge::flannel::{Lease, NetConf, SubnetEnv};
 use selvedge::kernel;
 use selvedge::topology::{
-    Endpoint, Granularity, Mode, Node, NodeName, RegionName, Settings, Snapshot, Topology,
+    Endpoint, Granularity, Ledger, Mode, Node, NodeName, RegionName, Settings, Snapshot, Topology,
 };
 use selvedge::wireguard::gso::{Coalescer, Split, VNET_HEADER, VnetHeader};
 use selvedge::wireguard::key::PublicKey;
@@ -370,6 +370,7 @@ fn any_node(
         granularity: None,
         last_seen: Some(i64::from(region) * 8),
         ours: !has(7),
+        ledger: Ledger::default(),
         lease: None,
     }
 }

@@ -28,6 +28,7 @@ pub(crate) struct Mesh {
     pub(crate) direct_routing: bool,
     pub(crate) api_servers: BTreeSet<IpAddr>,
     pub(crate) observed: BTreeMap<PublicKey, SocketAddr>,
+    pub(crate) connected: BTreeSet<IpNet>,
 }
 
 impl Mesh {
@@ -60,6 +61,7 @@ impl Mesh {
             direct_routing: false,
             api_servers: BTreeSet::new(),
             observed: BTreeMap::new(),
+            connected: BTreeSet::new(),
         }
     }
 
@@ -183,6 +185,7 @@ impl Mesh {
             settings: &self.local,
             api_servers: &self.api_servers,
             observed: &self.observed,
+            connected: &self.connected,
         })
     }
 
@@ -250,6 +253,7 @@ pub(crate) fn node(name: &str, region: &str, seed: u8, address: &str) -> Node {
         granularity: None,
         last_seen: None,
         ours: true,
+        ledger: topology::Ledger::default(),
         lease: None,
     }
 }

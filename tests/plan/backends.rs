@@ -164,6 +164,7 @@ fn a_follower_without_flannels_device_refuses_rather_than_leaks() {
         settings: &mesh.local,
         api_servers: &BTreeSet::new(),
         observed: &BTreeMap::new(),
+        connected: &BTreeSet::new(),
     });
     let routes = lines(&diff(&State::default(), &state.unwrap()));
     assert!(routes.contains("unreachable 10.42.4.0/24"));
@@ -184,6 +185,7 @@ fn a_route_that_flannel_lost_is_taken_to_come_back() {
         settings: &mesh.local,
         api_servers: &BTreeSet::new(),
         observed: &BTreeMap::new(),
+        connected: &BTreeSet::new(),
     });
     assert_eq!(state, Some(mesh.state("a2")));
 }
