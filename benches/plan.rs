@@ -63,6 +63,7 @@ fn recompute(criterion: &mut Criterion) {
                     api_servers: &mesh.api_servers,
                     observed: &mesh.observed,
                     connected: &mesh.connected,
+                    other_rules: &mesh.other_rules,
                 });
                 let desired = desired.expect("the node is known");
                 diff(observed, &desired)

@@ -52,6 +52,7 @@ use crate::diff::Change;
 use crate::flannel::{Files, Unready};
 use crate::kernel::Monitor;
 use crate::kernel::heal::Repair;
+use crate::plan::Caveat;
 use crate::status::Report;
 use crate::telemetry;
 use crate::telemetry::metrics::{Event, Metrics};
@@ -261,7 +262,10 @@ impl Agent {
         let topology = &self.decision.topology;
         let excluded = topology.excluded.iter().map(cluster::Report::from);
         let overlaps = topology.overlaps.iter().map(cluster::Report::from);
-        let reports = excluded.chain(overlaps).collect();
+        let own = &self.config.node;
+        let caveats = self.decision.caveats.iter();
+        let caveats = caveats.map(|caveat| cluster::Report::of_caveat(own, caveat));
+        let reports = excluded.chain(overlaps).chain(caveats).collect();
         let verdicts = cluster::verdicts(&self.config.node, view, &reports);
         self.cluster.judge(verdicts);
         self.cluster.report(reports);
@@ -275,6 +279,14 @@ impl Agent {
                 self.facts.links = addresses.into_iter().map(|found| found.net).collect()
             }
             Err(error) => tracing::warn!("reading this node's addresses: {error:#}"),
+        }
+        match kernel.connected() {
+            Ok(connected) => self.facts.connected = connected,
+            Err(error) => tracing::warn!("reading the networks of this node: {error:#}"),
+        }
+        match kernel.other_rules() {
+            Ok(rules) => self.facts.other_rules = rules,
+            Err(error) => tracing::warn!("reading the rules of other programs: {error:#}"),
         }
         match kernel.uplink() {
             Ok(uplink) => self.facts.underlay_mtu = uplink.map(|uplink| uplink.mtu),
@@ -432,6 +444,9 @@ impl Agent {
                 self.config.node
             ));
         }
+        let caveats = self.decision.caveats.iter();
+        let rules = caveats.filter(|caveat| matches!(caveat, Caveat::RuleInTheWay(_)));
+        problems.extend(rules.map(ToString::to_string));
         problems.extend(self.failed.iter().cloned());
         problems
     }

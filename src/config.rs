@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -13,7 +12,6 @@ use std::time::Duration;
 use clap::{Args as _, Command, FromArgMatches as _};
 use ipnet::IpNet;
 
-use crate::plan::RULES;
 use crate::refusal::Refusal;
 use crate::telemetry::{LogFormat, LogLevel};
 use crate::topology::{Granularity, NodeName, overlap};
@@ -127,7 +125,7 @@ pub struct Config {
     pub prioritise_private_addresses: bool,
     /// `--resync-period`.
     pub resync_period: Duration,
-    /// `--rule-priority`: the first of four.
+    /// `--rule-priority`: where the agent's rules begin, unless a rule of another program is in the way.
     pub rule_priority: u32,
     /// `--fwmark`: of the tunnel's own datagrams, compared whole.
     pub fwmark: u32,
@@ -228,11 +226,6 @@ impl Config {
             }
         }
         Ok(())
-    }
-
-    /// The priorities of the agent's rules.
-    pub fn rule_priorities(&self) -> RangeInclusive<u32> {
-        self.rule_priority..=self.rule_priority + RULES - 1
     }
 
     /// The pool of one family.

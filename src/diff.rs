@@ -121,6 +121,7 @@ pub enum Change {
 /// 2. The firewall comes before the first route, so nothing that a new route carries is translated
 ///    or leaks in between.
 /// 3. A route whose key stays is replaced in place: followers move to a new leader without a hole.
+///    What is thrown back to main comes before the wider prefix that would take it.
 /// 4. Routes come before the rules that lead to them: the look-up never sees half a table.
 /// 5. What is deleted goes in the opposite order. A link is set down only when no route that stays
 ///    leads through it (the kernel flushes the others), and the last IPv4 address is never deleted
@@ -143,16 +144,18 @@ fn add(observed: &State, desired: &State, changes: &mut Vec<Change>) {
     {
         changes.push(Change::ReplaceFirewall(firewall.clone()));
     }
-    changes.extend(
-        desired
-            .routes
-            .iter()
-            .filter(|(key, route)| observed.routes.get(*key) != Some(route))
-            .map(|(&key, route)| Change::ReplaceRoute {
-                key,
-                route: route.clone(),
-            }),
-    );
+    let routes = |throw: bool| {
+        let is_new = move |(key, route): &(&RouteKey, &Route)| {
+            (**route == Route::Throw) == throw && observed.routes.get(*key) != Some(route)
+        };
+        let replace = |(&key, route): (&RouteKey, &Route)| Change::ReplaceRoute {
+            key,
+            route: route.clone(),
+        };
+        desired.routes.iter().filter(is_new).map(replace)
+    };
+    changes.extend(routes(true));
+    changes.extend(routes(false));
     let rules = desired.rules.difference(&observed.rules);
     changes.extend(rules.cloned().map(Change::AddRule));
 }
@@ -423,6 +426,9 @@ impl fmt::Display for Route {
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "pref {}", self.priority)?;
+        if self.not {
+            f.write_str(" not")?;
+        }
         match self.from {
             Some(from) => write!(f, " from {from}")?,
             None => f.write_str(" from all")?,

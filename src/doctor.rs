@@ -194,6 +194,12 @@ fn of_report(report: &Report) -> Vec<Finding> {
             "Correct the object; the rest of the mesh is not affected.",
         )
     }));
+    findings.extend(report.connected.iter().map(|connected| {
+        Finding::warning(
+            format!("Left to a connected network: {connected}."),
+            "Give one of the two another address, if this node should reach what is elsewhere.",
+        )
+    }));
     if let Some(drops @ 1..) = report.leak_drops {
         findings.push(Finding::warning(
             format!("{drops} VXLAN packets to other regions were dropped by the firewall: they would have left in clear."),

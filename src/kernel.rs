@@ -21,6 +21,7 @@ mod monitor;
 mod netlink;
 mod nfnetlink;
 pub mod nft;
+mod others;
 mod ownership;
 pub(crate) mod program;
 mod route;

@@ -14,11 +14,15 @@ use crate::flannel::Flannel;
 use crate::topology::{NodeName, Topology};
 use crate::wireguard::key::{PresharedKey, PublicKey};
 
+mod caveat;
 mod firewall;
+mod precedence;
 mod routes;
 mod site;
 mod tunnel;
 
+pub use caveat::{Caveat, caveats};
+pub use precedence::{OtherAction, OtherRule, Place, place};
 use site::Site;
 
 /// The protocol number (`RTPROT`) of every route and rule the agent installs.
@@ -26,8 +30,8 @@ pub const PROTOCOL: u8 = 118;
 /// The metric of `unreachable` backstops: the largest the kernel's own routes use.
 pub const BACKSTOP_METRIC: u32 = 4_278_198_272;
 
-/// How many rule priorities the agent uses, from `--rule-priority` on.
-pub const RULES: u32 = 4;
+/// How many rule priorities the agent uses, one after the other.
+pub const RULES: u32 = 3;
 
 /// The agent's own routing tables.
 ///
@@ -113,7 +117,10 @@ pub struct Rule {
     pub iif: Option<String>,
     /// The firewall mark, compared whole.
     pub fwmark: Option<u32>,
-    /// The table to look in: one of ours, or main (254).
+    /// Whether the rule selects what the fields above do not (`ip rule add not …`). The kernel inverts
+    /// the whole selector, so this makes sense with one field alone.
+    pub not: bool,
+    /// The table to look in.
     pub table: u32,
 }
 
@@ -276,7 +283,7 @@ pub struct Settings {
     pub port: NonZeroU16,
     /// `--fwmark` of the tunnel's own datagrams, compared whole.
     pub fwmark: u32,
-    /// `--rule-priority`: the first of four.
+    /// `--rule-priority`: where the agent's rules begin, unless a rule of another program is in the way.
     pub rule_priority: u32,
     /// `--encapsulate`.
     pub encapsulation: Encapsulation,
@@ -303,9 +310,10 @@ pub struct Inputs<'a> {
     pub api_servers: &'a BTreeSet<IpAddr>,
     /// Where the tunnel device itself last heard each peer from, if the session with it is alive.
     pub observed: &'a BTreeMap<PublicKey, SocketAddr>,
-    /// The networks that this node's own links are connected to, truncated: not the tunnel's,
-    /// flannel's or the pods' bridge's. A link with a single address (/32, /128) tells none.
+    /// The networks this node is connected to, without the tunnel's, flannel's and the pods' bridge.
     pub connected: &'a BTreeSet<IpNet>,
+    /// The routing policy rules of other programs.
+    pub other_rules: &'a [OtherRule],
 }
 
 /// Returns the state this node should have; `None` to leave everything as it is, because the

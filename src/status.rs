@@ -58,6 +58,8 @@ pub struct Report {
     pub outsiders: Vec<String>,
     /// What was left out of the mesh, and why.
     pub excluded: Vec<String>,
+    /// What this node does not reach through the tunnel because it is connected to its network.
+    pub connected: Vec<String>,
     /// Nodes known to be Ready for the mesh (Kilo's `kilo_nodes`).
     pub ready_nodes: usize,
     /// External peers in force.
@@ -399,6 +401,12 @@ fn write_report(out: &mut String, report: &Report) -> fmt::Result {
     }
     for excluded in &report.excluded {
         writeln!(out, "  {excluded}")?;
+    }
+    if !report.connected.is_empty() {
+        writeln!(out, "\nleft to connected networks:")?;
+    }
+    for connected in &report.connected {
+        writeln!(out, "  {connected}")?;
     }
     Ok(())
 }

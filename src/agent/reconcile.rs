@@ -16,7 +16,7 @@ use crate::cluster::Annotations;
 use crate::config::{Config, Mtu};
 use crate::diff::{Change, diff};
 use crate::flannel::Flannel;
-use crate::plan::{self, State, plan};
+use crate::plan::{self, Caveat, OtherRule, State, plan};
 use crate::topology::{self, Endpoint, InterfaceAddr, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
 
@@ -37,6 +37,10 @@ pub struct Facts {
     pub flannel: Option<Flannel>,
     /// The addresses on this node's links.
     pub links: Vec<InterfaceAddr>,
+    /// The networks this node is connected to.
+    pub connected: BTreeSet<IpNet>,
+    /// The routing policy rules of other programs.
+    pub other_rules: Vec<OtherRule>,
     /// The MTU in bytes of the link that leads out.
     pub underlay_mtu: Option<u32>,
     /// The API servers that this node's kubelet and agent use.
@@ -59,6 +63,8 @@ pub struct Decision {
     pub keys: Keys,
     /// What this node should have; `None` to leave all as it is.
     pub desired: Option<State>,
+    /// What of that its operator should know.
+    pub caveats: Vec<Caveat>,
     /// What its Node should carry; `None` while there is no such Node.
     pub annotations: Option<Annotations>,
     /// The names that stand in endpoints.
@@ -82,17 +88,22 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             cluster_networks: networks,
         },
     );
-    let desired = facts.flannel.as_ref().and_then(|flannel| {
-        plan(&plan::Inputs {
-            topology: &topology,
-            me: &config.node,
-            flannel,
-            settings: &settings(facts, config),
-            api_servers: &facts.api_servers,
-            observed: &facts.alive,
-            connected: &connected(&facts.links),
-        })
+    let settings = settings(facts, config);
+    let inputs = facts.flannel.as_ref().map(|flannel| plan::Inputs {
+        topology: &topology,
+        me: &config.node,
+        flannel,
+        settings: &settings,
+        api_servers: &facts.api_servers,
+        observed: &facts.alive,
+        connected: &facts.connected,
+        other_rules: &facts.other_rules,
     });
+    let desired = inputs.as_ref().and_then(plan);
+    let caveats = match (&inputs, &desired) {
+        (Some(inputs), Some(desired)) => plan::caveats(inputs, desired),
+        _ => Vec::new(),
+    };
     let annotations = facts.snapshot.nodes.get(&config.node).map(|node| {
         publication::annotations(&publication::Inputs {
             node,
@@ -110,16 +121,9 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
         keys: Keys::new(&topology),
         topology,
         desired,
+        caveats,
         annotations,
     }
-}
-
-/// The networks that this node's links are connected to. A single address is no network.
-fn connected(links: &[InterfaceAddr]) -> BTreeSet<IpNet> {
-    let networks = links
-        .iter()
-        .filter(|link| link.prefix_len() < link.max_prefix_len());
-    networks.map(IpNet::trunc).collect()
 }
 
 /// The tunnel's MTU.

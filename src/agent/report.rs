@@ -8,7 +8,7 @@ use super::reconcile::{Decision, Facts};
 use crate::cluster::{Contact, annotation};
 use crate::config::{Config, OnTunnelDown};
 use crate::flannel::Backend;
-use crate::plan::State;
+use crate::plan::{Caveat, State};
 use crate::status::{Api, Flannel, Peer, Report, Role, Segment, Tunnel};
 use crate::topology::{Mode, Topology};
 use crate::wireguard::key::PublicKey;
@@ -70,6 +70,9 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
     let mut excluded = inputs.rejected.to_vec();
     excluded.extend(topology.excluded.iter().map(ToString::to_string));
     excluded.extend(topology.overlaps.iter().map(ToString::to_string));
+    let is_connected = |caveat: &&Caveat| matches!(caveat, Caveat::Connected { .. });
+    let connected = decision.caveats.iter().filter(is_connected);
+    let connected = connected.map(ToString::to_string).collect::<Vec<_>>();
 
     Report {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -141,6 +144,7 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
             .map(|outsider| outsider.name.to_string())
             .collect(),
         excluded,
+        connected,
         ready_nodes: topology
             .segments
             .iter()

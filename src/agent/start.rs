@@ -46,7 +46,7 @@ impl Agent {
                 "took the place of a WireGuard link of the kernel's, as Kilo leaves it"
             );
         }
-        kernel.check(config.rule_priorities())?;
+        kernel.check()?;
         // Before the first look, so that nothing is missed in between.
         let monitor = Monitor::open(&config.interface)?;
         let public_key = key.public_key();

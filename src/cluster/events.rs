@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::access::Connection;
 use super::call::{self, Failure};
 use super::{Object, Rejected, peer};
+use crate::plan::Caveat;
 use crate::topology::{Excluded, NodeName, Overlap, Snapshot, Subject};
 
 /// One report of a field in this time, however often its value changes.
@@ -74,6 +75,24 @@ impl From<&Overlap> for Report {
             field: overlap.address.to_string(),
             reason: "SelvedgeAddressOverlap",
             note: overlap.to_string(),
+        }
+    }
+}
+
+impl Report {
+    /// What the operator should know of the plan of a node, as a report about that node.
+    pub(crate) fn of_caveat(node: &NodeName, caveat: &Caveat) -> Self {
+        let (field, reason) = match caveat {
+            Caveat::RuleInTheWay(_) => ("routing rules".to_owned(), "SelvedgeRuleInTheWay"),
+            Caveat::Connected { net, .. } => {
+                (format!("connected {net}"), "SelvedgeConnectedNetwork")
+            }
+        };
+        Self {
+            object: Object::Node(node.clone()),
+            field,
+            reason,
+            note: caveat.to_string(),
         }
     }
 }

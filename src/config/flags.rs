@@ -91,7 +91,8 @@ pub struct Flags {
     #[arg(long, value_name = "DURATION", help_heading = NODE, default_value = "30s",
           value_parser = values::resync_period)]
     pub(super) resync_period: Duration,
-    /// First priority of the agent's routing policy rules, which take this and the next three
+    /// First priority of the agent's three routing policy rules; it is lowered where a rule of another
+    /// program would be asked before them
     #[arg(long, value_name = "NUMBER", help_heading = NODE, default_value = "5190",
           value_parser = values::rule_priority)]
     pub(super) rule_priority: u32,

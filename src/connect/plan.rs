@@ -15,8 +15,6 @@ use crate::wireguard::key::PublicKey;
 pub(super) const FWMARK: u32 = 0x51e0_0000;
 /// The priority of the first rule, as the agent's `--rule-priority`.
 const RULE_PRIORITY: u32 = 5190;
-/// The kernel's table main.
-const MAIN: u32 = 254;
 /// A metric in IPv6 that the kernel does not read as "the default"; IPv4 has no metric.
 const METRIC_V6: u32 = 512;
 
@@ -83,8 +81,8 @@ pub(super) fn peers(
 
 /// The state of this machine: the link with its address, and a route for all that the peers own.
 ///
-/// The tunnel's own datagrams are marked and keep to table main, so that an address may be both an
-/// endpoint and reached through the tunnel without a loop.
+/// The tunnel's own datagrams are marked and keep out of the mesh's table, so that an address may be both
+/// an endpoint and reached through the tunnel without a loop.
 pub(super) fn state(peers: &BTreeMap<PublicKey, PeerConfig>, wish: &Wish) -> State {
     let own = wish.address.addr();
     let reached = peers.values().flat_map(|peer| &peer.allowed_ips);
@@ -102,20 +100,15 @@ pub(super) fn state(peers: &BTreeMap<PublicKey, PeerConfig>, wish: &Wish) -> Sta
         .collect();
     let families = routes.keys().map(|key| key.dst.addr().is_ipv6());
     let families: BTreeSet<bool> = families.collect();
-    let rules = families.into_iter().flat_map(|v6| {
-        let rule = |offset, fwmark, table| Rule {
-            priority: RULE_PRIORITY + offset,
-            v6,
-            from: None,
-            iif: None,
-            fwmark,
-            table,
-        };
-        [
-            rule(0, Some(FWMARK), MAIN),
-            // The agent's third place, for the same table.
-            rule(3, None, Table::Mesh.id()),
-        ]
+    let rules = families.into_iter().map(|v6| Rule {
+        // The agent's third place, for the same table.
+        priority: RULE_PRIORITY + 2,
+        v6,
+        from: None,
+        iif: None,
+        fwmark: Some(FWMARK),
+        not: true,
+        table: Table::Mesh.id(),
     });
     State {
         link: Some(Link {
@@ -251,8 +244,7 @@ mod tests {
         ip route replace table 5130 10.43.0.0/16 dev kilo0 src 10.5.0.1 proto 118
         ip route replace table 5130 192.168.1.1 dev kilo0 src 10.5.0.1 proto 118
         ip route replace table 5130 192.168.9.1 dev kilo0 src 10.5.0.1 proto 118
-        ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-        ip rule add pref 5193 from all lookup 5130 proto 118
+        ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
         ");
     }
 
@@ -280,7 +272,7 @@ mod tests {
                 .any(|key| key.dst.to_string() == "192.168.1.1/32")
         );
         let first = state.rules.first().unwrap();
-        assert_eq!((first.fwmark, first.table), (Some(FWMARK), MAIN));
+        assert_eq!((first.not, first.fwmark), (true, Some(FWMARK)));
     }
 
     #[test]

@@ -52,7 +52,7 @@ pub(super) fn findings(config: &Config, report: Option<&Report>) -> Vec<Finding>
 
 /// A link, a rule or routes of somebody else's where the agent's belong.
 fn others(config: &Config) -> anyhow::Result<()> {
-    Kernel::open(&config.interface)?.check(config.rule_priorities())
+    Kernel::open(&config.interface)?.check()
 }
 
 /// Leaders forward, and so do nodes to their own pods.

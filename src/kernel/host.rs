@@ -1,5 +1,6 @@
 //! What the agent asks about the node itself: where it leads out, what its addresses are.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use anyhow::Context as _;
@@ -88,12 +89,7 @@ impl Kernel {
         let addresses = list::addresses(&mut netlink, 0)?;
         let of = |address: &link::Address| {
             let link = links.iter().find(|link| link.index == address.index)?;
-            let kind = link.kind.as_deref();
-            // kube-proxy puts every service's address on a dummy link.
-            let skipped = link.name == self.interface
-                || link.name.starts_with("flannel")
-                || kind == Some("dummy")
-                || (kind == Some("bridge") && link.name == super::nft::POD_BRIDGE);
+            let skipped = self.is_overlay(link);
             (!skipped && !address.link_local && !address.net.addr().is_loopback()).then(|| {
                 LocalAddress {
                     link: link.name.clone(),
@@ -102,6 +98,49 @@ impl Kernel {
             })
         };
         Ok(addresses.iter().filter_map(of).collect())
+    }
+
+    /// The networks this node is connected to: the prefixes of its links, and the routers and hosts that
+    /// it reaches without a router where a link's own prefix is a single address.
+    ///
+    /// Left out are the tunnel's, flannel's and dummy links, the pods' bridge, and links that are tunnels
+    /// themselves.
+    pub fn connected(&self) -> anyhow::Result<BTreeSet<IpNet>> {
+        let mut netlink = self.netlink();
+        let links = list::links(&mut netlink)?;
+        let real = links
+            .iter()
+            .filter(|link| link.ethernet && !self.is_overlay(link));
+        let real = real.map(|link| link.index).collect::<BTreeSet<_>>();
+        let mut connected = BTreeSet::new();
+        for v6 in [false, true] {
+            for message in list::routes(&mut netlink, v6, MAIN)? {
+                if message.header.kind != RouteType::Unicast {
+                    continue;
+                }
+                let index = link_of(&message);
+                if !index.is_some_and(|index| real.contains(&index)) {
+                    continue;
+                }
+                let is_default = message.header.destination_prefix_length == 0;
+                connected.extend(match gateway(&message) {
+                    Some(router) => is_default.then(|| IpNet::from(router)),
+                    None => route::destination(&message).filter(|_| !is_default),
+                });
+            }
+        }
+        connected.retain(|net| !is_link_local(net.addr()));
+        Ok(connected)
+    }
+
+    /// Whether a link is the tunnel's, flannel's, the pods' bridge, or a dummy: kube-proxy puts every
+    /// service's address on one.
+    fn is_overlay(&self, link: &link::Found) -> bool {
+        let kind = link.kind.as_deref();
+        link.name == self.interface
+            || link.name.starts_with("flannel")
+            || kind == Some("dummy")
+            || (kind == Some("bridge") && link.name == super::nft::POD_BRIDGE)
     }
 
     /// Whether the address is one of the node's own, on whatever link.
@@ -177,6 +216,24 @@ fn link_of(message: &RouteMessage) -> Option<u32> {
             RouteAttribute::MultiPath(hops) => hops.first().map(|hop| hop.interface_index),
             _ => None,
         })
+}
+
+/// The router of a route with one next hop.
+fn gateway(message: &RouteMessage) -> Option<IpAddr> {
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Gateway(address) => route::to_ip(address),
+            _ => None,
+        })
+}
+
+fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
 }
 
 fn source(message: &RouteMessage) -> Option<IpAddr> {

@@ -10,7 +10,7 @@ use netlink_packet_route::address::{
 };
 use netlink_packet_route::link::{
     AfSpecInet, AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVxlan, LinkAttribute,
-    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
 
 use crate::flannel::{Mac, Vtep};
@@ -31,6 +31,8 @@ pub(super) struct Found {
     pub(super) name: String,
     pub(super) mtu: u32,
     pub(super) up: bool,
+    /// Whether it has hardware addresses: it is neither a tunnel of layer 3 nor a loopback.
+    pub(super) ethernet: bool,
     /// What `ip -d link` calls it; `None` for hardware.
     pub(super) kind: Option<String>,
     pub(super) mac: Option<Mac>,
@@ -146,6 +148,7 @@ pub(super) fn from_message(message: &LinkMessage) -> Found {
     let mut found = Found {
         index: message.header.index,
         up: message.header.flags.contains(LinkFlags::Up),
+        ethernet: message.header.link_layer_type == LinkLayerType::Ether,
         ..Found::default()
     };
     let mut parent = None;

@@ -1,10 +1,8 @@
 //! What is the agent's and what is not: refuses to start on what others own, and removes all of its
 //! own at the end.
 
-use std::ops::RangeInclusive;
-
 use super::link::Found;
-use super::{Kernel, list, route, rule};
+use super::{Kernel, list, route};
 use crate::diff::{Change, diff};
 use crate::plan::{PROTOCOL, State, Table};
 use crate::refusal::Refusal;
@@ -69,10 +67,9 @@ impl Kernel {
         })
     }
 
-    /// Refuses to work where others already use what the agent would: a rule on one of its
-    /// `priorities`, routes in its tables, a link that is no tunnel under its tunnel's name, nor one that
-    /// [`Self::take_over`] replaces.
-    pub fn check(&self, priorities: RangeInclusive<u32>) -> anyhow::Result<()> {
+    /// Refuses to work where others already use what the agent would: its tables, or the name of its
+    /// tunnel's link for one that is no tunnel, nor one that [`Self::take_over`] replaces.
+    pub fn check(&self) -> anyhow::Result<()> {
         let mut netlink = self.netlink();
         let links = list::links(&mut netlink)?;
         if let Some(link) = links.iter().find(|link| link.name == self.interface)
@@ -88,12 +85,6 @@ impl Kernel {
             .into());
         }
         let rules = list::rules(&mut netlink)?;
-        if let Some(found) = rules
-            .iter()
-            .find(|found| priorities.contains(&found.priority) && !found.is_ours())
-        {
-            return Err(refuse_rule(found, &priorities).into());
-        }
         for table in Table::ALL.map(Table::id) {
             if let Some(found) = rules
                 .iter()
@@ -140,14 +131,4 @@ impl Kernel {
             .map(|(change, error)| error.context(change.to_string()))
             .collect()
     }
-}
-
-fn refuse_rule(found: &rule::Found, priorities: &RangeInclusive<u32>) -> Refusal {
-    Refusal::configuration(format!(
-        "the routing rule priority {} is used by another program (lookup {}): choose another base for the priorities {} to {} with --rule-priority",
-        found.priority,
-        found.table,
-        priorities.start(),
-        priorities.end()
-    ))
 }

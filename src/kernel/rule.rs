@@ -5,7 +5,7 @@ use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{RouteHeader, RouteProtocol};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 
-use crate::plan::{PROTOCOL, Rule};
+use crate::plan::{OtherAction, OtherRule, PROTOCOL, Rule};
 
 /// Every bit of the mark counts.
 const WHOLE_MARK: u32 = u32::MAX;
@@ -36,6 +36,9 @@ pub(super) fn to_message(rule: &Rule) -> RuleMessage {
             RuleAttribute::FwMask(WHOLE_MARK),
         ]);
     }
+    if rule.not {
+        message.header.flags |= RuleFlags::Invert;
+    }
     message
 }
 
@@ -50,13 +53,19 @@ pub(super) fn to_dump(v6: bool) -> RuleMessage {
     message
 }
 
-/// A rule of whoever's.
+/// The kernel's table `local`.
+pub(super) const LOCAL: u32 = 255;
+
+/// A rule, of any program.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Found {
     pub(super) v6: bool,
     pub(super) priority: u32,
     pub(super) table: u32,
     pub(super) protocol: u8,
+    /// The only destinations it selects.
+    pub(super) to: Option<IpNet>,
+    pub(super) action: OtherAction,
     /// `None` if it selects by something that no rule of the agent's does.
     pub(super) rule: Option<Rule>,
 }
@@ -65,6 +74,16 @@ impl Found {
     /// Whether the agent made it.
     pub(super) fn is_ours(&self) -> bool {
         self.protocol == PROTOCOL && self.rule.is_some()
+    }
+
+    /// The rule as one of another program.
+    pub(super) fn to_other(&self) -> OtherRule {
+        OtherRule {
+            priority: self.priority,
+            v6: self.v6,
+            to: self.to,
+            action: self.action,
+        }
     }
 }
 
@@ -82,13 +101,12 @@ pub(super) fn from_message(message: &RuleMessage) -> Option<Found> {
         from: None,
         iif: None,
         fwmark: None,
+        not: header.flags.contains(RuleFlags::Invert),
         table: header.table.into(),
     };
     let mut protocol = 0;
-    let mut plain = header.action == RuleAction::ToTable
-        && header.dst_len == 0
-        && header.tos == 0
-        && !header.flags.contains(RuleFlags::Invert);
+    let (mut to, mut target, mut vrf) = (None, 0, false);
+    let mut plain = header.action == RuleAction::ToTable && header.dst_len == 0 && header.tos == 0;
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(priority) => rule.priority = *priority,
@@ -101,14 +119,36 @@ pub(super) fn from_message(message: &RuleMessage) -> Option<Found> {
             RuleAttribute::FwMark(mark) => rule.fwmark = Some(*mark),
             RuleAttribute::FwMask(mask) => plain &= *mask == WHOLE_MARK,
             RuleAttribute::SuppressPrefixLen(length) => plain &= *length == NOT_SUPPRESSED,
+            RuleAttribute::Destination(address) => {
+                plain = false;
+                to = IpNet::new(*address, header.dst_len).ok();
+            }
+            RuleAttribute::Goto(priority) => {
+                plain = false;
+                target = *priority;
+            }
+            RuleAttribute::L3MDev(on) => {
+                plain = false;
+                vrf = u8::from(*on) != 0;
+            }
             _ => plain = false,
         }
     }
+    let action = match header.action {
+        RuleAction::ToTable if vrf => OtherAction::Vrf,
+        RuleAction::ToTable if rule.table == LOCAL => OtherAction::Deliver,
+        RuleAction::ToTable => OtherAction::Lookup(rule.table),
+        RuleAction::Goto => OtherAction::Goto(target),
+        _ => OtherAction::Refuse,
+    };
     Some(Found {
         v6,
         priority: rule.priority,
         table: rule.table,
         protocol,
+        // An inverted rule selects all that is not for there.
+        to: to.filter(|_| !rule.not),
+        action,
         rule: plain.then_some(rule),
     })
 }
@@ -132,10 +172,10 @@ mod tests {
             proptest::option::of(proptest::sample::select(vec!["lo", "kilo0"])),
             proptest::option::of(any::<u32>()),
             proptest::sample::select(vec![254, 5130, 5132]),
-            any::<bool>(),
+            any::<(bool, bool)>(),
         )
             .prop_map(
-                |(priority, (address, _), length, iif, fwmark, table, all)| Rule {
+                |(priority, (address, _), length, iif, fwmark, table, (all, not))| Rule {
                     priority,
                     v6: address.is_ipv6(),
                     // A prefix of length 0 is every source.
@@ -143,6 +183,7 @@ mod tests {
                         .then(|| IpNet::new(address, length).unwrap().trunc()),
                     iif: iif.map(str::to_owned),
                     fwmark,
+                    not,
                     table,
                 },
             )
@@ -168,15 +209,14 @@ mod tests {
             from: None,
             iif: None,
             fwmark: Some(1),
+            not: false,
             table: 5130,
         };
-        let mut inverted = to_message(&rule);
-        inverted.header.flags |= RuleFlags::Invert;
         let mut by_destination = to_message(&rule);
         by_destination.header.dst_len = 8;
         let mut masked = to_message(&rule);
         masked.attributes.push(RuleAttribute::FwMask(0xff));
-        for message in [inverted, by_destination, masked] {
+        for message in [by_destination, masked] {
             assert!(!from_message(&message).unwrap().is_ours());
         }
     }

@@ -1,7 +1,6 @@
 //! The values of the nft table.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -15,13 +14,14 @@ pub(super) fn firewall(site: &Site<'_>) -> Firewall {
     let flannel = site.inputs.flannel;
     let topology = site.inputs.topology;
     let local_pods = flannel.subnets.iter().copied().collect::<BTreeSet<_>>();
-    let near = |ip: &IpAddr| site.region_underlay.contains(ip);
 
     let remote_nodes = site.remotes().flat_map(|segment| {
-        let nodes = segment.nodes.iter().flat_map(|node| &node.addresses);
-        let addresses = nodes.filter(|ip| !near(ip)).chain(&segment.wireguard_ips);
-        let wide = segment.allowed_location_ips.iter().copied();
-        addresses.copied().map(IpNet::from).chain(wide)
+        let nodes = segment.nodes.iter();
+        let addresses = nodes.flat_map(move |node| site.carried_addresses(segment, node));
+        let addresses = addresses.chain(site.carried_wireguard_ips(segment));
+        addresses
+            .map(IpNet::from)
+            .chain(site.carried_offers(segment))
     });
     let remote_nodes = remote_nodes.collect::<BTreeSet<_>>();
     let direct =

@@ -1,19 +1,22 @@
 //! Routes and rules.
 //!
-//! Four look-ups before main, from the first priority on:
+//! Three look-ups, from the first priority on, which [`super::place`] chooses:
 //!
-//! 0. The tunnel's own datagrams, by their mark: main. They must never enter the tunnel.
-//! 1. What arrives from the tunnel: `Members`. A leader hands a member's node address to flannel's
+//! 0. What arrives from the tunnel: `Members`. A leader hands a member's node address to flannel's
 //!    device, as it does its pods; on the underlay a packet with a pod's source would be dropped by
 //!    any cloud. The kernel's strict reverse-path check of what a leader forwards into the tunnel
 //!    also looks here (it asks for the route back with the outgoing device as the incoming one), so
 //!    what a member's host answers through flannel's device is accepted.
-//! 2. What has a source in the cluster network: `Pods`, the addresses that the host itself reaches
+//! 1. What has a source in the cluster network: `Pods`, the addresses that the host itself reaches
 //!    directly. Selected by source and not by the pods' bridge, because on followers and leaders
 //!    alike the check of the answer asks for a route from the pod.
-//! 3. Everything: `Mesh`. It holds nothing but what is elsewhere, and never a default route.
+//! 2. Everything but the tunnel's own datagrams: `Mesh`. It holds what is elsewhere, never a default
+//!    route, and it ends with the cluster network, `unreachable`: a pod that no node has goes nowhere.
 //!
-//! Nothing is selected by mark except the tunnel itself: a reverse-path check carries none.
+//! The tunnel's own datagrams carry a mark, which the last rule leaves out. The first two select none of
+//! them: they neither arrive from the tunnel nor have a source in the cluster network. So they are routed
+//! by the host's other rules and its table main, as any socket's are. Nothing else is selected by mark: a
+//! reverse-path check carries none.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -21,13 +24,11 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use super::site::{Role, Site};
-use super::{BACKSTOP_METRIC, NextHop, Route, RouteKey, Rule, Table};
+use super::{BACKSTOP_METRIC, NextHop, Place, Route, RouteKey, Rule, Table, place};
 use crate::config::OnTunnelDown;
 
 /// The metric of routes that are no backstops. IPv6 has no zero, and 1024 is flannel's.
 const METRIC_V6: u32 = 512;
-/// The kernel's table main.
-const MAIN: u32 = 254;
 
 /// The routes of this node.
 pub(super) fn routes(site: &Site<'_>) -> BTreeMap<RouteKey, Route> {
@@ -41,8 +42,19 @@ pub(super) fn routes(site: &Site<'_>) -> BTreeMap<RouteKey, Route> {
     routes.add_peers();
     routes.add_neighbours();
     routes.add_followers();
+    routes.end_cluster_networks();
     routes.guard_what_is_near();
     routes.routes
+}
+
+/// Where the rules stand that lead to these routes.
+pub(super) fn rules_place(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Place {
+    let destinations = || {
+        let leads = |key: &&RouteKey| key.table != Table::Members;
+        routes.keys().filter(leads).map(|key| &key.dst)
+    };
+    let preferred = site.inputs.settings.rule_priority;
+    place(preferred, site.inputs.other_rules, destinations)
 }
 
 /// The rules of this node.
@@ -50,31 +62,39 @@ pub(super) fn rules(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> BTre
     let settings = site.inputs.settings;
     let tables = routes.keys().map(|key| (key.table, is_v6(&key.dst)));
     let tables = tables.collect::<BTreeSet<_>>();
+    let first = rules_place(site, routes).first;
     let mut rules = BTreeSet::new();
     for v6 in [false, true] {
         if !site.has_family(v6) {
             continue;
         }
-        let mut add = |offset, from, iif: Option<&str>, fwmark, table| {
-            rules.insert(Rule {
-                priority: settings.rule_priority + offset,
-                v6,
-                from,
-                iif: iif.map(str::to_owned),
-                fwmark,
-                table,
-            });
+        let rule = |offset, table: Table| Rule {
+            priority: first + offset,
+            v6,
+            from: None,
+            iif: None,
+            fwmark: None,
+            not: false,
+            table: table.id(),
         };
-        add(0, None, None, Some(settings.fwmark), MAIN);
         if tables.contains(&(Table::Members, v6)) {
-            let tunnel = Some(settings.interface.as_str());
-            add(1, None, tunnel, None, Table::Members.id());
+            rules.insert(Rule {
+                iif: Some(settings.interface.clone()),
+                ..rule(0, Table::Members)
+            });
         }
         let networks = site.inputs.flannel.networks.iter();
         for network in networks.filter(|network| is_v6(network) == v6) {
-            add(2, Some(*network), None, None, Table::Pods.id());
+            rules.insert(Rule {
+                from: Some(*network),
+                ..rule(1, Table::Pods)
+            });
         }
-        add(3, None, None, None, Table::Mesh.id());
+        rules.insert(Rule {
+            fwmark: Some(settings.fwmark),
+            not: true,
+            ..rule(2, Table::Mesh)
+        });
     }
     rules
 }
@@ -99,21 +119,19 @@ impl Routes<'_> {
                     for net in node.pod_cidrs.iter().filter(|net| of_family(net)) {
                         self.add(Table::Mesh, *net, hop.as_ref());
                     }
-                    for ip in node.addresses.iter().filter(|ip| ip.is_ipv6() == v6) {
-                        self.add_node_address(*ip, hop.as_ref());
+                    let addresses = self.site.carried_addresses(segment, node);
+                    for ip in addresses.filter(|ip| ip.is_ipv6() == v6) {
+                        self.add_node_address(ip, hop.as_ref());
                     }
                 }
-                let ips = segment.wireguard_ips.iter();
-                for ip in ips.filter(|ip| ip.is_ipv6() == v6) {
-                    let hop = self.site.tunnel_hop(v6);
-                    self.add(Table::Mesh, IpNet::from(*ip), hop.as_ref());
-                }
-                let networks = &self.site.region_networks;
-                for net in &segment.allowed_location_ips {
-                    // What lies inside of the region's own networks is the region's.
-                    if of_family(net) && !networks.iter().any(|near| near.contains(net)) {
-                        self.add_wide(*net, hop.clone());
+                for ip in self.site.carried_wireguard_ips(segment) {
+                    if ip.is_ipv6() == v6 {
+                        let hop = self.site.tunnel_hop(v6);
+                        self.add(Table::Mesh, IpNet::from(ip), hop.as_ref());
                     }
+                }
+                for net in self.site.carried_offers(segment).filter(of_family) {
+                    self.add_wide(net, hop.clone());
                 }
             }
         }
@@ -121,10 +139,6 @@ impl Routes<'_> {
 
     /// Where this host itself goes directly, only what comes from pods takes the tunnel.
     fn add_node_address(&mut self, ip: IpAddr, hop: Option<&NextHop>) {
-        // Two regions may use the same subnet: what is near is never looked for elsewhere.
-        if self.site.region_underlay.contains(&ip) {
-            return;
-        }
         let table = if self.site.is_direct(ip) {
             Table::Pods
         } else {
@@ -146,12 +160,30 @@ impl Routes<'_> {
 
     fn add_peers(&mut self) {
         for peer in &self.site.inputs.topology.peers {
-            for net in &peer.allowed_ips {
-                let v6 = is_v6(net);
+            for net in self.site.carried_allowed_ips(peer) {
+                let v6 = is_v6(&net);
                 if self.site.has_family(v6) {
                     let hop = self.site.tunnel_hop(v6);
-                    self.add_wide(*net, hop);
+                    self.add_wide(net, hop);
                 }
+            }
+        }
+    }
+
+    /// Refuses what is inside the cluster network and no pod's: a Node that was deleted, an address that
+    /// no node has. By main it would leave in clear. The region's pods are flannel's.
+    fn end_cluster_networks(&mut self) {
+        if self.site.inputs.settings.on_tunnel_down != OnTunnelDown::Closed {
+            return;
+        }
+        for network in &self.site.inputs.flannel.networks {
+            if self.site.has_family(is_v6(network)) {
+                self.add(Table::Mesh, *network, None);
+            }
+        }
+        for net in self.site.region_pods() {
+            if self.site.has_family(is_v6(&net)) {
+                self.throw(net);
             }
         }
     }
@@ -165,10 +197,10 @@ impl Routes<'_> {
             if leader.name == *self.site.inputs.me || matches!(self.site.role, Role::Outsider) {
                 continue;
             }
-            for ip in &segment.wireguard_ips {
+            for ip in self.site.carried_wireguard_ips(segment) {
                 if self.site.has_family(ip.is_ipv6()) {
                     let hop = self.site.hop_to(leader, ip.is_ipv6());
-                    self.add(Table::Mesh, IpNet::from(*ip), hop.as_ref());
+                    self.add(Table::Mesh, IpNet::from(ip), hop.as_ref());
                 }
             }
         }
@@ -201,8 +233,8 @@ impl Routes<'_> {
         }
     }
 
-    /// Sends back to main what a prefix of somebody elsewhere would take from this host: its own
-    /// pods, its region's networks, and what it must reach directly.
+    /// Sends back to main what a wide prefix of another region would take from this host: its own pods,
+    /// the networks of its region and those it is connected to, and what it must reach directly.
     fn guard_what_is_near(&mut self) {
         for net in &self.site.inputs.flannel.subnets {
             self.throw(*net);
@@ -211,7 +243,12 @@ impl Routes<'_> {
             return;
         }
         let wide = std::mem::take(&mut self.wide);
-        for near in &self.site.region_networks {
+        for near in self
+            .site
+            .region_networks
+            .iter()
+            .chain(self.site.inputs.connected)
+        {
             if wide.keys().any(|net| net.contains(near)) {
                 self.throw(*near);
             }

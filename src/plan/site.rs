@@ -150,6 +150,75 @@ impl<'a> Site<'a> {
         nodes.filter(move |node| node.name != *me)
     }
 
+    /// The pods of the own region's other nodes, whether they take part yet or not.
+    pub(super) fn region_pods(&self) -> impl Iterator<Item = IpNet> + '_ {
+        let members = self.other_members().flat_map(|node| &node.pod_cidrs);
+        let outsiders = self.outside_neighbours().flat_map(|node| &node.pod_cidrs);
+        let own = &self.inputs.flannel.subnets;
+        let all = members.chain(outsiders).copied();
+        all.filter(|net| !own.contains(net))
+    }
+
+    /// The addresses of a node elsewhere that this node carries. Two regions may use the same subnet: what
+    /// is near is never looked for elsewhere, nor what a network is for that this node is connected to.
+    pub(super) fn carried_addresses<'s>(
+        &'s self,
+        segment: &'s Segment,
+        node: &'s Member,
+    ) -> impl Iterator<Item = IpAddr> + 's {
+        let addresses = node.addresses.iter().copied();
+        addresses.filter(|ip| {
+            !self.region_underlay.contains(ip) && self.connected_for(segment, *ip).is_none()
+        })
+    }
+
+    /// The WireGuard addresses of a segment that this node carries.
+    pub(super) fn carried_wireguard_ips<'s>(
+        &'s self,
+        segment: &'s Segment,
+    ) -> impl Iterator<Item = IpAddr> + 's {
+        let ips = segment.wireguard_ips.iter().copied();
+        ips.filter(|ip| self.connected_to(&IpNet::from(*ip)).is_none())
+    }
+
+    /// The `allowed-location-ips` of a segment that this node carries. What lies inside a network of the
+    /// own region is the region's.
+    pub(super) fn carried_offers<'s>(
+        &'s self,
+        segment: &'s Segment,
+    ) -> impl Iterator<Item = IpNet> + 's {
+        let offers = segment.allowed_location_ips.iter().copied();
+        offers.filter(|net| {
+            let mut near = self.region_networks.iter();
+            !near.any(|near| near.contains(net)) && self.connected_to(net).is_none()
+        })
+    }
+
+    /// The allowed IPs of an external peer that this node carries.
+    pub(super) fn carried_allowed_ips<'s>(
+        &'s self,
+        peer: &'s ExternalPeer,
+    ) -> impl Iterator<Item = IpNet> + 's {
+        let nets = peer.allowed_ips.iter().copied();
+        nets.filter(|net| self.connected_to(net).is_none())
+    }
+
+    /// The network this node is connected to, if any, that a prefix lies in.
+    pub(super) fn connected_to(&self, net: &IpNet) -> Option<IpNet> {
+        let mut connected = self.inputs.connected.iter();
+        connected.find(|network| network.contains(net)).copied()
+    }
+
+    /// The network this node is connected to, if any, that the address of a node elsewhere lies in. An
+    /// address that the tunnel hears that node's leader from is the node's: its handshake proves it.
+    pub(super) fn connected_for(&self, segment: &Segment, ip: IpAddr) -> Option<IpNet> {
+        let heard = self.inputs.observed.get(&segment.public_key);
+        if heard.is_some_and(|heard| heard.ip() == ip) {
+            return None;
+        }
+        self.connected_to(&IpNet::from(ip))
+    }
+
     /// The other nodes this node forwards for.
     pub(super) fn followers(&self) -> impl Iterator<Item = &'a Member> + use<'a> {
         let me = self.inputs.me;

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use super::site::{Role, Site};
 use super::{Link, Peer, Scope};
 use crate::flannel::Backend;
+use crate::topology::Segment;
 use crate::wireguard::key::PublicKey;
 
 /// The tunnel's link: on every node, up where it carries something.
@@ -76,7 +77,7 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
     for segment in site.remotes() {
         let allowed_ips = segment
             .allowed_ips()
-            .filter(|net| !is_near(site, net) && taken.insert(*net))
+            .filter(|net| !is_near(site, segment, net) && taken.insert(*net))
             .collect();
         let peer = Peer {
             endpoint: site.endpoint_of(segment),
@@ -87,7 +88,7 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
         peers.insert(segment.public_key, peer);
     }
     for vpn in &site.inputs.topology.peers {
-        let nets = vpn.allowed_ips.iter().copied();
+        let nets = site.carried_allowed_ips(vpn);
         let peer = Peer {
             endpoint: site.endpoint_of_peer(vpn),
             preshared_key: vpn.preshared_key.clone(),
@@ -99,7 +100,12 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
     peers
 }
 
-/// Whether an allowed IP is an address of the own region's, used elsewhere too.
-fn is_near(site: &Site<'_>, net: &IpNet) -> bool {
-    net.prefix_len() == net.max_prefix_len() && site.region_underlay.contains(&net.addr())
+/// Whether an allowed IP is an address of the own region's, used elsewhere too, or lies in a network that
+/// this node is connected to.
+fn is_near(site: &Site<'_>, segment: &Segment, net: &IpNet) -> bool {
+    if net.prefix_len() < net.max_prefix_len() {
+        return site.connected_to(net).is_some();
+    }
+    let ip = net.addr();
+    site.region_underlay.contains(&ip) || site.connected_for(segment, ip).is_some()
 }

@@ -251,6 +251,13 @@ impl Collector for Latest {
                 MetricType::Counter,
             )?)?;
         }
+        let connected = i64::try_from(report.connected.len()).unwrap_or(i64::MAX);
+        ConstGauge::new(connected).encode(encoder.encode_descriptor(
+            "selvedge_left_to_connected_networks",
+            "Addresses of the mesh that this node does not carry because it is connected to their network",
+            None,
+            MetricType::Gauge,
+        )?)?;
         let counter = ConstCounter::new(report.cache_failures);
         counter.encode(encoder.encode_descriptor(
             "selvedge_cache_write_failures",
@@ -334,6 +341,7 @@ mod tests {
             }],
             drops: [("source".to_owned(), 3)].into(),
             leak_drops: Some(4),
+            connected: vec!["10.9.9.9".to_owned()],
             cache_failures: 5,
             ..Report::default()
         }));
@@ -346,6 +354,7 @@ mod tests {
             "selvedge_peer_handshake_age_seconds{peer=\"location:nd\",public_key=\"K=\"} 9",
             "selvedge_packets_dropped_total{reason=\"source\"} 3",
             "selvedge_leak_drops_total 4",
+            "selvedge_left_to_connected_networks 1",
             "selvedge_cache_write_failures_total 5",
             "selvedge_build_info{version=\"1.2.3\"} 1",
         ] {

@@ -160,16 +160,13 @@ pub(crate) fn leader() -> State {
         from: None,
         iif: None,
         fwmark: None,
+        not: false,
         table,
     };
     let mut rules = BTreeSet::new();
     for v6 in [false, true] {
         let network = if v6 { "fd42::/56" } else { "10.42.0.0/16" };
         rules.extend([
-            Rule {
-                fwmark: Some(0x51e0_0000),
-                ..rule(5190, v6, 254)
-            },
             Rule {
                 iif: Some("kilo0".to_owned()),
                 ..rule(5191, v6, Table::Members.id())
@@ -183,7 +180,11 @@ pub(crate) fn leader() -> State {
                 from: Some(net(network)),
                 ..rule(5193, v6, Table::Pods.id())
             },
-            rule(5194, v6, Table::Mesh.id()),
+            Rule {
+                fwmark: Some(0x51e0_0000),
+                not: true,
+                ..rule(5194, v6, Table::Mesh.id())
+            },
         ]);
     }
     State {

@@ -34,7 +34,7 @@ fn whatever_of_ours_is_taken_away_is_noticed_and_put_back() {
         "ip route flush table 5130",
         "ip route replace 10.42.3.0/24 dev cni0 table 5130",
         "ip rule del pref 5194",
-        "ip -6 rule del pref 5190",
+        "ip -6 rule del pref 5191",
         "ip addr del 10.42.1.0/32 dev kilo0",
         "ip addr flush dev kilo0",
         "ip -6 addr del fd04::2/128 dev kilo0",

@@ -29,6 +29,7 @@ pub(crate) struct Mesh {
     pub(crate) api_servers: BTreeSet<IpAddr>,
     pub(crate) observed: BTreeMap<PublicKey, SocketAddr>,
     pub(crate) connected: BTreeSet<IpNet>,
+    pub(crate) other_rules: Vec<plan::OtherRule>,
 }
 
 impl Mesh {
@@ -62,6 +63,7 @@ impl Mesh {
             api_servers: BTreeSet::new(),
             observed: BTreeMap::new(),
             connected: BTreeSet::new(),
+            other_rules: Vec::new(),
         }
     }
 
@@ -186,6 +188,7 @@ impl Mesh {
             api_servers: &self.api_servers,
             observed: &self.observed,
             connected: &self.connected,
+            other_rules: &self.other_rules,
         })
     }
 

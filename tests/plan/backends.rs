@@ -18,6 +18,8 @@ fn with_vxlan_everything_inside_a_region_is_encapsulated() {
     insta::assert_snapshot!(routes(&mesh, "a1"), @"
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 throw 10.42.2.0/24
+    ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5132 192.168.1.2 via 10.42.2.0 dev flannel.1 onlink
@@ -26,6 +28,8 @@ fn with_vxlan_everything_inside_a_region_is_encapsulated() {
     insta::assert_snapshot!(routes(&mesh, "a3"), @"
     ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
@@ -39,6 +43,8 @@ fn with_direct_routing_only_other_subnets_are() {
     insta::assert_snapshot!(routes(&mesh, "a1"), @"
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 throw 10.42.2.0/24
+    ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5132 192.168.2.3 via 10.42.3.0 dev flannel.1 onlink
@@ -46,13 +52,17 @@ fn with_direct_routing_only_other_subnets_are() {
     insta::assert_snapshot!(routes(&mesh, "a2"), @"
     ip route replace table 5130 10.4.0.1 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420
+    ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
+    ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 10.42.4.0/24 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420
     ");
     insta::assert_snapshot!(routes(&mesh, "a3"), @"
     ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
@@ -75,14 +85,15 @@ fn with_host_gw_nothing_is_and_followers_hold_their_address_on_the_tunnels_link(
     nft -f -
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
     ip route replace table 5130 throw 10.42.1.0/24 proto 118
+    ip route replace table 5130 throw 10.42.2.0/24 proto 118
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.4.0/24 metric 4278198272 proto 118
     ip route replace table 5130 172.16.0.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 172.16.0.1 metric 4278198272 proto 118
-    ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip rule add pref 5192 from 10.42.0.0/16 lookup 5131 proto 118
-    ip rule add pref 5193 from all lookup 5130 proto 118
+    ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
+    ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
     ");
     insta::assert_snapshot!(mesh.commands("a2"), @"
     ip tuntap add kilo0 mode tun; ip link set kilo0 mtu 1420
@@ -95,14 +106,15 @@ fn with_host_gw_nothing_is_and_followers_hold_their_address_on_the_tunnels_link(
     ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
     ip route replace table 5130 10.4.0.2 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
+    ip route replace table 5130 throw 10.42.1.0/24 proto 118
     ip route replace table 5130 throw 10.42.2.0/24 proto 118
     ip route replace table 5130 10.42.4.0/24 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.4.0/24 metric 4278198272 proto 118
     ip route replace table 5130 172.16.0.1 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 172.16.0.1 metric 4278198272 proto 118
-    ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip rule add pref 5192 from 10.42.0.0/16 lookup 5131 proto 118
-    ip rule add pref 5193 from all lookup 5130 proto 118
+    ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
+    ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
     ");
 }
 
@@ -113,7 +125,9 @@ fn never_encapsulating_goes_to_the_leaders_own_address_where_it_is_near() {
     insta::assert_snapshot!(routes(&mesh, "a2"), @"
     ip route replace table 5130 10.4.0.1 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
+    ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 10.42.4.0/24 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
     ");
@@ -121,6 +135,8 @@ fn never_encapsulating_goes_to_the_leaders_own_address_where_it_is_near() {
     insta::assert_snapshot!(routes(&mesh, "a3"), @"
     ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
@@ -165,6 +181,7 @@ fn a_follower_without_flannels_device_refuses_rather_than_leaks() {
         api_servers: &BTreeSet::new(),
         observed: &BTreeMap::new(),
         connected: &BTreeSet::new(),
+        other_rules: &[],
     });
     let routes = lines(&diff(&State::default(), &state.unwrap()));
     assert!(routes.contains("unreachable 10.42.4.0/24"));
@@ -186,6 +203,7 @@ fn a_route_that_flannel_lost_is_taken_to_come_back() {
         api_servers: &BTreeSet::new(),
         observed: &BTreeMap::new(),
         connected: &BTreeSet::new(),
+        other_rules: &[],
     });
     assert_eq!(state, Some(mesh.state("a2")));
 }
@@ -213,7 +231,10 @@ fn dual_stack_takes_both_ways() {
     nft -f -
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
     ip route replace table 5130 throw 10.42.1.0/24 proto 118
+    ip route replace table 5130 throw 10.42.2.0/24 proto 118
+    ip route replace table 5130 throw 10.42.3.0/24 proto 118
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.4.0/24 metric 4278198272 proto 118
     ip route replace table 5130 172.16.0.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
@@ -222,21 +243,22 @@ fn dual_stack_takes_both_ways() {
     ip -6 route replace table 5130 unreachable fd00:3::1 metric 4278198272 proto 118
     ip -6 route replace table 5130 fd04::2 dev kilo0 src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd04::2 metric 4278198272 proto 118
+    ip -6 route replace table 5130 unreachable fd42::/48 metric 4278198272 proto 118
     ip -6 route replace table 5130 throw fd42:0:0:1::/64 metric 512 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:2::/64 metric 512 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:3::/64 metric 512 proto 118
     ip -6 route replace table 5130 fd42:0:0:4::/64 via fd04::2 dev kilo0 onlink src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd42:0:0:4::/64 metric 4278198272 proto 118
     ip route replace table 5132 192.168.1.2 via 10.42.2.0 dev flannel.1 onlink proto 118
     ip route replace table 5132 192.168.2.3 via 10.42.3.0 dev flannel.1 onlink proto 118
     ip -6 route replace table 5132 fd00:1::1 via fd42:0:0:2:: dev flannel-v6.1 onlink metric 512 proto 118
     ip -6 route replace table 5132 fd00:2::1 via fd42:0:0:3:: dev flannel-v6.1 onlink metric 512 proto 118
-    ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip -6 rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip rule add pref 5191 from all iif kilo0 lookup 5132 proto 118
-    ip -6 rule add pref 5191 from all iif kilo0 lookup 5132 proto 118
-    ip rule add pref 5192 from 10.42.0.0/16 lookup 5131 proto 118
-    ip -6 rule add pref 5192 from fd42::/48 lookup 5131 proto 118
-    ip rule add pref 5193 from all lookup 5130 proto 118
-    ip -6 rule add pref 5193 from all lookup 5130 proto 118
+    ip rule add pref 5190 from all iif kilo0 lookup 5132 proto 118
+    ip -6 rule add pref 5190 from all iif kilo0 lookup 5132 proto 118
+    ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
+    ip -6 rule add pref 5191 from fd42::/48 lookup 5131 proto 118
+    ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
+    ip -6 rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
     ");
     insta::assert_snapshot!(mesh.commands("a2"), @"
     ip tuntap add kilo0 mode tun; ip link set kilo0 mtu 1420
@@ -248,7 +270,10 @@ fn dual_stack_takes_both_ways() {
     ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
+    ip route replace table 5130 throw 10.42.1.0/24 proto 118
     ip route replace table 5130 throw 10.42.2.0/24 proto 118
+    ip route replace table 5130 throw 10.42.3.0/24 proto 118
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.4.0/24 metric 4278198272 proto 118
     ip route replace table 5130 172.16.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
@@ -259,15 +284,16 @@ fn dual_stack_takes_both_ways() {
     ip -6 route replace table 5130 unreachable fd04::1 metric 4278198272 proto 118
     ip -6 route replace table 5130 fd04::2 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd04::2 metric 4278198272 proto 118
+    ip -6 route replace table 5130 unreachable fd42::/48 metric 4278198272 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:1::/64 metric 512 proto 118
     ip -6 route replace table 5130 throw fd42:0:0:2::/64 metric 512 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:3::/64 metric 512 proto 118
     ip -6 route replace table 5130 fd42:0:0:4::/64 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd42:0:0:4::/64 metric 4278198272 proto 118
-    ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip -6 rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip rule add pref 5192 from 10.42.0.0/16 lookup 5131 proto 118
-    ip -6 rule add pref 5192 from fd42::/48 lookup 5131 proto 118
-    ip rule add pref 5193 from all lookup 5130 proto 118
-    ip -6 rule add pref 5193 from all lookup 5130 proto 118
+    ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
+    ip -6 rule add pref 5191 from fd42::/48 lookup 5131 proto 118
+    ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
+    ip -6 rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
     ");
 }
 
@@ -287,12 +313,14 @@ fn an_ipv6_cluster_has_nothing_of_ipv4() {
     wg set kilo0 listen-port 51820
     wg set kilo0 peer BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ= endpoint 203.0.113.4:51820 allowed-ips 10.4.0.2/32,fd42:0:0:4::/64
     nft -f -
+    ip -6 route replace table 5130 unreachable fd42::/48 metric 4278198272 proto 118
     ip -6 route replace table 5130 throw fd42:0:0:1::/64 metric 512 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:2::/64 metric 512 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:3::/64 metric 512 proto 118
     ip -6 route replace table 5130 fd42:0:0:4::/64 dev kilo0 src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd42:0:0:4::/64 metric 4278198272 proto 118
-    ip -6 rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip -6 rule add pref 5192 from fd42::/48 lookup 5131 proto 118
-    ip -6 rule add pref 5193 from all lookup 5130 proto 118
+    ip -6 rule add pref 5191 from fd42::/48 lookup 5131 proto 118
+    ip -6 rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
     ");
 }
 

@@ -28,13 +28,16 @@ pub(crate) enum Difference {
     Backstop,
     /// In front of the own pods stands a `throw`: no wider claim of somebody else's takes them.
     OwnPodsStay,
+    /// The cluster network ends `unreachable`, with a `throw` for the region's other pods: what is for a
+    /// Node that was deleted goes nowhere, and not to the default route.
+    NetworkEnds,
     /// WireGuard addresses have a route each, for those that exist, and not the whole pool on the link;
     /// the own one is a /32 in scope `link`.
     OneRoutePerAddress,
     /// Members' hosts are selected by one rule for the link, and not by one per address.
     OneRuleForMembers,
-    /// Our rules have priorities of their own; two more keep the tunnel's datagrams out of the tunnel
-    /// and tell pods from the host.
+    /// Our rules have priorities of their own; they keep the tunnel's datagrams out of the tunnel and tell
+    /// pods from the host.
     FixedRules,
     /// An address that is a tunnel's endpoint is carried for pods from the start, and left to the host
     /// itself. Kilo carries it for nobody until somebody has seen the node elsewhere.
@@ -49,6 +52,8 @@ pub(crate) struct Node<'a> {
     pub(crate) cluster_address: &'a str,
     /// The WireGuard addresses of all leaders but its own.
     pub(crate) others: &'a [&'a str],
+    /// The pod CIDRs of the other nodes of its region.
+    pub(crate) region_pods: &'a [&'a str],
     /// Kilo's routes and rules, as `ip route`, `ip route show table 1107` (with `table 1107` before each
     /// line) and `ip rule` print them.
     pub(crate) kilo: &'a str,
@@ -65,14 +70,21 @@ impl Node<'_> {
     /// Our routes, rules and addresses, and the differences that they have from Kilo's.
     pub(crate) fn ours(&self) -> (BTreeSet<String>, BTreeSet<Difference>) {
         let mut lines = BTreeSet::new();
-        let mut seen = BTreeSet::from([Difference::FixedRules, Difference::OwnPodsStay]);
+        let mut seen = BTreeSet::from([
+            Difference::FixedRules,
+            Difference::OwnPodsStay,
+            Difference::NetworkEnds,
+        ]);
         let own_pods = format!("{}/24", self.cluster_address);
         lines.insert(route(5130, &format!("throw {own_pods}")));
+        for net in self.region_pods {
+            lines.insert(route(5130, &format!("throw {net}")));
+        }
+        lines.insert(route(5130, "unreachable 10.42.0.0/16 metric 4278198272"));
+        lines.insert("ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118".into());
         lines.insert(
-            "ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118".into(),
+            "ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118".into(),
         );
-        lines.insert("ip rule add pref 5192 from 10.42.0.0/16 lookup 5131 proto 118".into());
-        lines.insert("ip rule add pref 5193 from all lookup 5130 proto 118".into());
 
         let source = self.cluster_address;
         let mut remote = |table, destination: &str, way: &str| {
@@ -151,7 +163,7 @@ impl Node<'_> {
                 }
                 ["from", "all", "to", _, "iif", "kilo0", "lookup", "1107"] => {
                     own.insert(
-                        "ip rule add pref 5191 from all iif kilo0 lookup 5132 proto 118".into(),
+                        "ip rule add pref 5190 from all iif kilo0 lookup 5132 proto 118".into(),
                     );
                     more.insert(Difference::OneRuleForMembers);
                 }

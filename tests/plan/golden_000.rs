@@ -27,6 +27,7 @@ const MASTERS: golden::Node<'_> = golden::Node {
     name: "node-master",
     cluster_address: "10.42.0.0",
     others: &["10.4.0.2"],
+    region_pods: &[],
     kilo: "
         10.4.0.0/16 dev kilo0 proto kernel scope link src 10.4.0.1
         10.42.1.0/24 via 10.4.0.2 dev kilo0 proto static src 172.16.0.10 onlink
@@ -42,6 +43,7 @@ const LEADERS: golden::Node<'_> = golden::Node {
     name: "node-agent-01",
     cluster_address: "10.42.1.0",
     others: &["10.4.0.1"],
+    region_pods: &["10.42.2.0/24", "10.42.3.0/24"],
     kilo: "
         10.4.0.0/16 dev kilo0 proto kernel scope link src 10.4.0.2
         10.42.0.0/24 via 10.4.0.1 dev kilo0 proto static src 192.168.50.11 onlink
@@ -58,6 +60,7 @@ const FOLLOWERS: [golden::Node<'_>; 2] = [
         name: "node-agent-02",
         cluster_address: "10.42.2.0",
         others: &[],
+        region_pods: &["10.42.1.0/24", "10.42.3.0/24"],
         kilo: "
             10.4.0.1 via 10.42.1.0 dev flannel.1 proto static src 192.168.50.12 onlink
             10.4.0.2 via 10.42.1.0 dev flannel.1 proto static src 192.168.50.12 onlink
@@ -69,6 +72,7 @@ const FOLLOWERS: [golden::Node<'_>; 2] = [
         name: "node-agent-03",
         cluster_address: "10.42.3.0",
         others: &[],
+        region_pods: &["10.42.1.0/24", "10.42.2.0/24"],
         kilo: "
             10.4.0.1 via 10.42.1.0 dev flannel.1 proto static src 192.168.50.13 onlink
             10.4.0.2 via 10.42.1.0 dev flannel.1 proto static src 192.168.50.13 onlink
@@ -88,6 +92,7 @@ fn routes_are_kilos_but_for_these_differences() {
             Mtu,
             Backstop,
             OwnPodsStay,
+            NetworkEnds,
             FixedRules,
         ];
         let leads = [&everywhere[..], &[OneRoutePerAddress]].concat();
@@ -123,6 +128,7 @@ fn before_anybody_has_seen_the_leader_behind_nat_its_host_is_reached_by_pods() {
                 Mtu,
                 Backstop,
                 OwnPodsStay,
+                NetworkEnds,
                 FixedRules,
                 OneRoutePerAddress,
                 EndpointForPods,

@@ -44,6 +44,7 @@ const MIXED: [golden::Node<'_>; 4] = [
         name: "a1",
         cluster_address: "10.42.1.0",
         others: &["10.4.0.1", "10.4.0.2"],
+        region_pods: &["10.42.2.0/24"],
         kilo: "
             10.4.0.0/16 dev kilo0 proto kernel scope link src 10.4.0.3
             10.42.3.0/24 via 10.4.0.1 dev kilo0 proto static src 10.138.0.1 onlink
@@ -59,6 +60,7 @@ const MIXED: [golden::Node<'_>; 4] = [
         name: "a2",
         cluster_address: "10.42.2.0",
         others: &[],
+        region_pods: &["10.42.1.0/24"],
         kilo: "
             10.4.0.1 via 10.42.1.0 dev flannel.1 proto static src 10.138.0.2 onlink
             10.4.0.2 via 10.42.1.0 dev flannel.1 proto static src 10.138.0.2 onlink
@@ -74,6 +76,7 @@ const MIXED: [golden::Node<'_>; 4] = [
         name: "b1",
         cluster_address: "10.42.3.0",
         others: &["10.4.0.2", "10.4.0.3"],
+        region_pods: &[],
         kilo: "
             10.4.0.0/16 dev kilo0 proto kernel scope link src 10.4.0.1
             10.42.4.0/24 via 10.4.0.2 dev kilo0 proto static src 172.31.0.1 onlink
@@ -89,6 +92,7 @@ const MIXED: [golden::Node<'_>; 4] = [
         name: "b2",
         cluster_address: "10.42.4.0",
         others: &["10.4.0.1", "10.4.0.3"],
+        region_pods: &[],
         kilo: "
             10.4.0.0/16 dev kilo0 proto kernel scope link src 10.4.0.2
             10.42.3.0/24 via 10.4.0.1 dev kilo0 proto static src 172.31.0.2 onlink
@@ -107,6 +111,7 @@ const FULL: [golden::Node<'_>; 2] = [
         name: "a1",
         cluster_address: "10.42.1.0",
         others: &["10.4.0.2", "10.4.0.3", "10.4.0.4"],
+        region_pods: &[],
         kilo: "
             10.4.0.0/16 dev kilo0 proto kernel scope link src 10.4.0.1
             10.42.2.0/24 via 10.4.0.2 dev kilo0 proto static src 10.138.0.1 onlink
@@ -121,6 +126,7 @@ const FULL: [golden::Node<'_>; 2] = [
         name: "b2",
         cluster_address: "10.42.4.0",
         others: &["10.4.0.1", "10.4.0.2", "10.4.0.3"],
+        region_pods: &[],
         kilo: "
             10.4.0.0/16 dev kilo0 proto kernel scope link src 10.4.0.4
             10.42.1.0/24 via 10.4.0.1 dev kilo0 proto static src 172.31.0.2 onlink
@@ -142,6 +148,7 @@ fn routes_are_kilos_but_for_these_differences() {
         Mtu,
         Backstop,
         OwnPodsStay,
+        NetworkEnds,
         FixedRules,
     ];
     let leads = [&everywhere[..], &[OneRoutePerAddress]].concat();

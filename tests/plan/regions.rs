@@ -49,6 +49,7 @@ fn a_third_behind_its_own_nat_joins() {
     ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.4.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
     ip route replace table 5130 10.42.0.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.4.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.0.0/24 metric 4278198272 proto 118
     ip route replace table 5130 10.42.1.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420 proto 118
@@ -58,6 +59,7 @@ fn a_third_behind_its_own_nat_joins() {
     ip route replace table 5130 10.42.3.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.3.0/24 metric 4278198272 proto 118
     ip route replace table 5130 throw 10.42.4.0/24 proto 118
+    ip route replace table 5130 throw 10.42.5.0/24 proto 118
     ip route replace table 5130 192.168.50.11 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 192.168.50.11 metric 4278198272 proto 118
     ip route replace table 5130 192.168.50.12 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420 proto 118
@@ -67,10 +69,9 @@ fn a_third_behind_its_own_nat_joins() {
     ip route replace table 5131 203.0.113.10 via 10.4.0.1 dev kilo0 onlink src 10.42.4.0 mtu 1420 proto 118
     ip route replace table 5131 unreachable 203.0.113.10 metric 4278198272 proto 118
     ip route replace table 5132 192.168.77.22 via 10.42.5.0 dev flannel.1 onlink proto 118
-    ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip rule add pref 5191 from all iif kilo0 lookup 5132 proto 118
-    ip rule add pref 5192 from 10.42.0.0/16 lookup 5131 proto 118
-    ip rule add pref 5193 from all lookup 5130 proto 118
+    ip rule add pref 5190 from all iif kilo0 lookup 5132 proto 118
+    ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
+    ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
     ");
 }
 
@@ -116,6 +117,7 @@ fn with_the_same_subnet_pods_are_carried_and_nothing_near_is_captured() {
     ip route replace table 5130 10.42.2.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ip route replace table 5130 10.42.3.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ip route replace table 5130 throw 10.42.4.0/24
+    ip route replace table 5130 throw 10.42.5.0/24
     ip route replace table 5130 192.168.50.13 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ip route replace table 5131 203.0.113.10 via 10.4.0.1 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ");
@@ -124,7 +126,9 @@ fn with_the_same_subnet_pods_are_carried_and_nothing_near_is_captured() {
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.3 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.42.0.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
+    ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.42.5.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5131 203.0.113.10 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420

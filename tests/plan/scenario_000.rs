@@ -15,6 +15,7 @@ fn the_public_leader_has_tunnels_addresses_and_routes() {
     nft -f -
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.0.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
     ip route replace table 5130 throw 10.42.0.0/24 proto 118
     ip route replace table 5130 10.42.1.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.1.0/24 metric 4278198272 proto 118
@@ -28,9 +29,8 @@ fn the_public_leader_has_tunnels_addresses_and_routes() {
     ip route replace table 5130 unreachable 192.168.50.12 metric 4278198272 proto 118
     ip route replace table 5130 192.168.50.13 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 192.168.50.13 metric 4278198272 proto 118
-    ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip rule add pref 5192 from 10.42.0.0/16 lookup 5131 proto 118
-    ip rule add pref 5193 from all lookup 5130 proto 118
+    ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
+    ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
     ");
 }
 
@@ -47,17 +47,19 @@ fn the_leader_behind_nat_also_hands_on_to_its_members() {
     nft -f -
     ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
     ip route replace table 5130 10.42.0.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.0.0/24 metric 4278198272 proto 118
     ip route replace table 5130 throw 10.42.1.0/24 proto 118
+    ip route replace table 5130 throw 10.42.2.0/24 proto 118
+    ip route replace table 5130 throw 10.42.3.0/24 proto 118
     ip route replace table 5131 203.0.113.10 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5131 unreachable 203.0.113.10 metric 4278198272 proto 118
     ip route replace table 5132 192.168.50.12 via 10.42.2.0 dev flannel.1 onlink proto 118
     ip route replace table 5132 192.168.50.13 via 10.42.3.0 dev flannel.1 onlink proto 118
-    ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip rule add pref 5191 from all iif kilo0 lookup 5132 proto 118
-    ip rule add pref 5192 from 10.42.0.0/16 lookup 5131 proto 118
-    ip rule add pref 5193 from all lookup 5130 proto 118
+    ip rule add pref 5190 from all iif kilo0 lookup 5132 proto 118
+    ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
+    ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
     ");
 }
 
@@ -72,14 +74,16 @@ fn a_follower_sends_everything_to_its_leader_by_flannel() {
     ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
     ip route replace table 5130 10.42.0.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.0.0/24 metric 4278198272 proto 118
+    ip route replace table 5130 throw 10.42.1.0/24 proto 118
     ip route replace table 5130 throw 10.42.2.0/24 proto 118
+    ip route replace table 5130 throw 10.42.3.0/24 proto 118
     ip route replace table 5131 203.0.113.10 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5131 unreachable 203.0.113.10 metric 4278198272 proto 118
-    ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip rule add pref 5192 from 10.42.0.0/16 lookup 5131 proto 118
-    ip rule add pref 5193 from all lookup 5130 proto 118
+    ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
+    ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
     ");
 }
 
@@ -169,6 +173,8 @@ fn behind_one_to_one_nat_the_private_address_is_for_everybody() {
     ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.42.0.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 throw 10.42.2.0/24
+    ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 172.16.0.10 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5132 192.168.50.12 via 10.42.2.0 dev flannel.1 onlink
     ip route replace table 5132 192.168.50.13 via 10.42.3.0 dev flannel.1 onlink
@@ -177,7 +183,9 @@ fn behind_one_to_one_nat_the_private_address_is_for_everybody() {
     ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.42.0.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
+    ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 172.16.0.10 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ");
 }
@@ -318,7 +326,12 @@ fn without_a_key_a_node_stays_near_and_its_pods_are_refused_elsewhere() {
         about.collect::<Vec<_>>(),
         ["ip route replace table 5130 unreachable 10.42.3.0/24 metric 4278198272 proto 118"]
     );
-    assert!(!mesh.commands("node-agent-02").contains("10.42.3.0"));
+    let near = mesh.commands_of("node-agent-02", ROUTES);
+    let about = near.lines().filter(|line| line.contains("10.42.3.0"));
+    assert_eq!(
+        about.collect::<Vec<_>>(),
+        ["ip route replace table 5130 throw 10.42.3.0/24 proto 118"]
+    );
     assert!(
         firewall(&mesh, "node-agent-02")
             .region_underlay
@@ -337,12 +350,14 @@ fn before_it_has_a_key_a_node_refuses_what_is_meant_for_other_regions() {
     wg set kilo0 listen-port 51820
     nft -f -
     ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
     ip route replace table 5130 unreachable 10.42.0.0/24 metric 4278198272 proto 118
+    ip route replace table 5130 throw 10.42.1.0/24 proto 118
+    ip route replace table 5130 throw 10.42.2.0/24 proto 118
     ip route replace table 5130 throw 10.42.3.0/24 proto 118
     ip route replace table 5131 unreachable 203.0.113.10 metric 4278198272 proto 118
-    ip rule add pref 5190 from all fwmark 0x51e00000 lookup main proto 118
-    ip rule add pref 5192 from 10.42.0.0/16 lookup 5131 proto 118
-    ip rule add pref 5193 from all lookup 5130 proto 118
+    ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
+    ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118
     ");
 }
 

@@ -73,6 +73,7 @@ fn mixed_by_location_annotations() {
     ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.3 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 10.42.3.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
@@ -107,6 +108,7 @@ fn cross_links_every_node_to_every_node_elsewhere() {
     ip route replace table 5130 10.4.0.3 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.4.0.4 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 10.42.3.0/24 via 10.4.0.3 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.4 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 172.31.0.1 via 10.4.0.3 dev kilo0 onlink src 10.42.1.0 mtu 1420

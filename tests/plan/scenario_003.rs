@@ -157,6 +157,7 @@ fn routes_are_kilos_but_for_these_differences() {
         Mtu,
         Backstop,
         OwnPodsStay,
+        NetworkEnds,
         FixedRules,
     ];
     let leads = [&everywhere[..], &[OneRoutePerAddress]].concat();
@@ -172,10 +173,16 @@ fn routes_are_kilos_but_for_these_differences() {
         ] {
             let addresses = ["10.4.0.1", "10.4.0.2", "10.4.0.3", "10.4.0.4", "10.4.0.5"];
             let others: Vec<_> = others.iter().map(|number| addresses[number - 1]).collect();
+            let region_pods: &[&str] = match name {
+                "bd1.k3s" => &["10.42.5.0/24"],
+                "bd2.k3s" => &["10.42.4.0/24"],
+                _ => &[],
+            };
             let node = golden::Node {
                 name,
                 cluster_address,
                 others: &others,
+                region_pods,
                 kilo: &kilo(name),
                 endpoints: &[],
             };

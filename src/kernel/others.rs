@@ -1,0 +1,50 @@
+//! The routing policy rules of other programs.
+
+use std::collections::BTreeMap;
+
+use netlink_packet_route::route::RouteType;
+
+use super::{Kernel, list};
+use crate::plan::{OtherAction, OtherRule};
+
+/// The kernel's last rules begin here: `main`, and behind it `default`.
+const LAST: u32 = 32_766;
+
+impl Kernel {
+    /// The routing policy rules of other programs, of both families, in front of the kernel's own for
+    /// the tables `main` and `default`.
+    ///
+    /// A table with nothing but `local` routes delivers to this host, as transparent proxies have it. An
+    /// empty one may be filled at any time.
+    pub fn other_rules(&self) -> anyhow::Result<Vec<OtherRule>> {
+        let mut netlink = self.netlink();
+        let mut delivers = BTreeMap::new();
+        let mut others = Vec::new();
+        for found in list::rules(&mut netlink)? {
+            if found.is_ours() || found.priority >= LAST {
+                continue;
+            }
+            let mut other = found.to_other();
+            if let OtherAction::Lookup(table) = other.action {
+                let local = match delivers.get(&(other.v6, table)) {
+                    Some(local) => *local,
+                    None => {
+                        let routes = list::routes(&mut netlink, other.v6, table)?;
+                        let is_local =
+                            |kind| matches!(kind, RouteType::Local | RouteType::Broadcast);
+                        let local = !routes.is_empty()
+                            && routes.iter().all(|route| is_local(route.header.kind));
+                        delivers.insert((other.v6, table), local);
+                        local
+                    }
+                };
+                if local {
+                    other.action = OtherAction::Deliver;
+                }
+            }
+            others.push(other);
+        }
+        others.sort();
+        Ok(others)
+    }
+}

@@ -1,0 +1,188 @@
+//! Where the agent's rules stand among the rules of other programs.
+//!
+//! The kernel asks rules in the order of their priorities, and the first route found decides. A rule of
+//! another program in front of the agent's may find flannel's route to a pod of another region, or a
+//! default route to a node there. So the agent's rules stand in front of every such rule. Pure.
+
+use std::fmt;
+
+use ipnet::IpNet;
+
+use super::RULES;
+
+/// A routing policy rule of another program.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct OtherRule {
+    /// The priority (`pref`).
+    pub priority: u32,
+    /// The family: true for IPv6.
+    pub v6: bool,
+    /// The only destinations it selects; `None` is all.
+    pub to: Option<IpNet>,
+    /// What it does with a packet.
+    pub action: OtherAction,
+}
+
+/// What a rule of another program does with a packet that it selects.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum OtherAction {
+    /// Looks into a table that may lead away from this host.
+    Lookup(u32),
+    /// Delivers to this host: the table `local`, or one with `local` routes alone, as transparent
+    /// proxies have it.
+    Deliver,
+    /// Looks into the table of the packet's VRF. It finds nothing for a packet of none.
+    Vrf,
+    /// Goes on at a rule of a higher priority.
+    Goto(u32),
+    /// Refuses the packet, or does nothing.
+    Refuse,
+}
+
+/// The place of the agent's rules.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Place {
+    /// The priority of the first of [`RULES`] rules.
+    pub first: u32,
+    /// The rule that stands in front of them all the same, because there is no room before it.
+    pub obstacle: Option<OtherRule>,
+}
+
+impl OtherRule {
+    /// Whether it may send a packet to one of these destinations somewhere else.
+    fn diverts<'a>(&self, mut destinations: impl Iterator<Item = &'a IpNet>) -> bool {
+        match self.action {
+            OtherAction::Deliver | OtherAction::Vrf | OtherAction::Refuse => false,
+            OtherAction::Lookup(_) | OtherAction::Goto(_) => match self.to {
+                None => true,
+                Some(to) => destinations.any(|net| net.contains(&to) || to.contains(net)),
+            },
+        }
+    }
+}
+
+/// Chooses the place of the agent's rules, the same for both families: at `preferred` if no rule in
+/// front of that sends packets to one of the `destinations` elsewhere, else right before the first that
+/// does. A priority that another program's rule has is not used.
+pub fn place<'a, I>(preferred: u32, others: &[OtherRule], destinations: impl Fn() -> I) -> Place
+where
+    I: Iterator<Item = &'a IpNet>,
+{
+    let obstacle = others
+        .iter()
+        .filter(|rule| rule.priority < preferred + RULES && rule.diverts(destinations()))
+        .min();
+    let limit = obstacle.map_or(u32::MAX, |rule| rule.priority);
+    let highest = preferred.min(limit.saturating_sub(RULES));
+    let is_free = |first: &u32| {
+        let taken = |rule: &OtherRule| (*first..first + RULES).contains(&rule.priority);
+        !others.iter().any(taken)
+    };
+    match (1..=highest).rev().find(is_free) {
+        Some(first) => Place {
+            first,
+            obstacle: None,
+        },
+        None => Place {
+            first: preferred,
+            obstacle: obstacle.cloned(),
+        },
+    }
+}
+
+impl fmt::Display for OtherRule {
+    /// As `ip rule` prints it, as far as it is known.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let family = if self.v6 { "-6 " } else { "" };
+        write!(f, "ip {family}rule pref {}", self.priority)?;
+        if let Some(to) = self.to {
+            write!(f, " to {to}")?;
+        }
+        match self.action {
+            OtherAction::Lookup(254) => f.write_str(" lookup main"),
+            OtherAction::Lookup(table) => write!(f, " lookup {table}"),
+            OtherAction::Deliver => f.write_str(" lookup local"),
+            OtherAction::Vrf => f.write_str(" lookup l3mdev-table"),
+            OtherAction::Goto(priority) => write!(f, " goto {priority}"),
+            OtherAction::Refuse => f.write_str(" unreachable"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule(priority: u32, action: OtherAction) -> OtherRule {
+        OtherRule {
+            priority,
+            v6: false,
+            to: None,
+            action,
+        }
+    }
+
+    fn chosen(others: &[OtherRule]) -> Place {
+        let pods: IpNet = "10.42.0.0/16".parse().unwrap();
+        place(5190, others, || std::iter::once(&pods))
+    }
+
+    fn first(others: &[OtherRule]) -> u32 {
+        let place = chosen(others);
+        assert_eq!(place.obstacle, None);
+        place.first
+    }
+
+    #[test]
+    fn without_a_rule_in_the_way_the_preferred_priority_is_taken() {
+        let main = rule(32766, OtherAction::Lookup(254));
+        let local = rule(0, OtherAction::Deliver);
+        let vrf = rule(1000, OtherAction::Vrf);
+        let proxy = rule(9, OtherAction::Deliver);
+        let prohibit = rule(50, OtherAction::Refuse);
+        let tailscale = rule(5210, OtherAction::Lookup(254));
+        assert_eq!(first(&[local, proxy, prohibit, vrf, tailscale, main]), 5190);
+    }
+
+    #[test]
+    fn the_rules_stand_in_front_of_a_vpns() {
+        let suppress = rule(100, OtherAction::Lookup(254));
+        let vpn = rule(110, OtherAction::Lookup(7120));
+        assert_eq!(first(&[suppress, vpn]), 97);
+    }
+
+    #[test]
+    fn a_rule_for_other_destinations_is_not_in_the_way() {
+        let to = |net: &str| OtherRule {
+            to: Some(net.parse().unwrap()),
+            ..rule(100, OtherAction::Lookup(7120))
+        };
+        assert_eq!(first(&[to("172.16.0.0/12")]), 5190);
+        assert_eq!(first(&[to("10.0.0.0/8")]), 97);
+        assert_eq!(first(&[to("10.42.7.9/32")]), 97);
+    }
+
+    #[test]
+    fn a_rule_that_skips_the_agents_is_in_the_way() {
+        assert_eq!(first(&[rule(5000, OtherAction::Goto(32766))]), 4997);
+    }
+
+    #[test]
+    fn priorities_of_others_are_not_used() {
+        let harmless = rule(5191, OtherAction::Refuse);
+        assert_eq!(first(&[harmless]), 5188);
+        let close = rule(98, OtherAction::Refuse);
+        assert_eq!(first(&[close, rule(100, OtherAction::Lookup(9))]), 95);
+    }
+
+    #[test]
+    fn a_rule_that_leaves_no_room_is_named() {
+        for priority in [0, 1, 3] {
+            let obstacle = rule(priority, OtherAction::Lookup(2004));
+            let place = chosen(&[rule(4000, OtherAction::Lookup(9)), obstacle.clone()]);
+            assert_eq!(place.first, 5190);
+            assert_eq!(place.obstacle, Some(obstacle));
+        }
+        assert_eq!(first(&[rule(4, OtherAction::Lookup(2004))]), 1);
+    }
+}
