@@ -16,21 +16,21 @@ fn mesh() -> Mesh {
 fn with_vxlan_everything_inside_a_region_is_encapsulated() {
     let mesh = mesh();
     insta::assert_snapshot!(routes(&mesh, "a1"), @"
-    ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
+    ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5132 192.168.1.2 via 10.42.2.0 dev flannel.1 onlink
     ip route replace table 5132 192.168.2.3 via 10.42.3.0 dev flannel.1 onlink
     ");
     insta::assert_snapshot!(routes(&mesh, "a3"), @"
-    ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
-    ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
+    ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ");
@@ -41,29 +41,29 @@ fn with_direct_routing_only_other_subnets_are() {
     let mut mesh = mesh();
     mesh.direct_routing = true;
     insta::assert_snapshot!(routes(&mesh, "a1"), @"
-    ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
+    ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5132 192.168.2.3 via 10.42.3.0 dev flannel.1 onlink
     ");
     insta::assert_snapshot!(routes(&mesh, "a2"), @"
-    ip route replace table 5130 10.4.0.1 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420
-    ip route replace table 5130 10.4.0.2 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
+    ip route replace table 5130 10.4.0.1 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420
+    ip route replace table 5130 10.4.0.2 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420
     ");
     insta::assert_snapshot!(routes(&mesh, "a3"), @"
-    ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
-    ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
+    ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ");
@@ -83,11 +83,11 @@ fn with_host_gw_nothing_is_and_followers_hold_their_address_on_the_tunnels_link(
     wg set kilo0 listen-port 51820
     wg set kilo0 peer BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ= endpoint 203.0.113.4:51820 allowed-ips 10.4.0.2/32,10.42.4.0/24,172.16.0.1/32
     nft -f -
+    ip route replace table 5130 throw 10.42.1.0/24 proto 118
+    ip route replace table 5130 throw 10.42.2.0/24 proto 118
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
     ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
-    ip route replace table 5130 throw 10.42.1.0/24 proto 118
-    ip route replace table 5130 throw 10.42.2.0/24 proto 118
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.4.0/24 metric 4278198272 proto 118
     ip route replace table 5130 172.16.0.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
@@ -102,13 +102,13 @@ fn with_host_gw_nothing_is_and_followers_hold_their_address_on_the_tunnels_link(
     ip addr add 10.42.2.0/32 dev kilo0
     wg set kilo0 listen-port 51820
     nft -f -
+    ip route replace table 5130 throw 10.42.1.0/24 proto 118
+    ip route replace table 5130 throw 10.42.2.0/24 proto 118
     ip route replace table 5130 10.4.0.1 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
     ip route replace table 5130 10.4.0.2 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
     ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
-    ip route replace table 5130 throw 10.42.1.0/24 proto 118
-    ip route replace table 5130 throw 10.42.2.0/24 proto 118
     ip route replace table 5130 10.42.4.0/24 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.4.0/24 metric 4278198272 proto 118
     ip route replace table 5130 172.16.0.1 via 192.168.1.1 dev eth0 src 10.42.2.0 mtu 1420 proto 118
@@ -123,21 +123,21 @@ fn never_encapsulating_goes_to_the_leaders_own_address_where_it_is_near() {
     let mut mesh = mesh();
     mesh.local.encapsulation = selvedge::config::Encapsulation::Never;
     insta::assert_snapshot!(routes(&mesh, "a2"), @"
-    ip route replace table 5130 10.4.0.1 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
-    ip route replace table 5130 10.4.0.2 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
+    ip route replace table 5130 10.4.0.1 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 10.4.0.2 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
     ");
     // Not on the same link: flannel's way is the only one.
     insta::assert_snapshot!(routes(&mesh, "a3"), @"
-    ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
-    ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
+    ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ");
@@ -229,12 +229,15 @@ fn dual_stack_takes_both_ways() {
     wg set kilo0 listen-port 51820
     wg set kilo0 peer BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ= endpoint 203.0.113.4:51820 allowed-ips 10.4.0.2/32,10.42.4.0/24,172.16.0.1/32,fd00:3::1/128,fd04::2/128,fd42:0:0:4::/64
     nft -f -
-    ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420 proto 118
-    ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
-    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
     ip route replace table 5130 throw 10.42.1.0/24 proto 118
     ip route replace table 5130 throw 10.42.2.0/24 proto 118
     ip route replace table 5130 throw 10.42.3.0/24 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:1::/64 metric 512 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:2::/64 metric 512 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:3::/64 metric 512 proto 118
+    ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420 proto 118
+    ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.4.0/24 metric 4278198272 proto 118
     ip route replace table 5130 172.16.0.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
@@ -244,9 +247,6 @@ fn dual_stack_takes_both_ways() {
     ip -6 route replace table 5130 fd04::2 dev kilo0 src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd04::2 metric 4278198272 proto 118
     ip -6 route replace table 5130 unreachable fd42::/48 metric 4278198272 proto 118
-    ip -6 route replace table 5130 throw fd42:0:0:1::/64 metric 512 proto 118
-    ip -6 route replace table 5130 throw fd42:0:0:2::/64 metric 512 proto 118
-    ip -6 route replace table 5130 throw fd42:0:0:3::/64 metric 512 proto 118
     ip -6 route replace table 5130 fd42:0:0:4::/64 via fd04::2 dev kilo0 onlink src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd42:0:0:4::/64 metric 4278198272 proto 118
     ip route replace table 5132 192.168.1.2 via 10.42.2.0 dev flannel.1 onlink proto 118
@@ -266,14 +266,17 @@ fn dual_stack_takes_both_ways() {
     sysctl -w net/ipv6/conf/kilo0/addr_gen_mode=1
     wg set kilo0 listen-port 51820
     nft -f -
+    ip route replace table 5130 throw 10.42.1.0/24 proto 118
+    ip route replace table 5130 throw 10.42.2.0/24 proto 118
+    ip route replace table 5130 throw 10.42.3.0/24 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:1::/64 metric 512 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:2::/64 metric 512 proto 118
+    ip -6 route replace table 5130 throw fd42:0:0:3::/64 metric 512 proto 118
     ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
     ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
-    ip route replace table 5130 throw 10.42.1.0/24 proto 118
-    ip route replace table 5130 throw 10.42.2.0/24 proto 118
-    ip route replace table 5130 throw 10.42.3.0/24 proto 118
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.4.0/24 metric 4278198272 proto 118
     ip route replace table 5130 172.16.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
@@ -285,9 +288,6 @@ fn dual_stack_takes_both_ways() {
     ip -6 route replace table 5130 fd04::2 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd04::2 metric 4278198272 proto 118
     ip -6 route replace table 5130 unreachable fd42::/48 metric 4278198272 proto 118
-    ip -6 route replace table 5130 throw fd42:0:0:1::/64 metric 512 proto 118
-    ip -6 route replace table 5130 throw fd42:0:0:2::/64 metric 512 proto 118
-    ip -6 route replace table 5130 throw fd42:0:0:3::/64 metric 512 proto 118
     ip -6 route replace table 5130 fd42:0:0:4::/64 via fd42:0:0:1:: dev flannel-v6.1 onlink src fd42:0:0:2:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd42:0:0:4::/64 metric 4278198272 proto 118
     ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
@@ -313,10 +313,10 @@ fn an_ipv6_cluster_has_nothing_of_ipv4() {
     wg set kilo0 listen-port 51820
     wg set kilo0 peer BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ= endpoint 203.0.113.4:51820 allowed-ips 10.4.0.2/32,fd42:0:0:4::/64
     nft -f -
-    ip -6 route replace table 5130 unreachable fd42::/48 metric 4278198272 proto 118
     ip -6 route replace table 5130 throw fd42:0:0:1::/64 metric 512 proto 118
     ip -6 route replace table 5130 throw fd42:0:0:2::/64 metric 512 proto 118
     ip -6 route replace table 5130 throw fd42:0:0:3::/64 metric 512 proto 118
+    ip -6 route replace table 5130 unreachable fd42::/48 metric 4278198272 proto 118
     ip -6 route replace table 5130 fd42:0:0:4::/64 dev kilo0 src fd42:0:0:1:: mtu lock 1420 metric 512 proto 118
     ip -6 route replace table 5130 unreachable fd42:0:0:4::/64 metric 4278198272 proto 118
     ip -6 rule add pref 5191 from fd42::/48 lookup 5131 proto 118

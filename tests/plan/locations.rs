@@ -18,34 +18,34 @@ fn what_a_location_offers_is_carried_but_nothing_near_is_captured() {
     let mut mesh = mesh();
     mesh.api_servers = [ip("192.168.9.9")].into();
     insta::assert_snapshot!(routes(&mesh, "b1"), @"
-    ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.2.0 mtu 1420
-    ip route replace table 5130 10.6.0.1 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
-    ip route replace table 5130 10.42.1.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
-    ip route replace table 5130 192.168.0.0/16 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 throw 192.168.1.1
     ip route replace table 5130 throw 192.168.2.0/24
     ip route replace table 5130 throw 192.168.2.1
     ip route replace table 5130 throw 192.168.2.2
     ip route replace table 5130 throw 192.168.9.9
+    ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.2.0 mtu 1420
+    ip route replace table 5130 10.6.0.1 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 10.42.1.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 192.168.0.0/16 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5131 192.168.1.1 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5131 192.168.9.9 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5132 192.168.2.2 via 10.42.3.0 dev flannel.1 onlink
     ");
     insta::assert_snapshot!(routes(&mesh, "b2"), @"
-    ip route replace table 5130 10.4.0.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
-    ip route replace table 5130 10.4.0.2 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
-    ip route replace table 5130 10.6.0.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
-    ip route replace table 5130 10.42.1.0/24 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
-    ip route replace table 5130 192.168.0.0/16 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
-    ip route replace table 5130 192.168.1.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 throw 192.168.2.0/24
     ip route replace table 5130 throw 192.168.2.1
     ip route replace table 5130 throw 192.168.2.2
     ip route replace table 5130 throw 192.168.9.9
+    ip route replace table 5130 10.4.0.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.4.0.2 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.6.0.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.42.1.0/24 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 192.168.0.0/16 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 192.168.1.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5131 192.168.9.9 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ");
 }

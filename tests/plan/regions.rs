@@ -21,9 +21,9 @@ fn three_regions() -> Mesh {
 fn a_third_behind_its_own_nat_joins() {
     let mesh = three_regions();
     insta::assert_snapshot!(routes(&mesh, "node-master"), @"
+    ip route replace table 5130 throw 10.42.0.0/24
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.0.0 mtu 1420
     ip route replace table 5130 10.4.0.3 dev kilo0 src 10.42.0.0 mtu 1420
-    ip route replace table 5130 throw 10.42.0.0/24
     ip route replace table 5130 10.42.1.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420
     ip route replace table 5130 10.42.2.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420
     ip route replace table 5130 10.42.3.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420
@@ -45,6 +45,8 @@ fn a_third_behind_its_own_nat_joins() {
     wg set kilo0 peer ZFYh7Bi5FA0fNTizfHhMy0v+Wy+BVP2U85lC5PnHtFs= endpoint 203.0.113.10:51820 persistent-keepalive 25 allowed-ips 10.4.0.1/32,10.42.0.0/24,203.0.113.10/32
     wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= endpoint 198.51.100.7:24276 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
     nft -f -
+    ip route replace table 5130 throw 10.42.4.0/24 proto 118
+    ip route replace table 5130 throw 10.42.5.0/24 proto 118
     ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.4.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.4.0 mtu 1420 proto 118
@@ -58,8 +60,6 @@ fn a_third_behind_its_own_nat_joins() {
     ip route replace table 5130 unreachable 10.42.2.0/24 metric 4278198272 proto 118
     ip route replace table 5130 10.42.3.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.3.0/24 metric 4278198272 proto 118
-    ip route replace table 5130 throw 10.42.4.0/24 proto 118
-    ip route replace table 5130 throw 10.42.5.0/24 proto 118
     ip route replace table 5130 192.168.50.11 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 192.168.50.11 metric 4278198272 proto 118
     ip route replace table 5130 192.168.50.12 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420 proto 118
@@ -96,9 +96,9 @@ fn with_the_same_subnet_pods_are_carried_and_nothing_near_is_captured() {
     ");
     // The older nodes keep what they had; the newer ones' pods are reached all the same.
     insta::assert_snapshot!(routes(&mesh, "node-master"), @"
+    ip route replace table 5130 throw 10.42.0.0/24
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.0.0 mtu 1420
     ip route replace table 5130 10.4.0.3 dev kilo0 src 10.42.0.0 mtu 1420
-    ip route replace table 5130 throw 10.42.0.0/24
     ip route replace table 5130 10.42.1.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420
     ip route replace table 5130 10.42.2.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420
     ip route replace table 5130 10.42.3.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420
@@ -110,25 +110,25 @@ fn with_the_same_subnet_pods_are_carried_and_nothing_near_is_captured() {
     ");
     // Nobody's own subnet is looked for elsewhere, except the one address nobody here has.
     insta::assert_snapshot!(routes(&mesh, "node-b-01"), @"
+    ip route replace table 5130 throw 10.42.4.0/24
+    ip route replace table 5130 throw 10.42.5.0/24
     ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.4.0 mtu 1420
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.4.0 mtu 1420
     ip route replace table 5130 10.42.0.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ip route replace table 5130 10.42.1.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ip route replace table 5130 10.42.2.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ip route replace table 5130 10.42.3.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420
-    ip route replace table 5130 throw 10.42.4.0/24
-    ip route replace table 5130 throw 10.42.5.0/24
     ip route replace table 5130 192.168.50.13 via 10.4.0.2 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ip route replace table 5131 203.0.113.10 via 10.4.0.1 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ");
     insta::assert_snapshot!(routes(&mesh, "node-agent-02"), @"
+    ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 throw 10.42.2.0/24
+    ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.3 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.42.0.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
-    ip route replace table 5130 throw 10.42.1.0/24
-    ip route replace table 5130 throw 10.42.2.0/24
-    ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.42.5.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5131 203.0.113.10 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420

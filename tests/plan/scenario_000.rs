@@ -13,10 +13,10 @@ fn the_public_leader_has_tunnels_addresses_and_routes() {
     wg set kilo0 listen-port 51820
     wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= endpoint 198.51.100.7:24276 allowed-ips 10.4.0.2/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
     nft -f -
+    ip route replace table 5130 throw 10.42.0.0/24 proto 118
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.0.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.2 metric 4278198272 proto 118
     ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
-    ip route replace table 5130 throw 10.42.0.0/24 proto 118
     ip route replace table 5130 10.42.1.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.1.0/24 metric 4278198272 proto 118
     ip route replace table 5130 10.42.2.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
@@ -45,14 +45,14 @@ fn the_leader_behind_nat_also_hands_on_to_its_members() {
     wg set kilo0 listen-port 51820
     wg set kilo0 peer ZFYh7Bi5FA0fNTizfHhMy0v+Wy+BVP2U85lC5PnHtFs= endpoint 203.0.113.10:51820 persistent-keepalive 25 allowed-ips 10.4.0.1/32,10.42.0.0/24,203.0.113.10/32
     nft -f -
+    ip route replace table 5130 throw 10.42.1.0/24 proto 118
+    ip route replace table 5130 throw 10.42.2.0/24 proto 118
+    ip route replace table 5130 throw 10.42.3.0/24 proto 118
     ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
     ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
     ip route replace table 5130 10.42.0.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.0.0/24 metric 4278198272 proto 118
-    ip route replace table 5130 throw 10.42.1.0/24 proto 118
-    ip route replace table 5130 throw 10.42.2.0/24 proto 118
-    ip route replace table 5130 throw 10.42.3.0/24 proto 118
     ip route replace table 5131 203.0.113.10 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5131 unreachable 203.0.113.10 metric 4278198272 proto 118
     ip route replace table 5132 192.168.50.12 via 10.42.2.0 dev flannel.1 onlink proto 118
@@ -70,6 +70,9 @@ fn a_follower_sends_everything_to_its_leader_by_flannel() {
     sysctl -w net/ipv4/conf/kilo0/rp_filter=2
     wg set kilo0 listen-port 51820
     nft -f -
+    ip route replace table 5130 throw 10.42.1.0/24 proto 118
+    ip route replace table 5130 throw 10.42.2.0/24 proto 118
+    ip route replace table 5130 throw 10.42.3.0/24 proto 118
     ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
@@ -77,9 +80,6 @@ fn a_follower_sends_everything_to_its_leader_by_flannel() {
     ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
     ip route replace table 5130 10.42.0.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.42.0.0/24 metric 4278198272 proto 118
-    ip route replace table 5130 throw 10.42.1.0/24 proto 118
-    ip route replace table 5130 throw 10.42.2.0/24 proto 118
-    ip route replace table 5130 throw 10.42.3.0/24 proto 118
     ip route replace table 5131 203.0.113.10 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420 proto 118
     ip route replace table 5131 unreachable 203.0.113.10 metric 4278198272 proto 118
     ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
@@ -170,22 +170,22 @@ fn behind_one_to_one_nat_the_private_address_is_for_everybody() {
     master.private_ip = Some(net("172.16.0.10/24"));
 
     insta::assert_snapshot!(routes(&mesh, "node-agent-01"), @"
-    ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.1.0 mtu 1420
-    ip route replace table 5130 10.42.0.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
+    ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.1.0 mtu 1420
+    ip route replace table 5130 10.42.0.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 172.16.0.10 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5132 192.168.50.12 via 10.42.2.0 dev flannel.1 onlink
     ip route replace table 5132 192.168.50.13 via 10.42.3.0 dev flannel.1 onlink
     ");
     insta::assert_snapshot!(routes(&mesh, "node-agent-02"), @"
-    ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
-    ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
-    ip route replace table 5130 10.42.0.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 throw 10.42.3.0/24
+    ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 10.42.0.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 172.16.0.10 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ");
 }
@@ -349,12 +349,12 @@ fn before_it_has_a_key_a_node_refuses_what_is_meant_for_other_regions() {
     sysctl -w net/ipv4/conf/kilo0/rp_filter=2
     wg set kilo0 listen-port 51820
     nft -f -
-    ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
-    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
-    ip route replace table 5130 unreachable 10.42.0.0/24 metric 4278198272 proto 118
     ip route replace table 5130 throw 10.42.1.0/24 proto 118
     ip route replace table 5130 throw 10.42.2.0/24 proto 118
     ip route replace table 5130 throw 10.42.3.0/24 proto 118
+    ip route replace table 5130 unreachable 10.4.0.1 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/16 metric 4278198272 proto 118
+    ip route replace table 5130 unreachable 10.42.0.0/24 metric 4278198272 proto 118
     ip route replace table 5131 unreachable 203.0.113.10 metric 4278198272 proto 118
     ip rule add pref 5191 from 10.42.0.0/16 lookup 5131 proto 118
     ip rule add pref 5192 not from all fwmark 0x51e00000 lookup 5130 proto 118

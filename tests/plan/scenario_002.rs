@@ -40,10 +40,10 @@ fn full_mesh() {
     node:b2 led by b2: 10.42.4.0/24, 172.31.0.2/32, 10.4.0.4/32
     ");
     insta::assert_snapshot!(routes(&mesh, "a1"), @"
+    ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.4.0.3 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.4.0.4 dev kilo0 src 10.42.1.0 mtu 1420
-    ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 10.42.2.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.42.3.0/24 via 10.4.0.3 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.4 dev kilo0 onlink src 10.42.1.0 mtu 1420
@@ -70,23 +70,23 @@ fn mixed_by_location_annotations() {
     location:gcp led by a1: 10.42.1.0/24, 10.138.0.1/32, 10.42.2.0/24, 10.138.0.2/32, 10.4.0.3/32
     ");
     insta::assert_snapshot!(routes(&mesh, "a2"), @"
+    ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 10.4.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.3 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
-    ip route replace table 5130 throw 10.42.1.0/24
-    ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 10.42.3.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 172.31.0.1 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 172.31.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ");
     insta::assert_snapshot!(routes(&mesh, "b2"), @"
+    ip route replace table 5130 throw 10.42.4.0/24
     ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.4.0 mtu 1420
     ip route replace table 5130 10.4.0.3 dev kilo0 src 10.42.4.0 mtu 1420
     ip route replace table 5130 10.42.1.0/24 via 10.4.0.3 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ip route replace table 5130 10.42.2.0/24 via 10.4.0.3 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ip route replace table 5130 10.42.3.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.4.0 mtu 1420
-    ip route replace table 5130 throw 10.42.4.0/24
     ip route replace table 5130 10.138.0.1 via 10.4.0.3 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ip route replace table 5130 10.138.0.2 via 10.4.0.3 dev kilo0 onlink src 10.42.4.0 mtu 1420
     ip route replace table 5130 172.31.0.1 via 10.4.0.1 dev kilo0 onlink src 10.42.4.0 mtu 1420
@@ -104,11 +104,11 @@ fn cross_links_every_node_to_every_node_elsewhere() {
     node:b2 led by b2: 10.42.4.0/24, 172.31.0.2/32, 10.4.0.4/32
     ");
     insta::assert_snapshot!(routes(&mesh, "a1"), @"
+    ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 10.4.0.2 via 10.42.2.0 dev flannel.1 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.4.0.3 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.4.0.4 dev kilo0 src 10.42.1.0 mtu 1420
-    ip route replace table 5130 throw 10.42.1.0/24
-    ip route replace table 5130 throw 10.42.2.0/24
     ip route replace table 5130 10.42.3.0/24 via 10.4.0.3 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.4 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 172.31.0.1 via 10.4.0.3 dev kilo0 onlink src 10.42.1.0 mtu 1420
@@ -137,9 +137,9 @@ fn nodes_without_a_private_address_are_each_on_their_own() {
     node:a2 led by a2: 10.42.2.0/24, 203.0.113.2/32, 10.4.0.3/32
     ");
     insta::assert_snapshot!(routes(&mesh, "a1"), @"
+    ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.4.0.3 dev kilo0 src 10.42.1.0 mtu 1420
-    ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 10.42.2.0/24 via 10.4.0.3 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.42.3.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.42.4.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.1.0 mtu 1420

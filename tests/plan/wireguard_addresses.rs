@@ -113,8 +113,8 @@ fn without_one_a_leader_still_works() {
     assert!(topology.segments[2].wireguard_ips.is_empty());
     insta::assert_snapshot!(topology.excluded[0], @"node c: left out WireGuard address 10.4.0.0: no address is left in --subnet; choose a larger one");
     insta::assert_snapshot!(routes(&mesh, "a"), @"
-    ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 throw 10.42.1.0/24
+    ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.42.2.0/24 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
     ip route replace table 5130 10.42.3.0/24 dev kilo0 src 10.42.1.0 mtu 1420
     ip route replace table 5131 192.168.2.1 via 10.4.0.2 dev kilo0 onlink src 10.42.1.0 mtu 1420
