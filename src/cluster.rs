@@ -15,6 +15,7 @@ pub mod node;
 mod object;
 mod pace;
 pub mod peer;
+pub mod policies;
 mod publish;
 mod rejected;
 mod servers;
@@ -74,6 +75,8 @@ pub struct Contact {
     pub origin: Option<Origin>,
     /// Why there is none, or none yet.
     pub trouble: Option<String>,
+    /// Which admission policies are not in force, in sentences, as far as this agent has looked.
+    pub missing_policies: Vec<String>,
 }
 
 /// The agent's dealings with the API. They end when this is dropped.
@@ -136,6 +139,13 @@ impl Cluster {
 
         let mark = access.mark();
         let mut tasks = JoinSet::new();
+        tasks.spawn(policies::run(
+            own.clone(),
+            connection.clone(),
+            seen.clone(),
+            contacts.clone(),
+            patience.policies,
+        ));
         tasks.spawn(connect(access, connections, contacts, complaint));
         tasks.spawn(
             ListWatch::new(known(nodes, true), patience.clone(), node_events)
@@ -165,6 +175,7 @@ impl Cluster {
             addresses,
             knows_servers,
             reports: to_report,
+            contact: contact.clone(),
         };
         tasks.spawn(keeper.run(of_nodes, of_peers));
 
@@ -240,9 +251,9 @@ async fn connect(
                     tracing::info!(server = %origin, "connected to the API");
                 }
                 last = Some(origin.clone());
-                contacts.send_replace(Contact {
-                    origin: Some(origin.clone()),
-                    trouble: None,
+                contacts.send_modify(|contact| {
+                    contact.origin = Some(origin.clone());
+                    contact.trouble = None;
                 });
                 if connections.send(Some(connection)).is_err() {
                     return;
@@ -273,9 +284,9 @@ async fn connect(
                 if news {
                     tracing::warn!("{trouble}");
                 }
-                contacts.send_replace(Contact {
-                    origin: None,
-                    trouble: Some(trouble),
+                contacts.send_modify(|contact| {
+                    contact.origin = None;
+                    contact.trouble = Some(trouble);
                 });
                 tokio::time::sleep(pause).await;
             }
@@ -295,6 +306,7 @@ struct Keeper {
     addresses: watch::Receiver<Servers>,
     knows_servers: bool,
     reports: watch::Receiver<BTreeSet<Report>>,
+    contact: watch::Receiver<Contact>,
 }
 
 impl Keeper {
@@ -345,6 +357,10 @@ impl Keeper {
                     Ok(()) => true,
                     Err(_) => return,
                 },
+                contact = self.contact.changed() => match contact {
+                    Ok(()) => true,
+                    Err(_) => return,
+                },
                 () = sleep_until(show_at) => {
                     changed = None;
                     self.show();
@@ -382,6 +398,8 @@ impl Keeper {
 
         let mut reports: BTreeSet<_> = view.rejected.iter().map(Report::from).collect();
         reports.extend(self.reports.borrow_and_update().iter().cloned());
+        let missing = &self.contact.borrow_and_update().missing_policies;
+        reports.extend(policies::report(&self.own, missing));
         for report in self.herald.news(reports, Instant::now()) {
             tracing::warn!("{}", report.note);
             if events::speaks_for(&self.own, &report.object, &view.snapshot) {

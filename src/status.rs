@@ -135,6 +135,8 @@ pub struct Api {
     pub cached: bool,
     /// What went wrong last; `None` while all is well.
     pub error: Option<String>,
+    /// Which admission policies are not in force, in sentences. One agent of the cluster looks.
+    pub missing_policies: Vec<String>,
 }
 
 /// A segment of the topology.

@@ -118,6 +118,7 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
             server: inputs.contact.origin.as_ref().map(ToString::to_string),
             cached: !inputs.live,
             error: inputs.contact.trouble.clone(),
+            missing_policies: inputs.contact.missing_policies.clone(),
         },
         segments: topology
             .segments

@@ -36,7 +36,7 @@ pub struct Report {
     pub object: Object,
     /// What of it; reports of one field are rationed together.
     pub field: String,
-    /// In one word of Kubernetes' style, such as `SelvedgeInvalidAnnotation`.
+    /// In one word of Kubernetes' style that begins with `Selvedge`, such as `SelvedgeExcluded`.
     pub reason: &'static str,
     /// One sentence, fit for a log.
     pub note: String,
@@ -182,6 +182,8 @@ pub(super) async fn run(
 
 fn event(own: &NodeName, dispatch: &Dispatch, time: Timestamp, random: u64) -> serde_json::Value {
     let Dispatch { report, uid } = dispatch;
+    // The admission policy selvedge-events lets no other reason through.
+    debug_assert!(report.reason.starts_with("Selvedge"), "{}", report.reason);
     let (kind, api_version, name, uid) = match &report.object {
         // As the kubelet does: `kubectl describe node` looks for Events by the name.
         Object::Node(NodeName(name)) => ("Node", "v1", name, name),

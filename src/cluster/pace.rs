@@ -22,6 +22,9 @@ pub struct Patience {
     pub absent: Duration,
     /// Lists beyond the first few are this far apart.
     pub between_lists: Duration,
+    /// The one agent that looks for the admission policies begins this long after its start, past the
+    /// rush in which all agents of a cluster start, and looks again after ten times as long.
+    pub policies: Duration,
 }
 
 impl Default for Patience {
@@ -32,6 +35,7 @@ impl Default for Patience {
             second_look: Duration::from_secs(10),
             absent: Duration::from_secs(60),
             between_lists: Duration::from_secs(30),
+            policies: Duration::from_secs(60),
         }
     }
 }

@@ -1,7 +1,8 @@
-//! Which ways lead to an API server from here, and which of them answer.
+//! Which ways lead to an API server from here, which of them answer, and whether the admission policies
+//! of the mesh are in force there.
 
 use super::Finding;
-use crate::cluster::{Access, Origin, Sources};
+use crate::cluster::{Access, Origin, Sources, policies};
 use crate::config::Config;
 
 /// Asks at all ways that the agent would try.
@@ -12,14 +13,20 @@ pub(super) fn findings(config: &Config) -> anyhow::Result<Vec<Finding>> {
         .build()?;
     let tried = runtime.block_on(async {
         match Access::new(sources).await {
-            Ok(access) => Ok(access.try_all().await),
+            Ok(access) => Ok((access.try_all().await, access.missing_policies().await)),
             Err(refusal) => Err(refusal),
         }
     });
     // Looking names up may go on in a thread; nobody waits for it.
     runtime.shutdown_background();
     Ok(match tried {
-        Ok(tried) => of_ways(&tried),
+        Ok((tried, missing)) => {
+            let mut findings = of_ways(&tried);
+            if tried.iter().any(|(_, outcome)| outcome.is_ok()) {
+                findings.extend(of_policies(&missing));
+            }
+            findings
+        }
         // A person on the node does not have the pod's account.
         Err(refusal) => vec![Finding::note(format!(
             "The API servers could not be tried: {refusal}."
@@ -57,6 +64,23 @@ fn of_ways(tried: &[(Origin, Result<(), String>)]) -> Vec<Finding> {
     findings
 }
 
+/// What follows from the policies that are missing.
+fn of_policies(missing: &Result<Vec<String>, String>) -> Option<Finding> {
+    match missing {
+        Ok(missing) if missing.is_empty() => None,
+        Ok(missing) => Some(Finding::problem(
+            format!(
+                "Tokens of nodes may change more of the mesh than they should: {}.",
+                missing.join(", ")
+            ),
+            policies::REMEDY,
+        )),
+        Err(reason) => Some(Finding::note(format!(
+            "Whether the admission policies are in force could not be seen: {reason}."
+        ))),
+    }
+}
+
 /// Whether somebody named it; what may listen on this host is only a guess.
 fn is_asked_for(origin: &Origin) -> bool {
     match origin {
@@ -72,6 +96,23 @@ mod tests {
     fn found(tried: &[(Origin, Result<(), String>)]) -> String {
         let lines = of_ways(tried);
         lines.iter().map(|line| format!("{line}\n")).collect()
+    }
+
+    #[test]
+    fn a_missing_policy_is_a_problem_and_one_that_cannot_be_seen_a_note() {
+        let found = |missing| of_policies(&missing).map(|finding| finding.to_string());
+        assert_eq!(found(Ok(vec![])), None);
+        let missing = Ok(vec![
+            "the admission policy selvedge-region is missing".to_owned(),
+        ]);
+        let text = found(missing).unwrap();
+        let told = "problem: Tokens of nodes may change more of the mesh than they should: the admission policy selvedge-region is missing.\n  to do: Apply the manifest again";
+        assert!(text.starts_with(told), "{text}");
+        let text = found(Err("403".to_owned())).unwrap();
+        assert_eq!(
+            text,
+            "note: Whether the admission policies are in force could not be seen: 403."
+        );
     }
 
     #[test]

@@ -184,6 +184,11 @@ impl Collector for Latest {
             "Whether the agent works from its cache",
             report.api.cached.into(),
         )?;
+        gauge(
+            "selvedge_missing_policies",
+            "Admission policies that are not in force, on the one node whose agent looks",
+            count(report.api.missing_policies.len()),
+        )?;
 
         let peers = |value: fn(&crate::status::Peer) -> u64| {
             report.peers.iter().map(move |peer| {

@@ -151,6 +151,7 @@ pub(crate) fn patience() -> Patience {
         second_look: Duration::from_secs(1),
         absent: Duration::from_secs(2),
         between_lists: Duration::from_secs(4),
+        policies: Duration::from_millis(500),
     }
 }
 

@@ -291,6 +291,63 @@ async fn an_idle_agent_writes_nothing_and_lists_nothing() {
     assert!(requests.is_empty(), "{requests:?}");
 }
 
+/// Asked for by the agents that look for the admission policies.
+fn looks(stand_in: &StandIn) -> usize {
+    let requests = stand_in.api.requests();
+    let policies = |r: &&Logged| r.path.contains("validatingadmissionpolic");
+    requests.iter().filter(policies).count()
+}
+
+#[tokio::test]
+async fn one_agent_says_once_that_the_admission_policies_are_missing() {
+    let stand_in = StandIn::start();
+    for name in ["a1", "a2"] {
+        let mark = json!({"selvedge.dev/agent": "0.1.0", "kilo.squat.ai/key": KEY});
+        stand_in.api.put(node(name, &mark)).unwrap();
+    }
+    let other = stand_in.agent("a2").await;
+    seconds(2.0).await;
+    assert_eq!(looks(&stand_in), 0, "a1 comes first by its name");
+
+    let agent = stand_in.agent("a1").await;
+    let contact = agent
+        .expect_contact("policies are missing", |contact| {
+            !contact.missing_policies.is_empty()
+        })
+        .await;
+    assert_eq!(
+        contact.missing_policies[0],
+        "the admission policy selvedge-annotations is missing"
+    );
+    let events = || {
+        let requests = stand_in.api.requests();
+        let posted = |r: &&Logged| r.method == "POST" && r.path.ends_with("/events");
+        requests.iter().filter(posted).count()
+    };
+    eventually("an Event", async || events() == 1).await;
+    // Another look has come by then.
+    seconds(7.0).await;
+    assert_eq!(looks(&stand_in), 12, "six policies, looked for twice");
+    assert_eq!(events(), 1);
+    let none: &[String] = &[];
+    assert_eq!(other.cluster.contact().borrow().missing_policies, none);
+}
+
+#[tokio::test]
+async fn an_agent_that_may_not_look_for_policies_says_nothing_of_them() {
+    let stand_in = StandIn::start();
+    let mark = json!({"selvedge.dev/agent": "0.1.0", "kilo.squat.ai/key": KEY});
+    stand_in.api.put(node("a1", &mark)).unwrap();
+    stand_in.api.fault(|faults| {
+        faults.forbid.insert("validatingadmission".to_owned());
+    });
+    let agent = stand_in.agent("a1").await;
+    eventually("a look", async || looks(&stand_in) > 0).await;
+    seconds(1.0).await;
+    let none: &[String] = &[];
+    assert_eq!(agent.cluster.contact().borrow().missing_policies, none);
+}
+
 #[tokio::test]
 async fn two_programs_that_write_the_same_annotation_do_not_flood_the_server() {
     let stand_in = StandIn::start();

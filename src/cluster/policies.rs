@@ -1,0 +1,238 @@
+//! Whether the admission policies of the manifests are in force.
+//!
+//! RBAC alone lets an agent patch every Node, so without the policies a stolen token owns the mesh.
+//! One agent of the cluster looks, the one that also speaks for Peers, soon after its start and then
+//! every ten minutes: twelve small requests. All other agents keep to their few requests at the start.
+//! `selvedge doctor` looks each time. What the policies say is not checked: an operator may change them.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kube::Client;
+use serde::Deserialize;
+use tokio::sync::watch;
+
+use super::access::{Access, Connection};
+use super::call::{self, Failure};
+use super::events::{self, Report};
+use super::{Contact, Object, View};
+use crate::topology::NodeName;
+
+/// The policies of `deploy/base/admission.yaml`. Their bindings have the same names.
+pub const NAMES: [&str; 6] = [
+    "selvedge-annotations",
+    "selvedge-events",
+    "selvedge-own-node",
+    "selvedge-peers",
+    "selvedge-pod-cidrs",
+    "selvedge-region",
+];
+
+/// What to do where one is missing.
+pub const REMEDY: &str = "Apply the manifest again (deploy/selvedge-k3s.yaml or deploy/selvedge-kubeadm.yaml); the policies need Kubernetes 1.30.";
+
+const GROUP: &str = "/apis/admissionregistration.k8s.io/v1";
+/// Between two looks, as a multiple of what precedes the first: an operator who deletes a policy by
+/// mistake hears of it within ten minutes.
+const AGAIN: u32 = 10;
+
+/// A policy that is not in force.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Gap {
+    /// The policy's name.
+    pub policy: &'static str,
+    /// What is wrong.
+    pub fault: Fault,
+}
+
+/// Why a policy is not in force.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Fault {
+    /// There is no such policy.
+    Missing,
+    /// No binding of its name puts it in force.
+    Unbound,
+    /// The binding only warns or writes audit records.
+    NotDenying,
+}
+
+impl fmt::Display for Gap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fault = match self.fault {
+            Fault::Missing => "is missing",
+            Fault::Unbound => "has no binding",
+            Fault::NotDenying => "has a binding that denies nothing",
+        };
+        write!(f, "the admission policy {} {fault}", self.policy)
+    }
+}
+
+/// The parts of a binding that are looked at.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Binding {
+    spec: BindingSpec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct BindingSpec {
+    policy_name: String,
+    validation_actions: Vec<String>,
+}
+
+/// Asks for all policies and their bindings.
+async fn look(client: &Client) -> Result<BTreeSet<Gap>, Failure> {
+    let mut gaps = BTreeSet::new();
+    for policy in NAMES {
+        let path = format!("{GROUP}/validatingadmissionpolicies/{policy}");
+        let fault = match call::call(client, call::get(&path)).await {
+            Ok(_) => fault_of_binding(client, policy).await?,
+            Err(Failure::Absent) => Some(Fault::Missing),
+            Err(failure) => return Err(failure),
+        };
+        gaps.extend(fault.map(|fault| Gap { policy, fault }));
+    }
+    Ok(gaps)
+}
+
+async fn fault_of_binding(client: &Client, policy: &str) -> Result<Option<Fault>, Failure> {
+    let path = format!("{GROUP}/validatingadmissionpolicybindings/{policy}");
+    match call::call(client, call::get(&path)).await {
+        Ok(answer) => {
+            let binding = serde_json::from_slice(&answer)
+                .map_err(|error| Failure::Unreadable(super::message(&error.to_string())))?;
+            Ok(judge(policy, &binding))
+        }
+        Err(Failure::Absent) => Ok(Some(Fault::Unbound)),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// What is wrong with a binding.
+fn judge(policy: &str, binding: &Binding) -> Option<Fault> {
+    let Binding { spec } = binding;
+    if spec.policy_name != policy {
+        Some(Fault::Unbound)
+    } else if spec
+        .validation_actions
+        .iter()
+        .all(|action| action != "Deny")
+    {
+        Some(Fault::NotDenying)
+    } else {
+        None
+    }
+}
+
+impl Access {
+    /// Which policies are not in force, in sentences without their full stop; for people who look.
+    ///
+    /// # Errors
+    ///
+    /// Why that is not known: a clause.
+    pub async fn missing_policies(&self) -> Result<Vec<String>, String> {
+        let connection = self.connect(0, None).await.map_err(|e| e.to_string())?;
+        let gaps = look(&connection.client).await.map_err(|e| e.to_string())?;
+        Ok(gaps.iter().map(ToString::to_string).collect())
+    }
+}
+
+/// The report for the log and for an Event on the Node of the agent that looked.
+pub(super) fn report(own: &NodeName, missing: &[String]) -> Option<Report> {
+    (!missing.is_empty()).then(|| Report {
+        object: Object::Node(own.clone()),
+        field: "admission policies".to_owned(),
+        reason: "SelvedgePolicyMissing",
+        note: format!(
+            "tokens of nodes may change more of the mesh than they should: {}. {REMEDY}",
+            missing.join(", ")
+        ),
+    })
+}
+
+/// Looks from time to time while this agent is the one that does, and shows what is missing.
+pub(super) async fn run(
+    own: NodeName,
+    connections: watch::Receiver<Option<Connection>>,
+    mut views: watch::Receiver<Option<Arc<View>>>,
+    contacts: watch::Sender<Contact>,
+    first: Duration,
+) {
+    let show = |missing: Vec<String>| {
+        contacts.send_if_modified(|contact| {
+            let changed = contact.missing_policies != missing;
+            contact.missing_policies = missing;
+            changed
+        });
+    };
+    let mut pause = first;
+    loop {
+        let looks =
+            |view: &Option<Arc<View>>| view.as_deref().is_some_and(|view| looks(&own, view));
+        if views.wait_for(looks).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(pause).await;
+        if !looks(&views.borrow()) {
+            show(Vec::new());
+            pause = first;
+            continue;
+        }
+        let Some(connection) = connections.borrow().clone() else {
+            continue;
+        };
+        pause = first * AGAIN;
+        match look(&connection.client).await {
+            Ok(gaps) => show(gaps.iter().map(ToString::to_string).collect()),
+            Err(Failure::Forbidden(reason)) => {
+                tracing::info!(%reason, "the agent may not look for the admission policies: check its ClusterRole");
+            }
+            Err(failure) => tracing::debug!(%failure, "looking for the admission policies failed"),
+        }
+    }
+}
+
+/// Whether this agent is the one that looks.
+fn looks(own: &NodeName, view: &View) -> bool {
+    view.live && events::speaks_for(own, &Object::Peer(String::new()), &view.snapshot)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn binding(policy: &str, actions: &[&str]) -> Binding {
+        let object =
+            serde_json::json!({"spec": {"policyName": policy, "validationActions": actions}});
+        serde_json::from_value(object).unwrap()
+    }
+
+    #[test]
+    fn a_binding_counts_only_when_it_denies_and_is_of_its_policy() {
+        let judge = |bound, actions: &[&str]| judge("selvedge-region", &binding(bound, actions));
+        assert_eq!(judge("selvedge-region", &["Deny", "Audit"]), None);
+        assert_eq!(
+            judge("selvedge-region", &["Warn", "Audit"]),
+            Some(Fault::NotDenying)
+        );
+        assert_eq!(judge("selvedge-peers", &["Deny"]), Some(Fault::Unbound));
+    }
+
+    #[test]
+    fn a_report_names_what_is_missing_and_what_to_do() {
+        let own = NodeName("a1".to_owned());
+        assert_eq!(report(&own, &[]), None);
+        let gap = Gap {
+            policy: "selvedge-region",
+            fault: Fault::Missing,
+        };
+        let note = report(&own, &[gap.to_string()]).unwrap().note;
+        assert_eq!(
+            note,
+            "tokens of nodes may change more of the mesh than they should: the admission policy selvedge-region is missing. Apply the manifest again (deploy/selvedge-k3s.yaml or deploy/selvedge-kubeadm.yaml); the policies need Kubernetes 1.30."
+        );
+    }
+}
