@@ -87,7 +87,7 @@ fn the_agent_gets_net_admin_and_nothing_else_of_the_host() {
 
 #[test]
 fn the_agents_rights_are_these() {
-    let role = object("k3s", "ClusterRole");
+    let role = named("k3s", "ClusterRole", "selvedge");
     assert_eq!(
         role["rules"],
         json!([
@@ -101,8 +101,69 @@ fn the_agents_rights_are_these() {
                 "verbs": ["list"],
             },
             {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]},
+            {"apiGroups": ["selvedge.dev"], "resources": ["nodeannotations"], "verbs": ["publish"]},
+            {
+                "apiGroups": ["admissionregistration.k8s.io"],
+                "resources": ["validatingadmissionpolicies", "validatingadmissionpolicybindings"],
+                "resourceNames": selvedge::cluster::policies::NAMES,
+                "verbs": ["get"],
+            },
         ])
     );
+    // What others can be given says nothing about any other resource.
+    for (name, verb) in [
+        ("selvedge-operator", "manage"),
+        ("selvedge-kilo", "publish-as-kilo"),
+    ] {
+        assert_eq!(
+            named("k3s", "ClusterRole", name)["rules"],
+            json!([{"apiGroups": ["selvedge.dev"], "resources": ["nodeannotations"], "verbs": [verb]}])
+        );
+    }
+}
+
+#[test]
+fn every_policy_is_bound_looked_for_and_names_no_namespace() {
+    for overlay in ["k3s", "kubeadm"] {
+        let names = |kind| {
+            let all = objects(overlay).filter(|object| object["kind"] == kind);
+            all.map(|object| object["metadata"]["name"].as_str().unwrap().to_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            names("ValidatingAdmissionPolicy"),
+            selvedge::cluster::policies::NAMES
+        );
+        assert_eq!(
+            names("ValidatingAdmissionPolicyBinding"),
+            selvedge::cluster::policies::NAMES
+        );
+        for policy in
+            objects(overlay).filter(|object| object["kind"] == "ValidatingAdmissionPolicy")
+        {
+            let spec = policy["spec"].to_string();
+            for word in ["kube-system", "kube-flannel", "serviceaccount:"] {
+                assert!(
+                    !spec.contains(word),
+                    "{word} in {}",
+                    policy["metadata"]["name"]
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_policy_lets_an_agent_publish_what_it_publishes() {
+    let policy = named("k3s", "ValidatingAdmissionPolicy", "selvedge-annotations");
+    let variables = policy["spec"]["variables"].as_array().unwrap();
+    let owned = variables
+        .iter()
+        .find(|variable| variable["name"] == "owned");
+    let owned = owned.unwrap()["expression"].as_str().unwrap();
+    for key in selvedge::cluster::annotation::PUBLISHED {
+        assert!(owned.contains(&format!("'{key}'")), "{key}");
+    }
 }
 
 #[test]
@@ -128,14 +189,26 @@ fn the_agents_arguments_are_valid_flags() {
 
 /// The one object of a kind in the file of an overlay.
 fn object(overlay: &str, kind: &str) -> Value {
+    let mut objects = objects(overlay).filter(|object| object["kind"] == kind);
+    let object = objects.next().unwrap();
+    assert!(objects.next().is_none(), "more than one {kind}");
+    object
+}
+
+/// The object of a kind and a name in the file of an overlay.
+fn named(overlay: &str, kind: &str, name: &str) -> Value {
+    objects(overlay)
+        .find(|object| object["kind"] == kind && object["metadata"]["name"] == name)
+        .unwrap()
+}
+
+fn objects(overlay: &str) -> impl Iterator<Item = Value> {
     use serde::Deserialize as _;
     let path =
         Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("deploy/selvedge-{overlay}.yaml"));
     let text = std::fs::read_to_string(path).unwrap();
-    let mut objects = serde_yaml_ng::Deserializer::from_str(&text)
+    serde_yaml_ng::Deserializer::from_str(&text)
         .map(|document| Value::deserialize(document).unwrap())
-        .filter(|object| object["kind"] == kind);
-    let object = objects.next().unwrap();
-    assert!(objects.next().is_none(), "more than one {kind}");
-    object
+        .collect::<Vec<_>>()
+        .into_iter()
 }

@@ -5,8 +5,9 @@
 
 #![expect(
     clippy::disallowed_methods,
+    clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "tests run kubectl, wait for what it started, and fail by panicking"
+    reason = "tests run kubectl, wait for what it started, print their tables, and fail by panicking"
 )]
 
 use std::net::Ipv4Addr;
@@ -20,6 +21,7 @@ use selvedge_lab::netns::require_root;
 use selvedge_lab::{Client, ControlPlane, Namespace, Node, Scratch, scratch, wait_for};
 use serde_json::{Value, json};
 
+mod attempts;
 mod files;
 mod guide;
 mod peers;
@@ -35,6 +37,8 @@ struct Cluster {
     plane: ControlPlane,
     node: Node,
     files: Scratch,
+    /// Where Selvedge is installed.
+    namespace: &'static str,
 }
 
 /// Names of Peers are unique per test, so that the tests do not meet.
@@ -55,16 +59,21 @@ impl Cluster {
         let cluster = Self::empty("manifests")?;
         cluster.leave_as_kilo_did()?;
         let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
-        let applied = cluster.kubectl(&["apply", "-f", manifest]);
+        cluster.install(&["apply", "-f", manifest])?;
+        Ok(cluster)
+    }
+
+    /// Applies the manifests, registers two nodes, and waits until the policies are in force.
+    fn install(&self, apply: &[&str]) -> anyhow::Result<()> {
+        let applied = self.kubectl(apply);
         assert!(
             applied.contains("daemonset.apps/selvedge created"),
             "{applied}"
         );
         for name in ["node-a", "node-b"] {
-            cluster.register(name)?;
+            self.register(name)?;
         }
-        cluster.wait_for_admission()?;
-        Ok(cluster)
+        self.wait_for_admission()
     }
 
     /// A control plane without anything.
@@ -76,7 +85,12 @@ impl Cluster {
         namespace.run(&format!("ip addr add {address}/32 dev lo"))?;
         let node = Node::new("node-a", address, namespace, files.path().join("node-a"))?;
         let plane = ControlPlane::start(&node, address, &files.path().join("plane"))?;
-        Ok(Self { plane, node, files })
+        Ok(Self {
+            plane,
+            node,
+            files,
+            namespace: "kube-system",
+        })
     }
 
     fn api(&self) -> &Client {
@@ -152,6 +166,13 @@ impl Cluster {
             }
             status == 422
         })?;
+        let kubelet = self.kubelet_of_node_b();
+        let leader = annotations(&json!({"kilo.squat.ai/leader": "probe"}));
+        wait_for("the policy on annotations", Duration::from_secs(30), || {
+            patch(&kubelet, "/api/v1/nodes/node-b", &leader).0 == 403
+        })?;
+        let withdrawn = annotations(&json!({"kilo.squat.ai/leader": null}));
+        self.api().merge("/api/v1/nodes/node-b", &withdrawn)?;
         Ok(())
     }
 
@@ -196,27 +217,37 @@ impl Cluster {
 
     /// A client with the token that the agent's pod on a node has.
     fn agent_of(&self, node: &str) -> Client {
-        let pods =
-            "/api/v1/namespaces/kube-system/pods?labelSelector=app.kubernetes.io/name=selvedge";
+        self.api().with_token(&self.agents_token(node))
+    }
+
+    fn agents_token(&self, node: &str) -> String {
+        let pods = format!(
+            "/api/v1/namespaces/{}/pods?labelSelector=app.kubernetes.io/name=selvedge",
+            self.namespace
+        );
         let mut found = None;
         wait_for("the agent's pod", Duration::from_secs(60), || {
-            let pods = self.api().get(pods).unwrap();
+            let pods = self.api().get(&pods).unwrap();
             let pods = pods["items"].as_array().cloned().unwrap_or_default();
             found = pods.into_iter().find(|pod| pod["spec"]["nodeName"] == node);
             found.is_some()
         })
         .unwrap();
-        let pod = found.unwrap();
-        let request = json!({
-            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
-            "spec": {"boundObjectRef": {
-                "apiVersion": "v1", "kind": "Pod",
-                "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}},
-        });
-        let account = "/api/v1/namespaces/kube-system/serviceaccounts/selvedge/token";
-        let answer = self.api().create(account, &request).unwrap();
+        self.bound_token(self.namespace, "selvedge", &found.unwrap())
+    }
+
+    /// A client with the token that a pod of a service account has.
+    fn bound(&self, namespace: &str, account: &str, pod: &Value) -> Client {
         self.api()
-            .with_token(answer["status"]["token"].as_str().unwrap())
+            .with_token(&self.bound_token(namespace, account, pod))
+    }
+
+    fn bound_token(&self, namespace: &str, account: &str, pod: &Value) -> String {
+        let object = json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]});
+        let token = self.plane.bound_token(namespace, account, &object);
+        token.unwrap()
     }
 }
 

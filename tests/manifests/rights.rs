@@ -36,9 +36,9 @@ fn an_agent_changes_its_own_annotations_on_its_own_node_and_nothing_else() {
         "kilo.squat.ai/granularity",
         "kilo.squat.ai/internal-ip",
         "kilo.squat.ai/key",
-        "kilo.squat.ai/last-seen",
         "kilo.squat.ai/wireguard-ip",
         "selvedge.dev/agent",
+        "selvedge.dev/candidates",
     ];
     for key in published {
         assert_eq!(
@@ -120,7 +120,8 @@ fn an_agent_changes_its_own_annotations_on_its_own_node_and_nothing_else() {
     for (what, path, change) in &refused {
         let (status, message) = patch(&agent, path, change);
         assert_eq!(status, 403, "{what}: {message}");
-        assert!(message.contains("selvedge-own-node"), "{what}: {message}");
+        let policy = "ValidatingAdmissionPolicy 'selvedge-";
+        assert!(message.contains(policy), "{what}: {message}");
     }
     // The pod CIDR cannot be changed by anybody: the API server itself says so.
     let (status, _) = patch(
@@ -161,7 +162,7 @@ fn a_kubelet_does_not_speak_for_the_operator() {
         for path in [node, status] {
             let (code, message) = patch(&kubelet, path, &change);
             assert_eq!(code, 403, "{key} of {path}: {message}");
-            assert!(message.contains("selvedge-operator"), "{key}: {message}");
+            assert!(message.contains("selvedge-annotations"), "{key}: {message}");
         }
     }
     // What the operator said stays, and all else is the kubelet's business.
@@ -207,10 +208,10 @@ fn an_agent_reports_events_and_conditions() {
     let event = json!({
         "apiVersion": "events.k8s.io/v1", "kind": "Event",
         "metadata": {"generateName": "selvedge-", "namespace": "default"},
-        "eventTime": "2026-01-01T00:00:00.000000Z", "type": "Warning", "reason": "Test",
-        "action": "Test", "note": "a test", "reportingController": "selvedge",
+        "eventTime": "2026-01-01T00:00:00.000000Z", "type": "Warning", "reason": "SelvedgeExcluded",
+        "action": "Ignore", "note": "a test", "reportingController": "selvedge",
         "reportingInstance": "node-b",
-        "regarding": {"kind": "Node", "name": "node-b", "uid": "node-b"},
+        "regarding": {"apiVersion": "v1", "kind": "Node", "name": "node-b", "uid": "node-b"},
     });
     agent
         .create("/apis/events.k8s.io/v1/namespaces/default/events", &event)
