@@ -14,8 +14,23 @@ const GUIDE: &str = include_str!("../../docs/migration.md");
 const PODS: &str = "/api/v1/namespaces/kube-system/pods";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Kilo's DaemonSet, as far as it matters where its pods go.
+/// Kilo's DaemonSet, as far as it matters where its pods go, and its rights on Nodes.
 const KILO: &str = "
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: kilo, namespace: kube-system}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: kilo}
+rules: [{apiGroups: [''], resources: [nodes], verbs: [list, patch, watch]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: kilo}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: kilo}
+subjects: [{kind: ServiceAccount, name: kilo, namespace: kube-system}]
+---
 apiVersion: apps/v1
 kind: DaemonSet
 metadata: {name: kilo, namespace: kube-system}
@@ -24,6 +39,7 @@ spec:
   template:
     metadata: {labels: {app.kubernetes.io/name: kilo}}
     spec:
+      serviceAccountName: kilo
       hostNetwork: true
       tolerations: [{operator: Exists}]
       containers:
@@ -143,10 +159,43 @@ fn node_by_node(cluster: &Cluster) {
 
     shell.run(label, "node-a");
     settled(cluster, [("node-a", "selvedge"), ("node-b", "kilo")]);
+    kilo_checks_in_under_the_policies(cluster);
     shell.run(label, "node-b");
     settled(cluster, [("node-a", "selvedge"), ("node-b", "selvedge")]);
     shell.run(finish, "");
     settled(cluster, [("node-a", "selvedge"), ("node-b", "selvedge")]);
+    let binding = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/selvedge-kilo";
+    assert!(
+        cluster.api().get(binding).is_err(),
+        "Kilo lost its permission"
+    );
+}
+
+/// The Kilo that is left writes its annotations, while another account with its rights on Nodes cannot.
+fn kilo_checks_in_under_the_policies(cluster: &Cluster) {
+    let pods = cluster
+        .api()
+        .get(&format!("{PODS}?labelSelector=app.kubernetes.io/name=kilo"));
+    let pods = pods.unwrap();
+    let mut pods = pods["items"].as_array().unwrap().iter();
+    let pod = pods
+        .find(|pod| pod["spec"]["nodeName"] == "node-b")
+        .unwrap();
+    let kilo = cluster.bound("kube-system", "kilo", pod);
+    cluster.wait_for_admission().unwrap();
+    let check_in = annotations(&json!({"kilo.squat.ai/last-seen": "1", "kilo.squat.ai/key": KEY}));
+    assert_eq!(
+        patch(&kilo, "/api/v1/nodes/node-b", &check_in),
+        (200, String::new())
+    );
+    let kubelet = cluster.kubelet_of_node_b();
+    assert_eq!(
+        patch(&kubelet, "/api/v1/nodes/node-b", &check_in).0,
+        200,
+        "no change"
+    );
+    let other = annotations(&json!({"kilo.squat.ai/last-seen": "2"}));
+    assert_eq!(patch(&kubelet, "/api/v1/nodes/node-b", &other).0, 403);
 }
 
 /// Where an operator types: `kubectl` speaks to the cluster, and the files lie where the guide has them.
