@@ -236,7 +236,7 @@ fn a_node_speaks_for_itself_only_whatever_token_it_uses() {
 
     agents::agents(&mut table, &all);
     agents::marks(&mut table, &all);
-    ledger::ledgers(&mut table, &all);
+    ledger::ledgers(&mut table, &all, &cluster);
     others::kubelets(&mut table, &all);
     others::strangers(&mut table, &all);
     others::kilo(&mut table, &all, &cluster);

@@ -3,7 +3,7 @@
 use super::*;
 
 /// A claim made older than it is.
-pub(super) fn ledgers(table: &mut Table, all: &Parties) {
+pub(super) fn ledgers(table: &mut Table, all: &Parties, cluster: &Cluster) {
     parties!(all; admin = "cluster-admin", agent_a = "agent of node-a", flannel = "flannel",
         kubelet = "kubelet of node-b");
     let since = |text: String| annotate(NODE_A, json!({"selvedge.dev/since": text}));
@@ -29,10 +29,10 @@ pub(super) fn ledgers(table: &mut Table, all: &Parties) {
         &added(lead(-86_400)),
     );
     table.refused(
-        "a claim dated back by eleven minutes",
+        "a claim dated back by two minutes",
         agent_a,
         "annotations",
-        &added(lead(-660)),
+        &added(lead(-120)),
     );
     table.refused(
         "a claim dated ahead by an hour",
@@ -141,4 +141,33 @@ pub(super) fn ledgers(table: &mut Table, all: &Parties) {
     );
     let other = change(NODE_B, annotations(&json!({"node.example/a": "x"})));
     table.allowed("another write to it", kubelet, &other);
+    untracked(table, cluster);
+}
+
+/// A Node for which the API server keeps no managedFields, as of those from before Kubernetes 1.18.
+fn untracked(table: &mut Table, cluster: &Cluster) {
+    let api = cluster.api();
+    let bare = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-c"}});
+    let node = api.create("/api/v1/nodes", &bare).unwrap();
+    assert!(node["metadata"]["managedFields"].is_null(), "{node}");
+    let object = json!({"apiVersion": "v1", "kind": "Node", "name": "node-c", "uid": node["metadata"]["uid"]});
+    let token = cluster.plane.bound_token(NAMESPACE, "selvedge", &object);
+    let agent = Party {
+        name: "agent of node-c",
+        client: &api.with_token(&token.unwrap()),
+    };
+    let path = "/api/v1/nodes/node-c";
+    let lead = |offset| {
+        let text = format!("lead:location:nd={}", time(offset));
+        annotate(path, json!({"selvedge.dev/since": text}))
+    };
+    let what = "dated back to before a Node without managedFields";
+    table.refused(what, agent, "annotations", &lead(-86_400));
+    table.allowed("dated now", agent, &lead(1));
+    let heartbeat = json!({"status": {"conditions": [{"type": "Ready", "status": "True",
+        "reason": "KubeletReady", "lastHeartbeatTime": time(30)}]}});
+    api.merge(&format!("{path}/status"), &heartbeat).unwrap();
+    let what = "dated back to before its last heartbeat";
+    table.refused(what, agent, "annotations", &lead(0));
+    table.allowed("dated after it", agent, &lead(31));
 }
