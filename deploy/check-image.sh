@@ -40,5 +40,11 @@ PATH=/usr/bin:/usr/sbin exec "$targets/debug/selvedge-lab-confine" "$image" "$PW
 END
 chmod +x "$image.run"
 "$image.run" agent --help >/dev/null
+# The init container, on a host whose /etc and /var/lib are empty.
+told=$(unshare --mount sh -c "mount -t tmpfs none /etc && mount -t tmpfs none /var/lib &&
+  exec '$image.run' guard --install --unit=k3s.service --unit=k3s-agent.service")
+for path in /var/lib/selvedge/bin/selvedge /etc/systemd/system/k3s{,-agent}.service.d/50-selvedge-guard.conf; do
+  grep -qx "wrote $path" <<<"$told" || { echo "check-image: $path was not installed: $told" >&2; exit 1; }
+done
 SELVEDGE_BIN=$image.run "$targets/debug/examples/lab" "$@"
 echo "check-image: the lab works with agents inside the image"

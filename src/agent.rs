@@ -14,7 +14,7 @@ pub mod hearing;
 pub mod keyfile;
 pub mod machine;
 pub mod preflight;
-mod private;
+pub(crate) mod private;
 pub mod publication;
 pub mod readiness;
 pub mod reconcile;
@@ -50,6 +50,7 @@ use crate::cluster::{self, Access, Cluster, View};
 use crate::config::Config;
 use crate::diff::Change;
 use crate::flannel::{Files, Unready};
+use crate::guard::{Guard, boots};
 use crate::kernel::Monitor;
 use crate::kernel::heal::Repair;
 use crate::plan::Caveat;
@@ -85,6 +86,9 @@ pub fn run(config: Config) -> anyhow::Result<ExitCode> {
         Origin::Existing => {}
         Origin::Kilo => tracing::info!("took over Kilo's key {}", keyfile::KILO_KEY),
         Origin::Generated => tracing::info!(public_key = %key.public_key(), "made a new key"),
+    }
+    if boots::look(&config.state_dir) == boots::Verdict::DidNotRun {
+        tracing::warn!("{}", boots::DID_NOT_RUN);
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -208,6 +212,9 @@ impl Agent {
         // A full queue means that the names are about to be looked at anyway.
         let _ = self.names.try_send(self.decision.names.clone());
 
+        if let Some(desired) = &self.decision.desired {
+            self.writer.keep_guard(Guard::of(desired));
+        }
         let mut pass = match &self.decision.desired {
             Some(desired) => reconcile::pass(&mut self.machine, desired),
             None => reconcile::Pass::default(),
@@ -494,6 +501,7 @@ impl Agent {
         }
         // Or what is withdrawn would be published again.
         self.cluster.end();
+        self.writer.keep_guard(Guard::default());
         let (made, mut failures) = cleanup::remove_all(&mut self.machine, &self.config);
         log_changes(&made);
         if let Err(error) = cleanup::withdraw(&self.access, &self.config).await {

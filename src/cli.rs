@@ -49,6 +49,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         "connect" => crate::connect::run(&arguments(matches)?),
         "graph" => crate::graph::run(&arguments(matches)?),
         "showconf" => crate::showconf::run(&arguments(matches)?),
+        "guard" => crate::guard::run(&arguments(matches)?),
         "tunnel" => crate::tunnel::run(&arguments(matches)?),
         other => unreachable!("clap knows no command {other}"),
     }
@@ -111,6 +112,10 @@ fn command() -> Command {
         .subcommand(subcommand::<crate::showconf::Args>(
             "showconf",
             "Show the WireGuard configuration of a node or peer",
+        ))
+        .subcommand(subcommand::<crate::guard::Args>(
+            "guard",
+            "Refuse what is meant for other regions until the agent runs",
         ))
         .subcommand(subcommand::<crate::tunnel::Args>(
             "tunnel",

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use crate::config::{Config, Flags};
 use crate::flannel::Files;
+use crate::guard::boots;
 use crate::refusal::Refusal;
 use crate::status::{self, Report, Role};
 
@@ -91,6 +92,7 @@ pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
     let mut findings = host::findings(&config, report.as_ref().ok());
     findings.extend(flannel(&config));
     findings.extend(kilo::findings(&config));
+    findings.extend(boot_guard(boots::look(&config.state_dir)));
     let mut port = config.port;
     match report {
         Ok(report) => {
@@ -154,6 +156,20 @@ fn flannel(config: &Config) -> Vec<Finding> {
             "Look into flannel's log (of k3s, where that runs it), or name the file with --subnet-file.",
         )],
         Ok(_) => Vec::new(),
+    }
+}
+
+/// Whether the guard was there at this boot before flannel.
+fn boot_guard(verdict: boots::Verdict) -> Option<Finding> {
+    match verdict {
+        boots::Verdict::NotInstalled => Some(Finding::note(
+            "No boot guard is installed on this host: after a reboot traffic for other regions can leave in clear until the agent's first pass. Run selvedge guard --install on the host, or use the manifests of this version.",
+        )),
+        boots::Verdict::DidNotRun => Some(Finding::warning(
+            "The boot guard is installed and did not run at this boot: until the agent's first pass traffic for other regions could leave in clear.",
+            "See systemctl status of the unit that starts the kubelet (k3s, k3s-agent or kubelet). Under SELinux, systemd must be allowed to run /var/lib/selvedge/bin/selvedge.",
+        )),
+        boots::Verdict::NotBootedSince | boots::Verdict::Ran => None,
     }
 }
 

@@ -13,6 +13,7 @@
     reason = "netlink's messages and attributes are many and get more; each function wants a few"
 )]
 
+mod guard;
 pub mod heal;
 mod host;
 mod link;
@@ -38,6 +39,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
 
+pub use self::guard::guard;
 use self::heal::{FlannelState, Repair};
 pub use self::host::{LocalAddress, Path, Uplink};
 pub use self::monitor::{Event, Monitor, read_news};

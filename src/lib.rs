@@ -14,6 +14,7 @@ pub mod diff;
 pub mod doctor;
 pub mod flannel;
 pub mod graph;
+pub mod guard;
 pub mod kernel;
 pub mod plan;
 pub mod refusal;

@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use crate::config::{Encapsulation, OnTunnelDown};
 use crate::flannel::Flannel;
@@ -40,7 +41,7 @@ pub const RULES: u32 = 3;
 /// | `Mesh` | every packet | remote pod CIDRs, node addresses, WireGuard addresses |
 /// | `Pods` | source in the cluster network | remote node addresses that the host itself must reach directly: tunnel endpoints, the API server |
 /// | `Members` | arriving from the tunnel | node addresses of the own region behind flannel's device |
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Table {
     /// 5130
     Mesh,
@@ -65,7 +66,7 @@ impl Table {
 }
 
 /// The kernel's key of a route (dst, table, metric; tos is always 0).
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct RouteKey {
     /// The table.
     pub table: Table,
@@ -105,7 +106,9 @@ pub struct NextHop {
 }
 
 /// A routing policy rule, of one address family.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+///
+/// Rules stand in the guard's file, too: a change here needs another [`crate::guard::FORMAT`].
+#[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Rule {
     /// The priority (`pref`).
     pub priority: u32,

@@ -50,6 +50,8 @@ pub struct Findings {
     pub magic: usize,
     /// VXLAN packets.
     pub vxlan: usize,
+    /// When the last packet with the magic bytes was heard, since the Unix epoch.
+    pub last_magic: Option<Duration>,
 }
 
 impl Capture {
@@ -160,7 +162,14 @@ impl Findings {
             let Some(record) = file.get(at + 16..at + 16 + length) else {
                 break;
             };
+            let magic = findings.magic;
             findings.look_at(record, pods);
+            if findings.magic > magic {
+                // Nanoseconds where the file says so, else microseconds.
+                let fraction = word(at + 4)?;
+                let unit = if word(0)? == 0xa1b2_3c4d { 1 } else { 1000 };
+                findings.last_magic = Some(Duration::new(word(at)?.into(), fraction * unit));
+            }
             at += 16 + length;
         }
         Ok(findings)

@@ -27,6 +27,7 @@ mod agents;
 mod bringup;
 mod dump;
 mod places;
+mod reboot;
 
 pub use agents::{Access, Mesh, SCENARIO_FLAGS};
 pub use bringup::{register_node, status};

@@ -229,10 +229,7 @@ pub fn require_root() -> anyhow::Result<()> {
 /// # Panics
 ///
 /// When `work` panics, with its message.
-pub(crate) fn within_path<T: Send>(
-    path: &Path,
-    work: impl FnOnce() -> T + Send,
-) -> anyhow::Result<T> {
+pub fn within_path<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
     let inside = || {
         enter_path(path)?;
         Ok(work())

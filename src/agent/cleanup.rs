@@ -2,8 +2,6 @@
 //!
 //! The private key stays: it is who the node is, and comes back with the agent.
 
-use std::fs;
-use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,11 +11,13 @@ use anyhow::anyhow;
 use super::control::NodeLock;
 use super::machine::Machine;
 use super::preflight;
+use super::private;
 use super::reconcile::{self, Pass};
 use super::state;
 use crate::cluster::{self, Access, Sources};
 use crate::config::Config;
 use crate::diff::Change;
+use crate::guard::install;
 use crate::kernel::Kernel;
 use crate::plan::{Link, State};
 use crate::telemetry;
@@ -44,13 +44,17 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
         .collect::<Vec<_>>();
     let uapi = Path::new(uapi::DIRECTORY).join(format!("{}.sock", config.interface));
     for socket in [uapi.as_path(), &config.control_socket] {
-        if let Err(error) = remove(socket) {
+        if let Err(error) = private::remove(socket) {
             failures.push(format!("removing {}: {error}", socket.display()));
         }
     }
     if let Err(error) = state::forget(&config.state_dir) {
         failures.push(format!("removing the cached state: {error}"));
     }
+    failures.extend(install::uninstall(
+        &config.state_dir,
+        Path::new(install::SYSTEMD),
+    ));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -100,11 +104,4 @@ pub(super) async fn withdraw(access: &Access, config: &Config) -> anyhow::Result
     tokio::time::timeout(PATIENCE, cluster::withdraw(access, &config.node))
         .await
         .map_err(|_| anyhow!("no API server answers within {} s", PATIENCE.as_secs()))?
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        Ok(()) | Err(_) => Ok(()),
-    }
 }

@@ -4,7 +4,7 @@ use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
-use std::os::unix::net::{SocketAddr, UnixListener as StdListener};
+use std::os::unix::net::{SocketAddr, UnixListener as StdListener, UnixStream as StdStream};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -43,6 +43,14 @@ impl NodeLock {
                 })
             })
     }
+}
+
+/// Whether an agent holds the lock of this network namespace for the link `interface`.
+pub(crate) fn agent_runs(interface: &str) -> bool {
+    // A connection tells without taking the lock, which an agent that starts now would miss.
+    SocketAddr::from_abstract_name(format!("selvedge.{interface}"))
+        .and_then(|address| StdStream::connect_addr(&address))
+        .is_ok()
 }
 
 /// Binds the control socket, for root alone.
@@ -96,7 +104,9 @@ mod tests {
                 .starts_with("another agent runs on this node"),
             "{error}"
         );
+        assert!(agent_runs(&name));
         drop(held);
+        assert!(!agent_runs(&name));
         assert!(NodeLock::take(&name).is_ok());
     }
 

@@ -2,14 +2,17 @@
 //! whole.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
+
+use anyhow::{bail, ensure};
+use zeroize::Zeroizing;
 
 /// Opens a file for reading; none where there is no such file. A symbolic link fails with `ELOOP`.
 ///
 /// Whose the file is, and what it is, its metadata tells: a pipe opens at once.
-pub(super) fn open(path: &Path) -> io::Result<Option<File>> {
+pub(crate) fn open(path: &Path) -> io::Result<Option<File>> {
     let opened = OpenOptions::new()
         .read(true)
         // Not through a link that someone put there, and not for ever from a pipe.
@@ -22,8 +25,36 @@ pub(super) fn open(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
+/// Reads a file that nobody else could have written, of `max` bytes at most; none where there is no such
+/// file.
+pub(crate) fn read(path: &Path, max: u64) -> anyhow::Result<Option<Zeroizing<String>>> {
+    let Some(file) = open(path)? else {
+        return Ok(None);
+    };
+    let metadata = file.metadata()?;
+    ensure!(metadata.is_file(), "it is not a file");
+    ensure!(
+        metadata.uid() == nix::unistd::geteuid().as_raw() && metadata.mode() & 0o077 == 0,
+        "others may read or write it"
+    );
+    if metadata.len() > max {
+        bail!("it is too large");
+    }
+    let mut text = Zeroizing::new(String::new());
+    file.take(max).read_to_string(&mut text)?;
+    Ok(Some(text))
+}
+
+/// Removes a file. It is no error if there is none.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// Replaces a file as a whole: what is there is the old or the new, whenever the power fails.
-pub(super) fn replace(dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
+pub(crate) fn replace(dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
     let new = dir.join(format!(".{name}.new"));
     let written = (|| {
         let mut file = OpenOptions::new()

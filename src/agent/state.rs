@@ -7,17 +7,15 @@
 //! during an outage; so it is the agent's alone (0600), like the private key beside it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io::{self, Read as _};
+use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -26,6 +24,7 @@ use zeroize::Zeroizing;
 
 use super::private;
 use crate::cluster::{Servers, View};
+use crate::guard::{self, Guard};
 use crate::topology::{Endpoint, ExternalPeer, Node, NodeName, Snapshot};
 use crate::wireguard::key::PublicKey;
 use crate::wireguard::{Persist, Timestamp};
@@ -78,13 +77,46 @@ impl Saved {
     }
 }
 
+/// How a file of the state directory begins: with what tells whether the rest may be believed.
 #[derive(Deserialize, Serialize)]
-struct Envelope<'a> {
+pub(crate) struct Envelope<'a> {
     format: u32,
     /// SHA-256 of the text of `state`, in hexadecimal.
     sha256: String,
     #[serde(borrow)]
     state: &'a RawValue,
+}
+
+impl<'a> Envelope<'a> {
+    /// Puts `state` into an envelope of this `format`.
+    pub(crate) fn new(format: u32, state: &'a RawValue) -> Self {
+        Self {
+            format,
+            sha256: checksum(state),
+            state,
+        }
+    }
+
+    /// Takes the state out of the text of an envelope of this `format`.
+    ///
+    /// # Errors
+    ///
+    /// When the text is damaged or of another format. No error repeats any of it, because there may be
+    /// preshared keys in it.
+    pub(crate) fn open(text: &'a str, format: u32) -> anyhow::Result<&'a RawValue> {
+        // Errors of serde quote the text.
+        let envelope: Self = serde_json::from_str(text).ok().context("it is damaged")?;
+        ensure!(
+            envelope.format == format,
+            "it has format {}, and this version reads format {format}",
+            envelope.format
+        );
+        ensure!(
+            envelope.sha256 == checksum(envelope.state),
+            "its checksum is wrong"
+        );
+        Ok(envelope.state)
+    }
 }
 
 #[derive(Deserialize, Serialize)]
@@ -159,7 +191,8 @@ impl TryFrom<Peer> for ExternalPeer {
 /// Reads what was remembered below `state_dir`; none where there is nothing of use.
 pub fn load(state_dir: &Path) -> Option<Saved> {
     let path = state_dir.join(STATE);
-    let read = read(&path).and_then(|text| text.map(|text| decode(&text)).transpose());
+    let read =
+        private::read(&path, MAX_SIZE).and_then(|text| text.map(|text| decode(&text)).transpose());
     match read {
         Ok(saved) => saved,
         Err(error) => {
@@ -176,10 +209,7 @@ pub fn load(state_dir: &Path) -> Option<Saved> {
 ///
 /// When the file is there and cannot be removed.
 pub fn forget(state_dir: &Path) -> io::Result<()> {
-    match fs::remove_file(state_dir.join(STATE)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        Ok(()) | Err(_) => Ok(()),
-    }
+    private::remove(&state_dir.join(STATE))
 }
 
 /// Reads how far timestamps had come; zero where that is not known.
@@ -192,7 +222,7 @@ pub fn load_timestamp(state_dir: &Path) -> Timestamp {
             .context("it is not a count of seconds")?;
         Ok(Timestamp::from_unix(Duration::from_secs(seconds)))
     };
-    match read(&path).and_then(|text| text.map(parse).transpose()) {
+    match private::read(&path, MAX_SIZE).and_then(|text| text.map(parse).transpose()) {
         Ok(timestamp) => timestamp.unwrap_or_default(),
         Err(error) => {
             tracing::warn!("ignoring {}: {error:#}", path.display());
@@ -233,6 +263,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Next {
     saved: Option<Saved>,
+    guard: Option<Guard>,
     end: bool,
 }
 
@@ -263,6 +294,12 @@ impl Writer {
         self.shared.wake.notify_one();
     }
 
+    /// Has `guard` be written for the next boot; returns at once. An empty one removes the file.
+    pub fn keep_guard(&self, guard: Guard) {
+        self.shared.next().guard = Some(guard);
+        self.shared.wake.notify_one();
+    }
+
     /// How often writing has failed.
     pub fn failures(&self) -> u64 {
         self.shared.failures.load(Ordering::Relaxed)
@@ -286,42 +323,27 @@ impl Shared {
     }
 
     fn run(&self, state_dir: &Path) {
-        let mut written = None;
-        let mut failing = false;
+        let mut state = Kept::new(
+            state_dir.join(STATE),
+            "without it a restart needs an API server",
+        );
+        let mut guarded = Kept::new(
+            state_dir.join(guard::FILE),
+            "until it is, the guard of the next boot is that of an earlier state",
+        );
         loop {
-            let (saved, end) = {
-                let idle = |next: &mut Next| next.saved.is_none() && !next.end;
+            let (saved, guard, end) = {
+                let idle =
+                    |next: &mut Next| next.saved.is_none() && next.guard.is_none() && !next.end;
                 let mut next = self
                     .wake
                     .wait_while(self.next(), idle)
                     .unwrap_or_else(PoisonError::into_inner);
-                (next.saved.take(), next.end)
+                (next.saved.take(), next.guard.take(), next.end)
             };
-            if let Some(saved) = saved.filter(|saved| written.as_ref() != Some(saved)) {
-                let path = state_dir.join(STATE);
-                match encode(&saved)
-                    .and_then(|text| Ok(private::replace(state_dir, STATE, text.as_bytes())?))
-                {
-                    Ok(()) => {
-                        if failing {
-                            tracing::info!("{} can be written again", path.display());
-                        }
-                        failing = false;
-                        written = Some(saved);
-                    }
-                    Err(error) => {
-                        self.failures.fetch_add(1, Ordering::Relaxed);
-                        if !failing {
-                            tracing::warn!(
-                                "cannot write the cached state {}: {error:#}; without it a restart needs an API server",
-                                path.display()
-                            );
-                        }
-                        failing = true;
-                        written = None;
-                    }
-                }
-            }
+            // The guard first: it is small, and what is missing in it leaves in clear after a reboot.
+            guarded.keep(guard, |guard| guard.save(state_dir), &self.failures);
+            state.keep(saved, |saved| save(state_dir, saved), &self.failures);
             if end {
                 return;
             }
@@ -335,6 +357,60 @@ impl Shared {
     }
 }
 
+/// A file that is written when its content is another one than before.
+struct Kept<T> {
+    path: PathBuf,
+    /// What it means that the file cannot be written: a clause for the log.
+    otherwise: &'static str,
+    written: Option<T>,
+    failing: bool,
+}
+
+impl<T: PartialEq> Kept<T> {
+    fn new(path: PathBuf, otherwise: &'static str) -> Self {
+        Self {
+            path,
+            otherwise,
+            written: None,
+            failing: false,
+        }
+    }
+
+    fn keep(
+        &mut self,
+        content: Option<T>,
+        write: impl FnOnce(&T) -> anyhow::Result<()>,
+        failures: &AtomicU64,
+    ) {
+        let Some(content) = content.filter(|content| self.written.as_ref() != Some(content)) else {
+            return;
+        };
+        let path = self.path.display();
+        match write(&content) {
+            Ok(()) => {
+                if self.failing {
+                    tracing::info!("{path} can be written again");
+                }
+                self.failing = false;
+                self.written = Some(content);
+            }
+            Err(error) => {
+                failures.fetch_add(1, Ordering::Relaxed);
+                if !self.failing {
+                    tracing::warn!("cannot write {path}: {error:#}; {}", self.otherwise);
+                }
+                self.failing = true;
+                self.written = None;
+            }
+        }
+    }
+}
+
+fn save(state_dir: &Path, saved: &Saved) -> anyhow::Result<()> {
+    let text = encode(saved)?;
+    Ok(private::replace(state_dir, STATE, text.as_bytes())?)
+}
+
 fn encode(saved: &Saved) -> anyhow::Result<Zeroizing<String>> {
     let Saved { snapshot, servers } = saved;
     let state = State {
@@ -344,11 +420,7 @@ fn encode(saved: &Saved) -> anyhow::Result<Zeroizing<String>> {
         servers: servers.clone(),
     };
     let state = RawValue::from_string(serde_json::to_string(&state)?)?;
-    let envelope = Envelope {
-        format: FORMAT,
-        sha256: checksum(&state),
-        state: &state,
-    };
+    let envelope = Envelope::new(FORMAT, &state);
     Ok(Zeroizing::new(serde_json::to_string(&envelope)?))
 }
 
@@ -358,18 +430,8 @@ fn encode(saved: &Saved) -> anyhow::Result<Zeroizing<String>> {
 /// When it is damaged, or of another version; no error repeats any of it, for there may be preshared
 /// keys in it.
 pub fn decode(text: &str) -> anyhow::Result<Saved> {
-    // Errors of serde quote the text, in which there may be preshared keys.
-    let envelope: Envelope<'_> = serde_json::from_str(text).ok().context("it is damaged")?;
-    ensure!(
-        envelope.format == FORMAT,
-        "it has format {}, and this version reads format {FORMAT}",
-        envelope.format
-    );
-    ensure!(
-        envelope.sha256 == checksum(envelope.state),
-        "its checksum is wrong"
-    );
-    let state: State = serde_json::from_str(envelope.state.get())
+    let state = Envelope::open(text, FORMAT)?;
+    let state: State = serde_json::from_str(state.get())
         .ok()
         .context("it is of another version")?;
     let mut peers = BTreeMap::new();
@@ -393,28 +455,10 @@ fn checksum(state: &RawValue) -> String {
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Reads a file that nobody else could have written; none where there is no such file.
-fn read(path: &Path) -> anyhow::Result<Option<Zeroizing<String>>> {
-    let Some(file) = private::open(path)? else {
-        return Ok(None);
-    };
-    let metadata = file.metadata()?;
-    ensure!(metadata.is_file(), "it is not a file");
-    ensure!(
-        metadata.uid() == nix::unistd::geteuid().as_raw() && metadata.mode() & 0o077 == 0,
-        "others may read or write it"
-    );
-    if metadata.len() > MAX_SIZE {
-        bail!("it is too large");
-    }
-    let mut text = Zeroizing::new(String::new());
-    file.take(MAX_SIZE).read_to_string(&mut text)?;
-    Ok(Some(text))
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 
     use super::*;
     use crate::cluster::{ParseSettings, node, peer};
@@ -473,7 +517,7 @@ mod tests {
         }
     }
 
-    fn save(dir: &Path, saved: Saved) -> u64 {
+    fn write(dir: &Path, saved: Saved) -> u64 {
         let writer = Writer::start(dir.to_owned()).unwrap();
         writer.save(saved);
         // The end of the thread is the end of writing.
@@ -486,7 +530,7 @@ mod tests {
     fn what_is_saved_is_loaded() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(load(dir.path()), None);
-        save(dir.path(), saved());
+        write(dir.path(), saved());
         assert_eq!(load(dir.path()), Some(saved()));
         let mode = fs::metadata(dir.path().join(STATE)).unwrap().mode();
         assert_eq!(mode & 0o777, 0o600);
@@ -530,7 +574,7 @@ mod tests {
     #[test]
     fn a_file_that_others_could_have_written_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
-        save(dir.path(), saved());
+        write(dir.path(), saved());
         let path = dir.path().join(STATE);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
         assert_eq!(load(dir.path()), None);
@@ -545,7 +589,7 @@ mod tests {
     #[test]
     fn what_is_forgotten_is_not_loaded() {
         let dir = tempfile::tempdir().unwrap();
-        save(dir.path(), saved());
+        write(dir.path(), saved());
         forget(dir.path()).unwrap();
         forget(dir.path()).unwrap();
         assert_eq!(load(dir.path()), None);
@@ -553,8 +597,8 @@ mod tests {
 
     #[test]
     fn a_directory_that_cannot_be_written_costs_a_warning() {
-        assert_eq!(save(Path::new("/proc/nonexistent"), saved()), 1);
-        assert_eq!(save(Path::new("/dev/full"), saved()), 1);
+        assert_eq!(write(Path::new("/proc/nonexistent"), saved()), 1);
+        assert_eq!(write(Path::new("/dev/full"), saved()), 1);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 mod firewall;
 mod fixture;
 mod flannel;
+mod guard;
 mod host;
 mod linux;
 mod state;

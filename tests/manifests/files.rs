@@ -31,7 +31,6 @@ fn the_agent_gets_net_admin_and_nothing_else_of_the_host() {
         assert_eq!(pod["priorityClassName"], "system-node-critical");
         assert_eq!(pod["hostNetwork"], true);
         assert_eq!(pod["hostPID"], Value::Null);
-        assert_eq!(pod["initContainers"], Value::Null);
         assert_eq!(
             pod["securityContext"]["seccompProfile"]["type"],
             "RuntimeDefault"
@@ -73,6 +72,7 @@ fn the_agent_gets_net_admin_and_nothing_else_of_the_host() {
         let mut expected = vec![
             "/dev/net/tun",
             "/var/lib/selvedge",
+            "/var/lib/selvedge/bin",
             "/run/selvedge",
             "/var/run/wireguard",
             "/run/flannel",
@@ -81,7 +81,79 @@ fn the_agent_gets_net_admin_and_nothing_else_of_the_host() {
         if overlay == "k3s" {
             expected.push("/var/lib/rancher/k3s/agent/etc/flannel");
         }
+        let units = drop_ins(overlay);
+        expected.extend(units.iter().map(String::as_str));
         assert_eq!(mounted, expected);
+    }
+}
+
+/// The directories in which the boot guard leaves drop-ins.
+fn drop_ins(overlay: &str) -> Vec<String> {
+    let units: &[&str] = match overlay {
+        "k3s" => &["k3s", "k3s-agent"],
+        _ => &["kubelet"],
+    };
+    let directory = |unit| format!("/etc/systemd/system/{unit}.service.d");
+    units.iter().map(directory).collect()
+}
+
+#[test]
+fn the_boot_guard_writes_its_program_and_drop_ins_and_has_no_capability() {
+    for overlay in ["k3s", "kubeadm"] {
+        let daemonset = object(overlay, "DaemonSet");
+        let pod = &daemonset["spec"]["template"]["spec"];
+        let [guard] = &pod["initContainers"].as_array().unwrap()[..] else {
+            panic!("not one init container: {}", pod["initContainers"]);
+        };
+        assert_eq!(
+            guard["securityContext"],
+            json!({
+                "privileged": false, "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
+                "runAsUser": 0, "runAsGroup": 0, "capabilities": {"drop": ["ALL"]},
+            })
+        );
+        assert_eq!(guard["image"], pod["containers"][0]["image"]);
+        let paths = |mounts: &Value| -> Vec<String> {
+            let mounts = mounts.as_array().unwrap().iter();
+            let paths = mounts.map(|mount| mount["mountPath"].as_str().unwrap().to_owned());
+            paths.collect()
+        };
+        let mut expected = vec!["/var/lib/selvedge/bin".to_owned()];
+        expected.extend(drop_ins(overlay));
+        assert_eq!(paths(&guard["volumeMounts"]), expected);
+
+        // What root of the host runs at boot is not the agent's to write.
+        let agent = &pod["containers"][0]["volumeMounts"];
+        let program = agent.as_array().unwrap().iter();
+        let mut program = program.filter(|mount| mount["mountPath"] == "/var/lib/selvedge/bin");
+        assert_eq!(program.next().unwrap()["readOnly"], true);
+        let systemd = paths(agent);
+        let systemd = systemd.iter().filter(|path| path.starts_with("/etc"));
+        assert_eq!(systemd.count(), 0);
+    }
+}
+
+#[test]
+fn the_boot_guards_command_is_valid() {
+    for overlay in ["k3s", "kubeadm"] {
+        let daemonset = object(overlay, "DaemonSet");
+        let command = daemonset["spec"]["template"]["spec"]["initContainers"][0]["command"].clone();
+        let command: Vec<String> = serde_json::from_value(command).unwrap();
+        assert_eq!(command[0], "/usr/bin/selvedge");
+        let host = tempfile::tempdir().unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_selvedge"))
+            .args(&command[1..])
+            .arg(format!("--state-dir={}/state", host.path().display()))
+            .arg(format!("--systemd-dir={}", host.path().display()))
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{output:?}");
+        for directory in drop_ins(overlay) {
+            let unit = directory.rsplit('/').next().unwrap();
+            let path = host.path().join(unit).join("50-selvedge-guard.conf");
+            assert!(path.exists() && told.contains(unit), "{told}");
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Runs a program as the container of Selvedge's DaemonSet would be run, without a container
-//! runtime: `selvedge-lab-confine ROOT MANIFEST PROGRAM ARGS...`.
+//! runtime: `selvedge-lab-confine ROOT MANIFEST PROGRAM ARGS...`. Where ARGS begin with `guard`, it is the
+//! init container.
 //!
 //! ROOT is the image's file system; MANIFEST tells which capabilities the container has, which of the
 //! host's paths it sees, and that it writes nowhere else. The network is the one this is started in,
@@ -32,7 +33,11 @@ fn main() -> anyhow::Result<()> {
     let [root, manifest, program, rest @ ..] = arguments.as_slice() else {
         bail!("usage: selvedge-lab-confine ROOT MANIFEST PROGRAM ARGS...");
     };
-    let container = Container::read(Path::new(manifest))?;
+    let list = match rest.first().map(String::as_str) {
+        Some("guard") => "initContainers",
+        _ => "containers",
+    };
+    let container = Container::read(Path::new(manifest), list)?;
     let root = Path::new(root);
 
     unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace needs root")?;
@@ -100,14 +105,15 @@ struct Container {
 }
 
 impl Container {
-    fn read(manifest: &Path) -> anyhow::Result<Self> {
+    /// The first container of the pod's `list`.
+    fn read(manifest: &Path, list: &str) -> anyhow::Result<Self> {
         let text = fs::read_to_string(manifest).with_context(|| manifest.display().to_string())?;
         let pod = serde_yaml_ng::Deserializer::from_str(&text)
             .filter_map(|document| Value::deserialize(document).ok())
             .find(|object| object["kind"] == "DaemonSet")
             .map(|object| object["spec"]["template"]["spec"].clone())
             .with_context(|| format!("{} has no DaemonSet", manifest.display()))?;
-        let container = &pod["containers"][0];
+        let container = &pod[list][0];
         let security = &container["securityContext"];
         ensure!(
             security["capabilities"]["drop"] == serde_json::json!(["ALL"]),

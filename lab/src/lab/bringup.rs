@@ -201,7 +201,7 @@ impl Lab {
         Ok(())
     }
 
-    fn wait_flannel(&mut self, name: &str) -> anyhow::Result<()> {
+    pub(super) fn wait_flannel(&mut self, name: &str) -> anyhow::Result<()> {
         let file = self.node(name)?.outside(SUBNET_ENV);
         let outcome = wait_for(
             &format!("flannel on {name}"),

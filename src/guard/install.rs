@@ -1,0 +1,309 @@
+//! `selvedge guard --install`: has systemd run the guard before the kubelet starts.
+//!
+//! A copy of this program goes to `STATE-DIR/bin`, and a drop-in beside each unit that may start the kubelet.
+//! systemd reads all drop-ins when it starts, so the next boot needs no `daemon-reload`; this boot has its
+//! agent. The manifests do this in an init container; by hand it works on the host.
+//!
+//! What cannot be written is said and is no failure: the agent, which starts after this, is worth more than
+//! the guard of the next boot, and [`super::boots`] notices a guard that does not run.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::Path;
+
+use anyhow::Context as _;
+
+use super::FILE;
+use super::boots::{self, INSTALLED};
+use crate::agent::private;
+
+/// Where a host keeps its own units and drop-ins.
+pub const SYSTEMD: &str = "/etc/systemd/system";
+/// The directory of the program below `--state-dir`.
+pub(super) const BIN: &str = "bin";
+/// The program's name there.
+const PROGRAM: &str = "selvedge";
+/// The drop-in's name.
+const DROP_IN: &str = "50-selvedge-guard.conf";
+/// The units of the distributions that start a kubelet.
+const UNITS: [&str; 3] = ["k3s.service", "k3s-agent.service", "kubelet.service"];
+
+/// A unit's name, of which a directory's name is made.
+pub(super) fn unit(text: &str) -> Result<String, String> {
+    let name = text.strip_suffix(".service").unwrap_or_default();
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '@' | ':');
+    if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
+        return Err("must be the name of a service, such as kubelet.service".into());
+    }
+    Ok(text.to_owned())
+}
+
+/// Copies the program and writes the drop-ins of `units`; says in sentences what was done and what could
+/// not be done. What is already so stays untouched.
+pub(super) fn install(state_dir: &Path, systemd: &Path, units: &[String]) -> Vec<String> {
+    if !systemd.is_dir() {
+        return vec![format!(
+            "this host has no {}, so it has no systemd: nothing runs the guard at boot",
+            systemd.display()
+        )];
+    }
+    let program = state_dir.join(BIN).join(PROGRAM);
+    let mut told = Vec::new();
+    match copy(Path::new("/proc/self/exe"), &program) {
+        Ok(true) => told.push(format!("wrote {}", program.display())),
+        Ok(false) => {}
+        Err(error) => {
+            return vec![format!(
+                "cannot write {}: {error:#}: nothing runs the guard at boot",
+                program.display()
+            )];
+        }
+    }
+    let text = drop_in(state_dir);
+    let usual = UNITS.map(str::to_owned);
+    let units = if units.is_empty() { &usual[..] } else { units };
+    let (mut written, mut there) = (false, false);
+    for unit in units {
+        let dir = systemd.join(format!("{unit}.d"));
+        let path = dir.join(DROP_IN);
+        if fs::read_to_string(&path).is_ok_and(|old| old == text) {
+            there = true;
+            continue;
+        }
+        match write(&dir, &text) {
+            Ok(()) => {
+                written = true;
+                told.push(format!("wrote {}", path.display()));
+            }
+            Err(error) => told.push(format!(
+                "cannot write {}: {error}: {unit} starts without the guard",
+                path.display()
+            )),
+        }
+    }
+    let mark = state_dir.join(BIN).join(INSTALLED);
+    if (written || (there && !mark.exists()))
+        && let Some(id) = boots::boot_id()
+        && let Err(error) = private::replace(&state_dir.join(BIN), INSTALLED, id.as_bytes())
+    {
+        told.push(format!("cannot write {}: {error}", mark.display()));
+    }
+    if told.is_empty() {
+        told.push("the guard is installed already".to_owned());
+    }
+    told
+}
+
+/// Removes what [`install`] and the agent wrote for the guard, and returns what could not be removed.
+pub fn uninstall(state_dir: &Path, systemd: &Path) -> Vec<String> {
+    let bin = state_dir.join(BIN);
+    let mut failures = Vec::new();
+    let mut remove = |path: &Path| {
+        if let Err(error) = private::remove(path) {
+            failures.push(format!("removing {}: {error}", path.display()));
+        }
+    };
+    // Where nothing was installed here, drop-ins are those of another state directory.
+    let units = fs::read_dir(systemd).ok().filter(|_| bin.is_dir());
+    for unit in units.into_iter().flatten().flatten() {
+        let dir = unit.path();
+        let path = dir.join(DROP_IN);
+        if path.symlink_metadata().is_ok() {
+            remove(&path);
+            // Unless it holds drop-ins of others.
+            let _ = fs::remove_dir(&dir);
+        }
+    }
+    for path in [
+        state_dir.join(FILE),
+        state_dir.join(boots::RAN),
+        bin.join(INSTALLED),
+        bin.join(PROGRAM),
+    ] {
+        remove(&path);
+    }
+    // It is not empty where somebody keeps something else in it.
+    let _ = fs::remove_dir(&bin);
+    failures
+}
+
+fn drop_in(state_dir: &Path) -> String {
+    let program = state_dir.join(BIN).join(PROGRAM);
+    let state_dir = state_dir.display();
+    format!(
+        "# Written by selvedge guard --install. Until the agent runs, what is meant for other regions is\n\
+         # refused. The kubelet starts whatever comes of it; without an agent ever run it does nothing.\n\
+         [Service]\n\
+         ExecStartPre=-{} guard --state-dir={state_dir}\n",
+        program.display()
+    )
+}
+
+/// Copies a program as a whole, unless the same is there; tells whether it did.
+fn copy(from: &Path, to: &Path) -> anyhow::Result<bool> {
+    let content = fs::read(from).context("reading this program")?;
+    let dir = to.parent().context("it has no directory")?;
+    fs::create_dir_all(dir)?;
+    if fs::read(to).is_ok_and(|old| old == content) {
+        return Ok(false);
+    }
+    private::replace(dir, PROGRAM, &content)?;
+    fs::set_permissions(to, fs::Permissions::from_mode(0o755))?;
+    Ok(true)
+}
+
+/// Writes the drop-in as a whole. systemd reads only names that end in `.conf`, so not the half of one.
+fn write(dir: &Path, text: &str) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    let new = dir.join(format!(".{DROP_IN}.new"));
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o644)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
+        .open(&new)?;
+    io::Write::write_all(&mut file, text.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&new, dir.join(DROP_IN))?;
+    File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Host {
+        dir: tempfile::TempDir,
+    }
+
+    impl Host {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            fs::create_dir(dir.path().join("systemd")).unwrap();
+            Self { dir }
+        }
+
+        fn path(&self, name: &str) -> std::path::PathBuf {
+            self.dir.path().join(name)
+        }
+
+        fn install(&self, units: &[&str]) -> String {
+            let units = units.iter().map(|&unit| unit.to_owned());
+            let (state, systemd) = (self.path("state"), self.path("systemd"));
+            install(&state, &systemd, &units.collect::<Vec<_>>()).join("\n")
+        }
+
+        fn uninstall(&self) -> Vec<String> {
+            uninstall(&self.path("state"), &self.path("systemd"))
+        }
+    }
+
+    #[test]
+    fn the_guard_is_installed_once_and_says_what_it_wrote() {
+        let host = Host::new();
+        let told = host.install(&["k3s.service", "k3s-agent.service"]);
+        assert_eq!(told.lines().count(), 3, "{told}");
+        let drop_in = host.path("systemd/k3s.service.d").join(DROP_IN);
+        let text = fs::read_to_string(drop_in).unwrap();
+        let program = host.path("state/bin/selvedge");
+        let line = format!("ExecStartPre=-{} guard ", program.display());
+        assert!(text.contains(&line), "{text}");
+        let mode = fs::metadata(&program).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o755);
+        assert_eq!(
+            boots::look(&host.path("state")),
+            boots::Verdict::NotBootedSince
+        );
+
+        let told = host.install(&["k3s.service", "k3s-agent.service"]);
+        assert_eq!(told, "the guard is installed already");
+        fs::write(&program, "an older version").unwrap();
+        assert_eq!(
+            host.install(&["k3s.service"]),
+            format!("wrote {}", program.display())
+        );
+    }
+
+    #[test]
+    fn a_host_without_systemd_is_told_so() {
+        let host = Host::new();
+        fs::remove_dir(host.path("systemd")).unwrap();
+        let told = host.install(&[]);
+        assert!(told.contains("has no systemd"), "{told}");
+        assert!(!host.path("state").exists());
+        assert_eq!(
+            boots::look(&host.path("state")),
+            boots::Verdict::NotInstalled
+        );
+    }
+
+    #[test]
+    fn a_unit_that_cannot_be_changed_is_named_and_does_not_hold_up_the_others() {
+        let host = Host::new();
+        fs::write(host.path("systemd/k3s.service.d"), "in the way").unwrap();
+        let told = host.install(&["k3s.service", "kubelet.service"]);
+        assert!(
+            told.contains("k3s.service starts without the guard"),
+            "{told}"
+        );
+        assert!(
+            host.path("systemd/kubelet.service.d")
+                .join(DROP_IN)
+                .exists()
+        );
+    }
+
+    #[test]
+    fn what_was_installed_is_removed_and_nothing_else() {
+        let host = Host::new();
+        host.install(&[]);
+        let others = host.path("systemd/kubelet.service.d/10-kubeadm.conf");
+        fs::write(&others, "[Service]\n").unwrap();
+        fs::write(host.path("state/key"), "a key").unwrap();
+        fs::write(host.path("state").join(FILE), "{}").unwrap();
+        boots::record_run(&host.path("state"));
+
+        assert_eq!(host.uninstall(), Vec::<String>::new());
+
+        let left = |name| fs::read_dir(host.path(name)).unwrap().count();
+        assert_eq!(
+            (
+                left("systemd"),
+                left("systemd/kubelet.service.d"),
+                left("state")
+            ),
+            (1, 1, 1)
+        );
+        assert!(others.exists());
+        assert_eq!(host.uninstall(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_drop_in_of_another_state_directory_stays() {
+        let host = Host::new();
+        host.install(&["k3s.service"]);
+        let other = host.path("other");
+        assert_eq!(
+            uninstall(&other, &host.path("systemd")),
+            Vec::<String>::new()
+        );
+        assert!(host.path("systemd/k3s.service.d").join(DROP_IN).exists());
+    }
+
+    #[test]
+    fn a_units_name_is_the_name_of_a_service() {
+        assert!(unit("k3s-agent.service").is_ok());
+        for bad in [
+            "",
+            ".service",
+            "k3s",
+            "../k3s.service",
+            "k3s.timer",
+            "a b.service",
+        ] {
+            assert!(unit(bad).is_err(), "{bad}");
+        }
+    }
+}

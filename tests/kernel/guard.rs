@@ -1,0 +1,75 @@
+//! The boot guard: what it adds to a node on which nothing of the agent's is left, and that an agent finds
+//! it as it wants it.
+
+use selvedge::guard::Guard;
+
+use crate::fixture::{Node, commands, leader, reach};
+
+/// A node after a reboot: its network card, and neither flannel nor the tunnel.
+fn booted(label: &str) -> Node {
+    let node = Node::new(label);
+    node.sh("ip link del flannel.1; ip link del flannel-v6.1; ip link del cni0");
+    node
+}
+
+#[test]
+fn the_guard_needs_neither_links_nor_nft() {
+    let node = booted("guard");
+    let guard = Guard::of(&leader());
+    node.namespace.within(|| guard.apply().unwrap());
+    // systemd runs it at every start of the kubelet.
+    node.namespace.within(|| guard.apply().unwrap());
+    insta::assert_snapshot!(node.sh("ip rule; ip -6 rule; ip route show table 5130; ip -6 route show table 5130"), @r"
+    0:	from all lookup local
+    5191:	from all iif kilo0 [detached] lookup 5132 proto 118
+    5192:	from 10.42.0.0/16 iif lo lookup 5132 proto 118
+    5193:	from 10.42.0.0/16 lookup 5131 proto 118
+    5194:	not from all fwmark 0x51e00000 lookup 5130 proto 118
+    32766:	from all lookup main
+    32767:	from all lookup default
+    0:	from all lookup local
+    5191:	from all iif kilo0 [detached] lookup 5132 proto 118
+    5192:	from fd42::/56 iif lo lookup 5132 proto 118
+    5193:	from fd42::/56 lookup 5131 proto 118
+    5194:	not from all fwmark 0x51e00000 lookup 5130 proto 118
+    32766:	from all lookup main
+    unreachable 10.42.0.0/24 proto 118 metric 4278198272 
+    throw 10.42.1.0/24 proto 118 
+    unreachable fd42::/64 dev lo proto 118 metric 4278198272 pref medium
+    throw fd42:0:0:1::/64 dev lo proto 118 metric 512 pref medium
+    ");
+    assert_eq!(node.sh("nft list tables"), "");
+}
+
+#[test]
+fn an_agent_leaves_what_the_guard_added() {
+    let node = Node::with_tunnel("guarded");
+    let guard = Guard::of(&leader());
+    node.namespace.within(|| guard.apply().unwrap());
+    node.with(|kernel| {
+        let changes = commands(kernel, &leader());
+        let touched = changes.iter().filter(|change| {
+            change.contains(" rule ") || change.contains("unreachable") || change.contains("throw")
+        });
+        assert_eq!(touched.collect::<Vec<_>>(), Vec::<&String>::new());
+        reach(kernel, &leader());
+        assert_eq!(kernel.observe().unwrap(), leader());
+    });
+}
+
+#[test]
+fn what_an_agent_left_is_not_changed_by_an_older_guard() {
+    let node = Node::with_tunnel("older");
+    // Another leader has these pods since, and the tunnel leads there.
+    let mut older = leader();
+    for (key, route) in &mut older.routes {
+        if key.dst == "10.42.3.0/24".parse().unwrap() {
+            *route = selvedge::plan::Route::Throw;
+        }
+    }
+    node.with(|kernel| {
+        reach(kernel, &leader());
+        Guard::of(&older).apply().unwrap();
+        assert_eq!(kernel.observe().unwrap(), leader());
+    });
+}
