@@ -2,7 +2,7 @@
 //!
 //! RBAC alone lets an agent patch every Node, so without the policies a stolen token owns the mesh.
 //! One agent of the cluster looks, the one that also speaks for Peers, soon after its start and then
-//! every ten minutes: twelve small requests. All other agents keep to their few requests at the start.
+//! every ten minutes: fourteen small requests. All other agents keep to their few requests at the start.
 //! `selvedge doctor` looks each time. What the policies say is not checked: an operator may change them.
 
 use std::collections::BTreeSet;
@@ -56,6 +56,8 @@ pub enum Fault {
     Unbound,
     /// The binding only warns or writes audit records.
     NotDenying,
+    /// The ConfigMap that the binding names is not there, and the binding lets all pass then.
+    WithoutParameter,
 }
 
 impl fmt::Display for Gap {
@@ -64,6 +66,7 @@ impl fmt::Display for Gap {
             Fault::Missing => "is missing",
             Fault::Unbound => "has no binding",
             Fault::NotDenying => "has a binding that denies nothing",
+            Fault::WithoutParameter => "lacks its ConfigMap (selvedge-networks)",
         };
         write!(f, "the admission policy {} {fault}", self.policy)
     }
@@ -81,6 +84,15 @@ struct Binding {
 struct BindingSpec {
     policy_name: String,
     validation_actions: Vec<String>,
+    param_ref: Option<Parameter>,
+}
+
+/// The ConfigMap that a policy's expressions read.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Parameter {
+    name: String,
+    namespace: String,
 }
 
 /// Asks for all policies and their bindings.
@@ -100,13 +112,22 @@ async fn look(client: &Client) -> Result<BTreeSet<Gap>, Failure> {
 
 async fn fault_of_binding(client: &Client, policy: &str) -> Result<Option<Fault>, Failure> {
     let path = format!("{GROUP}/validatingadmissionpolicybindings/{policy}");
+    let answer = match call::call(client, call::get(&path)).await {
+        Ok(answer) => answer,
+        Err(Failure::Absent) => return Ok(Some(Fault::Unbound)),
+        Err(failure) => return Err(failure),
+    };
+    let binding: Binding = serde_json::from_slice(&answer)
+        .map_err(|error| Failure::Unreadable(super::message(&error.to_string())))?;
+    let fault = judge(policy, &binding);
+    let Some(Parameter { name, namespace }) = binding.spec.param_ref.filter(|_| fault.is_none())
+    else {
+        return Ok(fault);
+    };
+    let path = format!("/api/v1/namespaces/{namespace}/configmaps/{name}");
     match call::call(client, call::get(&path)).await {
-        Ok(answer) => {
-            let binding = serde_json::from_slice(&answer)
-                .map_err(|error| Failure::Unreadable(super::message(&error.to_string())))?;
-            Ok(judge(policy, &binding))
-        }
-        Err(Failure::Absent) => Ok(Some(Fault::Unbound)),
+        Ok(_) => Ok(None),
+        Err(Failure::Absent) => Ok(Some(Fault::WithoutParameter)),
         Err(failure) => Err(failure),
     }
 }

@@ -176,7 +176,7 @@ fn report(node: &NodeName, failure: &Failure, failures: u32) {
     if *failure == Failure::Absent {
         tracing::warn!(%node, "there is no Node of this name: give --hostname");
     } else if let Failure::Forbidden(reason) = failure {
-        tracing::warn!(%node, %reason, "the agent may not write its own annotations: check its ClusterRole");
+        tracing::warn!(%node, %reason, "the agent may not write its own annotations: check its ClusterRole and the admission policies");
     } else if failures > 1 {
         tracing::warn!(%node, %failure, "publishing failed");
     } else {

@@ -275,8 +275,16 @@ fn doctor_names_what_is_missing(cluster: &Cluster) {
     assert!(found.contains("(answers)"), "{found}");
     assert!(!found.contains("admission polic"), "{found}");
 
-    let registration = "/apis/admissionregistration.k8s.io/v1";
     let api = cluster.api();
+    let map = format!("/api/v1/namespaces/{NAMESPACE}/configmaps/selvedge-networks");
+    api.delete(&map).unwrap();
+    let found = doctor();
+    for policy in ["selvedge-peers", "selvedge-region"] {
+        let gap = format!("the admission policy {policy} lacks its ConfigMap");
+        assert!(found.contains(&gap), "{found}");
+    }
+
+    let registration = "/apis/admissionregistration.k8s.io/v1";
     let delete = |path: &str| api.delete(&format!("{registration}/{path}")).unwrap();
     delete("validatingadmissionpolicies/selvedge-events");
     delete("validatingadmissionpolicybindings/selvedge-region");

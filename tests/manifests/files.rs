@@ -180,6 +180,12 @@ fn the_agents_rights_are_these() {
                 "resourceNames": selvedge::cluster::policies::NAMES,
                 "verbs": ["get"],
             },
+            {
+                "apiGroups": [""],
+                "resources": ["configmaps"],
+                "resourceNames": ["selvedge-networks"],
+                "verbs": ["get"],
+            },
         ])
     );
     // What others can be given says nothing about any other resource.
