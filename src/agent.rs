@@ -24,6 +24,7 @@ pub mod restless;
 pub mod schedule;
 mod start;
 pub mod state;
+pub mod timestamps;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

@@ -34,6 +34,7 @@ mod nested;
 mod novelty;
 pub mod packet;
 mod peer;
+mod place;
 mod ratelimit;
 mod receive;
 pub mod replay;
@@ -65,8 +66,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
@@ -81,7 +82,7 @@ use self::keeper::Keeper;
 use self::key::{PrivateKey, PublicKey};
 use self::threads::{Io, OnGone, open_queues};
 use self::timestamp::Timestamps;
-pub use self::timestamp::{Persist, Timestamp};
+pub use self::timestamp::{Accepted, Store, Tai64n, Timestamp};
 pub use self::tun::TunError;
 use self::udp::Sockets;
 
@@ -105,10 +106,16 @@ pub struct Options {
     pub fwmark: u32,
     /// Queues of the link and threads that read them; `None` follows the number of CPUs.
     pub queues: Option<NonZeroUsize>,
-    /// The last timestamp that [`Self::persist_timestamp`] was called with, in any earlier run.
+    /// The last timestamp that [`Store::keep_own`] was given, in any earlier run.
     pub timestamp_floor: Timestamp,
-    /// Remembers the high-water mark of handshake timestamps. Handshakes do not wait for it.
-    pub persist_timestamp: Option<Persist>,
+    /// What [`Store::keep_accepted`] was given last, in any earlier run.
+    pub accepted: Accepted,
+    /// Keeps handshake timestamps over restarts. Handshakes do not wait for it.
+    pub store: Option<Box<dyn Store>>,
+    /// Drops, with [`Dropped::ForeignDestination`], what peers send to loopback, link-local, multicast,
+    /// broadcast, unspecified and mapped addresses. The kernel's WireGuard passes it on, since a routing
+    /// protocol may want multicast.
+    pub unicast_only: bool,
     /// Called once if the link is deleted by somebody else and is not persistent.
     pub on_link_gone: Box<dyn Fn() + Send + Sync>,
 }
@@ -124,7 +131,9 @@ impl Options {
             fwmark: 0,
             queues: None,
             timestamp_floor: Timestamp::default(),
-            persist_timestamp: None,
+            accepted: Accepted::new(),
+            store: None,
+            unicast_only: false,
             on_link_gone: Box::new(|| {}),
         }
     }
@@ -215,13 +224,16 @@ impl Device {
             .map_or_else(default_queues, NonZeroUsize::get);
         let tuns = open_queues(&name, mtu, persistent, queues)?;
         let floor = options.timestamp_floor;
+        let accepted = Arc::new(Mutex::new(options.accepted));
         let keeper = options
-            .persist_timestamp
-            .map(|persist| Keeper::start(floor, persist))
+            .store
+            .map(|store| Keeper::start(floor, accepted.clone(), store))
             .transpose()
             .map_err(StartError::Threads)?;
         let timestamps = Timestamps::new(floor, keeper);
-        let core = Arc::new(Core::new(mtu, timestamps, wall_clock, Time::now()));
+        let mut core = Core::new(mtu, timestamps, accepted, wall_clock, Time::now());
+        core.unicast_only = options.unicast_only;
+        let core = Arc::new(core);
         let on_gone = if persistent {
             OnGone::Remake(name, mtu, persistent)
         } else {

@@ -16,6 +16,10 @@
     clippy::disallowed_methods,
     reason = "a harness starts programs and waits for them"
 )]
+#![expect(
+    clippy::print_stdout,
+    reason = "figures are printed beside the verdict"
+)]
 
 use anyhow::Result;
 
@@ -93,6 +97,8 @@ mod routing;
 mod traffic;
 #[path = "conformance/tunnel.rs"]
 mod tunnel;
+#[path = "conformance/uplinks.rs"]
+mod uplinks;
 
 /// How often what is known of wireguard-go may fail to show itself: some of it is chance.
 const CHANCES: usize = 5;

@@ -28,7 +28,7 @@ use boringtun::noise::{HANDSHAKE_INIT_SZ, HANDSHAKE_RESP_SZ};
 use boringtun::x25519;
 use nix::sys::socket::{setsockopt, sockopt};
 use rand::SeedableRng as _;
-use selvedge::agent::state;
+use selvedge::agent::timestamps;
 use selvedge::wireguard::key::{PrivateKey, PublicKey};
 use selvedge::wireguard::{Device, Options, PeerConfig, Timestamp};
 use selvedge_lab::netns::Namespace;
@@ -107,19 +107,7 @@ impl Arena {
 
     /// What waits at the device's sockets in bytes, and how many datagrams they had no room for.
     fn sockets(&self) -> Result<(u64, u64)> {
-        let pid = self.victim.pid().context("the daemon was stopped")?;
-        let (mut waiting, mut dropped) = (0, 0);
-        for family in ["udp", "udp6"] {
-            let table = fs::read_to_string(format!("/proc/{pid}/net/{family}"))?;
-            for line in table.lines().skip(1) {
-                let words: Vec<_> = line.split_whitespace().collect();
-                let queues = words.get(4).context("queues")?;
-                let (_, queue) = queues.split_once(':').context("two queues")?;
-                waiting += u64::from_str_radix(queue, 16)?;
-                dropped += words.last().context("drops")?.parse::<u64>()?;
-            }
-        }
-        Ok((waiting, dropped))
+        self.victim.queue(PORT)
     }
 
     /// Waits until the device has looked at nearly everything.
@@ -284,7 +272,10 @@ fn device(
     let mut options = Options::new("wg");
     options.listen_port = PORT;
     options.timestamp_floor = floor;
-    options.persist_timestamp = state.map(|state| state::timestamp_keeper(state.to_owned()));
+    if let Some(state) = state {
+        options.store = Some(Box::new(timestamps::Disk::new(state.to_owned())));
+        options.accepted = timestamps::load_accepted(state);
+    }
     let device = space.within(|| Device::start(options))?;
     device.set_private_key(Some(key.clone()));
     space.run("ip address add 10.96.0.1/24 dev wg")?;
@@ -337,11 +328,11 @@ fn a_clock_that_went_back_a_day_is_made_up_for_by_the_mark_on_disk() {
         // A device's end does not wait for a slow disk for long.
         let later_than = |mark| {
             wait_for("a later mark on disk", SOON, || {
-                state::load_timestamp(disk.path()) > mark
+                timestamps::load_own(disk.path()) > mark
             })
         };
         later_than(tomorrow)?;
-        let mark = state::load_timestamp(disk.path());
+        let mark = timestamps::load_own(disk.path());
 
         let forgetful = device(&left, &key, None, Timestamp::default())?;
         ensure!(
@@ -356,6 +347,248 @@ fn a_clock_that_went_back_a_day_is_made_up_for_by_the_mark_on_disk() {
         );
         drop(second);
         later_than(mark).context("the second run left no mark of its own")?;
+        Ok(())
+    };
+    report(run());
+}
+
+/// Environment of the process that [`a_device_that_is_killed`] runs in: the directory of its timestamps, its
+/// private key, its peer's public key.
+const STATE: &str = "SELVEDGE_TEST_STATE";
+const OWN_KEY: &str = "SELVEDGE_TEST_KEY";
+const PEER_KEY: &str = "SELVEDGE_TEST_PEER";
+
+/// Not a test by itself: the responder that the next test starts and kills.
+#[test]
+fn a_device_that_is_killed() {
+    let Ok(state) = std::env::var(STATE) else {
+        return;
+    };
+    let run = || -> Result<()> {
+        let state = Path::new(&state);
+        let mut options = Options::new("wg");
+        options.listen_port = PORT;
+        options.timestamp_floor = timestamps::load_own(state);
+        options.accepted = timestamps::load_accepted(state);
+        options.store = Some(Box::new(timestamps::Disk::new(state.to_owned())));
+        let device = Device::start(options)?;
+        device.set_private_key(Some(std::env::var(OWN_KEY)?.parse()?));
+        device.set_peers(&BTreeMap::from([(
+            std::env::var(PEER_KEY)?.parse()?,
+            PeerConfig::default(),
+        )]));
+        loop {
+            let peers = device.stats().peers;
+            let endpoint = peers.values().find_map(|peer| peer.endpoint);
+            let text = endpoint.map_or(String::new(), |endpoint| endpoint.to_string());
+            fs::write(state.join("endpoint"), text)?;
+            sleep(Duration::from_millis(20));
+        }
+    };
+    report(run());
+}
+
+/// A responder in a process of its own, which is killed when this goes.
+struct Responder(selvedge_lab::process::Process);
+
+impl Responder {
+    fn start(space: &Namespace, state: &Path, key: &PrivateKey, peer: &PublicKey) -> Result<Self> {
+        let program = std::env::current_exe()?;
+        let mut command = space.command(&program.to_string_lossy());
+        command.args(["--exact", "a_device_that_is_killed", "--test-threads=1"]);
+        command.env(STATE, state);
+        command.env(OWN_KEY, &*key.to_base64());
+        command.env(PEER_KEY, peer.to_string());
+        let _ = fs::remove_file(state.join("endpoint"));
+        let process = selvedge_lab::process::Process::start_logging(
+            "responder",
+            command,
+            &state.join("log"),
+        )?;
+        wait_for("the responder", SOON, || state.join("endpoint").exists())?;
+        Ok(Self(process))
+    }
+
+    fn kill(self) -> Result<()> {
+        self.0.signal(nix::sys::signal::Signal::SIGKILL);
+        let mut process = self.0;
+        wait_for("the responder's end", SOON, || process.ended().is_some())?;
+        Ok(())
+    }
+}
+
+/// Where the responder has its peer.
+fn endpoint(state: &Path) -> String {
+    // Twice the pace at which it is written.
+    sleep(Duration::from_millis(100));
+    fs::read_to_string(state.join("endpoint")).unwrap_or_default()
+}
+
+/// A peer that does a handshake by hand, and what was recorded of it.
+struct Caller {
+    socket: UdpSocket,
+    initiation: Vec<u8>,
+}
+
+impl Caller {
+    /// Does a handshake and confirms it.
+    fn calls(space: &Namespace, from: &PrivateKey, to: &PublicKey) -> Result<Self> {
+        let socket = space.within(|| UdpSocket::bind("10.97.0.2:0"))?;
+        socket.connect((VICTIM4, PORT))?;
+        socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+        let secret = x25519::StaticSecret::from(from.0);
+        let public = x25519::PublicKey::from(&secret);
+        let mut handshake = Handshake::new(secret, public, to.0.into(), None);
+        let mut buffer = [0; HANDSHAKE_INIT_SZ];
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+        let timestamp = Timestamp::from_unix(now).to_tai64n();
+        let initiation = handshake
+            .format_handshake_initiation(7, timestamp, &mut buffer)
+            .map_err(|error| anyhow::anyhow!("no initiation: {error:?}"))?
+            .to_vec();
+        socket.send(&initiation)?;
+        let mut answer = [0; 256];
+        let length = socket.recv(&mut answer).context("no answer")?;
+        let parsed = boringtun::noise::parse_incoming_packet(&answer[..length]);
+        let Ok(boringtun::noise::Packet::HandshakeResponse(response)) = parsed else {
+            bail!("{length} bytes that are no answer");
+        };
+        let keys = handshake
+            .receive_handshake_response(response)
+            .map_err(|error| anyhow::anyhow!("a wrong answer: {error:?}"))?;
+        let key = ring::aead::UnboundKey::new(&ring::aead::CHACHA20_POLY1305, &*keys.sending_key)
+            .map_err(|_| anyhow::anyhow!("no key"))?;
+        let mut keepalive = vec![4, 0, 0, 0];
+        keepalive.extend(keys.peer_index.to_le_bytes());
+        keepalive.extend([0; 8]);
+        let tag = ring::aead::LessSafeKey::new(key)
+            .seal_in_place_separate_tag(
+                ring::aead::Nonce::assume_unique_for_key([0; 12]),
+                ring::aead::Aad::empty(),
+                &mut [],
+            )
+            .map_err(|_| anyhow::anyhow!("no tag"))?;
+        keepalive.extend(tag.as_ref());
+        socket.send(&keepalive)?;
+        Ok(Self { socket, initiation })
+    }
+
+    fn address(&self) -> Result<String> {
+        Ok(self.socket.local_addr()?.to_string())
+    }
+}
+
+/// What a responder that was killed had accepted is refused when someone sends it again from elsewhere.
+#[test]
+fn a_recorded_initiation_is_refused_after_the_responder_was_killed() {
+    let _alone = alone();
+    let run = || -> Result<()> {
+        let (here, outside) = (Namespace::new("victim")?, Namespace::new("outside")?);
+        here.veth("wire", &outside, "wire")?;
+        here.run("ip address add 10.97.0.1/24 dev wire")?;
+        outside.run("ip address add 10.97.0.2/24 dev wire")?;
+        outside.run("ip address add 10.97.0.3/24 dev wire")?;
+        let (key, caller_key) = (PrivateKey::generate(), PrivateKey::generate());
+        let (public, caller) = (key.public_key(), caller_key.public_key());
+        let disk = tempfile::tempdir()?;
+        let state = disk.path();
+        let thief = outside.within(|| UdpSocket::bind("10.97.0.3:0"))?;
+        thief.connect((VICTIM4, PORT))?;
+        thief.set_read_timeout(Some(Duration::from_millis(500)))?;
+        let replay = |recorded: &[u8]| -> Result<usize> {
+            thief.send(recorded)?;
+            Ok(thief.recv(&mut [0; 2048]).unwrap_or(0))
+        };
+
+        let responder = Responder::start(&here, state, &key, &caller)?;
+        let first = Caller::calls(&outside, &caller_key, &public)?;
+        wait_for("the caller to be followed", SOON, || {
+            first
+                .address()
+                .is_ok_and(|address| endpoint(state) == address)
+        })?;
+        let since = Instant::now();
+        wait_for("the timestamp on disk", SOON, || {
+            !timestamps::load_accepted(state).is_empty()
+        })?;
+        println!("the timestamp was on disk after {:?}", since.elapsed());
+        responder.kill()?;
+
+        let responder = Responder::start(&here, state, &key, &caller)?;
+        let answer = replay(&first.initiation)?;
+        println!(
+            "after kill -9: {answer} bytes of answer, endpoint {:?}",
+            endpoint(state)
+        );
+        ensure!(answer == 0, "a recorded initiation was answered");
+        ensure!(endpoint(state).is_empty(), "it moved the endpoint");
+        // The peer itself is heard.
+        let second = Caller::calls(&outside, &caller_key, &public)?;
+        wait_for("the caller to be followed", SOON, || {
+            second
+                .address()
+                .is_ok_and(|address| endpoint(state) == address)
+        })?;
+        responder.kill()?;
+
+        // The control: without what was kept it is answered, as before; and moves nothing all the same.
+        fs::remove_file(state.join("accepted-handshakes"))?;
+        let responder = Responder::start(&here, state, &key, &caller)?;
+        let answer = replay(&second.initiation)?;
+        println!(
+            "without the file: {answer} bytes of answer, endpoint {:?}",
+            endpoint(state)
+        );
+        ensure!(
+            answer == 92,
+            "the control is not answered: nothing is shown"
+        );
+        ensure!(
+            endpoint(state).is_empty(),
+            "an initiation alone moved the endpoint"
+        );
+        responder.kill()
+    };
+    report(run());
+}
+
+/// Thirteen orderly restarts within a second, then as many that are killed.
+#[test]
+fn restarts_do_not_put_timestamps_ahead_of_the_clock() {
+    let _alone = alone();
+    let run = || -> Result<()> {
+        let space = Namespace::new("left")?;
+        space.run("ip link set lo up")?;
+        let (key, peer) = (PrivateKey::generate(), PrivateKey::generate().public_key());
+        let disk = tempfile::tempdir()?;
+        let ahead = || -> Result<i64> {
+            let mark = timestamps::load_own(disk.path()).to_unix().as_millis();
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+            Ok(i64::try_from(mark)? - i64::try_from(now.as_millis())?)
+        };
+        for start in 1..=13 {
+            let floor = timestamps::load_own(disk.path());
+            let device = device(&space, &key, Some(disk.path()), floor)?;
+            let config = PeerConfig {
+                endpoint: Some(SocketAddr::from(([127, 0, 0, 1], 9))),
+                ..PeerConfig::default()
+            };
+            device.set_peers(&BTreeMap::from([(peer, config)]));
+            wait_for("an initiation", SOON, || {
+                device.stats().peers.values().any(|peer| peer.tx_bytes > 0)
+            })?;
+            let running = ahead()?;
+            ensure!(running > 0, "nothing is reserved: {running} ms");
+            drop(device);
+            // The end does not wait for a slow disk for long.
+            wait_for("the last timestamp on disk", SOON, || {
+                ahead().is_ok_and(|ahead| ahead <= 0)
+            })?;
+            println!(
+                "start {start}: {running} ms ahead while it ran, {} ms after it",
+                ahead()?
+            );
+        }
         Ok(())
     };
     report(run());

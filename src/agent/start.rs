@@ -14,6 +14,7 @@ use super::reconcile::{Decision, Facts};
 use super::restless::Restless;
 use super::schedule::Schedule;
 use super::state::{self, Saved};
+use super::timestamps;
 use super::{Agent, Shown, control, now, resolve};
 use crate::cluster::{Access, Cluster, ParseSettings, Sources};
 use crate::config::Config;
@@ -138,8 +139,10 @@ fn start_tunnel(config: &Config, key: PrivateKey) -> Result<Arc<Device>, Refusal
         persistent: true,
         listen_port: config.port,
         fwmark: config.fwmark,
-        timestamp_floor: state::load_timestamp(&config.state_dir),
-        persist_timestamp: Some(state::timestamp_keeper(config.state_dir.clone())),
+        timestamp_floor: timestamps::load_own(&config.state_dir),
+        accepted: timestamps::load_accepted(&config.state_dir),
+        store: Some(Box::new(timestamps::Disk::new(config.state_dir.clone()))),
+        unicast_only: true,
         ..wireguard::Options::new(config.interface.clone())
     };
     let device =

@@ -1,5 +1,4 @@
-//! What the agent remembers over a restart: the cluster as it was last seen, and how far handshakes'
-//! timestamps have come.
+//! What the agent remembers of the cluster over a restart: the cluster as it was last seen.
 //!
 //! With it the tunnels come up while no API server answers. It is a cache: what is damaged, of
 //! another version or somebody else's is ignored with a warning, and what cannot be written costs a
@@ -27,12 +26,9 @@ use crate::cluster::{Servers, View};
 use crate::guard::{self, Guard};
 use crate::topology::{Endpoint, ExternalPeer, Node, NodeName, Snapshot};
 use crate::wireguard::key::PublicKey;
-use crate::wireguard::{Persist, Timestamp};
 
 /// The cluster's file below `--state-dir`.
 const STATE: &str = "state.json";
-/// The timestamp's file. Separate, because it must outlive changes of the other's form.
-const TIMESTAMP: &str = "handshake-time";
 
 /// The form of the file; it changes with any type in it.
 const FORMAT: u32 = 2;
@@ -210,39 +206,6 @@ pub fn load(state_dir: &Path) -> Option<Saved> {
 /// When the file is there and cannot be removed.
 pub fn forget(state_dir: &Path) -> io::Result<()> {
     private::remove(&state_dir.join(STATE))
-}
-
-/// Reads how far timestamps had come; zero where that is not known.
-pub fn load_timestamp(state_dir: &Path) -> Timestamp {
-    let path = state_dir.join(TIMESTAMP);
-    let parse = |text: Zeroizing<String>| {
-        let seconds = text
-            .trim()
-            .parse()
-            .context("it is not a count of seconds")?;
-        Ok(Timestamp::from_unix(Duration::from_secs(seconds)))
-    };
-    match private::read(&path, MAX_SIZE).and_then(|text| text.map(parse).transpose()) {
-        Ok(timestamp) => timestamp.unwrap_or_default(),
-        Err(error) => {
-            tracing::warn!("ignoring {}: {error:#}", path.display());
-            Timestamp::default()
-        }
-    }
-}
-
-/// Writes timestamps below `state_dir`, rounded up to seconds, before it returns.
-pub fn timestamp_keeper(state_dir: PathBuf) -> Persist {
-    Box::new(move |timestamp| {
-        let seconds = timestamp.to_unix().as_secs().saturating_add(1);
-        let text = format!("{seconds}\n");
-        if let Err(error) = private::replace(&state_dir, TIMESTAMP, text.as_bytes()) {
-            tracing::warn!(
-                "cannot write {}: {error}; after a restart with the clock set back, peers may refuse handshakes for a while",
-                state_dir.join(TIMESTAMP).display()
-            );
-        }
-    })
 }
 
 /// Writes the cluster's state on a thread of its own, for disks may be slow: the last that was given,
@@ -607,16 +570,5 @@ mod tests {
         let damaged = text.replace("\"created\":", "\"created\":x");
         let error = format!("{:#}", decode(&damaged).unwrap_err());
         assert!(!error.contains("PSK"), "{error}");
-    }
-
-    #[test]
-    fn timestamps_are_rounded_up_and_survive() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(load_timestamp(dir.path()), Timestamp::default());
-        let used = Timestamp::from_unix(Duration::new(1_767_225_600, 999_999_999));
-        timestamp_keeper(dir.path().to_owned())(used);
-        assert!(load_timestamp(dir.path()) >= used);
-        fs::write(dir.path().join(TIMESTAMP), "nonsense").unwrap();
-        assert_eq!(load_timestamp(dir.path()), Timestamp::default());
     }
 }

@@ -220,7 +220,7 @@ impl Core {
             forget_handshakes(self, &mut state);
             state.noise = identity
                 .as_ref()
-                .map(|identity| noise(identity, peer, &state));
+                .map(|identity| self.noise(identity, peer, &state));
             self.indices.retire(peer.forget_sessions());
             peer.forget_initiation();
         }
@@ -244,7 +244,7 @@ impl Core {
             }
             if let Some(identity) = self.identity.load().as_ref() {
                 let mut state = peer.handshake();
-                state.noise = Some(noise(identity, &peer, &state));
+                state.noise = Some(self.noise(identity, &peer, &state));
             }
             ConfiguredPeer {
                 peer,
@@ -266,6 +266,17 @@ impl Core {
         state.noise = None;
         self.indices.retire(peer.forget_sessions());
         peer.staged().clear();
+    }
+
+    fn noise(&self, identity: &Identity, peer: &Peer, state: &HandshakeState) -> Handshake {
+        let mut noise = Handshake::new(
+            identity.secret.clone(),
+            x25519::PublicKey::from(identity.public.0),
+            x25519::PublicKey::from(peer.key().0),
+            state.preshared_key.as_ref().map(|key| key.0),
+        );
+        noise.set_last_timestamp(self.last_accepted(peer.key()));
+        noise
     }
 
     fn set_keepalive(&self, peer: &Arc<Peer>, seconds: u16, now: Time) {
@@ -355,15 +366,6 @@ impl Configured {
             !owners.is_empty()
         });
     }
-}
-
-fn noise(identity: &Identity, peer: &Peer, state: &HandshakeState) -> Handshake {
-    Handshake::new(
-        identity.secret.clone(),
-        x25519::PublicKey::from(identity.public.0),
-        x25519::PublicKey::from(peer.key().0),
-        state.preshared_key.as_ref().map(|key| key.0),
-    )
 }
 
 fn set_preshared_key(state: &mut HandshakeState, key: Option<PresharedKey>) {

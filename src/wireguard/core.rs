@@ -21,7 +21,7 @@ use super::novelty::{Hearing, Novelty};
 use super::peer::Peer;
 use super::table::Table;
 use super::timers::REKEY_TIMEOUT;
-use super::timestamp::{Timestamp, Timestamps};
+use super::timestamp::{Accepted, Tai64n, Timestamp, Timestamps};
 use super::udp::Endpoint;
 
 /// The most handshake messages that wait, as in the kernel.
@@ -36,6 +36,9 @@ const FLOOD: u32 = 128;
 const FLOOD_WINDOW: Duration = Duration::from_millis(250);
 /// A flood lasts at least so long, so that it does not come and go with every batch.
 pub(super) const LOAD_LASTS: Duration = Duration::from_secs(1);
+
+/// Timestamps of so many peers are kept, those of removed ones among them, the latest.
+const MAX_ACCEPTED: usize = 16_384;
 
 /// So long after the last datagram to an address no usual NAT or firewall lets in an answer any more
 /// (Linux: `nf_conntrack_udp_timeout_stream`, 120 s; RFC 4787, section 4.3 wants no more than 5 minutes,
@@ -54,8 +57,12 @@ pub(super) struct Core {
     pub(super) jobs: Jobs,
     pub(super) configured: Mutex<Configured>,
     pub(super) timestamps: Mutex<Timestamps>,
+    /// The greatest timestamps of peers, and of those that were removed.
+    accepted: Arc<Mutex<Accepted>>,
     /// The wall clock, for timestamps and nothing else.
     pub(super) wall: fn() -> Timestamp,
+    /// Whether packets of peers to loopback, link-local, multicast and such addresses are dropped.
+    pub(super) unicast_only: bool,
     mtu: AtomicUsize,
     up: AtomicBool,
     started: Time,
@@ -90,6 +97,8 @@ pub(super) enum Job {
     Initiate(Arc<Peer>),
     /// The peer may be at one of these addresses by now.
     LookFor(Arc<Peer>, Vec<SocketAddr>),
+    /// The peer called an address of ours: whether it is the source by the route of now is looked up.
+    Source(Arc<Peer>, Endpoint),
     /// A session is in use now: what waited for it may go.
     Flush(Arc<Peer>),
     /// The peer is to hear from us now.
@@ -312,6 +321,7 @@ impl Core {
     pub(super) fn new(
         mtu: u32,
         timestamps: Timestamps,
+        accepted: Arc<Mutex<Accepted>>,
         wall: fn() -> Timestamp,
         now: Time,
     ) -> Self {
@@ -323,8 +333,10 @@ impl Core {
             jobs: Jobs::default(),
             configured: Mutex::default(),
             timestamps: Mutex::new(timestamps),
+            accepted,
             wall,
             mtu: AtomicUsize::new(0),
+            unicast_only: false,
             up: AtomicBool::new(false),
             started: now,
         };
@@ -362,6 +374,34 @@ impl Core {
         }
     }
 
+    /// The greatest timestamp that was accepted of a peer, in any run; zero for none.
+    pub(super) fn last_accepted(&self, key: &PublicKey) -> Tai64n {
+        let accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+        accepted.get(key).copied().unwrap_or_default()
+    }
+
+    /// Takes note of the timestamp of an initiation that was accepted, and has it kept on disk.
+    pub(super) fn note_accepted(&self, key: &PublicKey, timestamp: Tai64n) {
+        {
+            let mut accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+            let before = accepted.insert(*key, timestamp);
+            if before.is_none() && accepted.len() > MAX_ACCEPTED {
+                let table = self.table.load();
+                let removed = accepted
+                    .iter()
+                    .filter(|(key, _)| !table.peers.contains_key(*key));
+                let oldest = removed.min_by_key(|(_, timestamp)| **timestamp);
+                if let Some((&oldest, _)) = oldest {
+                    accepted.remove(&oldest);
+                }
+            }
+        }
+        let timestamps = self.timestamps.lock();
+        timestamps
+            .unwrap_or_else(PoisonError::into_inner)
+            .accepted();
+    }
+
     /// Whether nothing that this device sent can have let in a message of a peer from an address; see
     /// [`super::PeerStats::heard_unasked`].
     pub(super) fn is_unasked(&self, peer: &Peer, from: IpAddr, now: Time) -> bool {
@@ -374,6 +414,13 @@ impl Core {
                         .endpoint()
                         .is_none_or(|endpoint| endpoint.remote.ip() != from)
             })
+    }
+
+    /// Follows a peer to where an authenticated message of a confirmed session came from.
+    pub(super) fn roam(&self, peer: &Arc<Peer>, from: Endpoint) {
+        if peer.roam(from) {
+            self.jobs.push(Job::Source(peer.clone(), from));
+        }
     }
 
     /// Queues a handshake message for the handshake thread.
@@ -423,7 +470,13 @@ mod tests {
     #[test]
     fn packets_are_padded_to_16_bytes_but_never_beyond_the_mtu() {
         let timestamps = Timestamps::new(Timestamp::default(), None);
-        let core = Core::new(1420, timestamps, Timestamp::default, Time::default());
+        let core = Core::new(
+            1420,
+            timestamps,
+            Arc::default(),
+            Timestamp::default,
+            Time::default(),
+        );
         for (length, padded) in [
             (0, 0),
             (1, 16),

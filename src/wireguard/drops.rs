@@ -37,6 +37,9 @@ reasons! {
     Expired = "expired",
     /// A decrypted packet whose source address belongs to another peer or to none.
     ForeignSource = "foreign_source",
+    /// A decrypted packet to an address that no packet of another host is for: loopback, link-local,
+    /// multicast, broadcast, unspecified, mapped.
+    ForeignDestination = "foreign_destination",
     /// A packet to an address that no peer owns.
     NoPeer = "no_peer",
     /// A packet that fits into no datagram.

@@ -91,6 +91,7 @@ impl Handshaker {
                     self.initiate(&peer, Attempt::First, wire, now);
                 }
                 Job::LookFor(peer, candidates) => self.look_for(&peer, &candidates, wire, now),
+                Job::Source(peer, from) => peer.judge_source(from, wire.leads(&from)),
                 Job::Flush(peer) => {
                     self.transmit.flush_staged(&core, wire, &peer, now);
                 }
@@ -312,7 +313,7 @@ impl Handshaker {
             note_awaiting(&core, &mut state);
         }
         tracing::debug!(peer = %peer.key(), "handshake completed as initiator");
-        peer.roam(message.from);
+        core.roam(&peer, message.from);
         peer.count_received(HANDSHAKE_RESP_SZ);
         peer.timers.received(false, now);
         peer.timers.session_derived(now);
@@ -325,7 +326,8 @@ impl Handshaker {
     }
 }
 
-/// Answers an initiation.
+/// Answers an initiation, where it came from. The peer stays where it is until it confirms the session:
+/// an initiation may have been recorded and sent by someone else.
 fn respond(
     core: &Core,
     identity: &Identity,
@@ -340,6 +342,7 @@ fn respond(
     let key = PublicKey(half.peer_static_public);
     let peer = table.peers.get(&key).ok_or(Dropped::Unauthentic)?;
     let mut buffer = [0; HANDSHAKE_RESP_SZ];
+    let answer_to;
     {
         let mut state = peer.handshake();
         let soon = |taken| now.since(taken) < INITIATION_INTERVAL;
@@ -350,6 +353,7 @@ fn respond(
         noise
             .receive_handshake_initialization(half)
             .map_err(reason)?;
+        core.note_accepted(&key, noise.last_timestamp());
         let index = core.indices.draw(peer);
         let keys = match noise.format_handshake_response(index, &mut buffer) {
             Ok((_, keys)) => keys,
@@ -358,6 +362,8 @@ fn respond(
                 return Err(reason(error));
             }
         };
+        let leads = wire.leads(&message.from);
+        answer_to = peer.answer_from(message.from, leads, now);
         let session = establish(core, peer, &keys, false, now);
         core.indices.retire(peer.install_responded(session, now));
         note_awaiting(core, &mut state);
@@ -367,15 +373,15 @@ fn respond(
         peer.note_unasked(now);
     }
     tracing::debug!(peer = %peer.key(), "answering a handshake initiation");
-    peer.roam(message.from);
     peer.count_received(HANDSHAKE_INIT_SZ);
     peer.timers.received(false, now);
     peer.timers.session_derived(now);
     peer.timers.sent(false, now);
-    peer.send(
+    peer.send_to(
         wire,
         &buffer,
         HANDSHAKE_RESP_SZ,
+        answer_to,
         Outer::default(),
         now,
         &core.drops,

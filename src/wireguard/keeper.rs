@@ -1,17 +1,21 @@
-//! Has the high-water mark of timestamps remembered, on a thread of its own.
+//! Has timestamps kept by the embedder's store, on a thread of its own: how far this device's have come,
+//! and the greatest that was accepted of each peer.
 //!
-//! Whoever embeds the device writes the mark to a disk, and a disk may take its time or hang. No
-//! handshake waits for that longer than a moment, and as a rule none waits at all: the next mark is
-//! asked for long before it is needed, see `timestamp`.
+//! A store writes to a disk, and a disk may take its time or hang. No handshake waits for that longer
+//! than a moment, and as a rule none waits at all: the device's own timestamps are reserved long before
+//! they are needed, see `timestamp`. What was accepted of a peer is written after the answer. A crash
+//! between the two loses it: an initiation that was accepted within that time (a second, or twenty times
+//! what the disk takes) is answered once more if it is sent again after the restart. The answer is of no
+//! use to anyone but its initiator, and it moves no endpoint.
 
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::threads::AbortOnPanic;
-use super::timestamp::{Persist, Timestamp};
+use super::timestamp::{Accepted, Store, Timestamp};
 
 /// So long a handshake waits for a mark that it needs. A disk that does its work takes a tenth of it.
 const PATIENCE: Duration = Duration::from_millis(250);
@@ -27,38 +31,54 @@ pub(super) struct Keeper {
     late: bool,
 }
 
-#[derive(Default)]
+/// The least time between two writes of what was accepted, and how many times a write's own time: so that
+/// no disk is busy with it for more than a twentieth of its time.
+const PAUSE: Duration = Duration::from_secs(1);
+const PAUSE_BY_WRITE: u32 = 20;
+
 struct Shared {
     marks: Mutex<Marks>,
     changed: Condvar,
+    accepted: Arc<Mutex<Accepted>>,
 }
 
 #[derive(Default)]
 struct Marks {
     wanted: Timestamp,
     written: Timestamp,
+    /// Whether something was accepted that is not written.
+    accepted: bool,
     end: bool,
     ended: bool,
 }
 
 impl Keeper {
-    /// Starts the thread; `floor` is the last mark of earlier runs.
+    /// Starts the thread; `floor` is the last mark of earlier runs, `accepted` what was accepted of peers.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub(super) fn start(floor: Timestamp, persist: Persist) -> io::Result<Self> {
-        let shared = Arc::new(Shared::default());
-        {
-            let mut marks = shared.marks();
-            (marks.wanted, marks.written) = (floor, floor);
-        }
+    pub(super) fn start(
+        floor: Timestamp,
+        accepted: Arc<Mutex<Accepted>>,
+        store: Box<dyn Store>,
+    ) -> io::Result<Self> {
+        let marks = Marks {
+            wanted: floor,
+            written: floor,
+            ..Marks::default()
+        };
+        let shared = Arc::new(Shared {
+            marks: Mutex::new(marks),
+            changed: Condvar::new(),
+            accepted,
+        });
         let thread = {
             let shared = shared.clone();
             thread::Builder::new()
                 .name("wg-timestamps".to_owned())
                 .spawn(move || {
                     let _guard = AbortOnPanic;
-                    shared.write(&persist);
+                    shared.write(&*store);
                 })?
         };
         Ok(Self {
@@ -77,6 +97,18 @@ impl Keeper {
     pub(super) fn reserve(&self, mark: Timestamp) {
         let mut marks = self.shared.marks();
         marks.wanted = marks.wanted.max(mark);
+        self.shared.changed.notify_all();
+    }
+
+    /// Asks for what was accepted of peers to be written; returns at once.
+    pub(super) fn keep_accepted(&self) {
+        self.shared.marks().accepted = true;
+        self.shared.changed.notify_all();
+    }
+
+    /// Asks for the last timestamp that was used in the place of what is reserved: none follows.
+    pub(super) fn settle(&mut self, used: Timestamp) {
+        self.shared.marks().wanted = used;
         self.shared.changed.notify_all();
     }
 
@@ -118,24 +150,49 @@ impl Shared {
         condition(&marks)
     }
 
-    /// Writes the last mark that is wanted, each time there is another one.
-    fn write(&self, persist: &Persist) {
+    /// Writes the last mark that is wanted, each time there is another one, and what was accepted of
+    /// peers, with pauses.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the pauses are for the disk, whose time no test passes in"
+    )]
+    fn write(&self, store: &dyn Store) {
+        let mut pause_until = Instant::now();
         let mut marks = self.marks();
         loop {
-            let idle = |marks: &mut Marks| marks.wanted <= marks.written && !marks.end;
-            marks = self
-                .changed
-                .wait_while(marks, idle)
-                .unwrap_or_else(PoisonError::into_inner);
-            if marks.wanted <= marks.written {
+            let now = Instant::now();
+            let may_keep = marks.end || now >= pause_until;
+            if marks.wanted != marks.written {
+                let wanted = marks.wanted;
+                drop(marks);
+                store.keep_own(wanted);
+                marks = self.marks();
+                marks.written = wanted;
+                self.changed.notify_all();
+            } else if marks.accepted && may_keep {
+                marks.accepted = false;
+                drop(marks);
+                let accepted = self
+                    .accepted
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .clone();
+                store.keep_accepted(&accepted);
+                let took = now.elapsed();
+                pause_until = Instant::now() + PAUSE.max(took * PAUSE_BY_WRITE);
+                marks = self.marks();
+            } else if marks.end {
                 break;
+            } else if marks.accepted {
+                let (woken, _) = self
+                    .changed
+                    .wait_timeout(marks, pause_until.saturating_duration_since(now))
+                    .unwrap_or_else(PoisonError::into_inner);
+                marks = woken;
+            } else {
+                let woken = self.changed.wait(marks);
+                marks = woken.unwrap_or_else(PoisonError::into_inner);
             }
-            let wanted = marks.wanted;
-            drop(marks);
-            persist(wanted);
-            marks = self.marks();
-            marks.written = wanted;
-            self.changed.notify_all();
         }
         marks.ended = true;
         self.changed.notify_all();

@@ -16,6 +16,7 @@ use super::clock::Time;
 use super::drops::{Dropped, Drops};
 use super::key::{PresharedKey, PublicKey};
 use super::packet::Outer;
+use super::place::Place;
 use super::session::Session;
 use super::staged::Staged;
 use super::timers::Timers;
@@ -48,6 +49,10 @@ pub(super) trait Wire {
         outer: Outer,
         offload: bool,
     ) -> io::Result<bool>;
+
+    /// Whether the route of now leads to an endpoint from the address of ours in it, through the
+    /// interface that the peer came in by.
+    fn leads(&self, endpoint: &Endpoint) -> bool;
 }
 
 /// The state of one peer, as long as it is configured.
@@ -57,7 +62,7 @@ pub(super) struct Peer {
     /// What is sent with, where there is a session.
     current: ArcSwapOption<Session>,
     waiting: Mutex<Waiting>,
-    endpoint: Mutex<Option<Endpoint>>,
+    place: Mutex<Place>,
     pub(super) handshake: Mutex<HandshakeState>,
     pub(super) staged: Mutex<Staged>,
     /// Whether anything is staged, to be asked without the lock.
@@ -148,7 +153,7 @@ impl Peer {
             timers: Timers::default(),
             current: ArcSwapOption::empty(),
             waiting: Mutex::default(),
-            endpoint: Mutex::default(),
+            place: Mutex::default(),
             handshake: Mutex::default(),
             staged: Mutex::default(),
             has_staged: AtomicBool::new(false),
@@ -275,32 +280,49 @@ impl Peer {
     }
 
     pub(super) fn endpoint(&self) -> Option<Endpoint> {
-        *lock(&self.endpoint)
+        lock(&self.place).endpoint
     }
 
     /// Points to where the peer is configured to be; the kernel chooses from where to speak to it.
     pub(super) fn set_endpoint(&self, remote: SocketAddr) {
-        *lock(&self.endpoint) = Some(remote.into());
+        lock(&self.place).endpoint = Some(remote.into());
     }
 
     /// Knows no more where the peer is.
     pub(super) fn forget_endpoint(&self) {
-        *lock(&self.endpoint) = None;
+        lock(&self.place).endpoint = None;
     }
 
-    /// Follows the peer to where an authenticated message came from.
-    pub(super) fn roam(&self, from: Endpoint) {
-        let mut endpoint = lock(&self.endpoint);
-        if *endpoint != Some(from) {
-            *endpoint = Some(from);
-        }
+    /// Follows the peer to where an authenticated message of a confirmed session came from. The address
+    /// of ours that it called is used as the source only when the route back is known to agree; true if
+    /// that is to be looked up, see [`Self::judge_source`].
+    #[must_use]
+    pub(super) fn roam(&self, from: Endpoint) -> bool {
+        lock(&self.place).roam(from)
     }
 
-    /// Forgets from which of our addresses the peer was spoken to, so that the kernel chooses anew.
+    /// Takes note whether the route of now leads to an endpoint from the address of ours in it, through
+    /// the interface that the peer came in by.
+    pub(super) fn judge_source(&self, from: Endpoint, leads: bool) {
+        lock(&self.place).judge(from, leads);
+    }
+
+    /// Takes note that an initiation is answered now; returns from where: from the address of ours that
+    /// was called, where it `leads` back, unless an answer from there has failed to come.
+    pub(super) fn answer_from(&self, from: Endpoint, leads: bool, now: Time) -> Endpoint {
+        let is_unconfirmed = lock(&self.waiting).next.is_some();
+        lock(&self.place).answer(from, leads, is_unconfirmed, now)
+    }
+
+    /// Forgets from which of our addresses the peer was spoken to, and what was found of them: the
+    /// kernel chooses, by the route of now.
     pub(super) fn clear_source(&self) {
-        if let Some(endpoint) = &mut *lock(&self.endpoint) {
-            endpoint.local = None;
-        }
+        lock(&self.place).clear_source();
+    }
+
+    /// Forgets what was found of our addresses, since the routes may have changed.
+    pub(super) fn forget_sources(&self) {
+        lock(&self.place).forget_judgements();
     }
 
     /// Sends a run of datagrams to where the peer is, and counts; false if the kernel refused it.
@@ -313,11 +335,26 @@ impl Peer {
         now: Time,
         drops: &Drops,
     ) -> bool {
-        let count = run.len().div_ceil(stride) as u64;
         let Some(endpoint) = self.endpoint() else {
-            drops.add(Dropped::NoEndpoint, count);
+            drops.add(Dropped::NoEndpoint, run.len().div_ceil(stride) as u64);
             return true;
         };
+        self.send_to(wire, run, stride, endpoint, outer, now, drops)
+    }
+
+    /// The same to an address that is not, or not yet, where the peer is.
+    #[expect(clippy::too_many_arguments, reason = "a run is described by as many")]
+    pub(super) fn send_to(
+        &self,
+        wire: &impl Wire,
+        run: &[u8],
+        stride: usize,
+        endpoint: Endpoint,
+        outer: Outer,
+        now: Time,
+        drops: &Drops,
+    ) -> bool {
+        let count = run.len().div_ceil(stride) as u64;
         let offload = self.offload_after.load(Ordering::Relaxed) <= now.as_nanos();
         let mut sent = wire.send(run, stride, &endpoint, outer, offload);
         if endpoint.local.is_some() && sent.as_ref().is_err_and(is_source_gone) {

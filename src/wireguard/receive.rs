@@ -4,6 +4,7 @@
 //! answered.
 
 use std::io::IoSlice;
+use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
@@ -125,7 +126,7 @@ impl Receive {
                 continue;
             }
             data = true;
-            let kept = self.keep(arena, plaintext, message, |source| {
+            let kept = self.keep(arena, plaintext, message, core.unicast_only, |source| {
                 accepted == Some(source) || {
                     let accepts = table.accepts(source, &peer);
                     if accepts {
@@ -141,7 +142,7 @@ impl Receive {
         self.opened = opened;
         if authentic {
             peer.count_received(bytes);
-            peer.roam(message.from);
+            core.roam(&peer, message.from);
             note_received(core, &peer, &session, data, now);
         }
     }
@@ -152,12 +153,16 @@ impl Receive {
         arena: &mut [u8],
         plaintext: Range<usize>,
         message: &Message,
-        accepts: impl FnOnce(std::net::IpAddr) -> bool,
+        unicast_only: bool,
+        accepts: impl FnOnce(IpAddr) -> bool,
     ) -> Result<(), Dropped> {
         let packet = &mut arena[plaintext.clone()];
         let ip = Header::parse(packet).ok_or(Dropped::Malformed)?;
         if !accepts(ip.source) {
             return Err(Dropped::ForeignSource);
+        }
+        if unicast_only && !is_routable(ip.destination) {
+            return Err(Dropped::ForeignDestination);
         }
         let ecn = message.ecn.decapsulate(ip.ecn).ok_or(Dropped::Congested)?;
         if ecn != ip.ecn {
@@ -166,6 +171,31 @@ impl Receive {
         let packet = plaintext.start..plaintext.start + ip.length;
         self.coalescer.push(arena, packet, &ip);
         Ok(())
+    }
+}
+
+/// Whether a packet from another host may be for an address: it is neither loopback, link-local, multicast,
+/// limited broadcast or unspecified, nor an IPv4 address in the form of IPv6 (RFC 6890, RFC 4291).
+fn is_routable(destination: IpAddr) -> bool {
+    match destination {
+        IpAddr::V4(address) => {
+            let [first, second, ..] = address.octets();
+            match first {
+                0 | 127 | 224..=239 => false,
+                169 => second != 254,
+                255 => !address.is_broadcast(),
+                _ => true,
+            }
+        }
+        IpAddr::V6(address) => {
+            let [first, ..] = address.segments();
+            // Unspecified, loopback and mapped addresses are all in ::/80.
+            match first {
+                0 => u128::from(address) >> 48 != 0,
+                0xfe80..=0xfebf | 0xff00.. => false,
+                _ => true,
+            }
+        }
     }
 }
 
@@ -205,5 +235,54 @@ fn pass_on(core: &Core, datagram: &[u8], message: &Message, now: Time) {
     };
     if let Some(reason) = dropped {
         core.drops.add(reason, 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_that_no_packet_of_another_host_is_for_are_told_apart() {
+        let routable = |address: &str| is_routable(address.parse().unwrap());
+        for address in [
+            "0.0.0.0",
+            "0.1.2.3",
+            "127.0.0.1",
+            "127.255.255.255",
+            "169.254.169.254",
+            "224.0.0.1",
+            "239.255.255.250",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "::ffff:10.0.0.1",
+            "::10.0.0.1",
+            "fe80::1",
+            "febf::1",
+            "ff02::1",
+            "ffff::",
+        ] {
+            assert!(!routable(address), "{address}");
+        }
+        for address in [
+            "1.0.0.0",
+            "10.4.0.1",
+            "126.255.255.255",
+            "128.0.0.1",
+            "169.253.255.255",
+            "169.255.0.0",
+            "223.255.255.255",
+            "255.255.255.254",
+            "64:ff9b::10.0.0.1",
+            "::1:0:0:0:0",
+            "2001:db8::1",
+            "fd00::1",
+            "fe7f::1",
+            "fec0::1",
+            "feff::1",
+        ] {
+            assert!(routable(address), "{address}");
+        }
     }
 }

@@ -3,7 +3,8 @@
 //! A peer is spoken to from the address it called, as long as the way back leads through the
 //! interface it came in by. When another route is better, its own source address is right, and
 //! sticking to the old one would make the peer answer to where nothing goes any more. The kernel's
-//! WireGuard looks at the route of each packet; here it is looked at when routes change.
+//! WireGuard looks at the route of each packet; here it is looked at before an address becomes the source
+//! of what is sent (`place`), when the kernel tells that routes changed, and every two seconds.
 #![expect(
     clippy::wildcard_enum_match_arm,
     reason = "netlink's messages and attributes are many; one of each is wanted here"
@@ -12,6 +13,7 @@
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
+use std::sync::{Mutex, PoisonError};
 
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
@@ -26,11 +28,14 @@ use super::udp::Endpoint;
 /// The multicast groups of routes and rules (`RTMGRP_IPV4_ROUTE` and so on, linux/rtnetlink.h).
 const ROUTES_AND_RULES: u32 = 0x40 | 0x80 | 0x400 | 0x4_0000;
 
-/// The sockets that hear of changed routes, and that ask for one.
+/// The socket that hears of changed routes.
 pub(super) struct RouteWatch {
     events: Netlink,
-    query: Netlink,
 }
+
+/// The socket that asks for a route.
+#[derive(Debug)]
+pub(super) struct RouteQuery(Mutex<Netlink>);
 
 impl RouteWatch {
     /// Watches the namespace of the calling thread.
@@ -41,11 +46,7 @@ impl RouteWatch {
         let mut events = Netlink::new(NETLINK_ROUTE)?;
         events.set_non_blocking(true)?;
         events.bind(&SocketAddr::new(0, ROUTES_AND_RULES))?;
-        let query = Netlink::new(NETLINK_ROUTE)?;
-        query.connect(&SocketAddr::new(0, 0))?;
-        // The kernel answers at once; what takes this long is never coming.
-        setsockopt(&query, sockopt::ReceiveTimeout, &TimeVal::new(1, 0))?;
-        Ok(Self { events, query })
+        Ok(Self { events })
     }
 
     /// What to poll for reading.
@@ -56,6 +57,20 @@ impl RouteWatch {
     /// Reads away what made the descriptor readable.
     pub(super) fn drain(&self) {
         super::link::drain(&self.events);
+    }
+}
+
+impl RouteQuery {
+    /// Asks in the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(super) fn new() -> io::Result<Self> {
+        let query = Netlink::new(NETLINK_ROUTE)?;
+        query.connect(&SocketAddr::new(0, 0))?;
+        // The kernel answers at once; what takes this long is never coming.
+        setsockopt(&query, sockopt::ReceiveTimeout, &TimeVal::new(1, 0))?;
+        Ok(Self(Mutex::new(query)))
     }
 
     /// Whether datagrams from the local address of an endpoint still leave by the interface that
@@ -97,10 +112,11 @@ impl RouteWatch {
         message.finalize();
         let mut request = vec![0; message.buffer_len()];
         message.serialize(&mut request);
-        self.query.send(&request, 0)?;
+        let query = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        query.send(&request, 0)?;
 
         let mut answer = Vec::with_capacity(4096);
-        self.query.recv(&mut answer, 0)?;
+        query.recv(&mut answer, 0)?;
         let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)
             .map_err(io::Error::other)?;
         match answer.payload {

@@ -9,9 +9,13 @@ mod candidates;
 #[cfg(test)]
 mod crossing;
 #[cfg(test)]
+mod destinations;
+#[cfg(test)]
 mod failing;
 #[cfg(test)]
 mod garbage;
+#[cfg(test)]
+mod replayed;
 #[cfg_attr(
     test,
     expect(unreachable_pub, reason = "public for the fuzzer's crate")
@@ -25,7 +29,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU16;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -39,7 +43,7 @@ use super::key::{PrivateKey, PublicKey};
 use super::packet::{Ecn, Outer};
 use super::peer::{Peer, Wire};
 use super::receive::Receive;
-use super::timestamp::{Timestamp, Timestamps};
+use super::timestamp::{Accepted, Timestamp, Timestamps};
 use super::transmit::Transmit;
 use super::udp::{Endpoint, Message};
 use super::{checksum, gso};
@@ -90,6 +94,10 @@ impl Wire for Captured {
         self.sent.borrow_mut().extend(datagrams);
         Ok(offload && self.offload.get())
     }
+
+    fn leads(&self, _: &Endpoint) -> bool {
+        true
+    }
 }
 
 struct Host {
@@ -106,13 +114,25 @@ struct Host {
 impl Host {
     /// A host at 192.0.2.`n`, with the same key and timestamps as any other of that number.
     fn new(n: u8) -> Self {
+        Self::that_accepted(n, Arc::default())
+    }
+
+    /// One whose earlier runs have accepted these timestamps.
+    fn that_accepted(n: u8, accepted: Arc<Mutex<Accepted>>) -> Self {
+        Self::with(n, accepted, false)
+    }
+
+    /// One that drops what is for no unicast address, or does not.
+    fn with(n: u8, accepted: Arc<Mutex<Accepted>>, unicast_only: bool) -> Self {
         let timestamps = Timestamps::new(Timestamp::default(), None);
-        let core = Core::new(
+        let mut core = Core::new(
             1420,
             timestamps,
+            accepted,
             || Timestamp::from_unix(Duration::from_secs(1)),
             Time::default(),
         );
+        core.unicast_only = unicast_only;
         let core = Arc::new(core);
         core.link_changed(true);
         let key = PrivateKey([n; 32]);

@@ -45,6 +45,9 @@ use super::udp::{Arena, Endpoint, MAX_MESSAGES, Sockets, UdpSocket};
 /// The timers of peers with sessions are looked at this often: the packet threads arm them without
 /// telling.
 const TICK: Duration = Duration::from_millis(200);
+/// How often the routes to peers are looked up though none is known to have changed: some ten
+/// microseconds for each peer.
+const ROUTES: Duration = Duration::from_secs(2);
 /// How often a link that is gone is tried to be made again.
 pub(super) const RETRY: Duration = Duration::from_millis(200);
 /// Messages larger than this are received one at a time; see [`MAX_MESSAGES`].
@@ -86,6 +89,10 @@ impl Wire for Sockets {
         offload: bool,
     ) -> io::Result<bool> {
         Self::send(self, run, stride, to, outer, offload)
+    }
+
+    fn leads(&self, endpoint: &Endpoint) -> bool {
+        Self::leads(self, endpoint)
     }
 }
 
@@ -498,6 +505,7 @@ fn handshake(
 ) {
     look_at_link(core, io, &mut link);
     let mut looked = Time::now();
+    let mut looked_at_routes = looked;
     let mut strangers = None;
     while !io.is_stopping() {
         let now = Time::now();
@@ -508,6 +516,11 @@ fn handshake(
         {
             look_at_link(core, io, &mut link);
             looked = now;
+        }
+        // Notifications may be lost, and not all that decides on a route sends one.
+        if now.since(looked_at_routes) >= ROUTES {
+            look_at_routes(core, io);
+            looked_at_routes = now;
         }
         let next = [next, strangers].into_iter().flatten().min();
         let timeout = next.map_or(TICK, |next| next.since(Time::now()).min(TICK));
@@ -537,21 +550,21 @@ fn handshake(
         }
         if routes_changed {
             routes.drain();
-            look_at_routes(core, io, routes);
+            looked_at_routes = Time::now();
+            look_at_routes(core, io);
         }
         strangers = handshaker.run(&**io.sockets.load(), Time::now);
     }
 }
 
 /// Lets the kernel choose anew from where to speak to the peers that are reached another way now.
-fn look_at_routes(core: &Core, io: &Io, routes: &RouteWatch) {
-    let mark = io.fwmark.load(Ordering::Relaxed);
+fn look_at_routes(core: &Core, io: &Io) {
+    let sockets = io.sockets.load();
     for peer in core.table.load().peers.values() {
-        if peer
-            .endpoint()
-            .is_some_and(|endpoint| !routes.still_leads(&endpoint, mark))
-        {
-            peer.clear_source();
+        let endpoint = peer.endpoint();
+        peer.forget_sources();
+        if let Some(endpoint) = endpoint.filter(|endpoint| endpoint.local.is_some()) {
+            peer.judge_source(endpoint, sockets.leads(&endpoint));
         }
     }
 }

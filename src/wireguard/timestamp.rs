@@ -2,12 +2,16 @@
 //!
 //! A peer refuses an initiation that is not newer than the last one it took. The wall clock alone
 //! does not see to that: it may be set back, or be in 1970 at boot. So the highest timestamp that may
-//! have been used is remembered, by whoever embeds the device, in steps of an hour, and again when
-//! half of it is used, so that a disk may be slow or away for as long as that without anybody noticing.
+//! have been used is reserved on disk by the embedder's [`Store`]: two minutes ahead of the clock, and
+//! again when half of that is used. An orderly end writes the last timestamp that was used instead.
+//! So timestamps are ahead of the clock only after a crash, by two minutes at most, however many
+//! crashes there were.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::keeper::Keeper;
+use super::key::PublicKey;
 
 /// Seconds and nanoseconds since the Unix epoch, in the order of time.
 ///
@@ -15,18 +19,35 @@ use super::keeper::Keeper;
 #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Timestamp(Duration);
 
-/// What remembers the high-water mark: it is called with a timestamp that should be on disk when it
-/// returns, or the next run may have to wait for the clock.
+/// What keeps timestamps over restarts. What it is given should be on disk when a call returns.
 ///
-/// It is called on a thread of its own, about every half hour in which there are handshakes, and may
-/// take as long as it takes: handshakes go on meanwhile. Each call has a later timestamp than the one
-/// before, and none is made before the last one has returned.
-pub type Persist = Box<dyn Fn(Timestamp) + Send>;
+/// It is called on one thread of its own, one call at a time, and a call may take as long as the disk
+/// needs: handshakes go on meanwhile.
+pub trait Store: Send {
+    /// Keeps the timestamp that the initiations of the next run must be later than: about once a minute
+    /// in which there are handshakes. Each call has a later one, but for the last: at an orderly end it
+    /// is the timestamp that was used last.
+    fn keep_own(&self, mark: Timestamp);
 
-/// How far ahead of the clock the high-water mark is set, so that it is seldom written.
-const AHEAD: Duration = Duration::from_secs(3600);
-/// When no more than so much of that is left, more is asked for.
-const LOW: Duration = Duration::from_secs(1800);
+    /// Keeps the greatest timestamp that was accepted of each peer: about once a second at most. It is
+    /// never put off by more than that, or by twenty times what the last call took.
+    fn keep_accepted(&self, accepted: &Accepted);
+}
+
+/// The greatest timestamp that was accepted of each peer, as it was sent.
+pub type Accepted = BTreeMap<PublicKey, Tai64n>;
+
+/// A timestamp as it is sent: eight bytes of seconds and four of nanoseconds, big endian (TAI64N), so
+/// that bytes compare as times do.
+pub type Tai64n = [u8; 12];
+
+/// How far ahead of the clock timestamps are reserved, so that the disk is written seldom. A crash costs
+/// as much: until the clock has passed it, an implementation that follows the clock is refused.
+const AHEAD: Duration = Duration::from_secs(120);
+/// When no more than so much of that is left, more is reserved.
+const LOW: Duration = Duration::from_secs(60);
+/// What is reserved while timestamps are ahead of the clock, and grow by a nanosecond each: a million.
+const AHEAD_OF_CLOCK: Duration = Duration::from_millis(1);
 
 /// Timestamps are no finer than this, so that they do not tell the machine's load or its clock's
 /// drift (as in the kernel: 2^24 ns).
@@ -55,7 +76,7 @@ impl Timestamp {
     }
 
     /// The form in which it is sent.
-    pub fn to_tai64n(self) -> [u8; 12] {
+    pub fn to_tai64n(self) -> Tai64n {
         let mut bytes = [0; 12];
         let seconds = TAI64_BASE.wrapping_add(self.0.as_secs());
         bytes[..8].copy_from_slice(&seconds.to_be_bytes());
@@ -64,10 +85,11 @@ impl Timestamp {
     }
 }
 
-/// Makes timestamps, each later than all before.
+/// Makes timestamps, each later than all before. Dropping it is the orderly end.
 #[derive(Debug)]
 pub(super) struct Timestamps {
     last: Timestamp,
+    used: bool,
     keeper: Option<Keeper>,
 }
 
@@ -77,6 +99,7 @@ impl Timestamps {
     pub(super) fn new(floor: Timestamp, keeper: Option<Keeper>) -> Self {
         Self {
             last: floor,
+            used: false,
             keeper,
         }
     }
@@ -87,13 +110,33 @@ impl Timestamps {
     pub(super) fn next(&mut self, now: Timestamp) -> Timestamp {
         let least = self.last.plus(Duration::from_nanos(1));
         self.last = now.coarse().max(least);
+        self.used = true;
         if let Some(keeper) = &mut self.keeper {
-            if self.last.plus(LOW) > keeper.wanted() {
-                keeper.reserve(self.last.plus(AHEAD));
+            let reserve = |ahead, ahead_of_clock| {
+                let of_clock = now.coarse().plus(ahead);
+                of_clock.max(self.last.plus(ahead_of_clock))
+            };
+            if keeper.wanted() < reserve(LOW, AHEAD_OF_CLOCK / 2) {
+                keeper.reserve(reserve(AHEAD, AHEAD_OF_CLOCK));
             }
             keeper.wait(self.last);
         }
         self.last
+    }
+
+    /// Has a new greatest timestamp of a peer kept; returns at once.
+    pub(super) fn accepted(&self) {
+        if let Some(keeper) = &self.keeper {
+            keeper.keep_accepted();
+        }
+    }
+}
+
+impl Drop for Timestamps {
+    fn drop(&mut self) {
+        if let Some(keeper) = self.keeper.as_mut().filter(|_| self.used) {
+            keeper.settle(self.last);
+        }
     }
 }
 
@@ -119,6 +162,15 @@ mod tests {
     #[derive(Clone, Default)]
     struct Disk(Arc<(Mutex<Vec<Timestamp>>, Mutex<()>)>);
 
+    impl Store for Disk {
+        fn keep_own(&self, mark: Timestamp) {
+            let _turn = self.0.1.lock().unwrap();
+            self.0.0.lock().unwrap().push(mark);
+        }
+
+        fn keep_accepted(&self, _: &Accepted) {}
+    }
+
     impl Disk {
         fn written(&self) -> Vec<Timestamp> {
             self.0.0.lock().unwrap().clone()
@@ -137,12 +189,13 @@ mod tests {
         }
 
         fn timestamps(&self, floor: Timestamp) -> Timestamps {
-            let disk = self.0.clone();
-            let persist = Box::new(move |timestamp| {
-                let _turn = disk.1.lock().unwrap();
-                disk.0.lock().unwrap().push(timestamp);
-            });
-            Timestamps::new(floor, Some(Keeper::start(floor, persist).unwrap()))
+            let keeper = Keeper::start(floor, Arc::default(), Box::new(self.clone()));
+            Timestamps::new(floor, Some(keeper.unwrap()))
+        }
+
+        /// What a run begins with after the one before was killed, or has ended.
+        fn mark(&self) -> Timestamp {
+            self.written().last().copied().unwrap_or_default()
         }
     }
 
@@ -150,12 +203,22 @@ mod tests {
         timestamps.keeper.as_ref().is_some_and(Keeper::is_late)
     }
 
+    /// Until the disk has taken what was reserved.
+    fn next_on_disk(timestamps: &mut Timestamps, now: Timestamp) -> Timestamp {
+        loop {
+            let next = timestamps.next(now);
+            if !is_late(timestamps) {
+                return next;
+            }
+        }
+    }
+
     #[test]
     fn after_a_restart_in_1970_they_are_later_than_before() {
         let disk = Disk::default();
         let mut timestamps = disk.timestamps(Timestamp::default());
-        let last = (0..100)
-            .map(|minute| timestamps.next(at(1_000_000 + 60 * minute)))
+        let last = (0..20)
+            .map(|second| next_on_disk(&mut timestamps, at(1_000_000 + 10 * second)))
             .max()
             .unwrap();
         drop(timestamps);
@@ -163,12 +226,50 @@ mod tests {
         let written = disk.written();
         // Fewer, where the thread that writes was not yet there for one when the next was wanted.
         assert!(
-            (1..=4).contains(&written.len()),
-            "an hour is reserved at a time, and again after half of it: {written:?}"
+            (2..=5).contains(&written.len()),
+            "two minutes are reserved at a time, again after half of it, and the last one used: {written:?}"
         );
 
-        let mut timestamps = Timestamps::new(*written.last().unwrap(), None);
+        let mut timestamps = Timestamps::new(disk.mark(), None);
         assert!(timestamps.next(at(0)) > last);
+    }
+
+    #[test]
+    fn thirteen_orderly_restarts_are_not_ahead_of_the_clock() {
+        let disk = Disk::default();
+        for start in 0..13 {
+            let now = at(1_000_000 + start);
+            let mut timestamps = disk.timestamps(disk.mark());
+            assert_eq!(timestamps.next(now), now, "start {start}");
+            let used = timestamps.next(now);
+            drop(timestamps);
+            for _ in 0..3000 {
+                if disk.mark() == used {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            assert_eq!(disk.mark(), used, "start {start}");
+        }
+    }
+
+    #[test]
+    fn thirteen_crashes_cost_no_more_than_one() {
+        let disk = Disk::default();
+        let mut last = Timestamp::default();
+        for crash in 0..13 {
+            let now = at(1_000_000 + crash);
+            let mut timestamps = disk.timestamps(disk.mark());
+            let next = next_on_disk(&mut timestamps, now);
+            assert!(next > last, "crash {crash}");
+            last = next;
+            let most = now.plus(AHEAD + AHEAD_OF_CLOCK * 20);
+            assert!(next < most, "crash {crash}: {next:?} at {now:?}");
+            // Nothing is written at the end.
+            std::mem::forget(timestamps);
+        }
+        // The control: by the clock alone, every restart within two minutes would repeat a timestamp.
+        assert!(last > at(1_000_100));
     }
 
     #[test]
@@ -203,22 +304,17 @@ mod tests {
     }
 
     #[test]
-    fn while_half_an_hour_is_left_nobody_waits_for_the_disk() {
+    fn a_minute_without_a_disk_is_not_noticed() {
         let disk = Disk::default();
         let mut timestamps = disk.timestamps(Timestamp::default());
-        loop {
-            timestamps.next(at(1_000_000));
-            if !is_late(&timestamps) {
-                break;
-            }
-        }
+        next_on_disk(&mut timestamps, at(1_000_000));
         let hanging = disk.0.1.lock().unwrap();
-        for minute in 0..59 {
-            timestamps.next(at(1_000_000 + 60 * minute));
-            assert!(!is_late(&timestamps), "minute {minute}");
+        for second in 0..120 {
+            timestamps.next(at(1_000_000 + second));
+            assert!(!is_late(&timestamps), "second {second}");
         }
-        // The control: beyond the hour it is noticed.
-        timestamps.next(at(1_000_000 + 60 * 61));
+        // The control: beyond two minutes it is noticed.
+        timestamps.next(at(1_000_000 + 121));
         assert!(is_late(&timestamps));
         drop(hanging);
     }

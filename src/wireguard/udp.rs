@@ -18,12 +18,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};
 use std::ptr;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use self::control::Control;
 use super::packet::{Ecn, Outer};
+use super::routes::RouteQuery;
 
 /// The most bytes of one send with segmentation: what IPv4 and IPv6 both take, with some slack for
 /// the headers the kernel counts in.
@@ -66,6 +68,8 @@ pub(super) struct Sockets {
     port: u16,
     v4: Option<UdpSocket>,
     v6: Option<UdpSocket>,
+    routes: RouteQuery,
+    fwmark: AtomicU32,
 }
 
 /// A socket of one family.
@@ -107,7 +111,13 @@ impl Sockets {
         if v4.is_none() && v6.is_none() {
             return Err(Errno::EAFNOSUPPORT.into());
         }
-        Ok(Self { port, v4, v6 })
+        Ok(Self {
+            port,
+            v4,
+            v6,
+            routes: RouteQuery::new()?,
+            fwmark: AtomicU32::new(fwmark),
+        })
     }
 
     /// The port of both.
@@ -133,7 +143,16 @@ impl Sockets {
         sockets
             .into_iter()
             .flatten()
-            .try_for_each(|socket| socket.socket.set_mark(fwmark))
+            .try_for_each(|socket| socket.socket.set_mark(fwmark))?;
+        self.fwmark.store(fwmark, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether datagrams from the local address of an endpoint leave by the interface that the peer came
+    /// in by.
+    pub(super) fn leads(&self, endpoint: &Endpoint) -> bool {
+        let mark = self.fwmark.load(Ordering::Relaxed);
+        self.routes.still_leads(endpoint, mark)
     }
 
     /// Sends a run of datagrams of `stride` bytes, the last of which may be shorter.

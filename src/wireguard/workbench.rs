@@ -73,12 +73,22 @@ impl Wire for Loop {
         }
         Ok(offload)
     }
+
+    fn leads(&self, _: &Endpoint) -> bool {
+        true
+    }
 }
 
 impl Side {
     fn new(own: u8, other: u8, now: Time) -> Self {
         let timestamps = Timestamps::new(Timestamp::default(), None);
-        let core = Core::new(1420, timestamps, Timestamp::default, Time::default());
+        let core = Core::new(
+            1420,
+            timestamps,
+            Arc::default(),
+            Timestamp::default,
+            Time::default(),
+        );
         core.link_changed(true);
         let network = ipnet::Ipv4Net::new_assert(Ipv4Addr::new(10, 0, other, 0), 24);
         let config = PeerConfig {

@@ -39,7 +39,10 @@ impl Program {
                 command
             }
             Self::Selvedge => {
-                let mut command = namespace.command(env!("CARGO_BIN_EXE_selvedge"));
+                // Another build of it, to compare with.
+                let other = env::var("SELVEDGE_PROGRAM").ok();
+                let program = other.as_deref().unwrap_or(env!("CARGO_BIN_EXE_selvedge"));
+                let mut command = namespace.command(program);
                 command.arg("tunnel");
                 command
             }
@@ -169,6 +172,28 @@ impl Tunnel {
             fs::read_to_string(&sockets).is_ok_and(|sockets| sockets.contains(&wanted))
         })?;
         Ok(())
+    }
+
+    /// What waits in the sockets of a port of the daemon's namespace, in bytes of the kernel's memory, and
+    /// how many datagrams they had no room for (proc_net_udp(5): `rx_queue`, `drops`).
+    pub(crate) fn queue(&self, port: u16) -> Result<(u64, u64)> {
+        let pid = self.pid().context("the daemon was stopped")?;
+        let (mut waiting, mut dropped) = (0, 0);
+        for family in ["udp", "udp6"] {
+            let table = fs::read_to_string(format!("/proc/{pid}/net/{family}"))?;
+            for line in table.lines().skip(1) {
+                let words: Vec<_> = line.split_whitespace().collect();
+                let local = words.get(1).context("an address")?;
+                if !local.ends_with(&format!(":{port:04X}")) {
+                    continue;
+                }
+                let queues = words.get(4).context("queues")?;
+                let (_, queue) = queues.split_once(':').context("two queues")?;
+                waiting += u64::from_str_radix(queue, 16)?;
+                dropped += words.last().context("drops")?.parse::<u64>()?;
+            }
+        }
+        Ok((waiting, dropped))
     }
 
     /// Whether the daemon is gone, by itself or because it was stopped.

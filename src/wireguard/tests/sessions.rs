@@ -3,6 +3,7 @@
 use super::*;
 use crate::wireguard::keeper::Keeper;
 use crate::wireguard::key::PresharedKey;
+use crate::wireguard::timestamp::Store;
 use crate::wireguard::uapi::{AllowedIp, KeyUpdate, PeerSet};
 
 #[test]
@@ -70,21 +71,34 @@ fn a_host_whose_clock_went_back_without_a_floor_is_refused() {
     assert_eq!(world.hosts[1].drops(Dropped::Replayed), 1);
 }
 
+/// A disk that takes nothing until the other end of `held` is dropped.
+struct Hanging {
+    held: std::sync::mpsc::Receiver<()>,
+    written: Arc<Mutex<Option<Timestamp>>>,
+}
+
+impl Store for Hanging {
+    fn keep_own(&self, mark: Timestamp) {
+        let _ = self.held.recv();
+        *self.written.lock().unwrap() = Some(mark);
+    }
+
+    fn keep_accepted(&self, _: &Accepted) {
+        let _ = self.held.recv();
+    }
+}
+
 #[test]
 fn a_disk_that_hangs_stops_no_handshake() {
     let mut world = World::pair();
     let (hold, held) = std::sync::mpsc::channel::<()>();
-    let written = Arc::new(std::sync::Mutex::new(None));
-    let persist = {
-        let written = written.clone();
-        Box::new(move |mark| {
-            // Until the disk is back.
-            let _ = held.recv();
-            *written.lock().unwrap() = Some(mark);
-        })
+    let written = Arc::new(Mutex::new(None));
+    let disk = Hanging {
+        held,
+        written: written.clone(),
     };
     let floor = Timestamp::default();
-    let keeper = Keeper::start(floor, persist).unwrap();
+    let keeper = Keeper::start(floor, Arc::default(), Box::new(disk)).unwrap();
     *world.hosts[0].core.timestamps.lock().unwrap() = Timestamps::new(floor, Some(keeper));
     // The first handshake, and three rekeys.
     for _ in 0..4 {
@@ -290,7 +304,7 @@ fn a_roamed_endpoint_stays_until_the_configured_one_changes() {
     };
     let peer = one.peer(two);
     let roamed: SocketAddr = (Ipv4Addr::new(203, 0, 113, 1), 9).into();
-    peer.roam(roamed.into());
+    let _ = peer.roam(roamed.into());
 
     one.set_peers(&[(two, config(2))], world.now);
     assert_eq!(peer.endpoint().unwrap().remote, roamed);

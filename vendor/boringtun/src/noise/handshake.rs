@@ -386,6 +386,16 @@ impl Handshake {
         })
     }
 
+    /// The greatest timestamp that was accepted of the peer; zero for none.
+    pub fn last_timestamp(&self) -> Timestamp {
+        self.last_handshake_timestamp
+    }
+
+    /// Accepts no timestamp that is not greater than this one, which an earlier run accepted.
+    pub fn set_last_timestamp(&mut self, timestamp: Timestamp) {
+        self.last_handshake_timestamp = self.last_handshake_timestamp.max(timestamp);
+    }
+
     /// Forgets every handshake under way. Cookies and the last timestamp stay.
     pub fn clear(&mut self) {
         self.previous = HandshakeState::None;

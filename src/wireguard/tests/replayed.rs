@@ -1,0 +1,204 @@
+//! Initiations that were recorded and are sent again by someone else, and where they move a peer: nowhere.
+
+use super::super::keeper::Keeper;
+use super::super::timestamp::Store;
+use super::*;
+
+fn endpoint(world: &World, of: usize, at: usize) -> Option<SocketAddr> {
+    let endpoint = world.hosts[at].peer(&world.hosts[of]).endpoint();
+    endpoint.map(|endpoint| endpoint.remote)
+}
+
+/// The initiation of host 1 that host 2 answered.
+fn recorded(world: &World) -> Datagram {
+    let initiation = world.log.iter().find(|datagram| datagram.kind() == 1);
+    initiation.unwrap().clone()
+}
+
+/// Host 2 is killed and begins again with these timestamps.
+fn restart(world: &mut World, accepted: &Arc<Mutex<Accepted>>) {
+    world.hosts[1] = Host::that_accepted(2, accepted.clone());
+    let [one, two] = world.hosts.as_slice() else {
+        unreachable!()
+    };
+    two.set_peers(&[(one, config(1))], world.now);
+    // What host 2 itself has to say is another matter.
+    world.work();
+    world.under_way.clear();
+}
+
+/// The answers to the recorded initiation, sent by someone at 192.0.2.66.
+fn replay(world: &mut World, initiation: &Datagram) -> usize {
+    let answers = world.count(2);
+    let replayed = Datagram {
+        from: address(66),
+        ..initiation.clone()
+    };
+    world.deliver(&replayed);
+    world.work();
+    let answered = world.count(2) - answers;
+    let sent: Vec<_> = world.under_way.drain(..).collect();
+    let to_stranger = sent.iter().filter(|sent| sent.to == address(66)).count();
+    assert_eq!(to_stranger, answered);
+    answered
+}
+
+/// Two hosts that have spoken, the second of which has its accepted timestamps in memory.
+fn pair_that_spoke() -> (World, Arc<Mutex<Accepted>>) {
+    let mut world = World::pair();
+    let accepted = Arc::default();
+    world.hosts[1] = Host::that_accepted(2, Arc::clone(&accepted));
+    {
+        let [one, two] = world.hosts.as_slice() else {
+            unreachable!()
+        };
+        let anywhere = PeerConfig {
+            endpoint: None,
+            ..config(1)
+        };
+        two.set_peers(&[(one, anywhere)], world.now);
+    }
+    world.send(0, &packet(1, 2, b"hello"));
+    world.settle();
+    assert_eq!(endpoint(&world, 0, 1), Some(address(1)));
+    (world, accepted)
+}
+
+#[test]
+fn a_recorded_initiation_is_refused_after_a_restart_that_kept_the_timestamps() {
+    let (mut world, accepted) = pair_that_spoke();
+    let initiation = recorded(&world);
+    restart(&mut world, &accepted);
+    assert_eq!(replay(&mut world, &initiation), 0);
+    assert_eq!(world.hosts[1].drops(Dropped::Replayed), 1);
+    assert_eq!(endpoint(&world, 0, 1), Some(address(1)));
+}
+
+#[test]
+fn a_recorded_initiation_moves_nothing_after_a_restart_that_lost_the_timestamps() {
+    let (mut world, _) = pair_that_spoke();
+    let initiation = recorded(&world);
+    restart(&mut world, &Arc::default());
+    // The control: without the timestamp it is answered, once.
+    assert_eq!(replay(&mut world, &initiation), 1);
+    assert_eq!(
+        endpoint(&world, 0, 1),
+        Some(address(1)),
+        "the endpoint moved"
+    );
+    world.now = world.now + seconds(1);
+    assert_eq!(replay(&mut world, &initiation), 0);
+
+    // What host 2 sends goes to host 1, and the two find each other.
+    world.send(1, &packet(2, 1, b"to host 1"));
+    world.pass(seconds(6));
+    assert!(
+        world
+            .log
+            .iter()
+            .rev()
+            .take_while(|sent| sent.kind() != 2)
+            .all(|sent| sent.to != address(66))
+    );
+    world.assert_connected();
+}
+
+#[test]
+fn a_peer_is_followed_once_it_confirms_the_session() {
+    let mut world = World::connected_pair();
+    world.hosts[0].wire.address = address(9);
+    world.now = world.now + seconds(130);
+    world.send(0, &packet(1, 2, b"rekey"));
+    world.under_way.retain(|datagram| datagram.kind() == 1);
+    world.work();
+    world.under_way.retain(|datagram| datagram.kind() == 1);
+    let initiation = world.under_way.pop_front().unwrap();
+    assert_eq!(initiation.from, address(9));
+    world.deliver(&initiation);
+    world.work();
+    assert_eq!(
+        endpoint(&world, 0, 1),
+        Some(address(1)),
+        "moved by an initiation alone"
+    );
+    let answer = world.under_way.iter().find(|datagram| datagram.kind() == 2);
+    assert_eq!(answer.unwrap().to, address(9));
+    world.settle();
+    assert_eq!(endpoint(&world, 0, 1), Some(address(9)));
+    world.assert_connected();
+}
+
+#[test]
+fn a_peer_that_is_removed_and_added_again_is_not_open_to_what_was_recorded() {
+    let (mut world, _) = pair_that_spoke();
+    let initiation = recorded(&world);
+    world.hosts[1].set_peers(&[], world.now);
+    let [one, two] = world.hosts.as_slice() else {
+        unreachable!()
+    };
+    two.set_peers(&[(one, config(1))], world.now);
+    world.work();
+    world.under_way.clear();
+    assert_eq!(replay(&mut world, &initiation), 0);
+}
+
+#[test]
+fn a_copy_that_differs_in_its_second_mac_only_is_taken_once_and_costs_nothing() {
+    for copy_first in [true, false] {
+        let mut world = World::pair_with_a_stranger();
+        world.send(0, &packet(1, 2, b"hello"));
+        // Each handshake message has a copy, of which the last byte is another one.
+        for _ in 0..20 {
+            world.work();
+            for datagram in std::mem::take(&mut world.under_way) {
+                let mut pair = vec![datagram.clone()];
+                if matches!(datagram.kind(), 1 | 2) {
+                    let mut copy = datagram;
+                    *copy.bytes.last_mut().unwrap() ^= 1;
+                    pair.insert(usize::from(!copy_first), copy);
+                }
+                for datagram in pair {
+                    world.deliver(&datagram);
+                }
+            }
+        }
+        assert_eq!(world.hosts[1].delivered, [packet(1, 2, b"hello")]);
+        assert_eq!(world.count(2), 1, "answers");
+        assert_eq!(world.hosts[1].drops(Dropped::Replayed), 1);
+        world.assert_connected();
+    }
+}
+
+/// Counts what it is asked to keep.
+#[derive(Clone, Default)]
+struct Counting(Arc<Mutex<Vec<Accepted>>>);
+
+impl Store for Counting {
+    fn keep_own(&self, _: Timestamp) {}
+
+    fn keep_accepted(&self, accepted: &Accepted) {
+        self.0.lock().unwrap().push(accepted.clone());
+    }
+}
+
+#[test]
+fn what_is_accepted_is_kept_at_once_and_a_burst_of_it_costs_few_writes() {
+    let accepted = Arc::<Mutex<Accepted>>::default();
+    let store = Counting::default();
+    let keeper = Keeper::start(
+        Timestamp::default(),
+        accepted.clone(),
+        Box::new(store.clone()),
+    );
+    let keeper = keeper.unwrap();
+    for n in 0..200 {
+        accepted.lock().unwrap().insert(PublicKey([n; 32]), [n; 12]);
+        keeper.keep_accepted();
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    drop(keeper);
+    let kept = store.0.lock().unwrap();
+    assert!((2..10).contains(&kept.len()), "{} writes", kept.len());
+    assert_eq!(kept.last().unwrap().len(), 200);
+    assert!(kept.first().unwrap().len() < 100, "the first one waited");
+}
