@@ -4,9 +4,10 @@
 //! that the peer called. So the source sticks to that address, but not against the route of now: where
 //! the way back leads through another interface, the address may not be valid there, and a provider drops
 //! what is sent from it. A datagram that still arrives by the interface of before must not bring that
-//! source back. So an address that a peer called is used after the route was looked up; until then, and
-//! where the route says otherwise, the kernel chooses the source. The kernel's WireGuard looks the route
-//! up for each packet (`send4` in drivers/net/wireguard/socket.c).
+//! source back. So the route is looked up when a peer calls another address of ours. Where it comes by
+//! another interface than before, the address is the source only after that; where the route says
+//! otherwise, the kernel chooses the source. The kernel's WireGuard looks the route up for each packet
+//! (`send4` in drivers/net/wireguard/socket.c).
 //!
 //! No I/O: who looks the route up tells the result.
 
@@ -47,11 +48,16 @@ impl Place {
         let is_refused = self.refused == Some(from) || self.failed == Some(from);
         let interface = |endpoint: Endpoint| endpoint.local.map(|(_, interface)| interface);
         let current = self.endpoint.filter(|to| to.remote == from.remote);
-        if current.is_none() {
-            self.endpoint = Some(from.remote.into());
-        } else if !is_refused && current.and_then(interface) == interface(from) {
+        let is_likely = match current {
+            // It has moved, or speaks another family: as a rule it called a valid address.
+            None => true,
             // Another address of the interface that is the way back.
+            Some(current) => interface(current) == interface(from),
+        };
+        if is_likely && !is_refused {
             self.endpoint = Some(from);
+        } else if current.is_none() {
+            self.endpoint = Some(from.remote.into());
         }
         // One look-up at a time: the next datagram asks again, and no peer can make them pile up.
         if is_refused || self.pending.is_some() {
@@ -68,8 +74,11 @@ impl Place {
             self.refuse(from);
         } else if self.failed != Some(from) {
             self.trusted = Some(from);
+            // Another address of the same interface was called meanwhile, and stays.
+            let interface = |endpoint: &Endpoint| endpoint.local.map(|(_, interface)| interface);
             if let Some(endpoint) = &mut self.endpoint
                 && endpoint.remote == from.remote
+                && interface(endpoint) != interface(&from)
             {
                 *endpoint = from;
             }
@@ -154,7 +163,10 @@ mod tests {
 
     #[test]
     fn the_address_that_was_called_is_the_source_once_the_route_agrees() {
-        let mut place = Place::default();
+        let mut place = Place {
+            endpoint: Some(first().remote.into()),
+            ..Place::default()
+        };
         assert!(place.roam(first()));
         assert_eq!(place.endpoint, Some(first().remote.into()));
         assert!(!place.roam(first()), "looked up twice");
@@ -190,20 +202,24 @@ mod tests {
         let other = endpoint("192.0.2.1:5", "198.51.100.2", 1);
         assert!(place.roam(other));
         assert_eq!(place.endpoint, Some(other));
+        place.judge(first(), true);
+        assert_eq!(place.endpoint, Some(other));
         place.judge(other, false);
         assert_eq!(place.endpoint, Some(other.remote.into()));
     }
 
     #[test]
-    fn a_peer_that_moves_is_followed_before_the_route_is_known() {
+    fn a_peer_that_moves_is_answered_from_where_it_called_until_the_route_is_known() {
         let mut place = Place::default();
         assert!(place.roam(first()));
         place.judge(first(), true);
         let moved = endpoint("192.0.2.9:5", "198.51.100.1", 1);
         assert!(place.roam(moved));
-        assert_eq!(place.endpoint, Some(moved.remote.into()));
+        assert_eq!(place.endpoint, Some(moved));
         // What was looked up meanwhile for where it was says nothing.
-        place.judge(first(), true);
+        place.judge(first(), false);
+        assert_eq!(place.endpoint, Some(moved));
+        place.judge(moved, false);
         assert_eq!(place.endpoint, Some(moved.remote.into()));
     }
 
