@@ -7,7 +7,7 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use selvedge::diff::diff;
 use selvedge::plan::{Inputs, State, plan};
-use selvedge::topology::{Node, NodeName, Topology};
+use selvedge::topology::{Node, NodeName, RegionName, Topology};
 
 #[path = "../tests/mesh/mod.rs"]
 #[expect(dead_code, reason = "the tests use more of it")]
@@ -40,6 +40,9 @@ fn cluster(nodes: u16, regions: u16) -> Mesh {
     });
     let mut mesh = Mesh::new(nodes);
     mesh.agreed.cluster_networks = vec![net("10.64.0.0/10")];
+    let names = (0..regions).map(|region| RegionName(format!("region-{region:02}")));
+    let networks = vec![net("192.168.0.0/16")];
+    mesh.agreed.region_networks = names.map(|name| (name, networks.clone())).collect();
     mesh
 }
 

@@ -18,6 +18,7 @@ pub(crate) mod private;
 pub mod publication;
 pub mod readiness;
 pub mod reconcile;
+pub mod record;
 pub mod report;
 pub mod resolve;
 pub mod restless;
@@ -43,6 +44,7 @@ use self::keyfile::Origin;
 use self::machine::Machine;
 use self::readiness::Readiness;
 use self::reconcile::{Decision, Facts};
+use self::record::{Stamp, Tenure};
 use self::report::Traffic;
 use self::restless::Restless;
 use self::schedule::{Outcome, Schedule};
@@ -123,6 +125,10 @@ struct Agent {
     /// Who of them keeps moving.
     restless: Restless,
     check_in: CheckIn,
+    /// How long this node has led.
+    tenure: Tenure,
+    /// The time that new claims are recorded with.
+    stamp: Stamp,
     decision: Decision,
     schedule: Schedule,
     /// What flannel keeps this node waiting for.
@@ -206,6 +212,7 @@ impl Agent {
         if self.decision.topology.mode != mode {
             tracing::info!("the mesh follows {}", self.decision.topology.mode);
         }
+        self.follow_lead();
         if let Some(annotations) = self.decision.annotations.clone().filter(|_| self.is_live()) {
             self.cluster.publish(annotations);
         }
@@ -248,6 +255,16 @@ impl Agent {
             .topology
             .send_replace(Arc::new(self.decision.topology.clone()));
         self.show();
+    }
+
+    /// Counts how long this node has led its segment, as far as the API says so.
+    fn follow_lead(&mut self) {
+        let lead = publication::lead(&self.decision.topology, &self.config.node);
+        let lead = lead.filter(|_| self.is_live()).cloned();
+        self.tenure.handle_lead(now(), lead.as_ref());
+        if let Some(due) = self.tenure.poll_due(now()) {
+            self.schedule.handle_deadline(due);
+        }
     }
 
     /// Whether what is known of the cluster comes from the API.
@@ -305,6 +322,10 @@ impl Agent {
             self.facts.snapshot.resolved = self.resolved.clone();
             self.facts.api_servers = view.servers.addresses.clone();
         }
+        let server = self.access.server_time().unwrap_or_else(unix_now);
+        let changed = self.view.as_ref().and_then(|view| view.own_changed);
+        self.facts.server_time = Some(self.stamp.handle_time(now(), server, changed));
+        self.facts.lead = self.tenure.poll_proven(now());
         // As late as can be: whoever moves meanwhile is not to be called back to where it was.
         self.listen();
         let (now, own) = (unix_now(), self.own_last_seen());

@@ -64,6 +64,9 @@ pub struct View {
     pub rejected: BTreeSet<Rejected>,
     /// The API servers.
     pub servers: Servers,
+    /// When the own Node was last changed by anyone, in Unix seconds of the API server, as far as the
+    /// API tells.
+    pub own_changed: Option<i64>,
     /// Whether this comes from the API; else it is what the cache held.
     pub live: bool,
 }
@@ -379,6 +382,7 @@ impl Keeper {
             snapshot: self.store.snapshot(),
             rejected: self.store.rejected(),
             servers: self.addresses.borrow_and_update().clone(),
+            own_changed: self.store.own_changed(),
             live: true,
         };
 

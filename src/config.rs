@@ -14,7 +14,7 @@ use ipnet::IpNet;
 
 use crate::refusal::Refusal;
 use crate::telemetry::{LogFormat, LogLevel};
-use crate::topology::{Granularity, NodeName, overlap};
+use crate::topology::{Granularity, NodeName, RegionName, overlap};
 
 mod flags;
 mod layers;
@@ -23,8 +23,8 @@ mod values;
 pub use flags::Flags;
 pub(crate) use layers::PREFIX;
 pub use layers::{parse, sentence};
-pub use values::{Listen, Mtu};
-pub(crate) use values::{boolean, label_key, link_name, port, resync_period};
+pub use values::{Listen, Mtu, RegionCidrs};
+pub(crate) use values::{boolean, label_key, link_name, port, region_networks, resync_period};
 
 /// Where the agent answers `selvedge status`, `doctor` and `graph`.
 pub const CONTROL_SOCKET: &str = "/run/selvedge/selvedge.sock";
@@ -111,6 +111,10 @@ pub struct Config {
     pub encapsulation: Encapsulation,
     /// `--service-cidr`, truncated.
     pub service_cidrs: Vec<IpNet>,
+    /// `--region-cidr`, truncated: the networks of the regions that it names.
+    pub region_networks: BTreeMap<RegionName, Vec<IpNet>>,
+    /// `--beside-kilo`: whether a real `kg` in the mesh brings Kilo's algorithm into force.
+    pub beside_kilo: bool,
     /// `--on-tunnel-down`.
     pub on_tunnel_down: OnTunnelDown,
     /// `--interface`: the name of the tunnel's link.
@@ -194,6 +198,8 @@ impl Config {
             subnets,
             encapsulation: flags.encapsulate,
             service_cidrs,
+            region_networks: region_networks(flags.region_cidr),
+            beside_kilo: flags.beside_kilo,
             on_tunnel_down: flags.on_tunnel_down,
             interface: flags.interface,
             port: flags.port,

@@ -42,6 +42,9 @@ pub struct Report {
     pub mode: String,
     /// The nodes on which a real `kg` runs; while there are any, Kilo's algorithm is in force.
     pub kilo_nodes: Vec<String>,
+    /// The nodes that seem to run a real `kg` though `--beside-kilo` is off.
+    #[serde(default)]
+    pub kilo_refused: Vec<String>,
     /// `location`, `full` or `cross`.
     pub granularity: String,
     /// The tunnel's link.

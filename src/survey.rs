@@ -18,7 +18,7 @@ use crate::agent::resolve;
 use crate::cluster::node::{self, NodeObject, ParseSettings};
 use crate::cluster::peer::{self, PeerObject};
 use crate::cluster::{Rejected, annotation, kubeconfig};
-use crate::config;
+use crate::config::{self, RegionCidrs, region_networks};
 use crate::refusal::Refusal;
 use crate::topology::{Endpoint, Granularity, Node, Settings, Snapshot, Topology};
 
@@ -48,6 +48,9 @@ pub struct Args {
     /// The agents' --internal-cidr, where they have one (comma separated)
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = cidr)]
     pub internal_cidr: Vec<IpNet>,
+    /// The agents' --region-cidr, where they have one: REGION=CIDR[,CIDR] (repeatable)
+    #[arg(long, value_name = "REGION=CIDR")]
+    pub region_cidr: Vec<RegionCidrs>,
     /// Only `kubernetes`
     #[arg(long, hide = true, default_value = "kubernetes", value_parser = ["kubernetes"])]
     pub backend: String,
@@ -174,6 +177,8 @@ pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
         },
         subnets: published_subnets(&snapshot),
         internal_cidrs: args.internal_cidr.clone(),
+        region_networks: region_networks(args.region_cidr.clone()),
+        beside_kilo: follows_kilo(&snapshot),
         ..Settings::default()
     };
     Ok(Survey {
@@ -225,6 +230,14 @@ fn published_granularity(snapshot: &Snapshot) -> anyhow::Result<Granularity> {
         .into());
     }
     Ok(published.into_iter().next().unwrap_or_default())
+}
+
+/// Whether Kilo's algorithm is in force where a real `kg` is: no agent of ours is there to have been
+/// told otherwise, or one tells its time, which it only does beside Kilo.
+fn follows_kilo(snapshot: &Snapshot) -> bool {
+    let mut ours = snapshot.nodes.values().filter(|node| node.ours);
+    let beside_kilo = ours.clone().any(|node| node.last_seen.is_some());
+    beside_kilo || ours.next().is_none()
 }
 
 /// The pools that most published WireGuard addresses are of; Kilo's default while there is none.

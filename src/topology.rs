@@ -19,6 +19,7 @@ mod excluded;
 mod kilo;
 mod ledger;
 mod native;
+mod region;
 
 pub use address::{is_public, is_public_to_kilo, is_unicast, overlap};
 pub use excluded::{Excluded, Field, Overlap, Reason, Subject};
@@ -71,15 +72,18 @@ pub struct Node {
     pub created: i64,
     /// The region, from the `location` annotation or the topology label.
     pub region: RegionName,
+    /// Whether that is the `location` annotation: the operator's, where a kubelet sets the label.
+    pub region_declared: bool,
     /// `kilo.squat.ai/key`; `None` until an agent has published one.
     pub public_key: Option<PublicKey>,
     /// `force-endpoint`, else `endpoint`.
     pub endpoint: Option<Endpoint>,
     /// Whether that is `force-endpoint`: the operator's, so the node's agent finds none of its own.
     pub endpoint_forced: bool,
-    /// Every `InternalIP` of `status.addresses`.
+    /// The first `InternalIP` of each family in `status.addresses`: at most two.
     pub internal_ips: Vec<IpAddr>,
-    /// Every `ExternalIP` of `status.addresses`; the node's own agent may publish one as endpoint.
+    /// The first `ExternalIP`s of `status.addresses`, a few of each family; the node's own agent may
+    /// publish one as endpoint.
     pub external_ips: Vec<IpAddr>,
     /// The private address: `force-internal-ip`, else `internal-ip`; `None`
     /// where the node has none.
@@ -165,9 +169,14 @@ pub struct Settings {
     pub subnets: Vec<IpNet>,
     /// `--service-cidr`: never routed into the tunnel.
     pub service_cidrs: Vec<IpNet>,
-    /// `--internal-cidr`: a node's private address in here is believed though its status does not
-    /// name it.
+    /// `--internal-cidr`: a node's address in here is believed though its status does not name it, or
+    /// though it is public.
     pub internal_cidrs: Vec<IpNet>,
+    /// `--region-cidr`: the networks of regions. A node with an address outside of its region's is not
+    /// in that region. Regions that are not named here are judged by their oldest member's link.
+    pub region_networks: BTreeMap<RegionName, Vec<IpNet>>,
+    /// `--beside-kilo`: whether Kilo's algorithm decides while a real `kg` is in the mesh.
+    pub beside_kilo: bool,
     /// flannel's networks; a pod CIDR outside of them is not believed. Empty where unknown.
     pub cluster_networks: Vec<IpNet>,
 }
@@ -193,8 +202,11 @@ pub struct Member {
     pub pod_cidrs: Vec<IpNet>,
     /// The node addresses that are carried for it.
     pub addresses: Vec<IpAddr>,
-    /// All its addresses in its region, carried or not: where VXLAN may go.
+    /// Its own addresses in its region, carried or not, as far as they were judged: where VXLAN may go.
     pub underlay: BTreeSet<IpAddr>,
+    /// Addresses that only flannel's annotations name. VXLAN may go there where they are in a network
+    /// that the reading node is connected to; no other node is known to have one of them.
+    pub flannel_ips: BTreeSet<IpAddr>,
     /// The private address with its subnet.
     pub private_ip: Option<InterfaceAddr>,
 }
@@ -240,8 +252,10 @@ pub struct Outsider {
     pub group: SegmentName,
     /// Its pod CIDRs: refused where they are in another region.
     pub pod_cidrs: Vec<IpNet>,
-    /// All its addresses: VXLAN may go there inside the region.
+    /// Its judged addresses: VXLAN may go there inside the region.
     pub underlay: BTreeSet<IpAddr>,
+    /// As in [`Member::flannel_ips`].
+    pub flannel_ips: BTreeSet<IpAddr>,
 }
 
 /// Where an external peer can be reached.
@@ -258,6 +272,8 @@ pub struct Whereabouts {
 pub struct Topology {
     /// Whose algorithm decided.
     pub mode: Mode,
+    /// Nodes that seem to run a real `kg` though `--beside-kilo` is off; they are treated as any other.
+    pub foreign: Vec<NodeName>,
     /// The granularity in force.
     pub granularity: Granularity,
     /// The pools of WireGuard addresses.
@@ -277,13 +293,14 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// Computes the topology: Kilo's while a real `kg` is in the mesh, else ours.
+    /// Computes the topology: Kilo's where the operator allows it and a real `kg` is in the mesh, else
+    /// ours. No node can choose the algorithm.
     pub fn new(snapshot: &Snapshot, settings: &Settings) -> Self {
         let foreign = kilo::foreign_nodes(snapshot);
-        if foreign.is_empty() {
-            native::topology(snapshot, settings)
-        } else {
+        if settings.beside_kilo && !foreign.is_empty() {
             kilo::topology(snapshot, settings, foreign)
+        } else {
+            native::topology(snapshot, settings, foreign)
         }
     }
 

@@ -21,6 +21,8 @@ mod annotations;
 mod anything;
 #[path = "bad_input/claims.rs"]
 mod claims;
+#[path = "bad_input/statements.rs"]
+mod statements;
 
 use mesh::Mesh;
 

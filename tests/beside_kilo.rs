@@ -32,6 +32,11 @@ const LAST: &str = "node-agent-03";
 /// at least every half minute.
 const PATIENCE: Duration = Duration::from_secs(40);
 
+/// What the migration guide starts agents with while both are in the mesh.
+fn flags() -> Vec<&'static str> {
+    [SCENARIO_FLAGS.as_slice(), &["--beside-kilo"]].concat()
+}
+
 fn main() -> ExitCode {
     let mut steps = Steps::from_args("beside_kilo");
     run(&mut steps);
@@ -150,7 +155,7 @@ impl Mixed {
         kilo.stop()?;
         let access = Access::Kubeconfig;
         self.lab
-            .start_agent(Path::new(SELVEDGE), node, access, &SCENARIO_FLAGS)?;
+            .start_agent(Path::new(SELVEDGE), node, access, &flags())?;
         self.lab.wait_agents(PATIENCE)?;
         let key = self.lab.node(node)?.run("wg show kilo0 public-key")?;
         let object = self.lab.api().get(&format!("/api/v1/nodes/{node}"))?;
@@ -165,8 +170,9 @@ impl Mixed {
     /// The way back, as the migration guide tells it.
     fn give_to_kilo(&mut self, node: &str) -> anyhow::Result<()> {
         self.lab.take_agent(node)?.stop()?;
+        let mesh_flags = flags();
         let flags = [
-            SCENARIO_FLAGS.as_slice(),
+            mesh_flags.as_slice(),
             &["--clean-up", "--clean-up-interface"],
         ];
         let access = Access::Kubeconfig;

@@ -31,7 +31,7 @@ use each_node::{annotations_are_kilos, entries_are_kilos};
 use mesh::{Mesh, With, addr, ip, net, node};
 
 /// Kilo's rules that the model knows, in the words of their outcome.
-const RULES: [&str; 36] = [
+const RULES: [&str; 38] = [
     "a node without an endpoint is not ready",
     "a node without a key is not ready",
     "a node without pods is not ready",
@@ -68,6 +68,9 @@ const RULES: [&str; 36] = [
     "a location's address that overlaps a peer's is dropped",
     "a location's network that holds nodes stays",
     "a location's address stays",
+    // Not Kilo's: it believes any address.
+    "an address that is the node's own is carried",
+    "an address that is not the node's own, or is another's, is not carried",
 ];
 
 /// How often each rule decided something.
@@ -162,6 +165,8 @@ fn resolve(endpoint: &Endpoint, names: &BTreeMap<String, IpAddr>) -> Option<Sock
 /// Kilo's `NewTopology` and what it is made of.
 fn model(mesh: &Mesh, hits: &Hits) -> Vec<ModelSegment> {
     let names = &mesh.snapshot.resolved;
+    // Which addresses are whose is not Kilo's to decide; what it makes of them is.
+    let judged = mesh.topology();
     let ready = mesh.snapshot.nodes.values();
     let ready = ready.filter(|node| is_ready(node, mesh.snapshot.now, hits));
 
@@ -256,7 +261,17 @@ fn model(mesh: &Mesh, hits: &Hits) -> Vec<ModelSegment> {
         for node in nodes {
             allowed_ips.push(node.pod_cidrs[0].to_string());
             if let Some(private) = node.private_ip {
-                allowed_ips.push(format!("{}/32", private.addr()));
+                let own = judged
+                    .member(&node.name)
+                    .is_some_and(|member| member.addresses.contains(&private.addr()));
+                hits.when(own, "an address that is the node's own is carried");
+                hits.when(
+                    !own,
+                    "an address that is not the node's own, or is another's, is not carried",
+                );
+                if own {
+                    allowed_ips.push(format!("{}/32", private.addr()));
+                }
             }
         }
         allowed_ips.push(format!("{wireguard_ip}/32"));
@@ -536,6 +551,27 @@ fn config() -> ProptestConfig {
 
 proptest! {
     #![proptest_config(config())]
+
+    /// What an agent says of its node's address is not believed beside Kilo either.
+    #[test]
+    fn beside_a_real_kilo_each_node_address_is_judged(mesh in mixed()) {
+        let topology = mesh.topology();
+        let mut owners = BTreeMap::new();
+        for member in topology.segments.iter().flat_map(|segment| &segment.nodes) {
+            let node = &mesh.snapshot.nodes[&member.name];
+            for ip in &member.addresses {
+                prop_assert!(node.internal_ips.contains(ip), "{} has no {}", member.name, ip);
+                prop_assert_eq!(owners.insert(*ip, &member.name), None);
+            }
+        }
+        // One that no other node or peer claims anything of is never refused.
+        let kilo = NodeName("kilo".into());
+        let owner = owners.get(&ip("192.168.9.9"));
+        let keys = mesh.snapshot.nodes.values().filter_map(|node| node.public_key);
+        let peers = mesh.snapshot.peers.values().map(|peer| peer.public_key);
+        let same = keys.chain(peers).filter(|key| *key == mesh::key(12)).count();
+        prop_assert!(same > 1 || owner == Some(&&kilo), "{:?}", owner);
+    }
 
     /// Kilo's claims may collide; a tunnel device has one owner for each prefix all the same.
     #[test]

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 use selvedge::diff::diff;
 use selvedge::plan::{BACKSTOP_METRIC, Route, RouteKey, State, Table};
-use selvedge::topology::{Node, NodeName, Segment, Topology};
+use selvedge::topology::{Claim, Ledger, Node, NodeName, Segment, SegmentName, Topology};
 
 #[expect(dead_code, reason = "every test binary uses its own part")]
 mod mesh;
@@ -16,7 +16,7 @@ mod fake_kernel;
 
 use cluster_strategy::{any_mesh, mesh, node};
 use fake_kernel::FakeKernel;
-use mesh::{Mesh, With, is_v6, lines, net};
+use mesh::{Mesh, With, is_v6, lines, net, recorded};
 
 fn reach(kernel: &mut FakeKernel, desired: &State) -> Result<(), TestCaseError> {
     for change in diff(&kernel.observe(), desired) {
@@ -239,16 +239,11 @@ proptest! {
         }
     }
 
-    /// Whoever joins in a region of its own, saying whatever it likes, takes nothing from anybody.
+    /// A node that joins in a region of its own, whatever it says, takes nothing from the others.
     #[test]
     fn a_newcomer_disturbs_nobody(mesh in mesh(), newcomer in node(11)) {
         let mut mesh = mesh;
-        let old = mesh.topology();
-        // A mesh that has settled: leaders have published their addresses.
-        for segment in &old.segments {
-            let leader = mesh.node(&segment.leader.0);
-            leader.wireguard_ips = segment.wireguard_ips.iter().map(|ip| IpNet::from(*ip)).collect();
-        }
+        settle(&mut mesh);
         let old = mesh.topology();
         let newcomer = newcomer.with(|node| {
             node.created = 1 << 40;
@@ -256,6 +251,7 @@ proptest! {
             node.name.0 = "zz".into();
             // Where another leader was seen is for its fellow leaders to say.
             node.discovered_endpoints.clear();
+            node.ledger = recorded(node, SETTLED + 1);
         });
         let mut larger = mesh.clone();
         larger.snapshot.nodes.insert(newcomer.name.clone(), newcomer);
@@ -274,6 +270,91 @@ proptest! {
             }
             prop_assert!(before.rules.is_subset(&after.rules));
         }
+    }
+
+    /// A newcomer in any region, under any name, whose Node is older than all others, takes nothing
+    /// from Ready nodes that recorded what they hold. It records what it claims as the admission policy
+    /// allows: not in the past.
+    #[test]
+    fn a_newcomer_with_an_old_object_takes_nothing_that_is_recorded(
+        mesh in mesh(),
+        newcomer in node(11),
+        name in prop_oneof![Just("aa"), Just("zz")],
+        leads in any::<bool>(),
+    ) {
+        let mut mesh = mesh;
+        for node in mesh.snapshot.nodes.values_mut() {
+            node.ready = true;
+        }
+        settle(&mut mesh);
+        let newcomer = newcomer.with(|node| {
+            node.created = -1;
+            node.name.0 = name.into();
+            // What only the control plane and the operator write.
+            node.pod_cidrs = vec![net("10.42.11.0/24")];
+            node.leader = false;
+            node.allowed_location_ips.clear();
+            node.discovered_endpoints.clear();
+            node.ledger = recorded(node, SETTLED + 1);
+            if leads {
+                let lead = Claim::Lead(SegmentName::Location(node.region.clone()));
+                let claims = node.ledger.iter().map(|(claim, _)| claim.clone());
+                let claims = claims.chain([lead]).collect::<Vec<_>>();
+                node.ledger = Ledger::default().renewed(claims, Some(SETTLED + 1));
+            }
+        });
+        let newcomer_ips = newcomer.internal_ips.clone();
+        let mut larger = mesh.clone();
+        larger.snapshot.nodes.insert(newcomer.name.clone(), newcomer);
+        let (old, new) = (mesh.topology(), larger.topology());
+
+        for segment in &old.segments {
+            let now = new.segment_of(&segment.leader).map(|segment| (&segment.name, &segment.leader));
+            prop_assert_eq!(now, Some((&segment.name, &segment.leader)));
+            for member in &segment.nodes {
+                let now = new.member(&member.name).map(|member| &member.addresses);
+                prop_assert_eq!(now, Some(&member.addresses), "{}", member.name);
+            }
+        }
+        prop_assert_eq!(&old.peers, &new.peers);
+        for me in mesh.names() {
+            let (Some(before), Some(after)) = (mesh.plan(&old, me), larger.plan(&new, me)) else {
+                continue;
+            };
+            prop_assert_eq!(&before.addresses, &after.addresses);
+            for (key, peer) in &before.peers {
+                let now = &after.peers[key];
+                prop_assert!(peer.allowed_ips.is_subset(&now.allowed_ips), "{} on {}", key, me);
+                // In a subnet that two regions share, an address of the own region is no leader's elsewhere.
+                let near = peer.endpoint.is_some_and(|at| newcomer_ips.contains(&at.ip()));
+                prop_assert!(near || peer.endpoint == now.endpoint, "{} on {}", key, me);
+            }
+        }
+    }
+}
+
+/// When the nodes of a settled mesh recorded their claims: after all objects were made.
+const SETTLED: i64 = 1 << 41;
+
+/// A mesh that has settled: leaders have published their addresses, and all claims are recorded.
+fn settle(mesh: &mut Mesh) {
+    for node in mesh.snapshot.nodes.values_mut() {
+        node.ledger = Ledger::default();
+    }
+    for segment in mesh.topology().segments {
+        let leader = mesh.node(&segment.leader.0);
+        leader.wireguard_ips = segment.wireguard_ips.into_iter().map(IpNet::from).collect();
+    }
+    for node in mesh.snapshot.nodes.values_mut() {
+        node.ledger = recorded(node, SETTLED);
+    }
+    for segment in mesh.topology().segments {
+        let leader = mesh.node(&segment.leader.0);
+        let claims = leader.ledger.iter().map(|(claim, _)| claim.clone());
+        let claims = claims
+            .chain([Claim::Lead(segment.name)])
+            .collect::<Vec<_>>();
+        leader.ledger = leader.ledger.renewed(claims, Some(SETTLED));
     }
 }
 

@@ -413,6 +413,7 @@ mod tests {
                 pod_cidrs: vec![],
                 addresses: vec![],
                 underlay: [[192, 168, key, 11].into()].into(),
+                flannel_ips: [].into(),
                 private_ip: None,
             }],
             allowed_location_ips: vec![],

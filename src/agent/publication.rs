@@ -7,9 +7,11 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use super::address::Own;
-use crate::cluster::{Annotations, annotation};
+use crate::cluster::{Annotations, annotation, since};
 use crate::config::Config;
-use crate::topology::{Endpoint, InterfaceAddr, Mode, Node, Snapshot, Topology};
+use crate::topology::{
+    Claim, Endpoint, InterfaceAddr, Mode, Node, NodeName, SegmentName, Snapshot, Topology,
+};
 use crate::wireguard::key::PublicKey;
 
 /// Endpoints told at most: those behind NAT first, then VPN peers. An entry has up to 120 bytes, and the
@@ -36,6 +38,10 @@ pub struct Inputs<'a> {
     pub heard: &'a BTreeMap<PublicKey, SocketAddr>,
     /// When this node checked in, in Unix seconds.
     pub last_seen: i64,
+    /// The API server's time in Unix seconds, for claims that are new; without it none is recorded.
+    pub server_time: Option<i64>,
+    /// The segment that this node has led for long enough to record it.
+    pub lead: Option<&'a SegmentName>,
 }
 
 /// The annotations this node should carry; of those in [`annotation::PUBLISHED`] what is not in here
@@ -78,11 +84,63 @@ pub fn annotations(inputs: &Inputs<'_>) -> Annotations {
             annotation::format_discovered(&discovered),
         );
     }
+    let claims = claims(inputs, private_ip, &wireguard_ips);
+    let ledger = node.ledger.renewed(claims, inputs.server_time);
+    if !ledger.is_empty() {
+        published.insert(annotation::SINCE, since::format(&ledger));
+    }
     if let Some(time) = last_seen {
         published.insert(annotation::CNI_COMPATIBILITY_IP, String::new());
         published.insert(annotation::LAST_SEEN, time.to_string());
     }
     published
+}
+
+/// What this node claims before all others: its key, its addresses, its place in a region, and the
+/// lead of it.
+///
+/// A lead is claimed once it has lasted; one that was recorded before, by an earlier life of the agent,
+/// stays for as long as the node leads.
+fn claims(
+    inputs: &Inputs<'_>,
+    private_ip: Option<InterfaceAddr>,
+    wireguard_ips: &[InterfaceAddr],
+) -> Vec<Claim> {
+    let (topology, me) = (inputs.topology, &inputs.config.node);
+    let own = inputs.node.internal_ips.iter().copied();
+    let addresses = private_ip.iter().chain(wireguard_ips);
+    let addresses = addresses.map(InterfaceAddr::addr).chain(own);
+    let mut claims = addresses.map(Claim::Address).collect::<Vec<_>>();
+    claims.push(Claim::Key(inputs.public_key));
+    let segment = topology.segment_of(me).map(|segment| &segment.group);
+    let group = segment.or_else(|| Some(&topology.outsider(me)?.group));
+    claims.extend(
+        group
+            .filter(|group| is_location(group))
+            .cloned()
+            .map(Claim::Region),
+    );
+    claims.extend(
+        lead(topology, me)
+            .cloned()
+            .map(Claim::Lead)
+            .filter(|claim| {
+                let proven = inputs.lead.cloned().map(Claim::Lead);
+                proven.as_ref() == Some(claim) || inputs.node.ledger.since(claim).is_some()
+            }),
+    );
+    claims
+}
+
+/// The segment of several nodes that a node leads.
+pub fn lead<'a>(topology: &'a Topology, node: &NodeName) -> Option<&'a SegmentName> {
+    let segment = topology.segment_of(node)?;
+    let leads = segment.leader == *node && is_location(&segment.name);
+    leads.then_some(&segment.name)
+}
+
+fn is_location(segment: &SegmentName) -> bool {
+    matches!(segment, SegmentName::Location(_))
 }
 
 fn own<'a>(inputs: &'a Inputs<'_>) -> Own<'a> {
@@ -155,7 +213,7 @@ fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::topology::{Member, NodeName, Segment, SegmentName};
+    use crate::topology::{Ledger, Member, RegionName, Segment};
     use crate::wireguard::key::PrivateKey;
 
     fn node(name: &str) -> Node {
@@ -194,6 +252,7 @@ mod tests {
                 pod_cidrs: vec![],
                 addresses: vec![],
                 underlay: [].into(),
+                flannel_ips: [].into(),
                 private_ip: None,
             }],
             allowed_location_ips: vec![],
@@ -208,6 +267,8 @@ mod tests {
         key: PublicKey,
         other: PublicKey,
         heard: BTreeMap<PublicKey, SocketAddr>,
+        server_time: Option<i64>,
+        lead: Option<SegmentName>,
     }
 
     impl World {
@@ -226,6 +287,8 @@ mod tests {
                 key,
                 other,
                 heard: BTreeMap::new(),
+                server_time: Some(1_796_081_284),
+                lead: None,
             }
         }
 
@@ -239,6 +302,8 @@ mod tests {
                 public_key: self.key,
                 heard: &self.heard,
                 last_seen: 100,
+                server_time: self.server_time,
+                lead: self.lead.as_ref(),
             })
         }
     }
@@ -324,6 +389,58 @@ mod tests {
         assert_eq!(published[annotation::CNI_COMPATIBILITY_IP], "");
         let mark = published[annotation::AGENT].as_str();
         assert!(annotation::is_ours(Some(mark), Some(100)), "{mark}");
+    }
+
+    /// The ledger that would be published; the node is in region nd.
+    fn ledger(world: &mut World) -> Ledger {
+        let nd = SegmentName::Location(RegionName("nd".into()));
+        let segment = &mut world.topology.segments[0];
+        (segment.name, segment.group) = (nd.clone(), nd.clone());
+        let text = &world.annotations()[annotation::SINCE];
+        let read = since::parse(text).unwrap();
+        assert_eq!(read.skipped, 0, "{text}");
+        assert!(read.ledger.since(&Claim::Region(nd)).is_some());
+        read.ledger
+    }
+
+    #[test]
+    fn what_is_claimed_is_recorded_with_the_servers_time_and_keeps_it() {
+        let mut world = World::new();
+        let first = ledger(&mut world);
+        let times = first.iter().map(|(_, since)| since).collect::<Vec<_>>();
+        // The private and the WireGuard address, the key, the region.
+        assert_eq!(times, [1_796_081_284; 4]);
+
+        world.node.ledger = first.clone();
+        world.server_time = Some(1_796_090_000);
+        assert_eq!(ledger(&mut world), first);
+
+        // An older Node that names a new address claims it now, not when it was made.
+        let new = "192.168.50.99".parse().unwrap();
+        world.node.internal_ips = vec![new];
+        let then = ledger(&mut world);
+        assert_eq!(then.since(&Claim::Address(new)), Some(1_796_090_000));
+        let old = Claim::Address("192.168.50.11".parse().unwrap());
+        assert_eq!(then.since(&old), None);
+    }
+
+    #[test]
+    fn a_lead_is_recorded_when_it_has_lasted_and_dropped_with_it() {
+        let mut world = World::new();
+        let nd = SegmentName::Location(RegionName("nd".into()));
+        let lead = Claim::Lead(nd.clone());
+        assert_eq!(ledger(&mut world).since(&lead), None);
+
+        world.lead = Some(nd);
+        world.node.ledger = ledger(&mut world);
+        assert!(world.node.ledger.since(&lead).is_some());
+
+        // The next life of the agent need not wait for what the last one recorded.
+        world.lead = None;
+        assert!(ledger(&mut world).since(&lead).is_some());
+
+        world.topology.segments[0].leader = NodeName("a0".into());
+        assert_eq!(ledger(&mut world).since(&lead), None);
     }
 
     #[test]

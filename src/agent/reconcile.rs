@@ -17,7 +17,7 @@ use crate::config::{Config, Mtu};
 use crate::diff::{Change, diff};
 use crate::flannel::Flannel;
 use crate::plan::{self, Caveat, OtherRule, State, plan};
-use crate::topology::{self, Endpoint, InterfaceAddr, Snapshot, Topology};
+use crate::topology::{self, Endpoint, InterfaceAddr, SegmentName, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
 
 /// What the tunnel adds to a packet at most: an IPv6 header (40), UDP's (8), WireGuard's (16) and its
@@ -52,6 +52,10 @@ pub struct Facts {
     pub heard: BTreeMap<PublicKey, SocketAddr>,
     /// When this node checked in, in Unix seconds; only published beside a real `kg`.
     pub last_seen: i64,
+    /// The API server's time in Unix seconds, for claims that are new; `None` where it is not known.
+    pub server_time: Option<i64>,
+    /// The segment that this node has led for long enough to record it.
+    pub lead: Option<SegmentName>,
 }
 
 /// What follows from the facts.
@@ -85,6 +89,8 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             subnets: config.subnets.clone(),
             service_cidrs: config.service_cidrs.clone(),
             internal_cidrs: config.internal_cidrs.clone(),
+            region_networks: config.region_networks.clone(),
+            beside_kilo: config.beside_kilo,
             cluster_networks: networks,
         },
     );
@@ -114,6 +120,8 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             public_key,
             heard: &facts.heard,
             last_seen: facts.last_seen,
+            server_time: facts.server_time,
+            lead: facts.lead.as_ref(),
         })
     });
     Decision {

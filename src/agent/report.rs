@@ -91,6 +91,7 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
             Mode::Native => Vec::new(),
             Mode::Kilo(nodes) => strings(nodes),
         },
+        kilo_refused: strings(&topology.foreign),
         granularity: annotation::format_granularity(config.granularity).to_owned(),
         tunnel: Tunnel {
             interface: config.interface.clone(),

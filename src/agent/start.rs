@@ -11,6 +11,7 @@ use super::hearing::Hearing;
 use super::machine::Machine;
 use super::readiness::Readiness;
 use super::reconcile::{Decision, Facts};
+use super::record::{Stamp, Tenure};
 use super::restless::Restless;
 use super::schedule::Schedule;
 use super::state::{self, Saved};
@@ -114,6 +115,8 @@ impl Agent {
             hearing: Hearing::default(),
             restless: Restless::default(),
             check_in: CheckIn::default(),
+            tenure: Tenure::default(),
+            stamp: Stamp::default(),
             decision: Decision::default(),
             awaited: None,
             without_ipv6: false,

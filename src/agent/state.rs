@@ -503,7 +503,7 @@ mod tests {
     /// When this fails, a file that older versions wrote cannot be read any more: raise [`FORMAT`].
     #[test]
     fn the_form_of_the_file_is_that_of_its_number() {
-        let text = include_str!("../../tests/testdata/state-1.json");
+        let text = include_str!("../../tests/testdata/state-2.json");
         assert_eq!(encode(&saved()).unwrap().as_str(), text.trim_end());
         assert_eq!(decode(text).unwrap(), saved());
     }
@@ -529,9 +529,9 @@ mod tests {
     #[test]
     fn a_file_of_another_version_is_ignored() {
         let text = encode(&saved()).unwrap();
-        let newer = text.replacen("\"format\":1", "\"format\":2", 1);
+        let newer = text.replacen("\"format\":2", "\"format\":3", 1);
         let error = decode(&newer).unwrap_err().to_string();
-        assert_eq!(error, "it has format 2, and this version reads format 1");
+        assert_eq!(error, "it has format 3, and this version reads format 2");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -14,11 +15,13 @@ use hyper_timeout::TimeoutConnector;
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use k8s_openapi::jiff::fmt::rfc2822;
 use kube::client::{ClientBuilder, ConfigExt as _};
 use kube::config::{
     AuthInfo, Cluster, Context, Kubeconfig, NamedAuthInfo, NamedCluster, NamedContext,
 };
 use kube::{Client, Config};
+use tokio::time::Instant;
 use tower::ServiceBuilder;
 
 use super::call::{self, Failure};
@@ -153,6 +156,32 @@ impl fmt::Display for Tried<'_> {
 #[derive(Clone, Debug)]
 pub struct Access {
     sources: Sources,
+    clock: ServerClock,
+}
+
+/// The API server's clock, as the `Date` of its last answer told it (RFC 9110, 6.6.1).
+///
+/// What is recorded for all agents to compare must not depend on this node's clock.
+#[derive(Clone, Debug, Default)]
+struct ServerClock(Arc<Mutex<Option<(i64, Instant)>>>);
+
+impl ServerClock {
+    fn handle_answer<B>(&self, answer: &http::Response<B>) {
+        let date = answer.headers().get(http::header::DATE);
+        let date = date.and_then(|date| date.to_str().ok());
+        let date = date.and_then(|date| rfc2822::parse(date).ok());
+        if let Some(date) = date {
+            let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            *known = Some((date.timestamp().as_second(), Instant::now()));
+        }
+    }
+
+    fn now(&self) -> Option<i64> {
+        let known = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (date, at) = known?;
+        let passed = i64::try_from(at.elapsed().as_secs()).unwrap_or(i64::MAX);
+        Some(date.saturating_add(passed))
+    }
 }
 
 impl Access {
@@ -169,7 +198,10 @@ impl Access {
                     Refusal::configuration(format!("--kubeconfig {}: {reason}", path.display()))
                 })?;
         }
-        let access = Self { sources };
+        let access = Self {
+            sources,
+            clock: ServerClock::default(),
+        };
         if access.ways().await.is_empty() {
             return Err(Refusal::configuration(format!(
                 "there is no way to the API server: give --kubeconfig, or run in a pod whose service account is mounted at {}",
@@ -184,12 +216,17 @@ impl Access {
     pub async fn try_all(&self) -> Vec<(Origin, Result<(), String>)> {
         let ways = self.ways().await.into_iter().map(async |(origin, config)| {
             let outcome = match config {
-                Ok(config) => probe(0, &origin, config).await.map(drop),
+                Ok(config) => probe(0, &origin, config, &self.clock).await.map(drop),
                 Err(reason) => Err(reason),
             };
             (origin, outcome)
         });
         join_all(ways).await
+    }
+
+    /// The API server's time in Unix seconds; `None` before its first answer.
+    pub fn server_time(&self) -> Option<i64> {
+        self.clock.now()
     }
 
     /// The tunnel's mark.
@@ -209,7 +246,7 @@ impl Access {
         let mut tried = Vec::new();
         for (origin, config) in ways {
             let outcome = match config {
-                Ok(config) => probe(number, &origin, config).await,
+                Ok(config) => probe(number, &origin, config, &self.clock).await,
                 Err(reason) => Err(reason),
             };
             match outcome {
@@ -354,7 +391,12 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     super::message(&text)
 }
 
-async fn probe(number: u64, origin: &Origin, mut config: Config) -> Result<Connection, String> {
+async fn probe(
+    number: u64,
+    origin: &Origin,
+    mut config: Config,
+    clock: &ServerClock,
+) -> Result<Connection, String> {
     config.connect_timeout = Some(CONNECT);
     config.read_timeout = Some(SILENCE);
     config.write_timeout = Some(SILENCE);
@@ -364,7 +406,7 @@ async fn probe(number: u64, origin: &Origin, mut config: Config) -> Result<Conne
     config.default_retry = false;
 
     let host = config.cluster_url.host().unwrap_or_default().to_owned();
-    let client = client(config).map_err(|e| chain(&e))?;
+    let client = client(config, clock.clone()).map_err(|e| chain(&e))?;
     match tokio::time::timeout(PROBE, call::call(&client, call::get("/version"))).await {
         // 403 comes from a server that knows us and guards even its version.
         Ok(Ok(_) | Err(Failure::Forbidden(_))) => Ok(Connection {
@@ -378,8 +420,9 @@ async fn probe(number: u64, origin: &Origin, mut config: Config) -> Result<Conne
     }
 }
 
-/// kube's client, but for the probes on its connections, which kube has no setting for.
-fn client(config: Config) -> kube::Result<Client> {
+/// kube's client, but for the probes on its connections, which kube has no setting for, and the server's
+/// time.
+fn client(config: Config, clock: ServerClock) -> kube::Result<Client> {
     if config.proxy_url.is_some() {
         return Client::try_from(config);
     }
@@ -399,6 +442,10 @@ fn client(config: Config) -> kube::Result<Client> {
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
         .map_err(tower::BoxError::from)
+        .map_response(move |answer| {
+            clock.handle_answer(&answer);
+            answer
+        })
         .service(http);
     Ok(ClientBuilder::new(service, config.default_namespace).build())
 }

@@ -22,6 +22,15 @@ use crate::wireguard::key::PublicKey;
 const POD_CIDRS: &str = "spec.podCIDRs";
 const ADDRESSES: &str = "status.addresses";
 
+/// Entries of `status.addresses` that are read. Kubelets and clouds write a handful: a name or two,
+/// and an address of each kind and family.
+const MAX_ADDRESSES: usize = 32;
+/// Conditions that are read. Kubelets write four, clouds and detectors of problems some more.
+const MAX_CONDITIONS: usize = 64;
+/// Addresses of one kind and family that count: of `InternalIP` and of `ExternalIP`.
+const MAX_INTERNAL_IPS: usize = 1;
+const MAX_EXTERNAL_IPS: usize = 4;
+
 /// What is read of a Node; images, capacities and all the rest are skipped while decoding.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct NodeObject {
@@ -46,9 +55,51 @@ struct Spec {
 #[derive(Clone, Debug, Default, Deserialize)]
 struct Status {
     #[serde(default)]
-    addresses: Option<Vec<Address>>,
+    addresses: Option<Bounded<Address, MAX_ADDRESSES>>,
     #[serde(default)]
-    conditions: Option<Vec<Condition>>,
+    conditions: Option<Bounded<Condition, MAX_CONDITIONS>>,
+}
+
+/// The first `MAX` items of a list. The rest is counted while it is decoded and takes no memory.
+#[derive(Clone, Debug)]
+struct Bounded<T, const MAX: usize> {
+    items: Vec<T>,
+    left_out: usize,
+}
+
+impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for Bounded<T, MAX> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(BoundedVisitor(std::marker::PhantomData))
+    }
+}
+
+struct BoundedVisitor<T, const MAX: usize>(std::marker::PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>, const MAX: usize> serde::de::Visitor<'de>
+    for BoundedVisitor<T, MAX>
+{
+    type Value = Bounded<T, MAX>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a list")
+    }
+
+    fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+        let mut bounded = Bounded {
+            items: Vec::new(),
+            left_out: 0,
+        };
+        while bounded.items.len() < MAX {
+            match list.next_element()? {
+                Some(item) => bounded.items.push(item),
+                None => return Ok(bounded),
+            }
+        }
+        while list.next_element::<serde::de::IgnoredAny>()?.is_some() {
+            bounded.left_out += 1;
+        }
+        Ok(bounded)
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -112,11 +163,12 @@ pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Ve
         name,
         created: super::object::created(&object.metadata),
         region: reader.region(&object.metadata, settings),
+        region_declared: reader.is_located(),
         public_key: reader.public_key(),
         endpoint,
         endpoint_forced,
-        internal_ips: reader.status_ips(object.status.as_ref(), "InternalIP"),
-        external_ips: reader.status_ips(object.status.as_ref(), "ExternalIP"),
+        internal_ips: reader.status_ips(object.status.as_ref(), "InternalIP", MAX_INTERNAL_IPS),
+        external_ips: reader.status_ips(object.status.as_ref(), "ExternalIP", MAX_EXTERNAL_IPS),
         private_ip,
         private_ip_forced,
         pod_cidrs: reader.pod_cidrs(object.spec.as_ref()),
@@ -170,6 +222,12 @@ impl<'a> Reader<'a> {
         RegionName(name.to_owned())
     }
 
+    /// Whether the operator says where the node is.
+    fn is_located(&self) -> bool {
+        let location = self.text(annotation::LOCATION);
+        location.is_some_and(|text| annotation::region(text).is_ok())
+    }
+
     fn public_key(&mut self) -> Option<PublicKey> {
         let text = self.text(annotation::KEY)?;
         self.refusals
@@ -202,18 +260,41 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn status_ips(&mut self, status: Option<&Status>, kind: &str) -> Vec<IpAddr> {
-        let mut ips = Vec::new();
-        for entry in status.iter().flat_map(|s| s.addresses.iter().flatten()) {
-            if entry.kind != kind {
+    /// The first addresses of a kind, at most `most` of each family. A node that has more is believed
+    /// the first, and the rest is reported once.
+    fn status_ips(&mut self, status: Option<&Status>, kind: &str, most: usize) -> Vec<IpAddr> {
+        let mut ips = Vec::<IpAddr>::new();
+        let Some(addresses) = status.and_then(|status| status.addresses.as_ref()) else {
+            return ips;
+        };
+        let mut first = None;
+        let mut further = addresses.left_out;
+        for entry in addresses.items.iter().filter(|entry| entry.kind == kind) {
+            let read = annotation::address(&entry.address);
+            let Some(ip) = self.refusals.take(ADDRESSES, &entry.address, read) else {
+                continue;
+            };
+            let of_family = ips.iter().filter(|have| have.is_ipv4() == ip.is_ipv4());
+            if ips.contains(&ip) {
                 continue;
             }
-            let read = annotation::address(&entry.address);
-            if let Some(ip) = self.refusals.take(ADDRESSES, &entry.address, read)
-                && !ips.contains(&ip)
-            {
+            if of_family.count() < most {
                 ips.push(ip);
+            } else {
+                first.get_or_insert(entry.address.as_str());
+                further += 1;
             }
+        }
+        if let Some(first) = first {
+            let reason = format!(
+                "{most} {kind} of each family counts, the first; {further} of this node's addresses are left out"
+            );
+            self.refusals.add(ADDRESSES, first, reason);
+        } else if further > 0 && kind == "InternalIP" {
+            let reason = format!(
+                "the first {MAX_ADDRESSES} addresses of a node are read; {further} are left out"
+            );
+            self.refusals.add(ADDRESSES, "", reason);
         }
         ips
     }
@@ -321,7 +402,8 @@ impl<'a> Reader<'a> {
 fn is_ready(status: Option<&Status>) -> bool {
     status
         .iter()
-        .flat_map(|s| s.conditions.iter().flatten())
+        .filter_map(|status| status.conditions.as_ref())
+        .flat_map(|conditions| &conditions.items)
         .any(|condition| condition.kind == "Ready" && condition.status == "True")
 }
 

@@ -34,6 +34,8 @@ struct Entry<T> {
     uid: String,
     /// What the agents of this product and Kilo's publish; of this node's own Node only.
     published: BTreeMap<String, String>,
+    /// When the object was last changed, in Unix seconds; of this node's own Node only.
+    changed: Option<i64>,
     /// What an agent told a Peer.
     condition: Option<Condition>,
 }
@@ -45,6 +47,7 @@ impl<T> Collection<T> {
             rejected: Vec::new(),
             uid: String::new(),
             published: BTreeMap::new(),
+            changed: None,
             condition: None,
         };
         Self {
@@ -123,6 +126,15 @@ impl Store {
         let Self { settings, own, .. } = self;
         self.nodes.handle(event, |object| {
             let (value, rejected) = node::parse(&object, settings);
+            let changed = object
+                .metadata
+                .managed_fields
+                .as_ref()
+                .filter(|_| object.metadata.name.as_ref() == Some(&own.0));
+            let changed = changed.and_then(|fields| {
+                let times = fields.iter().filter_map(|entry| entry.time.as_ref());
+                times.map(|time| time.0.as_second()).max()
+            });
             let name = object.metadata.name.unwrap_or_default();
             let published = match name == own.0 {
                 true => published(object.metadata.annotations.unwrap_or_default()),
@@ -136,6 +148,7 @@ impl Store {
                     rejected,
                     uid,
                     published,
+                    changed,
                     condition: None,
                 },
             )
@@ -156,6 +169,7 @@ impl Store {
                     rejected,
                     uid,
                     published: BTreeMap::new(),
+                    changed: None,
                     condition,
                 },
             )
@@ -214,6 +228,12 @@ impl Store {
             .get(&self.own.0)
             .filter(|_| self.nodes.live);
         entry.map(|entry| &entry.published)
+    }
+
+    /// When the own Node was last changed, in Unix seconds of the API server: the newest time of its
+    /// `managedFields`.
+    pub(super) fn own_changed(&self) -> Option<i64> {
+        self.nodes.known.get(&self.own.0)?.changed
     }
 
     /// What the Peers were told, as far as the API has said.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use ipnet::IpNet;
 
-use super::values::{self, Cidrs, Listen, Mtu};
+use super::values::{self, Cidrs, Listen, Mtu, RegionCidrs};
 use super::{Compatibility, Encapsulation, OnTunnelDown};
 use crate::telemetry::{LogFormat, LogLevel};
 use crate::topology::Granularity;
@@ -63,6 +63,17 @@ pub struct Flags {
     /// Service CIDRs: never masqueraded for VPN peers (repeatable)
     #[arg(long, value_name = "CIDR", help_heading = MESH)]
     pub(super) service_cidr: Vec<Cidrs>,
+    /// Networks of a region, `REGION=CIDR[,CIDR]`, the same for all agents: a node of the region with
+    /// an address elsewhere gets a tunnel of its own (repeatable) [default: the link network of the
+    /// region's oldest node]
+    #[arg(long, value_name = "REGION=CIDR", help_heading = MESH)]
+    pub(super) region_cidr: Vec<RegionCidrs>,
+    /// Follow Kilo's algorithm while a real kg is in the mesh; for the time of a migration, on all
+    /// agents
+    #[arg(long, value_name = "BOOL", help_heading = MESH, default_value = "false",
+          value_parser = values::boolean,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(super) beside_kilo: bool,
     /// What happens to traffic for a region whose tunnel is down: `closed` refuses it, `open` leaves
     /// it to flannel, in clear
     #[arg(long, value_name = "HOW", help_heading = MESH, default_value = "closed")]

@@ -2,13 +2,14 @@
 //!
 //! Each parser answers with what is wrong in a few words; the caller names the flag.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 use std::time::Duration;
 
 use ipnet::IpNet;
 
-use crate::topology::{Granularity, is_unicast};
+use crate::topology::{Granularity, RegionName, is_unicast};
 
 /// Go's `strconv.ParseBool`, which every flag of Kilo's goes through.
 pub(crate) fn boolean(text: &str) -> Result<bool, String> {
@@ -109,6 +110,62 @@ impl FromStr for Cidrs {
             })
             .collect::<Result<_, _>>()
             .map(Self)
+    }
+}
+
+/// `--region-cidr`: the networks of a region, as `REGION=CIDR[,CIDR]`. Several regions on one line are
+/// separated by commas too, as the environment and the file of `--config` write lists.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct RegionCidrs(Vec<(RegionName, Vec<IpNet>)>);
+
+/// All of a repeatable list, by region.
+pub(crate) fn region_networks(lists: Vec<RegionCidrs>) -> BTreeMap<RegionName, Vec<IpNet>> {
+    let mut networks = BTreeMap::<_, Vec<_>>::new();
+    for (region, nets) in lists.into_iter().flat_map(|RegionCidrs(regions)| regions) {
+        networks.entry(region).or_default().extend(nets);
+    }
+    networks
+}
+
+impl FromStr for RegionCidrs {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut regions = Vec::<(RegionName, Vec<IpNet>)>::new();
+        for item in text
+            .split(',')
+            .map(str::trim)
+            .filter(|item| !item.is_empty())
+        {
+            let cidrs = match item.rsplit_once('=') {
+                Some((region, cidr)) => {
+                    regions.push((RegionName(region.trim().to_owned()), Vec::new()));
+                    cidr
+                }
+                None => item,
+            };
+            let Some((_, networks)) = regions.last_mut() else {
+                return Err(
+                    "must name the region before its networks, as in nd=192.168.50.0/24".into(),
+                );
+            };
+            let Cidrs(nets) = cidrs.parse()?;
+            networks.extend(nets);
+        }
+        if regions.iter().any(|(_, networks)| networks.is_empty()) {
+            return Err(
+                "must name the networks behind the region, as in nd=192.168.50.0/24".into(),
+            );
+        }
+        let bad = |net: &&IpNet| net.prefix_len() == 0 || !is_unicast(net.network());
+        if regions
+            .iter()
+            .flat_map(|(_, networks)| networks)
+            .any(|net| bad(&net))
+        {
+            return Err("must name networks of unicast addresses".into());
+        }
+        Ok(Self(regions))
     }
 }
 
@@ -306,6 +363,36 @@ mod tests {
         );
         assert!("10.43.0.0".parse::<Cidrs>().is_err());
         assert!("10.43.0.0/33".parse::<Cidrs>().is_err());
+    }
+
+    #[test]
+    fn the_networks_of_regions_are_written_behind_their_names() {
+        let read = |text: &str| {
+            let RegionCidrs(regions) = text.parse::<RegionCidrs>()?;
+            let shown = regions
+                .iter()
+                .map(|(region, nets)| format!("{region} {nets:?}"));
+            Ok::<_, String>(shown.collect::<Vec<_>>())
+        };
+        assert_eq!(
+            read("nd=192.168.50.1/24,192.168.51.0/24").unwrap(),
+            ["nd [192.168.50.0/24, 192.168.51.0/24]"]
+        );
+        assert_eq!(
+            read("nd=192.168.50.0/24, third=10.0.0.0/8,fd00::/8").unwrap(),
+            ["nd [192.168.50.0/24]", "third [10.0.0.0/8, fd00::/8]"]
+        );
+        // Nodes without a label are a region too.
+        assert_eq!(read("=10.0.0.0/8").unwrap(), [" [10.0.0.0/8]"]);
+        for wrong in [
+            "192.168.50.0/24",
+            "nd=",
+            "nd=192.168.50.0",
+            "nd=0.0.0.0/0",
+            "nd=224.0.0.0/8",
+        ] {
+            assert!(read(wrong).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

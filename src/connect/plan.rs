@@ -184,6 +184,7 @@ mod tests {
                 pod_cidrs: vec![pods.parse().unwrap()],
                 addresses: vec![address.parse().unwrap()],
                 underlay: BTreeSet::new(),
+                flannel_ips: [].into(),
                 private_ip: None,
             }],
             allowed_location_ips: vec![],

@@ -96,6 +96,8 @@ impl<'a> Site<'a> {
             .chain(site.outside_neighbours().flat_map(|node| &node.underlay))
             .copied()
             .collect();
+        let connected = site.connected_flannel_ips();
+        site.region_underlay.extend(connected);
         site.region_networks = site
             .neighbours()
             .flat_map(|segment| &segment.nodes)
@@ -113,6 +115,27 @@ impl<'a> Site<'a> {
             site.direct.extend(endpoints);
         }
         Some(site)
+    }
+
+    /// Addresses that only flannel's annotations name, of nodes of the own region: those on a network
+    /// that this node is connected to. One that is a remote leader's endpoint is not among them, or an
+    /// annotation would cut this node off from that leader.
+    fn connected_flannel_ips(&self) -> Vec<IpAddr> {
+        let endpoints = self.remotes().filter_map(|segment| segment.address);
+        let endpoints = endpoints
+            .map(|address| address.ip())
+            .collect::<BTreeSet<_>>();
+        let connected = |ip: &IpAddr| {
+            let mut networks = self.inputs.connected.iter();
+            networks.any(|network| network.contains(ip))
+        };
+        let members = self.neighbours().flat_map(|segment| &segment.nodes);
+        members
+            .flat_map(|node| &node.flannel_ips)
+            .chain(self.outside_neighbours().flat_map(|node| &node.flannel_ips))
+            .copied()
+            .filter(|ip| connected(ip) && !endpoints.contains(ip))
+            .collect()
     }
 
     /// The segments this node reaches without the tunnel, its own among them.

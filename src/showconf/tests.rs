@@ -17,6 +17,7 @@ fn member(name: &str, pods: &str, address: &str) -> Member {
         pod_cidrs: vec![pods.parse().unwrap()],
         addresses: vec![address.addr()],
         underlay: [address.addr()].into(),
+        flannel_ips: [].into(),
         private_ip: Some(address),
     }
 }

@@ -160,6 +160,11 @@ impl Collector for Latest {
             count(report.kilo_nodes.len()),
         )?;
         gauge(
+            "selvedge_kilo_refused_nodes",
+            "Nodes that seem to run a real kg while --beside-kilo is off",
+            count(report.kilo_refused.len()),
+        )?;
+        gauge(
             "selvedge_ready",
             "Whether this node is as it should be",
             report.ready.into(),
@@ -308,6 +313,7 @@ mod tests {
             ready_nodes: 4,
             external_peers: 2,
             kilo_nodes: vec!["a".into()],
+            kilo_refused: vec!["b".into(), "c".into()],
             ..Report::default()
         }));
 
@@ -325,6 +331,7 @@ mod tests {
             "kilo_nodes 4",
             "kilo_peers 2",
             "selvedge_kilo_nodes 1",
+            "selvedge_kilo_refused_nodes 2",
             "kilo_reconciles_total 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");

@@ -206,6 +206,7 @@ mod tests {
                     pod_cidrs: vec![],
                     addresses: vec![],
                     underlay: [].into(),
+                    flannel_ips: [].into(),
                     private_ip: None,
                 }],
                 allowed_location_ips: vec![],

@@ -1,18 +1,21 @@
 //! What is believed of what nodes and peers say about themselves.
 //!
-//! Two may claim the same key, prefix or address, by mistake or on purpose. The older object keeps
-//! it, so that whoever joins a cluster can disturb nobody who is there. Only pod CIDRs, which the
-//! control plane gives, go before everything else, whatever its age.
+//! Two may claim the same key, prefix or address, by mistake or on purpose. The older *recorded*
+//! claim wins ([`super::ledger`]), so that a newcomer takes nothing from a node that is there, and an
+//! old Node cannot take what a newer one holds. Between claims that no ledger records, the older
+//! object wins. A Peer's age is that of its object, since only operators write Peers. Pod CIDRs, which
+//! the control plane gives, go before everything else.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
-use super::address::{PrefixMap, is_unicast, overlap};
+use super::address::{PrefixMap, is_public, is_unicast, overlap};
 use super::excluded::{Excluded, Field, Overlap, Reason, Subject};
+use super::region::Regions;
 use super::{
-    Endpoint, ExternalPeer, InterfaceAddr, Node, NodeName, SegmentName, Settings, Snapshot,
+    Claim, Endpoint, ExternalPeer, InterfaceAddr, Node, NodeName, SegmentName, Settings, Snapshot,
 };
 use crate::wireguard::key::PublicKey;
 
@@ -25,9 +28,19 @@ pub(super) struct Belief {
     /// Whether its key is its own.
     pub(super) key: bool,
     pub(super) pod_cidrs: Vec<IpNet>,
+    /// Its own addresses, whether or not another node has them too: at most the private one and one of
+    /// each family.
+    own: Vec<IpAddr>,
+    /// Those of them that are carried for it.
     pub(super) addresses: Vec<IpAddr>,
     /// Its private address, if that is one of its own and tells its network.
     pub(super) private_ip: Option<InterfaceAddr>,
+    /// Whether it is inside its region: flannel's VXLAN may go to it in clear there.
+    pub(super) near: bool,
+    /// Its judged addresses, as [`super::Member::underlay`].
+    pub(super) underlay: BTreeSet<IpAddr>,
+    /// As [`super::Member::flannel_ips`].
+    pub(super) flannel_ips: BTreeSet<IpAddr>,
     pub(super) allowed_location_ips: Vec<IpNet>,
 }
 
@@ -41,8 +54,6 @@ impl Belief {
 /// Who has which prefix so far.
 #[derive(Default)]
 struct Holders<'a> {
-    /// Node addresses that are carried.
-    addresses: BTreeMap<IpAddr, &'a NodeName>,
     /// Node addresses, carried or not.
     present: PrefixMap<&'a NodeName>,
     /// Allowed IPs of external peers.
@@ -51,19 +62,26 @@ struct Holders<'a> {
     offers: PrefixMap<(SegmentName, &'a NodeName)>,
 }
 
-impl Holders<'_> {
-    /// The peer or location, if any, that has exactly this prefix.
-    fn holder_of_all(&self, net: &IpNet) -> Option<Subject> {
-        let offer = self.offers.get(net);
-        let offer = offer.map(|(_, node)| Subject::Node((*node).clone()));
-        self.peers.get(net).cloned().or(offer)
-    }
-}
-
 enum Claimant<'a> {
-    Node(&'a Node),
+    /// An address of a node.
+    Address(&'a Node, IpAddr),
+    /// The `allowed-location-ips` of a node.
+    Offers(&'a Node),
     /// By its place among the peers.
     Peer(usize),
+}
+
+/// When a claim was made, among claims of nodes and of peers: its recorded time, or a peer's age; then
+/// the age of the object; then its name. A claim without a record comes after all that have one.
+type Order = (i64, i64, Subject);
+
+fn order_of(node: &Node, claim: &Claim) -> Order {
+    let (_, since) = node.ledger.rank(claim);
+    (since, node.created, Subject::Node(node.name.clone()))
+}
+
+fn order_of_peer(peer: &ExternalPeer) -> Order {
+    (peer.created, peer.created, Subject::Peer(peer.name.clone()))
 }
 
 /// All beliefs, and what is not believed.
@@ -72,7 +90,8 @@ pub(super) struct Claims<'a> {
     /// Networks that nobody may claim: pods (as a whole), services, WireGuard addresses.
     reserved: Vec<IpNet>,
     cluster_networks: &'a [IpNet],
-    internal_cidrs: &'a [IpNet],
+    settings: &'a Settings,
+    pub(super) regions: Regions,
     /// All nodes, the oldest first.
     by_age: Vec<&'a Node>,
     pub(super) nodes: BTreeMap<&'a NodeName, Belief>,
@@ -85,11 +104,11 @@ pub(super) struct Claims<'a> {
 impl<'a> Claims<'a> {
     /// Judges everything the snapshot says, except what depends on who leads.
     ///
-    /// `segment` tells who shares a leader, as far as that is known before anything is believed.
+    /// `segment` tells who shares a leader, given what is believed of the node.
     pub(super) fn new(
         snapshot: &'a Snapshot,
         settings: &'a Settings,
-        segment: impl Fn(&Node) -> SegmentName,
+        segment: impl Fn(&Node, &Belief) -> SegmentName,
     ) -> Self {
         let mut by_age = snapshot.nodes.values().collect::<Vec<_>>();
         by_age.sort_by_key(|node| (node.created, &node.name));
@@ -103,7 +122,8 @@ impl<'a> Claims<'a> {
             snapshot,
             reserved: reserved.copied().collect(),
             cluster_networks: &settings.cluster_networks,
-            internal_cidrs: &settings.internal_cidrs,
+            settings,
+            regions: Regions::default(),
             by_age,
             nodes: snapshot
                 .nodes
@@ -117,7 +137,10 @@ impl<'a> Claims<'a> {
         };
         claims.judge_keys();
         claims.judge_pod_cidrs();
+        claims.judge_own_addresses();
+        claims.judge_regions();
         claims.judge_prefixes(segment);
+        claims.judge_underlay();
         claims
     }
 
@@ -161,17 +184,15 @@ impl<'a> Claims<'a> {
     fn judge_keys(&mut self) {
         let nodes = self.snapshot.nodes.values().filter_map(|node| {
             let key = node.public_key?;
-            Some((node.created, Subject::Node(node.name.clone()), key))
+            Some((order_of(node, &Claim::Key(key)), key))
         });
-        let peers = self.snapshot.peers.values().map(|peer| {
-            let subject = Subject::Peer(peer.name.clone());
-            (peer.created, subject, peer.public_key)
-        });
+        let peers = self.snapshot.peers.values();
+        let peers = peers.map(|peer| (order_of_peer(peer), peer.public_key));
         let mut claimants = nodes.chain(peers).collect::<Vec<_>>();
         claimants.sort();
 
         let mut holders = BTreeMap::<PublicKey, Subject>::new();
-        for (_, subject, key) in claimants {
+        for ((_, _, subject), key) in claimants {
             if let Some(holder) = holders.get(&key) {
                 let reason = Reason::TakenBy(holder.clone());
                 self.exclude(subject, Field::Key, reason);
@@ -230,70 +251,182 @@ impl<'a> Claims<'a> {
         Some(Reason::TakenBy(Subject::Node((*holder).clone())))
     }
 
-    /// Everything but keys and pod CIDRs, the oldest object first.
-    fn judge_prefixes(&mut self, segment: impl Fn(&Node) -> SegmentName) {
-        let nodes = self.by_age().map(|node| {
-            let order = (node.created, Subject::Node(node.name.clone()));
-            (order, Claimant::Node(node))
-        });
-        let peers = self.peers.iter().enumerate().map(|(index, peer)| {
-            let order = (peer.created, Subject::Peer(peer.name.clone()));
-            (order, Claimant::Peer(index))
-        });
-        let mut claimants = nodes.chain(peers).collect::<Vec<_>>();
-        claimants.sort_by(|(a, _), (b, _)| a.cmp(b));
-
-        let mut holders = Holders::default();
-        for ((_, subject), claimant) in claimants {
-            match claimant {
-                Claimant::Node(node) => {
-                    if self.belief(node).is_meshed() {
-                        self.judge_addresses(node, &mut holders);
-                        if !node.allowed_location_ips.is_empty() {
-                            self.judge_allowed_location_ips(node, &segment(node), &mut holders);
-                        }
+    /// Which addresses are each node's own, whoever else has them.
+    fn judge_own_addresses(&mut self) {
+        for node in self.by_age() {
+            let private = node.private_ip.map(|private| private.addr());
+            let status = node.internal_ips.iter().copied();
+            let mut addresses = private.into_iter().chain(status).collect::<Vec<_>>();
+            dedup(&mut addresses);
+            for ip in addresses {
+                match self.address_fault(node, ip) {
+                    None => self.belief(node).own.push(ip),
+                    Some(reason) if self.belief(node).is_meshed() => {
+                        self.exclude_of(node, Field::NodeAddress(ip), reason);
                     }
-                    for ip in &node.internal_ips {
-                        holders.present.insert(IpNet::from(*ip), &node.name);
-                    }
+                    Some(_) => {}
                 }
-                Claimant::Peer(index) => self.judge_peer(index, subject, &mut holders),
+            }
+            let own = &self.nodes[&node.name].own;
+            let believed = |private: &InterfaceAddr| {
+                own.contains(&private.addr()) && !is_too_wide(&private.trunc())
+            };
+            // Of a node that says what is not so, its status counts. That tells no network.
+            let private = node.private_ip.and_then(|private| {
+                let mut status = own.iter().filter(|ip| !is_public(**ip));
+                let fallback = || status.next().map(|ip| IpNet::from(*ip));
+                Some(private).filter(believed).or_else(fallback)
+            });
+            self.belief(node).private_ip = private;
+        }
+    }
+
+    /// Who is inside its region. A label places nobody: the address must be inside the region's
+    /// networks, or the operator must have declared one of the two for this node.
+    fn judge_regions(&mut self) {
+        let members = self.by_age.iter().filter_map(|node| {
+            let belief = &self.nodes[&node.name];
+            Some((*node, belief.private_ip.filter(|_| belief.is_meshed())?))
+        });
+        self.regions = Regions::new(self.settings, members);
+        for node in self.by_age() {
+            let Some(address) = self.nodes[&node.name].private_ip else {
+                continue;
+            };
+            let inside = self.regions.contain(&node.region, address.addr());
+            let declared = node.region_declared || node.private_ip_forced;
+            let clipped = self.regions.clip(&node.region, address);
+            let belief = self.belief(node);
+            belief.near = inside || declared;
+            belief.private_ip = Some(clipped);
+            if belief.is_meshed() && !belief.near {
+                let networks = self.regions.networks(&node.region).unwrap_or_default();
+                let reason = Reason::OutsideRegion {
+                    region: node.region.clone(),
+                    networks: networks.to_vec(),
+                };
+                self.exclude_of(node, Field::Region, reason);
             }
         }
     }
 
-    fn judge_addresses(&mut self, node: &'a Node, holders: &mut Holders<'a>) {
-        let believed = node.private_ip.filter(|private| {
-            self.is_believed(node, private.addr()) && !is_too_wide(&private.trunc())
-        });
-        self.belief(node).private_ip = believed;
-        let private = node.private_ip.map(|private| private.addr());
-        let status = node.internal_ips.iter().copied();
-        let mut addresses = private.into_iter().chain(status).collect::<Vec<_>>();
-        dedup(&mut addresses);
-        // Who has no pods of a family has no part in it.
-        let pods = self.belief(node).pod_cidrs.clone();
-        let alias = |ip: &IpAddr| {
-            let mut pods = pods.iter().map(IpNet::network);
-            pods.find(|address| address.is_ipv6() == ip.is_ipv6())
-        };
-        for ip in addresses.into_iter().filter(|ip| alias(ip).is_some()) {
-            let reason = self
-                .address_fault(node, ip)
-                .or_else(|| holders.holder_of_all(&IpNet::from(ip)).map(Reason::TakenBy));
-            if let Some(reason) = reason {
-                self.exclude_of(node, Field::NodeAddress(ip), reason);
-            } else if let Some(&holder) = holders.addresses.get(&ip) {
-                self.overlaps.push(Overlap {
-                    node: node.name.clone(),
-                    address: ip,
-                    holder: holder.clone(),
-                    alias: alias(&ip),
-                });
-            } else {
-                holders.addresses.insert(ip, &node.name);
-                self.belief(node).addresses.push(ip);
+    /// Node addresses, peers and offers, in the order in which they were claimed.
+    fn judge_prefixes(&mut self, segment: impl Fn(&Node, &Belief) -> SegmentName) {
+        let winners = self.address_winners();
+        let mut claimants = Vec::new();
+        for node in self.by_age() {
+            for &ip in self.nodes[&node.name].own.iter().chain(&node.internal_ips) {
+                let order = order_of(node, &Claim::Address(ip));
+                claimants.push((order, Claimant::Address(node, ip)));
             }
+            if self.belief(node).is_meshed() && !node.allowed_location_ips.is_empty() {
+                let subject = Subject::Node(node.name.clone());
+                let order = (node.created, node.created, subject);
+                claimants.push((order, Claimant::Offers(node)));
+            }
+        }
+        for (index, peer) in self.peers.iter().enumerate() {
+            claimants.push((order_of_peer(peer), Claimant::Peer(index)));
+        }
+        claimants.sort_by(|(a, _), (b, _)| a.cmp(b));
+
+        let mut holders = Holders::default();
+        for ((_, _, subject), claimant) in claimants {
+            match claimant {
+                Claimant::Address(node, ip) => holders.present.insert(IpNet::from(ip), &node.name),
+                Claimant::Offers(node) => {
+                    let segment = segment(node, &self.nodes[&node.name]);
+                    self.judge_allowed_location_ips(node, &segment, &winners, &mut holders);
+                }
+                Claimant::Peer(index) => self.judge_peer(index, subject, &mut holders),
+            }
+        }
+        self.judge_addresses(&winners, &holders);
+    }
+
+    /// Of the nodes that claim an address, the one with the older claim. Who has no pods of a family
+    /// has no part in it.
+    fn address_winners(&self) -> BTreeMap<IpAddr, &'a Node> {
+        let mut winners = BTreeMap::<IpAddr, (Order, &'a Node)>::new();
+        for node in self.by_age() {
+            let belief = &self.nodes[&node.name];
+            for &ip in belief.own.iter().filter(|_| belief.is_meshed()) {
+                if alias(belief, ip).is_none() {
+                    continue;
+                }
+                let order = order_of(node, &Claim::Address(ip));
+                match winners.get(&ip) {
+                    Some((holder, _)) if *holder <= order => {}
+                    Some(_) | None => drop(winners.insert(ip, (order, node))),
+                }
+            }
+        }
+        let winners = winners.into_iter();
+        winners.map(|(ip, (_, node))| (ip, node)).collect()
+    }
+
+    fn judge_addresses(&mut self, winners: &BTreeMap<IpAddr, &'a Node>, holders: &Holders<'a>) {
+        for node in self.by_age() {
+            let belief = self.belief(node).clone();
+            if !belief.is_meshed() {
+                continue;
+            }
+            for ip in belief.own.iter().copied() {
+                let (Some(alias), Some(holder)) = (alias(&belief, ip), winners.get(&ip)) else {
+                    continue;
+                };
+                if let Some(peer) = holders.peers.get(&IpNet::from(ip)) {
+                    let reason = Reason::TakenBy(peer.clone());
+                    self.exclude_of(node, Field::NodeAddress(ip), reason);
+                } else if holder.name == node.name {
+                    self.belief(node).addresses.push(ip);
+                } else {
+                    self.overlaps.push(Overlap {
+                        node: node.name.clone(),
+                        address: ip,
+                        holder: holder.name.clone(),
+                        alias: Some(alias),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Where flannel's VXLAN may go in clear: addresses that were judged, and no address that another
+    /// node holds. Others that the status or flannel's annotations name are for each node to compare
+    /// with the networks that it is connected to.
+    fn judge_underlay(&mut self) {
+        let mut held = BTreeMap::<IpAddr, &'a NodeName>::new();
+        for node in self.by_age() {
+            for ip in &self.nodes[&node.name].addresses {
+                held.insert(*ip, &node.name);
+            }
+        }
+        for node in self.by_age() {
+            let belief = &self.nodes[&node.name];
+            let inside = |ip: &IpAddr| self.regions.contain(&node.region, *ip);
+            // Regions may share a subnet: what is inside of the own region is not elsewhere.
+            let anothers = |ip: &IpAddr| {
+                let holder = held.get(ip).filter(|holder| ***holder != node.name);
+                let near = |holder: &&NodeName| {
+                    let other = self.snapshot.nodes.get(*holder);
+                    other.is_some_and(|other| other.region == node.region)
+                };
+                holder.is_some_and(|holder| near(holder) || !inside(ip))
+            };
+            let lease = node.lease.iter().flat_map(|lease| {
+                let v4 = lease.public_ip.map(IpAddr::V4);
+                v4.into_iter().chain(lease.public_ipv6.map(IpAddr::V6))
+            });
+            let named = belief.own.iter().copied().chain(lease);
+            let named = named.filter(|ip| is_unicast(*ip) && !anothers(ip));
+            let judged = |ip: &IpAddr| {
+                inside(ip) || (belief.private_ip.is_some() && belief.own.contains(ip))
+            };
+            let (underlay, flannel_ips) = named.partition(judged);
+            let belief = self.belief(node);
+            belief.underlay = underlay;
+            belief.flannel_ips = flannel_ips;
         }
     }
 
@@ -301,16 +434,32 @@ impl<'a> Claims<'a> {
         if !is_unicast(ip) {
             return Some(Reason::NotUnicast);
         }
-        if !self.is_believed(node, ip) {
+        let forced =
+            node.private_ip_forced && node.private_ip.is_some_and(|private| private.addr() == ip);
+        let named = self
+            .settings
+            .internal_cidrs
+            .iter()
+            .any(|net| net.contains(&ip));
+        if !node.internal_ips.contains(&ip) && !named && !forced {
             return Some(Reason::NotInStatus);
         }
-        self.reserved_for(&ip.into()).map(Reason::Reserved)
-    }
-
-    /// Whether an address is the node's: the kubelet says so, which may write no other Node's
-    /// status, or the operator.
-    fn is_believed(&self, node: &Node, ip: IpAddr) -> bool {
-        node.internal_ips.contains(&ip) || self.internal_cidrs.iter().any(|net| net.contains(&ip))
+        let endpoint = node.endpoint.as_ref().filter(|_| node.endpoint_forced);
+        let announced = matches!(endpoint, Some(Endpoint::Addr(address)) if address.ip() == ip);
+        if is_public(ip) && !named && !forced && !announced {
+            return Some(Reason::PublicUndeclared);
+        }
+        if let Some(reserved) = self.reserved_for(&ip.into()) {
+            return Some(Reason::Reserved(reserved));
+        }
+        let networks = self.settings.region_networks.get(&node.region);
+        let networks = networks.filter(|networks| !networks.is_empty())?;
+        let declared = forced || announced || node.region_declared;
+        let inside = networks.iter().any(|network| network.contains(&ip));
+        (!inside && !declared).then(|| Reason::OutsideRegion {
+            region: node.region.clone(),
+            networks: networks.clone(),
+        })
     }
 
     fn judge_peer(&mut self, index: usize, subject: Subject, holders: &mut Holders<'a>) {
@@ -343,20 +492,22 @@ impl<'a> Claims<'a> {
         }
     }
 
-    /// Kilo's filters (`filter_allowed_location_ips` in [`super::kilo`]), except that the older claim stays, not the later segment's.
+    /// Kilo's filters (`filter_allowed_location_ips` in [`super::kilo`]), except that the older claim stays,
+    /// not the later segment's, and that no offer takes a node's address.
     ///
     /// A wide item may contain addresses of nodes elsewhere: they are more specific and win.
     fn judge_allowed_location_ips(
         &mut self,
         node: &'a Node,
         segment: &SegmentName,
+        winners: &BTreeMap<IpAddr, &'a Node>,
         holders: &mut Holders<'a>,
     ) {
         for &net in &node.allowed_location_ips {
             let reason = self.prefix_fault(&net).or_else(|| {
-                let address = holders.addresses.get(&net.addr());
+                let address = winners.get(&net.addr());
                 let address = address.filter(|_| net.prefix_len() == net.max_prefix_len());
-                let address = address.map(|node| Subject::Node((*node).clone()));
+                let address = address.map(|node| Subject::Node(node.name.clone()));
                 let peer = holders.peers.overlapping(&net);
                 let offer = holders.offers.overlapping(&net);
                 let offer = offer.filter(|(_, (other, _))| other != segment);
@@ -401,6 +552,12 @@ impl<'a> Claims<'a> {
     fn belief(&mut self, node: &'a Node) -> &mut Belief {
         self.nodes.entry(&node.name).or_default()
     }
+}
+
+/// An address that reaches the node from everywhere; none where it has no pods of the family.
+fn alias(belief: &Belief, ip: IpAddr) -> Option<IpAddr> {
+    let mut pods = belief.pod_cidrs.iter().map(IpNet::network);
+    pods.find(|address| address.is_ipv6() == ip.is_ipv6())
 }
 
 fn is_too_wide(net: &IpNet) -> bool {

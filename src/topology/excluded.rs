@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::NodeName;
+use super::{NodeName, RegionName};
 
 /// Whose statement was left out.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -33,6 +33,10 @@ pub enum Field {
     WireguardIp(IpAddr),
     /// The endpoint.
     Endpoint(IpAddr),
+    /// The node's place in its region.
+    Region,
+    /// Kilo's algorithm, which a real `kg` asks for.
+    Algorithm,
     /// An item of `allowed-location-ips`.
     AllowedLocationIp(IpNet),
     /// An item of a peer's `allowedIPs`.
@@ -42,7 +46,7 @@ pub enum Field {
 /// Why it was left out.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Reason {
-    /// Somebody with an older (or better) claim has it.
+    /// Another has the older claim to it.
     TakenBy(Subject),
     /// Not inside flannel's networks.
     OutsideClusterNetwork,
@@ -50,6 +54,17 @@ pub enum Reason {
     Reserved(IpNet),
     /// Neither in the Node's status nor in the operator's networks.
     NotInStatus,
+    /// A public address that no operator declared to be the node's.
+    PublicUndeclared,
+    /// Outside of the networks of the region.
+    OutsideRegion {
+        /// The region.
+        region: RegionName,
+        /// Its networks.
+        networks: Vec<IpNet>,
+    },
+    /// `--beside-kilo` is off.
+    NotBesideKilo,
     /// Not inside `--subnet`, or not an address for a host there.
     NotInSubnet,
     /// So wide that it would take traffic that nobody meant.
@@ -105,6 +120,8 @@ impl fmt::Display for Field {
             Self::NodeAddress(ip) => write!(f, "node address {ip}"),
             Self::WireguardIp(ip) => write!(f, "WireGuard address {ip}"),
             Self::Endpoint(ip) => write!(f, "endpoint {ip}"),
+            Self::Region => f.write_str("its place in its region"),
+            Self::Algorithm => f.write_str("Kilo's algorithm"),
             Self::AllowedLocationIp(net) => write!(f, "allowed location IPs {net}"),
             Self::AllowedIp(net) => write!(f, "allowed IPs {net}"),
         }
@@ -119,6 +136,21 @@ impl fmt::Display for Reason {
             Self::Reserved(net) => write!(f, "overlaps {net}, which is not for it"),
             Self::NotInStatus => f.write_str(
                 "not an InternalIP of the node's status; if it is right, name its network with --internal-cidr",
+            ),
+            Self::PublicUndeclared => f.write_str(
+                "a public address needs the operator's word: name its network with --internal-cidr, or annotate the node with kilo.squat.ai/force-internal-ip or force-endpoint",
+            ),
+            Self::OutsideRegion { region, networks } => {
+                let networks = networks.iter().map(ToString::to_string);
+                let networks = networks.collect::<Vec<_>>().join(", ");
+                write!(
+                    f,
+                    "its address is outside of the networks of region \"{}\" ({networks}), so it has a tunnel of its own; if it belongs there, annotate the node with kilo.squat.ai/location or name its network with --region-cidr",
+                    region.0.escape_debug()
+                )
+            }
+            Self::NotBesideKilo => f.write_str(
+                "a kg of Kilo's seems to run there; start all agents with --beside-kilo while both are in the mesh",
             ),
             Self::NotInSubnet => f.write_str("not an address for a host inside of --subnet"),
             Self::TooWide => f.write_str("wider than /8 (IPv6: /16)"),

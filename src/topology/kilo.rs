@@ -1,7 +1,9 @@
 //! Kilo's algorithm, to the letter (`pkg/mesh/topology.go`), for a mesh in which a real `kg` still runs.
 //!
 //! Every agent must come to the same segments, leaders and addresses as `kg` does; two that disagree
-//! on a leader are a black hole. So nothing is judged here and nobody has an older claim.
+//! on a leader are a black hole. So claims change neither segments nor leaders here. Node addresses are
+//! judged all the same: one that is not the node's own, is reserved or is another node's costs that one
+//! route and nothing of what the agents must agree on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -9,7 +11,8 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use super::address::{is_public_to_kilo, nth, overlap};
-use super::native::underlay;
+use super::claims::{Belief, Claims};
+use super::excluded::Field;
 use super::{
     ExternalPeer, Granularity, Member, Mode, Node, NodeName, Outsider, Segment, SegmentName,
     Settings, Snapshot, Topology, Whereabouts,
@@ -18,6 +21,8 @@ use crate::wireguard::key::PublicKey;
 
 /// Seconds after its last check-in at which Kilo forgets a node.
 const READY_WINDOW: i64 = 60;
+/// Seconds by which another node's clock may be ahead. A check-in from a later time counts as none.
+const MAX_AHEAD: i64 = 60;
 
 /// The nodes on which a real `kg` is alive.
 pub(super) fn foreign_nodes(snapshot: &Snapshot) -> Vec<NodeName> {
@@ -29,12 +34,13 @@ pub(super) fn foreign_nodes(snapshot: &Snapshot) -> Vec<NodeName> {
         .collect()
 }
 
-/// A node has an endpoint, a key and pods, and was seen in the last minute: integer seconds of the reader's clock; one that is ahead stays longer.
+/// A node has an endpoint, a key and pods, and was seen in the last minute: integer seconds of the
+/// reader's clock. A clock that is a little ahead stays longer; Kilo lets it be ahead by any time.
 fn is_ready(node: &Node, now: i64) -> bool {
     node.endpoint.is_some()
         && node.public_key.is_some()
         && !node.pod_cidrs.is_empty()
-        && now.saturating_sub(node.last_seen.unwrap_or(0)) < READY_WINDOW
+        && (-MAX_AHEAD..READY_WINDOW).contains(&now.saturating_sub(node.last_seen.unwrap_or(0)))
 }
 
 /// Computes the topology as `kg` does.
@@ -48,6 +54,9 @@ pub(super) fn topology(
         Granularity::Full => Granularity::Full,
         Granularity::Location | Granularity::Cross => Granularity::Location,
     };
+    let mut claims = Claims::new(snapshot, settings, |node, _| {
+        segment_name(node, granularity)
+    });
     let (ready, others) = snapshot
         .nodes
         .values()
@@ -86,7 +95,10 @@ pub(super) fn topology(
                     .and_then(|pool| nth(pool, position))
                     .into_iter()
                     .collect(),
-                nodes: nodes.iter().map(|node| member(node)).collect(),
+                nodes: nodes
+                    .iter()
+                    .map(|node| member(node, &claims.nodes[&node.name]))
+                    .collect(),
                 allowed_location_ips: allowed_location_ips(nodes),
             })
         })
@@ -103,6 +115,11 @@ pub(super) fn topology(
     });
     let whereabouts = whereabouts.collect();
     filter_allowed_location_ips(&mut segments, &peers);
+    let mut excluded = std::mem::take(&mut claims.excluded);
+    excluded.retain(|excluded| matches!(excluded.field, Field::NodeAddress(_)));
+    excluded.sort();
+    let mut overlaps = std::mem::take(&mut claims.overlaps);
+    overlaps.sort();
 
     Topology {
         mode: Mode::Kilo(foreign),
@@ -111,10 +128,12 @@ pub(super) fn topology(
         segments,
         outsiders: others
             .into_iter()
-            .map(|node| outsider(node, granularity))
+            .map(|node| outsider(node, &claims.nodes[&node.name], granularity))
             .collect(),
         peers,
         whereabouts,
+        excluded,
+        overlaps,
         ..Topology::default()
     }
 }
@@ -147,18 +166,24 @@ fn leader<'a>(nodes: &[&'a Node], resolved: &BTreeMap<String, IpAddr>) -> &'a No
 }
 
 /// Kilo carries the first pod CIDR and the private address of a node.
-fn member(node: &Node) -> Member {
+fn member(node: &Node, belief: &Belief) -> Member {
+    let private = node.private_ip.map(|ip| ip.addr());
+    let judged = private.filter(|ip| belief.addresses.contains(ip));
     Member {
         name: node.name.clone(),
         endpoint: node.endpoint.clone(),
         pod_cidrs: node.pod_cidrs.first().copied().into_iter().collect(),
-        addresses: node.private_ip.map(|ip| ip.addr()).into_iter().collect(),
-        underlay: underlay(node, node.private_ip),
-        private_ip: node.private_ip,
+        addresses: judged.into_iter().collect(),
+        underlay: belief.underlay.clone(),
+        flannel_ips: belief.flannel_ips.clone(),
+        private_ip: node
+            .private_ip
+            .and(belief.private_ip)
+            .filter(|private| Some(private.addr()) == node.private_ip.map(|ip| ip.addr())),
     }
 }
 
-fn outsider(node: &Node, granularity: Granularity) -> Outsider {
+fn outsider(node: &Node, belief: &Belief, granularity: Granularity) -> Outsider {
     // A node that is not ready may not have told its private address yet.
     let group = match granularity {
         Granularity::Full => SegmentName::Node(node.name.clone()),
@@ -169,7 +194,8 @@ fn outsider(node: &Node, granularity: Granularity) -> Outsider {
         endpoint: node.endpoint.clone(),
         group,
         pod_cidrs: node.pod_cidrs.clone(),
-        underlay: underlay(node, node.private_ip),
+        underlay: belief.underlay.clone(),
+        flannel_ips: belief.flannel_ips.clone(),
     }
 }
 

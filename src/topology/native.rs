@@ -7,9 +7,10 @@ use std::net::{IpAddr, SocketAddr};
 use super::address::{is_host_of, is_public, is_unicast, nth};
 use super::claims::{Belief, Claims, dedup};
 use super::excluded::{Field, Reason, Subject};
+use super::region::{Regions, place};
 use super::{
-    Endpoint, Granularity, InterfaceAddr, Member, Node, NodeName, Outsider, Segment, SegmentName,
-    Settings, Snapshot, Topology, Whereabouts,
+    Claim, Endpoint, Granularity, InterfaceAddr, Member, Node, NodeName, Outsider, Segment,
+    SegmentName, Settings, Snapshot, Topology, Whereabouts,
 };
 use crate::wireguard::key::PublicKey;
 
@@ -17,10 +18,25 @@ use crate::wireguard::key::PublicKey;
 /// seconds after which common NATs forget a UDP mapping.
 const NAT_KEEPALIVE: u16 = 25;
 
-/// Computes the topology of a mesh in which every agent is ours.
-pub(super) fn topology(snapshot: &Snapshot, settings: &Settings) -> Topology {
+/// Seconds after a region's oldest record within which its members count as equally old: a region that
+/// starts as a whole settles by name, whichever agent was first.
+const SETTLING: i64 = 60;
+
+/// Computes the topology of a mesh by our own algorithm. The nodes in `foreign` run a real `kg` that
+/// the operator did not allow; they are nodes like any other.
+pub(super) fn topology(
+    snapshot: &Snapshot,
+    settings: &Settings,
+    foreign: Vec<NodeName>,
+) -> Topology {
     let granularity = settings.granularity;
-    let mut claims = Claims::new(snapshot, settings, |node| segment_name(node, granularity));
+    let mut claims = Claims::new(snapshot, settings, |node, belief| {
+        segment_name(node, belief, granularity)
+    });
+    for name in &foreign {
+        let subject = Subject::Node(name.clone());
+        claims.exclude(subject, Field::Algorithm, Reason::NotBesideKilo);
+    }
 
     let mut members = BTreeMap::<SegmentName, Vec<&Node>>::new();
     let mut outsiders = Vec::new();
@@ -28,17 +44,17 @@ pub(super) fn topology(snapshot: &Snapshot, settings: &Settings) -> Topology {
     for node in snapshot.nodes.values() {
         let belief = &claims.nodes[&node.name];
         if belief.is_meshed() {
-            let name = segment_name(node, granularity);
+            let name = segment_name(node, belief, granularity);
             members.entry(name).or_default().push(node);
         } else {
-            outsiders.push(outsider(node, belief, granularity));
-            let name = expected_segment_name(node, granularity);
+            outsiders.push(outsider(node, belief, &claims.regions, granularity));
+            let name = expected_segment_name(node, belief, &claims.regions, granularity);
             expected.entry(name).or_default().push(&node.name);
         }
     }
     let leaders = members
         .iter()
-        .map(|(name, nodes)| (name, leader(nodes)))
+        .map(|(name, nodes)| (name, leader(name, nodes)))
         .collect::<BTreeMap<_, _>>();
     let mut wireguard_ips = wireguard_ips(&mut claims, settings, &leaders, &expected);
     let discovered = discovered_endpoints(&leaders);
@@ -57,7 +73,7 @@ pub(super) fn topology(snapshot: &Snapshot, settings: &Settings) -> Topology {
             || !has_public_endpoint(leader);
         Some(Segment {
             name: name.clone(),
-            group: group_name(leader, granularity),
+            group: group_name(leader, &claims.nodes[&leader.name], granularity),
             leader: leader.name.clone(),
             public_key,
             endpoint: leader.endpoint.clone(),
@@ -91,6 +107,7 @@ pub(super) fn topology(snapshot: &Snapshot, settings: &Settings) -> Topology {
     claims.overlaps.sort();
 
     Topology {
+        foreign,
         granularity,
         subnets: settings.subnets.clone(),
         segments,
@@ -105,18 +122,18 @@ pub(super) fn topology(snapshot: &Snapshot, settings: &Settings) -> Topology {
 
 /// The segment of a node that takes part.
 ///
-/// Who has no private address shares no network with others of its location: it is on its own.
-fn segment_name(node: &Node, granularity: Granularity) -> SegmentName {
+/// One that is not inside its region shares no network with the others there: it is on its own.
+fn segment_name(node: &Node, belief: &Belief, granularity: Granularity) -> SegmentName {
     match granularity {
-        Granularity::Location => group_name(node, granularity),
+        Granularity::Location => group_name(node, belief, granularity),
         Granularity::Full | Granularity::Cross => SegmentName::Node(node.name.clone()),
     }
 }
 
 /// What a node reaches without the tunnel.
-fn group_name(node: &Node, granularity: Granularity) -> SegmentName {
+fn group_name(node: &Node, belief: &Belief, granularity: Granularity) -> SegmentName {
     match granularity {
-        Granularity::Location | Granularity::Cross if node.private_ip.is_some() => {
+        Granularity::Location | Granularity::Cross if belief.near => {
             SegmentName::Location(node.region.clone())
         }
         Granularity::Location | Granularity::Full | Granularity::Cross => {
@@ -125,15 +142,16 @@ fn group_name(node: &Node, granularity: Granularity) -> SegmentName {
     }
 }
 
-fn outsider(node: &Node, belief: &Belief, granularity: Granularity) -> Outsider {
-    // Before its agent has told its private address, a node is taken to be where its label says:
-    // flannel must go on serving it.
+fn outsider(node: &Node, belief: &Belief, regions: &Regions, granularity: Granularity) -> Outsider {
+    // flannel must go on serving a node whose agent has not come yet.
     let group = match granularity {
-        Granularity::Location | Granularity::Cross if node.public_key.is_none() => {
+        Granularity::Location | Granularity::Cross
+            if node.public_key.is_none() && may_be_inside(node, regions) =>
+        {
             SegmentName::Location(node.region.clone())
         }
         Granularity::Location | Granularity::Full | Granularity::Cross => {
-            group_name(node, granularity)
+            group_name(node, belief, granularity)
         }
     };
     Outsider {
@@ -141,8 +159,18 @@ fn outsider(node: &Node, belief: &Belief, granularity: Granularity) -> Outsider 
         endpoint: node.endpoint.clone(),
         group,
         pod_cidrs: belief.pod_cidrs.clone(),
-        underlay: underlay(node, belief.private_ip),
+        underlay: belief.underlay.clone(),
+        flannel_ips: belief.flannel_ips.clone(),
     }
+}
+
+/// Whether a node without an agent is inside its region: by its status, or because nothing tells yet
+/// where that region is.
+fn may_be_inside(node: &Node, regions: &Regions) -> bool {
+    let inside = |ip: &IpAddr| regions.contain(&node.region, *ip);
+    node.region_declared
+        || regions.networks(&node.region).is_none()
+        || node.internal_ips.iter().any(inside)
 }
 
 fn member(node: &Node, belief: &Belief) -> Member {
@@ -151,34 +179,34 @@ fn member(node: &Node, belief: &Belief) -> Member {
         endpoint: node.endpoint.clone(),
         pod_cidrs: belief.pod_cidrs.clone(),
         addresses: belief.addresses.clone(),
-        underlay: underlay(node, belief.private_ip),
+        underlay: belief.underlay.clone(),
+        flannel_ips: belief.flannel_ips.clone(),
         private_ip: belief.private_ip,
     }
 }
 
-/// Every address under which the nodes of its region may know a node.
-pub(super) fn underlay(node: &Node, private_ip: Option<InterfaceAddr>) -> BTreeSet<IpAddr> {
-    let lease = node.lease.iter().flat_map(|lease| {
-        let v4 = lease.public_ip.map(IpAddr::V4);
-        v4.into_iter().chain(lease.public_ipv6.map(IpAddr::V6))
-    });
-    let private = private_ip.map(|private| private.addr());
-    node.internal_ips
-        .iter()
-        .copied()
-        .chain(private)
-        .chain(lease)
-        .collect()
-}
-
-/// Elects among nodes sorted by name: the operator's choice that others can reach, the operator's
-/// choice, who can be reached, the first. The name makes the order total.
+/// Elects among nodes sorted by name. What the operator annotated comes first, then who leads already:
+/// no statement of a newcomer takes the lead from it. Then come an endpoint that others can reach, a
+/// longer stay in the region, and the name, which makes the order total.
 ///
 /// Only Ready nodes are eligible; where there is none, the API server may be what cannot reach them.
-fn leader<'a>(nodes: &[&'a Node]) -> &'a Node {
+fn leader<'a>(name: &SegmentName, nodes: &[&'a Node]) -> &'a Node {
+    let lead = Claim::Lead(name.clone());
+    let since = |node: &Node| node.ledger.rank(&place(node));
+    let eldest = nodes.iter().map(|node| since(node)).min();
+    let settled = eldest.map_or(0, |(_, since)| since.saturating_add(SETTLING));
     let rank = |node: &&&Node| {
-        let public = has_public_endpoint(node);
-        (!node.ready, !(node.leader && public), !node.leader, !public)
+        let forced = node.endpoint_forced;
+        let (unrecorded, since) = since(node);
+        (
+            !node.ready,
+            !(node.leader && forced),
+            !node.leader,
+            !forced,
+            node.ledger.rank(&lead),
+            !has_public_endpoint(node),
+            (unrecorded, since.max(settled)),
+        )
     };
     nodes
         .iter()
@@ -216,20 +244,27 @@ fn may_be_firewalled(node: &Node) -> bool {
 
 /// The segment a node will be in once its agent has told its private address: the one that its status
 /// suggests.
-fn expected_segment_name(node: &Node, granularity: Granularity) -> SegmentName {
+fn expected_segment_name(
+    node: &Node,
+    belief: &Belief,
+    regions: &Regions,
+    granularity: Granularity,
+) -> SegmentName {
     let private = node.internal_ips.iter().any(|ip| !is_public(*ip));
     match granularity {
-        Granularity::Location if private => SegmentName::Location(node.region.clone()),
+        Granularity::Location if private && may_be_inside(node, regions) => {
+            SegmentName::Location(node.region.clone())
+        }
         Granularity::Location | Granularity::Full | Granularity::Cross => {
-            segment_name(node, granularity)
+            segment_name(node, belief, granularity)
         }
     }
 }
 
 /// Gives each leader one address of each pool.
 ///
-/// An annotation is honoured, whoever leads now, so that who joins or leaves renumbers nobody; of
-/// two equal ones the older node's. A leader without one gets the lowest free address, in the order
+/// An annotation is honoured, whoever leads now, so that a node that joins or leaves renumbers no
+/// other; of two equal ones the older claim wins. A leader without one gets the lowest free address, in the order
 /// of segments, which in a new mesh is what Kilo gives.
 ///
 /// Nodes whose agents have not come up yet keep their places (`expected`, by the segments they will be
@@ -244,15 +279,17 @@ fn wireguard_ips(
     for pool in &settings.subnets {
         let mut holders = BTreeMap::<IpAddr, &NodeName>::new();
         let mut kept = BTreeMap::<&NodeName, IpAddr>::new();
+        let mut wishes = Vec::new();
         for node in claims.by_age() {
+            let mut wished = node.wireguard_ips.iter().map(InterfaceAddr::addr);
+            if let Some(ip) = wished.find(|ip| ip.is_ipv6() == pool.addr().is_ipv6()) {
+                let rank = node.ledger.rank(&Claim::Address(ip));
+                wishes.push((rank, node.created, &node.name, ip, node));
+            }
+        }
+        wishes.sort_by_key(|(rank, created, name, ..)| (*rank, *created, *name));
+        for (.., ip, node) in wishes {
             let meshed = claims.nodes[&node.name].is_meshed();
-            let wished = node.wireguard_ips.iter().map(InterfaceAddr::addr);
-            let Some(ip) = wished
-                .into_iter()
-                .find(|ip| ip.is_ipv6() == pool.addr().is_ipv6())
-            else {
-                continue;
-            };
             let reason = if !is_host_of(pool, ip) {
                 Some(Reason::NotInSubnet)
             } else {

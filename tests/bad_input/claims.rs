@@ -11,6 +11,10 @@ fn newcomer() -> Value {
     node["metadata"]["name"] = json!("node-agent-04");
     node["metadata"]["creationTimestamp"] = json!("2026-02-01T00:00:00Z");
     let annotations = &mut node["metadata"]["annotations"];
+    annotations
+        .as_object_mut()
+        .unwrap()
+        .remove("selvedge.dev/since");
     annotations["kilo.squat.ai/key"] = json!(LAPTOPS_KEY);
     annotations["kilo.squat.ai/endpoint"] = json!("192.168.50.14:51820");
     annotations["kilo.squat.ai/internal-ip"] = json!("192.168.50.14/24");

@@ -8,9 +8,11 @@ use proptest::option;
 use proptest::prelude::*;
 use selvedge::config::{Encapsulation, OnTunnelDown};
 use selvedge::flannel::Backend;
-use selvedge::topology::{Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName};
+use selvedge::topology::{
+    Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName, SegmentName,
+};
 
-use crate::mesh::{Mesh, addr, ip, key, net, vpn_peer};
+use crate::mesh::{Mesh, With, addr, ip, key, net, recorded, vpn_peer};
 
 /// Where a node is and what it says of that.
 fn addresses() -> impl Strategy<Value = (Option<IpNet>, Vec<IpAddr>)> {
@@ -21,8 +23,8 @@ fn addresses() -> impl Strategy<Value = (Option<IpNet>, Vec<IpAddr>)> {
     let public = (1..6u8).prop_map(|host| (None, vec![ip(&format!("203.0.113.{host}"))]));
     let both = (0..3u8, 1..6u8).prop_map(|(subnet, host)| {
         let address = net(&format!("10.0.{subnet}.{host}/20"));
-        let public = ip(&format!("198.51.100.{host}"));
-        (Some(address), vec![address.addr(), public])
+        let other = ip(&format!("fd00::{subnet}:{host}"));
+        (Some(address), vec![address.addr(), other])
     });
     // What the annotation says is not what the status says.
     let lie = (1..6u8).prop_map(|host| {
@@ -71,6 +73,28 @@ fn seen() -> impl Strategy<Value = Vec<(u8, SocketAddr)>> {
     vec((0..10u8, address), 0..3)
 }
 
+/// Which of its claims a node has recorded, and when.
+fn times() -> impl Strategy<Value = [Option<i64>; 4]> {
+    let time = || option::of(0..6i64);
+    prop_oneof![1 => Just([None; 4]), 2 => [time(), time(), time(), time()]]
+}
+
+fn ledger(node: &Node, times: [Option<i64>; 4]) -> Ledger {
+    let place = SegmentName::Location(node.region.clone());
+    let all = recorded(node, 0);
+    let all = all.iter().map(|(claim, _)| claim.clone());
+    let entries = all.chain([Claim::Lead(place)]).filter_map(|claim| {
+        let kind = match claim {
+            Claim::Address(_) => 0,
+            Claim::Key(_) => 1,
+            Claim::Region(_) => 2,
+            Claim::Lead(_) => 3,
+        };
+        Some((claim, times[kind]?))
+    });
+    Ledger::new(entries)
+}
+
 /// One node; `number` makes most of it unique, but not its claims.
 pub(crate) fn node(number: u8) -> impl Strategy<Value = Node> {
     let who = (0..4i64, 0..3u8, option::weighted(0.9, 0..10u8));
@@ -86,12 +110,13 @@ pub(crate) fn node(number: u8) -> impl Strategy<Value = Node> {
         location_ips(),
         seen(),
         option::of(0..120i64),
+        times(),
     );
     (who, where_, flags, wishes).prop_map(move |(who, where_, flags, wishes)| {
         let (created, region, own_key) = who;
         let ((private_ip, internal_ips), endpoint, pods) = where_;
         let (leader, ready, foreign_pods) = flags;
-        let (keepalive, wish, allowed_location_ips, seen, age) = wishes;
+        let (keepalive, wish, allowed_location_ips, seen, age, times) = wishes;
         // Mostly its own key and pods; sometimes those of another.
         let pods = if foreign_pods { pods } else { number };
         let own_key = own_key.map(|other| if foreign_pods { other } else { number });
@@ -99,6 +124,7 @@ pub(crate) fn node(number: u8) -> impl Strategy<Value = Node> {
             name: NodeName(format!("node-{number}")),
             created,
             region: RegionName(format!("r{region}")),
+            region_declared: false,
             public_key: own_key.map(key),
             endpoint,
             endpoint_forced: false,
@@ -125,6 +151,7 @@ pub(crate) fn node(number: u8) -> impl Strategy<Value = Node> {
             ledger: Ledger::default(),
             lease: None,
         }
+        .with(|node| node.ledger = ledger(node, times))
     })
 }
 

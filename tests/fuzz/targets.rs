@@ -9,6 +9,7 @@ use selvedge::agent::state;
 use selvedge::cluster::annotation;
 use selvedge::cluster::node::{self, NodeObject, ParseSettings};
 use selvedge::cluster::peer::{self, PeerObject};
+use selvedge::cluster::since;
 use selvedge::flannel::{Lease, NetConf, SubnetEnv};
 use selvedge::kernel;
 use selvedge::topology::{
@@ -242,6 +243,10 @@ pub(crate) fn annotations(data: &[u8]) {
     let _ = annotation::region(text);
     let _ = annotation::granularity(text);
     let _ = annotation::discovered(text);
+    if let Ok(read) = since::parse(text) {
+        let again = since::parse(&since::format(&read.ledger));
+        assert_eq!(again.map(|read| read.ledger), Ok(read.ledger));
+    }
 }
 
 /// An endpoint, alone and with whatever may follow it; what it means survives being written.
@@ -287,6 +292,8 @@ pub(crate) fn topology(data: &[u8]) {
         } else {
             vec![net([192, 168, 0, 0], 16)]
         },
+        region_networks: BTreeMap::new(),
+        beside_kilo: how & 32 != 0,
         cluster_networks: vec![net([10, 42, 0, 0], 16)],
     };
     let topology = Topology::new(&snapshot, &settings);
@@ -337,6 +344,7 @@ fn any_node(
         name: NodeName(format!("n{n:02}")),
         created: i64::from(region >> 4),
         region: RegionName(["", "a", "b", "c"][usize::from(region & 3)].to_owned()),
+        region_declared: region & 2 != 0,
         public_key: some(key).then_some(PublicKey([key & 31; 32])),
         endpoint: some(endpoint).then(|| Endpoint::Addr((address, 51820).into())),
         endpoint_forced: has(0),

@@ -13,7 +13,8 @@ use selvedge::diff::{Change, diff};
 use selvedge::flannel::{Backend, Flannel, Mac, Vtep, device_name};
 use selvedge::plan::{self, Inputs, NextHop, State, plan};
 use selvedge::topology::{
-    self, Endpoint, ExternalPeer, Granularity, Node, NodeName, RegionName, Snapshot, Topology,
+    self, Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName,
+    SegmentName, Snapshot, Topology,
 };
 use selvedge::wireguard::key::PublicKey;
 use serde::Deserialize;
@@ -46,6 +47,9 @@ impl Mesh {
                 subnets: vec![net("10.4.0.0/16")],
                 service_cidrs: vec![net("10.43.0.0/16")],
                 internal_cidrs: vec![],
+                region_networks: BTreeMap::new(),
+                // Where no node looks like Kilo's this changes nothing.
+                beside_kilo: true,
                 cluster_networks: vec![net("10.42.0.0/16"), net("fd42::/48")],
             },
             local: plan::Settings {
@@ -239,6 +243,7 @@ pub(crate) fn node(name: &str, region: &str, seed: u8, address: &str) -> Node {
         name: NodeName(name.into()),
         created: i64::from(seed),
         region: RegionName(region.into()),
+        region_declared: false,
         public_key: Some(key(seed)),
         endpoint: Some(Endpoint::Addr(SocketAddr::new(address.addr(), 51820))),
         endpoint_forced: false,
@@ -256,9 +261,21 @@ pub(crate) fn node(name: &str, region: &str, seed: u8, address: &str) -> Node {
         granularity: None,
         last_seen: None,
         ours: true,
-        ledger: topology::Ledger::default(),
+        ledger: Ledger::default(),
         lease: None,
     }
+}
+
+/// A ledger in which a node records all that it claims, but for a lead, at `since` in Unix seconds.
+pub(crate) fn recorded(node: &Node, since: i64) -> Ledger {
+    let addresses = node.internal_ips.iter().copied();
+    let private = node.private_ip.iter().chain(&node.wireguard_ips);
+    let addresses = addresses.chain(private.map(IpNet::addr));
+    let key = node.public_key.map(Claim::Key);
+    let place = SegmentName::Location(node.region.clone());
+    let region = node.private_ip.map(|_| Claim::Region(place));
+    let claims = addresses.map(Claim::Address).chain(key).chain(region);
+    Ledger::default().renewed(claims, Some(since))
 }
 
 /// Adds what tests vary.

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// `a` leads two followers, one of them in another subnet; `b` is elsewhere.
+/// `a` leads two followers, one of them in another subnet, which the operator declares; `b` is elsewhere.
 fn mesh() -> Mesh {
     Mesh::new([
         node("a1", "a", 1, "192.168.1.1/24").with(|n| n.endpoint = addr("203.0.113.1:51820")),
@@ -10,6 +10,15 @@ fn mesh() -> Mesh {
         node("a3", "a", 3, "192.168.2.3/24"),
         node("b1", "b", 4, "172.16.0.1/24").with(|n| n.endpoint = addr("203.0.113.4:51820")),
     ])
+    .with(|mesh| {
+        let networks = vec![
+            net("192.168.1.0/24"),
+            net("192.168.2.0/24"),
+            net("fd00::/16"),
+        ];
+        mesh.agreed.region_networks =
+            [(selvedge::topology::RegionName("a".into()), networks)].into();
+    })
 }
 
 #[test]

@@ -151,7 +151,7 @@ fn an_endpoint_on_somebody_elses_address_takes_nothing_from_them() {
 }
 
 #[test]
-fn a_leader_elsewhere_is_not_looked_for_on_a_node_of_the_own_region() {
+fn a_status_that_names_anothers_address_cuts_off_no_leader() {
     let mut mesh = scenario_000();
     let nd = mesh.node("node-agent-01").public_key.unwrap();
     mesh.node("node-master").discovered_endpoints.clear();
@@ -159,7 +159,15 @@ fn a_leader_elsewhere_is_not_looked_for_on_a_node_of_the_own_region() {
         .internal_ips
         .push(ip("192.168.50.11"));
 
-    assert_eq!(mesh.state("node-master").peers[&nd].endpoint, None);
+    let endpoint = |mesh: &Mesh| mesh.state("node-master").peers[&nd].endpoint;
+    let annotated = Some("192.168.50.11:51820".parse().unwrap());
+    assert_eq!(endpoint(&mesh), annotated);
+
+    // The control: a region on the same subnet has that address itself.
+    let master = mesh.node("node-master");
+    master.internal_ips = vec![ip("192.168.50.11")];
+    master.private_ip = Some(net("192.168.50.11/24"));
+    assert_eq!(endpoint(&mesh), None);
 }
 
 #[test]

@@ -130,7 +130,8 @@ fn nodes_without_a_private_address_are_each_on_their_own() {
     let [mut a1, mut a2, b1, b2] = nodes();
     (a1.private_ip, a2.private_ip) = (None, None);
     (a1.internal_ips, a2.internal_ips) = (vec![ip("203.0.113.1")], vec![ip("203.0.113.2")]);
-    let mesh = Mesh::new([a1, a2, b1, b2]);
+    let mut mesh = Mesh::new([a1, a2, b1, b2]);
+    mesh.agreed.internal_cidrs = vec![net("203.0.113.0/24")];
     insta::assert_snapshot!(segments(&mesh), @"
     location:aws led by b1: 10.42.3.0/24, 172.31.0.1/32, 10.42.4.0/24, 172.31.0.2/32, 10.4.0.1/32
     node:a1 led by a1: 10.42.1.0/24, 203.0.113.1/32, 10.4.0.2/32

@@ -220,7 +220,9 @@ fn annotations_are_the_scenarios() {
         let beside_kilo = mesh.snapshot.now != 0;
         for ((name, _, private, pods, public), address) in NODES.into_iter().zip(addresses) {
             let mut mesh = mesh.clone();
-            mesh.node(name).endpoint_forced = true;
+            for node in mesh.snapshot.nodes.values_mut() {
+                node.endpoint_forced = true;
+            }
             let (cni, seen, mark) = if beside_kilo {
                 (
                     "kilo.squat.ai/cni-compatibility-ip: \n",
