@@ -98,7 +98,7 @@ impl Guard {
     /// # Errors
     ///
     /// When the file cannot be written or removed.
-    pub(crate) fn save(&self, state_dir: &Path) -> anyhow::Result<()> {
+    pub fn save(&self, state_dir: &Path) -> anyhow::Result<()> {
         if self.is_empty() {
             return Ok(private::remove(&state_dir.join(FILE))?);
         }

@@ -8,6 +8,8 @@ use std::os::unix::net::{SocketAddr, UnixListener as StdListener, UnixStream as 
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
@@ -45,12 +47,17 @@ impl NodeLock {
     }
 }
 
-/// Whether an agent holds the lock of this network namespace for the link `interface`.
+/// Whether an agent of this user holds the lock of this network namespace for the link `interface`.
+///
+/// Any user can bind the lock's name. What another user holds is no agent.
 pub(crate) fn agent_runs(interface: &str) -> bool {
     // A connection tells without taking the lock, which an agent that starts now would miss.
-    SocketAddr::from_abstract_name(format!("selvedge.{interface}"))
-        .and_then(|address| StdStream::connect_addr(&address))
-        .is_ok()
+    let stream = SocketAddr::from_abstract_name(format!("selvedge.{interface}"))
+        .and_then(|address| StdStream::connect_addr(&address));
+    let held_by = stream
+        .ok()
+        .and_then(|stream| getsockopt(&stream, PeerCredentials).ok());
+    held_by.is_some_and(|user| user.uid() == nix::unistd::geteuid().as_raw())
 }
 
 /// Binds the control socket, for root alone.

@@ -1,5 +1,10 @@
 //! The boot guard: what it adds to a node on which nothing of the agent's is left, and that an agent finds
 //! it as it wants it.
+#![expect(clippy::disallowed_methods, reason = "a test may run programs")]
+
+use std::io::Read as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, Stdio};
 
 use selvedge::guard::Guard;
 
@@ -39,6 +44,39 @@ fn the_guard_needs_neither_links_nor_nft() {
     throw fd42:0:0:1::/64 dev lo proto 118 metric 512 pref medium
     ");
     assert_eq!(node.sh("nft list tables"), "");
+}
+
+/// Any local user may bind the name of an agent's lock.
+#[test]
+fn a_user_who_takes_the_agents_lock_does_not_switch_the_guard_off() {
+    const HOLD: &str = r#"use Socket; socket(S, PF_UNIX, SOCK_STREAM, 0) && bind(S, pack("Sa*", AF_UNIX, "\0selvedge.kilo0"))
+        && listen(S, 8) || die $!; $| = 1; print "held\n"; sleep 600"#;
+    let node = booted("squatted");
+    let state = tempfile::tempdir().unwrap();
+    Guard::of(&leader()).save(state.path()).unwrap();
+    let guarded_while_held_by = |user: u32| {
+        let mut holder = node.namespace.within(|| {
+            let mut command = Command::new("perl");
+            command.args(["-e", HOLD]).uid(user).stdout(Stdio::piped());
+            command.spawn().unwrap()
+        });
+        let mut held = [0; 5];
+        holder.stdout.take().unwrap().read_exact(&mut held).unwrap();
+        let mut guard = node.namespace.command(env!("CARGO_BIN_EXE_selvedge"));
+        guard.arg("guard").arg("--state-dir").arg(state.path());
+        let output = guard.output().unwrap();
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+
+    // Root holds it: the control, as an agent would.
+    let told = guarded_while_held_by(0);
+    assert!(told.contains("the agent runs"), "{told}");
+    let told = guarded_while_held_by(65534);
+    assert!(told.contains("guard this node until"), "{told}");
+    assert!(node.run("ip rule").contains("lookup 5130"));
 }
 
 #[test]
