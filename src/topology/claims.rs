@@ -375,8 +375,12 @@ impl<'a> Claims<'a> {
                 let (Some(alias), Some(holder)) = (alias(&belief, ip), winners.get(&ip)) else {
                     continue;
                 };
-                if let Some(peer) = holders.peers.get(&IpNet::from(ip)) {
-                    let reason = Reason::TakenBy(peer.clone());
+                let net = IpNet::from(ip);
+                let offer = holders.offers.get(&net).map(|(_, name)| *name);
+                let offer = offer.filter(|name| **name != node.name);
+                let offer = offer.map(|name| Subject::Node(name.clone()));
+                if let Some(other) = holders.peers.get(&net).cloned().or(offer) {
+                    let reason = Reason::TakenBy(other);
                     self.exclude_of(node, Field::NodeAddress(ip), reason);
                 } else if holder.name == node.name {
                     self.belief(node).addresses.push(ip);
@@ -493,7 +497,7 @@ impl<'a> Claims<'a> {
     }
 
     /// Kilo's filters (`filter_allowed_location_ips` in [`super::kilo`]), except that the older claim stays,
-    /// not the later segment's, and that no offer takes a node's address.
+    /// not the later segment's.
     ///
     /// A wide item may contain addresses of nodes elsewhere: they are more specific and win.
     fn judge_allowed_location_ips(
@@ -503,10 +507,14 @@ impl<'a> Claims<'a> {
         winners: &BTreeMap<IpAddr, &'a Node>,
         holders: &mut Holders<'a>,
     ) {
+        let subject = Subject::Node(node.name.clone());
+        let order = (node.created, node.created, subject);
         for &net in &node.allowed_location_ips {
             let reason = self.prefix_fault(&net).or_else(|| {
                 let address = winners.get(&net.addr());
                 let address = address.filter(|_| net.prefix_len() == net.max_prefix_len());
+                let address =
+                    address.filter(|holder| order_of(holder, &Claim::Address(net.addr())) < order);
                 let address = address.map(|node| Subject::Node(node.name.clone()));
                 let peer = holders.peers.overlapping(&net);
                 let offer = holders.offers.overlapping(&net);
