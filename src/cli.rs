@@ -11,6 +11,7 @@ use clap::{ArgMatches, Command, FromArgMatches};
 use crate::config::{self, Config, Flags};
 use crate::refusal::{self, Refusal};
 use crate::status;
+use crate::text;
 
 /// Runs what the arguments ask for; says in one sentence on stderr why it could not.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -21,7 +22,8 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match run(args) {
         Ok(code) => code,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "selvedge: {error:#}");
+            let sentence = format!("{error:#}");
+            let _ = writeln!(std::io::stderr(), "selvedge: {}", text::lines(&sentence));
             ExitCode::from(refusal::exit_code(&error))
         }
     }

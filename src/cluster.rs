@@ -36,8 +36,7 @@ pub use events::Report;
 pub use node::ParseSettings;
 pub use pace::Patience;
 pub use publish::{Annotations, withdraw};
-use rejected::message;
-pub use rejected::{Object, Rejected, quote};
+pub use rejected::{Object, Rejected};
 pub use servers::Servers;
 
 use access::Connection;

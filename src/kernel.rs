@@ -254,7 +254,7 @@ impl Kernel {
         let index = list::index(&mut netlink, &self.interface)?
             .with_context(|| format!("there is no link {}", self.interface))?;
         let message = link::to_sysctl(index, &key, value)
-            .with_context(|| format!("{} is no value for it", value.escape_debug()))?;
+            .with_context(|| format!("{} is no value for it", crate::text::quote(value)))?;
         netlink.change(RouteNetlinkMessage::SetLink(message), 0)?;
         Ok(())
     }
@@ -303,7 +303,7 @@ fn request(
         indexes
             .get(name)
             .copied()
-            .with_context(|| format!("there is no link {}", name.escape_debug()))
+            .with_context(|| format!("there is no link {}", crate::text::quote(name)))
     };
     let request = match change {
         Change::SetMtu { name, mtu } => (Message::SetLink(link::to_mtu(index(name)?, *mtu)), 0),

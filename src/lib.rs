@@ -23,6 +23,7 @@ mod start_up;
 pub mod status;
 pub mod survey;
 pub mod telemetry;
+pub mod text;
 pub mod topology;
 pub mod tunnel;
 pub mod wireguard;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::CONTROL_SOCKET;
 use crate::refusal::Refusal;
+use crate::text;
 
 /// How long an agent may take to answer; it answers from memory.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -227,12 +228,12 @@ pub struct Args {
 /// Prints what the agent of this node reports. The exit code is 0 where it is ready, else 1.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let report = ask(&args.control_socket)?;
-    let text = match args.output {
+    let shown = match args.output {
         Output::Text => render(&report),
-        Output::Json => serde_json::to_string_pretty(&report)? + "\n",
+        Output::Json => text::json(&serde_json::to_string_pretty(&report)?).into_owned() + "\n",
     };
     // A reader that closed the pipe has read enough.
-    let _ = io::stdout().write_all(text.as_bytes());
+    let _ = io::stdout().write_all(shown.as_bytes());
     Ok(if report.ready {
         ExitCode::SUCCESS
     } else {
@@ -265,9 +266,9 @@ pub fn ask(socket: &Path) -> anyhow::Result<Report> {
 
 /// The report for a terminal, in the manner of `wg show`.
 pub fn render(report: &Report) -> String {
-    let mut text = String::new();
-    write_report(&mut text, report).expect("a String takes all that is written to it");
-    text
+    let mut out = String::new();
+    write_report(&mut out, report).expect("a String takes all that is written to it");
+    text::lines(&out).into_owned()
 }
 
 fn write_report(out: &mut String, report: &Report) -> fmt::Result {
@@ -479,6 +480,18 @@ mod tests {
           transfer: 5 B received, 6 B sent
           persistent keepalive: every 25 s
         ");
+    }
+
+    #[test]
+    fn a_region_that_turns_text_around_is_escaped() {
+        let report = Report {
+            segment: Some("location:n\u{202e}d".into()),
+            problems: vec!["one\u{1b}[2Jline".into()],
+            ..Report::default()
+        };
+        let text = render(&report);
+        assert!(text.contains("segment: location:n\\u{202e}d,"), "{text}");
+        assert!(text.contains("one\\u{1b}[2Jline"), "{text}");
     }
 
     #[test]

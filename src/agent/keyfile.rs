@@ -3,10 +3,10 @@
 //! The key is the node's identity in the mesh: it is written once, atomically, and never replaced
 //! because it could not be read.
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, Metadata, Permissions};
 use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use zeroize::Zeroizing;
 
@@ -37,10 +37,10 @@ pub enum Origin {
 /// none yet.
 pub fn load(state_dir: &Path, kilo: &Path) -> Result<(PrivateKey, Origin), Refusal> {
     let path = state_dir.join(NAME);
+    secure_directory(state_dir)?;
     if let Some(key) = read(&path)? {
         return Ok((key, Origin::Existing));
     }
-    secure_directory(state_dir)?;
     let (key, origin) = match read(kilo)? {
         Some(key) => (key, Origin::Kilo),
         None => (PrivateKey::generate(), Origin::Generated),
@@ -104,20 +104,67 @@ fn read(path: &Path) -> Result<Option<PrivateKey>, Refusal> {
     }
 }
 
-/// Makes the directory, or closes an existing one to others.
+/// The files that hold this key: the node's own, and Kilo's, which would be taken over again.
+pub fn holders(key: &PrivateKey, state_dir: &Path, kilo: &Path) -> Vec<PathBuf> {
+    [state_dir.join(NAME), kilo.to_owned()]
+        .into_iter()
+        .filter(|path| matches!(read(path), Ok(Some(found)) if found == *key))
+        .collect()
+}
+
+/// Makes the directory, or closes an existing one to others; refuses one that others could have changed,
+/// for then nothing in it can be trusted, whatever the file's own rights are.
 fn secure_directory(dir: &Path) -> Result<(), Refusal> {
+    let shown = dir.display();
     let cannot = |error: io::Error| {
-        Refusal::configuration(format!("cannot use --state-dir {}: {error}", dir.display()))
+        Refusal::configuration(format!("cannot use --state-dir {shown}: {error}"))
     };
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(dir)
         .map_err(cannot)?;
-    let mode = fs::metadata(dir).map_err(cannot)?.mode();
+    // Where links lead counts, and not where they stand.
+    let real = fs::canonicalize(dir).map_err(cannot)?;
+    let metadata = fs::metadata(&real).map_err(cannot)?;
+    let me = nix::unistd::geteuid().as_raw();
+    if metadata.uid() != me {
+        return Err(Refusal::configuration(format!(
+            "--state-dir {shown} belongs to user {}, who can replace the private key in it: see what is in it, then run chown -R {me} {shown}",
+            metadata.uid()
+        )));
+    }
+    let mode = metadata.mode() & 0o7777;
+    if mode & 0o022 != 0 {
+        return Err(Refusal::configuration(format!(
+            "--state-dir {shown} can be written by others (mode {mode:03o}), who can replace the private key in it: see what is in it, then run chmod 700 {shown}"
+        )));
+    }
+    for parent in real.ancestors().skip(1) {
+        check_parent(dir, parent, &fs::metadata(parent).map_err(cannot)?, me)?;
+    }
     if mode & 0o077 != 0 {
         // Made by the kubelet for a hostPath volume, which knows no mode but 0755.
-        fs::set_permissions(dir, Permissions::from_mode(0o700)).map_err(cannot)?;
+        fs::set_permissions(&real, Permissions::from_mode(0o700)).map_err(cannot)?;
+    }
+    Ok(())
+}
+
+/// Refuses a directory above the agent's in which others could put another in its place. In one with the
+/// sticky bit (`/tmp`) nobody moves what is another's.
+fn check_parent(dir: &Path, parent: &Path, metadata: &Metadata, me: u32) -> Result<(), Refusal> {
+    const STICKY: u32 = 0o1000;
+    let (dir, parent) = (dir.display(), parent.display());
+    let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+    if owner != 0 && owner != me {
+        return Err(Refusal::configuration(format!(
+            "{parent}, which --state-dir {dir} is in, belongs to user {owner}, who can replace the private key: run chown root {parent}, or choose another --state-dir"
+        )));
+    }
+    if mode & 0o022 != 0 && mode & STICKY == 0 {
+        return Err(Refusal::configuration(format!(
+            "{parent}, which --state-dir {dir} is in, can be written by others (mode {mode:03o}), who can replace the private key: run chmod go-w {parent}, or choose another --state-dir"
+        )));
     }
     Ok(())
 }
@@ -137,7 +184,7 @@ mod tests {
             }
         }
 
-        fn state_dir(&self) -> std::path::PathBuf {
+        fn state_dir(&self) -> PathBuf {
             self.dir.path().join("selvedge")
         }
 
@@ -214,6 +261,74 @@ mod tests {
         )
         .unwrap();
         assert!(place.load().unwrap_err().sentence.contains("symbolic link"));
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_is_refused_with_the_key_in_it() {
+        let place = Place::new();
+        place.load().unwrap();
+        for (mode, expected) in [(0o777, "(mode 777)"), (0o770, "(mode 770)")] {
+            fs::set_permissions(place.state_dir(), Permissions::from_mode(mode)).unwrap();
+            let error = place.load().unwrap_err();
+            assert!(error.sentence.contains(expected), "{error}");
+            let command = format!("chmod 700 {}", place.state_dir().display());
+            assert!(error.sentence.ends_with(&command), "{error}");
+        }
+        // As the kubelet makes it: closed, whether or not the key is there.
+        fs::set_permissions(place.state_dir(), Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(place.load().unwrap().1, Origin::Existing);
+        assert_eq!(
+            fs::metadata(place.state_dir()).unwrap().mode() & 0o777,
+            0o700
+        );
+    }
+
+    #[test]
+    fn a_directory_above_that_others_can_write_is_refused() {
+        let place = Place::new();
+        place.load().unwrap();
+        let above = place.dir.path();
+        fs::set_permissions(above, Permissions::from_mode(0o757)).unwrap();
+        let error = place.load().unwrap_err();
+        let command = format!("chmod go-w {}", above.display());
+        assert!(error.sentence.contains(&command), "{error}");
+        // As /tmp is.
+        fs::set_permissions(above, Permissions::from_mode(0o1777)).unwrap();
+        assert_eq!(place.load().unwrap().1, Origin::Existing);
+    }
+
+    #[test]
+    fn a_directory_of_another_user_is_refused() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let place = Place::new();
+        place.load().unwrap();
+        let give = |path: &Path, user| std::os::unix::fs::chown(path, Some(user), None).unwrap();
+        give(&place.state_dir(), 1234);
+        let error = place.load().unwrap_err();
+        assert!(error.sentence.contains("belongs to user 1234"), "{error}");
+        assert!(error.sentence.contains("run chown -R 0"), "{error}");
+        give(&place.state_dir(), 0);
+        give(place.dir.path(), 1234);
+        let error = place.load().unwrap_err();
+        assert!(error.sentence.contains("run chown root"), "{error}");
+    }
+
+    #[test]
+    fn the_files_with_a_key_are_found() {
+        let place = Place::new();
+        let (key, _) = place.load().unwrap();
+        let kilo = place.dir.path().join("kilo-key");
+        let own = place.state_dir().join("key");
+        assert_eq!(holders(&key, &place.state_dir(), &kilo), [own.clone()]);
+        place.put("kilo-key", key.to_base64().as_bytes(), 0o600);
+        assert_eq!(
+            holders(&key, &place.state_dir(), &kilo),
+            [own, kilo.clone()]
+        );
+        let other = PrivateKey::generate();
+        assert!(holders(&other, &place.state_dir(), &kilo).is_empty());
     }
 
     #[test]

@@ -84,7 +84,7 @@ async fn follow_with<L>(
                 let Some(at) = due.get_mut(&name) else { continue };
                 *at = Instant::now() + again;
                 let Some(address) = choose(&answer, known.get(&name)) else {
-                    tracing::debug!(name = %crate::cluster::quote(&name), "does not resolve");
+                    tracing::debug!(name = %crate::text::quote(&name), "does not resolve");
                     continue;
                 };
                 if known.insert(name, address) != Some(address)

@@ -388,7 +388,7 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
         }
         cause = error.source();
     }
-    super::message(&text)
+    crate::text::message(&text)
 }
 
 async fn probe(

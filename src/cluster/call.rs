@@ -86,7 +86,7 @@ impl Failure {
         let pause = pause
             .or_else(|| (asked > 0).then(|| Duration::from_secs(asked)))
             .map(|pause| pause.min(MAX_RETRY_AFTER));
-        let message = super::message(&status.message);
+        let message = crate::text::message(&status.message);
         match status.code {
             401 => Self::Unauthorized,
             403 => Self::Forbidden(message),
@@ -103,7 +103,7 @@ impl Failure {
         while let Some(source) = cause.source() {
             cause = source;
         }
-        Self::Unreachable(super::message(&cause.to_string()))
+        Self::Unreachable(crate::text::message(&cause.to_string()))
     }
 
     /// The pause that the server asks for.

@@ -14,6 +14,7 @@ use super::access::Connection;
 use super::call::{self, Failure};
 use super::{Object, Rejected, peer};
 use crate::plan::Caveat;
+use crate::text;
 use crate::topology::{Excluded, NodeName, Overlap, Snapshot, Subject};
 
 /// One report of a field in this time, however often its value changes.
@@ -198,7 +199,7 @@ fn event(own: &NodeName, dispatch: &Dispatch, time: Timestamp, random: u64) -> s
         "type": "Warning",
         "reason": report.reason,
         "action": "Ignore",
-        "note": cut(&report.note, MAX_NOTE),
+        "note": cut(&text::line(&report.note), MAX_NOTE),
         "regarding": {"apiVersion": api_version, "kind": kind, "name": name, "uid": uid},
         "reportingController": "selvedge",
         "reportingInstance": cut(&own.0, MAX_INSTANCE),
@@ -259,6 +260,16 @@ mod tests {
             report("a2", "key", "x"),
         ]);
         assert_eq!(herald.news(all, Instant::now()).len(), 3);
+    }
+
+    #[test]
+    fn a_note_that_turns_text_around_is_escaped() {
+        let dispatch = Dispatch {
+            report: report("a1", "key", "n\u{202e}d"),
+            uid: String::new(),
+        };
+        let event = event(&NodeName("a1".into()), &dispatch, Timestamp::UNIX_EPOCH, 1);
+        assert_eq!(event["note"], "n\\u{202e}d");
     }
 
     #[test]

@@ -336,7 +336,7 @@ where
             let uri = format!("{}?limit={PAGE}{more}", self.path);
             let body = call::call(client, call::get(&uri)).await?;
             let page: Page<'_> = serde_json::from_slice(&body)
-                .map_err(|error| Failure::Unreadable(super::message(&error.to_string())))?;
+                .map_err(|error| Failure::Unreadable(crate::text::message(&error.to_string())))?;
             for item in page.items.iter().flatten() {
                 count += 1;
                 if self.events.send(decode(item, Event::Listed)).await.is_err() {
@@ -423,8 +423,9 @@ where
 
     /// Takes one line of a watch. None means to read on.
     async fn line(&mut self, line: &[u8], listed: &mut usize) -> Result<Option<End>, Failure> {
-        let unreadable =
-            |error: serde_json::Error| Failure::Unreadable(super::message(&error.to_string()));
+        let unreadable = |error: serde_json::Error| {
+            Failure::Unreadable(crate::text::message(&error.to_string()))
+        };
         let line: Line<'_> = serde_json::from_slice(line).map_err(unreadable)?;
         let mark = || serde_json::from_str::<Marked>(line.object.get()).map_err(unreadable);
 
@@ -477,7 +478,7 @@ where
 fn decode<K: DeserializeOwned>(object: &RawValue, event: impl FnOnce(K) -> Event<K>) -> Event<K> {
     match serde_json::from_str(object.get()) {
         Ok(object) => event(object),
-        Err(error) => Event::Undecodable(super::message(&error.to_string())),
+        Err(error) => Event::Undecodable(crate::text::message(&error.to_string())),
     }
 }
 

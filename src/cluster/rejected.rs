@@ -2,10 +2,8 @@
 
 use std::fmt;
 
+use crate::text::quote;
 use crate::topology::NodeName;
-
-/// Longest quotation of a refused value in bytes, after escaping.
-const MAX_VALUE: usize = 256;
 
 /// The object that holds a refused value.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -101,69 +99,5 @@ impl Refusals {
     /// All that was refused, in order of reading.
     pub(super) fn into_rejected(self) -> Vec<Rejected> {
         self.rejected
-    }
-}
-
-/// Makes foreign text fit to stand between quotes in a log line: control characters, quotes and
-/// bidirectional marks are escaped, and the result is cut to 256 bytes.
-pub fn quote(text: &str) -> String {
-    cut(text.chars().map(|c| c.escape_debug().collect()))
-}
-
-/// Makes another program's message fit for a log line. As [`quote`], but quotes stay as they are.
-pub(super) fn message(text: &str) -> String {
-    cut(text.chars().map(|c| match c {
-        '"' | '\'' => c.to_string(),
-        _ => c.escape_debug().collect(),
-    }))
-}
-
-fn cut(pieces: impl Iterator<Item = String>) -> String {
-    let mut text = String::new();
-    for piece in pieces {
-        if text.len() + piece.len() > MAX_VALUE {
-            let end = text
-                .char_indices()
-                .map(|(at, _)| at)
-                .take_while(|at| at + '…'.len_utf8() <= MAX_VALUE)
-                .last();
-            text.truncate(end.unwrap_or(0));
-            text.push('…');
-            break;
-        }
-        text.push_str(&piece);
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn quotations_escape_control_characters() {
-        assert_eq!(
-            quote("a\r\n\u{1b}[31m\"\u{202e}"),
-            "a\\r\\n\\u{1b}[31m\\\"\\u{202e}"
-        );
-    }
-
-    #[test]
-    fn messages_keep_their_quotes_and_nothing_else() {
-        assert_eq!(message("no \"file\"\u{7}"), "no \"file\"\\u{7}");
-    }
-
-    #[test]
-    fn quotations_are_cut_at_256_bytes() {
-        assert_eq!(quote(&"a".repeat(256)).len(), 256);
-        for text in [
-            "a".repeat(100_000),
-            "ä".repeat(100_000),
-            "\u{1b}".repeat(100_000),
-        ] {
-            let quoted = quote(&text);
-            assert!(quoted.len() <= 256, "{}", quoted.len());
-            assert!(quoted.ends_with('…'));
-        }
     }
 }

@@ -208,7 +208,7 @@ async fn answers(address: SocketAddr, mark: u32) -> bool {
 async fn endpoints(connection: &Connection) -> Result<BTreeSet<SocketAddr>, Failure> {
     let body = call::call(&connection.client, call::get(SLICES)).await?;
     let slices: Slices = serde_json::from_slice(&body)
-        .map_err(|error| Failure::Unreadable(super::message(&error.to_string())))?;
+        .map_err(|error| Failure::Unreadable(crate::text::message(&error.to_string())))?;
     let addresses = slices.items.iter().flat_map(|slice| {
         let ports = slice.ports.iter().flatten();
         let port = ports.filter_map(|port| port.port).next().unwrap_or(HTTPS);

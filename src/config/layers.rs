@@ -110,7 +110,7 @@ pub fn sentence(error: &clap::Error) -> String {
         if value.is_empty() {
             return format!("{flag} needs a value");
         }
-        let value = crate::cluster::quote(value);
+        let value = crate::text::quote(value);
         if let Some(reason) = std::error::Error::source(error) {
             return format!("{flag} \"{value}\": {reason}");
         }
@@ -225,7 +225,7 @@ fn read_file(path: &Path, command: &Command) -> Result<BTreeMap<String, Written>
         if name == FILE || !known.iter().any(|known| known == name) {
             return Err(wrong(&format!(
                 "names no flag: \"{}\"",
-                crate::cluster::quote(name)
+                crate::text::quote(name)
             )));
         }
         values

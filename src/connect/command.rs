@@ -1,8 +1,12 @@
 //! The command: flags, the loop, and leaving without a trace.
 
 use std::collections::BTreeSet;
+use std::fmt;
+use std::fs::File;
+use std::io::Read as _;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,6 +36,9 @@ use crate::wireguard::{Device, Options, uapi};
 const RETRY: Duration = Duration::from_secs(5);
 /// How long deleting the Peer may take at the end.
 const FAREWELL: Duration = Duration::from_secs(10);
+
+/// A key is 44 bytes; whatever is longer than this was never one.
+const MAX_KEY: u64 = 4096;
 
 /// Flags of `selvedge connect`.
 #[derive(Clone, Debug, clap::Args)]
@@ -323,16 +330,31 @@ fn ip_of(address: &SockaddrStorage) -> Option<IpAddr> {
 }
 
 fn private_key(args: &Args) -> anyhow::Result<PrivateKey> {
-    let Some(path) = &args.private_key else {
-        return Ok(PrivateKey::generate());
-    };
+    match &args.private_key {
+        None => Ok(PrivateKey::generate()),
+        Some(path) => Ok(read_key(path)?),
+    }
+}
+
+/// Reads a key from a file that its owner alone may read, or from a pipe. With sudo the owner may be
+/// another than root.
+fn read_key(path: &Path) -> Result<PrivateKey, Refusal> {
     let shown = path.display();
-    let text = std::fs::read_to_string(path)
-        .map(Zeroizing::new)
-        .map_err(|error| Refusal::configuration(format!("--private-key {shown}: {error}")))?;
-    text.trim()
-        .parse()
-        .map_err(|error| Refusal::configuration(format!("--private-key {shown}: {error}")).into())
+    let refuse =
+        |what: &dyn fmt::Display| Refusal::configuration(format!("--private-key {shown}: {what}"));
+    let file = File::open(path).map_err(|error| refuse(&error))?;
+    let metadata = file.metadata().map_err(|error| refuse(&error))?;
+    let mode = metadata.mode() & 0o777;
+    if metadata.is_file() && mode & 0o077 != 0 {
+        return Err(refuse(&format!(
+            "others can read or write it (mode {mode:03o}): run chmod 600 {shown}, and use another key if anybody may have read this one"
+        )));
+    }
+    let mut text = Zeroizing::new(String::new());
+    file.take(MAX_KEY)
+        .read_to_string(&mut text)
+        .map_err(|error| refuse(&error))?;
+    text.trim().parse().map_err(|error| refuse(&error))
 }
 
 /// This machine's name, as a Peer can have it.
@@ -343,4 +365,28 @@ fn host() -> anyhow::Result<String> {
         return Err(Refusal::usage("this host has no name: give the name of a Peer").into());
     }
     Ok(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_private_key_that_others_can_read_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        let key = PrivateKey::generate();
+        fs::write(&path, format!("{}\n", &*key.to_base64())).unwrap();
+        for mode in [0o644, 0o640, 0o604, 0o620] {
+            fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+            let error = read_key(&path).unwrap_err();
+            let command = format!("chmod 600 {}", path.display());
+            assert!(error.sentence.contains(&command), "{error}");
+        }
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(read_key(&path).unwrap(), key);
+    }
 }

@@ -50,7 +50,7 @@ impl NetConf {
     pub fn parse(bytes: &[u8]) -> Result<Self, NetConfError> {
         let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
         let object = serde_json::from_slice::<Map<String, Value>>(bytes)
-            .map_err(|error| NetConfError::Json(crate::cluster::quote(&error.to_string())))?;
+            .map_err(|error| NetConfError::Json(crate::text::quote(&error.to_string())))?;
 
         let v4 = flag(&object, "EnableIPv4")?.unwrap_or(true);
         let v6 = flag(&object, "EnableIPv6")?.unwrap_or(false);
@@ -90,7 +90,7 @@ impl NetConf {
         let kind = match kind {
             "vxlan" => Backend::Vxlan,
             "host-gw" => Backend::HostGw,
-            other => return Err(NetConfError::Backend(crate::cluster::quote(other))),
+            other => return Err(NetConfError::Backend(crate::text::quote(other))),
         };
         let vni = number(
             backend,

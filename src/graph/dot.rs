@@ -6,6 +6,7 @@
 use std::fmt::Write as _;
 
 use super::{Group, groups, joined, tunnels};
+use crate::text::is_unsafe;
 use crate::topology::{ExternalPeer, Member, Segment, SegmentName, Topology};
 
 /// Draws the mesh in DOT.
@@ -121,7 +122,7 @@ fn quoted(text: &str) -> String {
             '\n' => out.push_str("\\n"),
             '"' => out.push_str("\\\""),
             '\\' => out.push_str("\\\\"),
-            c if c.is_control() => out.push('\u{fffd}'),
+            c if is_unsafe(c) => out.push('\u{fffd}'),
             c => out.push(c),
         }
     }

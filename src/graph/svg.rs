@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 
 use super::{Group, groups, joined, tunnels};
 use crate::cluster::annotation::format_granularity;
+use crate::text::is_unsafe;
 use crate::topology::{ExternalPeer, NodeName, Topology};
 
 /// The width of a monospaced character at 12 px in px; every common font has 0.6 em or a bit more.
@@ -274,7 +275,7 @@ fn text(out: &mut String, class: &str, x: f64, y: f64, text: &str) {
     .expect(STRING);
 }
 
-/// Text fit for XML, which has no place for control characters.
+/// Text fit for XML, which has no place for control characters, nor this picture for marks that turn text.
 fn escaped(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {
@@ -282,7 +283,7 @@ fn escaped(text: &str) -> String {
             '&' => out.push_str("&amp;"),
             '<' => out.push_str("&lt;"),
             '>' => out.push_str("&gt;"),
-            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => out.push('\u{fffd}'),
+            c if is_unsafe(c) => out.push('\u{fffd}'),
             c => out.push(c),
         }
     }

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::{groups, joined, tunnels};
 use crate::cluster::annotation::format_granularity;
+use crate::text::line as shown;
 use crate::topology::{Mode, Segment, Topology};
 
 /// Draws the mesh as aligned columns: regions with their nodes, peers, tunnels, and who is left out.
@@ -52,7 +53,7 @@ fn nodes(out: &mut String, topology: &Topology) {
 
     let mut rows = table.lines();
     for group in &groups {
-        heading(out, &group.name.to_string().escape_debug().to_string());
+        heading(out, &shown(&group.name.to_string()));
         for row in rows.by_ref().take(group.nodes.len()) {
             writeln!(out, "  {row}").expect(STRING);
         }
@@ -75,7 +76,7 @@ fn peers(out: &mut String, topology: &Topology) {
     let mut table = Table::default();
     for peer in &topology.peers {
         table.row([
-            format!("○ {}", peer.name.escape_debug()),
+            format!("○ {}", shown(&peer.name)),
             joined(&peer.allowed_ips, ","),
             peer.endpoint
                 .as_ref()
@@ -88,7 +89,7 @@ fn peers(out: &mut String, topology: &Topology) {
 }
 
 fn links(out: &mut String, topology: &Topology) {
-    let peers = topology.peers.iter().map(|peer| peer.name.escape_debug());
+    let peers = topology.peers.iter().map(|peer| shown(&peer.name));
     let peers = joined(peers, ", ");
     let mut lines = Vec::new();
     for segment in &topology.segments {
@@ -118,7 +119,7 @@ fn outsiders(out: &mut String, topology: &Topology) {
     heading(out, "not in the mesh");
     let mut table = Table::default();
     for node in &topology.outsiders {
-        let group = node.group.to_string().escape_debug().to_string();
+        let group = shown(&node.group.to_string()).into_owned();
         table.row([node.name.to_string(), group, joined(&node.pod_cidrs, ",")]);
     }
     for row in table.lines() {

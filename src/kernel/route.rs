@@ -128,7 +128,7 @@ fn to_hop(hop: &NextHop, v6: bool, indexes: &Indexes) -> anyhow::Result<RouteNex
     let mut message = RouteNextHop::default();
     message.interface_index = *indexes
         .get(&hop.dev)
-        .with_context(|| format!("there is no link {}", hop.dev.escape_debug()))?;
+        .with_context(|| format!("there is no link {}", crate::text::quote(&hop.dev)))?;
     if hop.onlink {
         message.flags = RouteNextHopFlags::Onlink;
     }

@@ -122,7 +122,7 @@ impl Rulesets {
             ensure!(
                 is_plain(name),
                 "the name of the link {} cannot be written in nft's language",
-                name.escape_debug()
+                crate::text::quote(name)
             );
         }
         let frame = frame(firewall);
@@ -237,11 +237,8 @@ impl Nft {
         };
         if !output.status.success() {
             let complaint = String::from_utf8_lossy(&output.stderr);
-            let complaint: String = complaint
-                .trim()
-                .escape_debug()
-                .take(MAX_COMPLAINT)
-                .collect();
+            let complaint = crate::text::line(complaint.trim());
+            let complaint: String = complaint.chars().take(MAX_COMPLAINT).collect();
             bail!(
                 "nft {}: {complaint} ({})",
                 arguments.join(" "),

@@ -49,7 +49,7 @@ pub(super) fn key(path: &str, link: &str) -> anyhow::Result<String> {
     };
     let (family, name) = key
         .filter(|key| KEYS.contains(key))
-        .with_context(|| format!("{} is not for the agent to set", path.escape_debug()))?;
+        .with_context(|| format!("{} is not for the agent to set", crate::text::quote(path)))?;
     Ok(format!("{family}/{name}"))
 }
 

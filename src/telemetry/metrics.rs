@@ -17,6 +17,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use crate::status::{Report, Role};
+use crate::text;
 
 /// What the agent counts, by Kilo's words for what went wrong.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -195,11 +196,13 @@ impl Collector for Latest {
             count(report.api.missing_policies.len()),
         )?;
 
+        let names = report.peers.iter().map(|peer| text::line(&peer.name));
+        let named = names.zip(&report.peers).collect::<Vec<_>>();
         let peers = |value: fn(&crate::status::Peer) -> u64| {
-            report.peers.iter().map(move |peer| {
+            named.iter().map(move |(name, peer)| {
                 (
                     [
-                        ("peer", peer.name.as_str()),
+                        ("peer", name.as_ref()),
                         ("public_key", peer.public_key.as_str()),
                     ],
                     value(peer),
@@ -230,10 +233,10 @@ impl Collector for Latest {
             None,
             MetricType::Gauge,
         )?;
-        for peer in &report.peers {
+        for (name, peer) in &named {
             if let Some(age) = peer.handshake_age {
                 let labels = [
-                    ("peer", peer.name.as_str()),
+                    ("peer", name.as_ref()),
                     ("public_key", peer.public_key.as_str()),
                 ];
                 let age = ConstGauge::new(i64::try_from(age).unwrap_or(i64::MAX));

@@ -1,15 +1,18 @@
 //! The pages on `--listen`: probes, metrics and the picture of the mesh.
 //!
-//! No TLS and no passwords, so the default address is the node's own; nothing here changes anything.
+//! No TLS and no passwords, so the default address is the node's own; nothing here changes anything. On an
+//! address of the loopback a request must name a local host: a web page whose name was made to resolve to
+//! 127.0.0.1 (DNS rebinding) would read the mesh through the browser of somebody on the node otherwise.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{Query, State};
-use axum::http::{StatusCode, header};
+use axum::extract::{Query, Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use serde::Deserialize;
@@ -21,6 +24,7 @@ use super::visitors::Visitors;
 use crate::config::Listen;
 use crate::refusal::Refusal;
 use crate::status::Report;
+use crate::text;
 use crate::topology::Topology;
 
 /// How long a probe waits before it calls the event loop stuck: several resync periods.
@@ -58,7 +62,9 @@ pub async fn bind(listen: Listen) -> Result<Option<TcpListener>, Refusal> {
 
 /// Serves the pages for as long as the process runs.
 pub async fn serve(listener: TcpListener, pages: Pages) {
-    let router = Router::new()
+    let local = listener.local_addr();
+    let local_only = local.is_ok_and(|address| address.ip().to_canonical().is_loopback());
+    let mut router = Router::new()
         .route("/", get(index))
         .route("/health", get(health))
         .route("/ready", get(ready))
@@ -66,8 +72,50 @@ pub async fn serve(listener: TcpListener, pages: Pages) {
         .route("/status", get(status))
         .route("/graph", get(graph))
         .with_state(pages);
+    if local_only {
+        router = router.layer(middleware::from_fn(refuse_foreign_hosts));
+    }
     if let Err(error) = axum::serve(Visitors::new(listener), router).await {
         tracing::warn!(%error, "pages");
+    }
+}
+
+/// Answers only to requests for a local host. One that names no host comes from no browser.
+async fn refuse_foreign_hosts(request: Request, next: Next) -> Response {
+    let named = request.uri().host().map(str::as_bytes);
+    let headers = request.headers().get_all(header::HOST);
+    let mut hosts = named
+        .into_iter()
+        .chain(headers.into_iter().map(HeaderValue::as_bytes));
+    if hosts.all(is_local_host) {
+        return next.run(request).await;
+    }
+    let what = "these pages answer to localhost and loopback addresses alone: call them so, or give the agent a wider --listen\n";
+    (StatusCode::MISDIRECTED_REQUEST, what).into_response()
+}
+
+/// Whether `Host` (RFC 9110, section 7.2) is `localhost` or a loopback address, with a port or without.
+fn is_local_host(host: &[u8]) -> bool {
+    let Ok(host) = std::str::from_utf8(host) else {
+        return false;
+    };
+    let host = match host.rsplit_once(':') {
+        Some((name, port)) if !name.is_empty() && port.bytes().all(|b| b.is_ascii_digit()) => name,
+        Some(_) | None => host,
+    };
+    let bracketed = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'));
+    match bracketed {
+        Some(inside) => inside
+            .parse::<Ipv6Addr>()
+            .is_ok_and(|address| address.to_canonical().is_loopback()),
+        None => {
+            host.eq_ignore_ascii_case("localhost")
+                || host
+                    .parse::<Ipv4Addr>()
+                    .is_ok_and(|address| address.is_loopback())
+        }
     }
 }
 
@@ -96,6 +144,7 @@ async fn ready(State(pages): State<Pages>) -> Response {
         StatusCode::OK.into_response()
     } else {
         let problems = report.problems.join("\n") + "\n";
+        let problems = text::lines(&problems).into_owned();
         (StatusCode::SERVICE_UNAVAILABLE, problems).into_response()
     }
 }
@@ -108,7 +157,8 @@ async fn metrics(State(pages): State<Pages>) -> Response {
 async fn status(State(pages): State<Pages>) -> Response {
     let report = Arc::clone(&pages.report.borrow());
     let json = serde_json::to_string_pretty(&*report).expect("a report is plain data");
-    ([(header::CONTENT_TYPE, "application/json")], json + "\n").into_response()
+    let json = text::json(&json).into_owned() + "\n";
+    ([(header::CONTENT_TYPE, "application/json")], json).into_response()
 }
 
 /// The query of `/graph`, as Kilo has it.
@@ -140,12 +190,75 @@ mod tests {
     use super::*;
 
     async fn fetch(address: SocketAddr, path: &str) -> String {
+        fetch_as(address, path, "Host: localhost\r\n").await
+    }
+
+    async fn fetch_as(address: SocketAddr, path: &str, hosts: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
+        let request = format!("GET {path} HTTP/1.1\r\n{hosts}Connection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
         answer
+    }
+
+    fn pages() -> Pages {
+        Pages {
+            metrics: Arc::new(Metrics::new()),
+            report: watch::channel(Arc::default()).1,
+            topology: watch::channel(Arc::default()).1,
+            alive: watch::channel(tokio::time::Instant::now()).1,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_web_page_that_resolves_to_the_loopback_reads_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(serve(listener, pages()));
+        for path in ["/health", "/ready", "/metrics", "/status", "/graph", "/"] {
+            for host in [
+                "evil.example",
+                "evil.example:1107",
+                "localhost.evil.example",
+                "127.0.0.1.evil.example",
+                "192.0.2.1:1107",
+                "[2001:db8::1]:1107",
+                "[::1].evil.example",
+                "",
+            ] {
+                let answer = fetch_as(address, path, &format!("Host: {host}\r\n")).await;
+                assert!(answer.starts_with("HTTP/1.1 421"), "{host}: {answer}");
+                assert!(!answer.contains("kilo_"), "{answer}");
+            }
+        }
+        let answer = fetch_as(address, "http://evil.example/health", "Host: localhost\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 421"), "{answer}");
+        for host in [
+            "localhost",
+            "LOCALHOST:1107",
+            "127.0.0.1",
+            "127.0.0.1:1107",
+            "127.1.2.3:1",
+            "[::1]:1107",
+            "[::ffff:127.0.0.1]",
+        ] {
+            let answer = fetch_as(address, "/health", &format!("Host: {host}\r\n")).await;
+            assert!(answer.starts_with("HTTP/1.1 200"), "{host}: {answer}");
+        }
+        server.abort();
+    }
+
+    #[tokio::test]
+    async fn pages_for_other_machines_answer_to_any_name() {
+        // As --listen=:1107 has it.
+        let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = tokio::spawn(serve(listener, pages()));
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        let answer = fetch_as(address, "/health", "Host: node-1.example:1107\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        server.abort();
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::{NodeName, RegionName};
+use crate::text::quote;
 
 /// Whose statement was left out.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -105,8 +106,8 @@ pub struct Overlap {
 impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Node(name) => write!(f, "node {name}"),
-            Self::Peer(name) => write!(f, "peer {}", name.escape_debug()),
+            Self::Node(NodeName(name)) => write!(f, "node {}", quote(name)),
+            Self::Peer(name) => write!(f, "peer {}", quote(name)),
         }
     }
 }
