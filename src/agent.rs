@@ -10,9 +10,14 @@ pub mod checkin;
 pub mod cleanup;
 pub mod control;
 pub mod flannel;
+pub mod forwarding;
+pub mod grace;
 pub mod hearing;
 pub mod keyfile;
 pub mod machine;
+pub mod mtu;
+pub mod obstacle;
+pub mod port;
 pub mod preflight;
 pub(crate) mod private;
 pub mod publication;
@@ -28,7 +33,7 @@ pub mod state;
 pub mod timestamps;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -39,9 +44,12 @@ use tokio::sync::{mpsc, watch};
 
 use self::checkin::CheckIn;
 use self::control::NodeLock;
+use self::forwarding::Firewall;
+use self::grace::Grace;
 use self::hearing::Hearing;
 use self::keyfile::Origin;
 use self::machine::Machine;
+use self::obstacle::Obstacle;
 use self::readiness::Readiness;
 use self::reconcile::{Decision, Facts};
 use self::record::{Stamp, Tenure};
@@ -135,6 +143,13 @@ struct Agent {
     awaited: Option<String>,
     /// Whether flannel has IPv6, but this node has turned it off.
     without_ipv6: bool,
+    /// The last region of nodes whose label is missing.
+    grace: Grace,
+    /// The files that hold this node's key.
+    key_files: Vec<PathBuf>,
+    firewall: Firewall,
+    /// What the operator has to mend.
+    obstacles: Vec<Obstacle>,
     /// What flannel forgot, to be put back by the next pass.
     forgotten: Vec<Repair>,
     /// What the last pass could not do, in sentences that were logged.
@@ -187,8 +202,13 @@ impl Agent {
                     self.show();
                 }
                 event = self.monitor.changed() => {
-                    event.context("following the kernel")?;
-                    self.schedule.handle_cause(now());
+                    let event = event.context("following the kernel")?;
+                    if event.firewall {
+                        self.firewall.handle_change();
+                    }
+                    if event.concerns_the_plan() {
+                        self.schedule.handle_cause(now());
+                    }
                 }
                 Some(addresses) = self.addresses.recv() => {
                     self.resolved = addresses;
@@ -209,6 +229,11 @@ impl Agent {
         self.gather();
         let mode = self.decision.topology.mode.clone();
         self.decision = reconcile::decide(&self.facts, &self.config, self.public_key);
+        let (nodes, own) = (&self.facts.snapshot, &self.config.node);
+        if obstacle::holder_of_key(nodes, own, self.public_key).is_some() {
+            self.decision.desired = None;
+            self.decision.annotations = None;
+        }
         if self.decision.topology.mode != mode {
             tracing::info!("the mesh follows {}", self.decision.topology.mode);
         }
@@ -216,6 +241,7 @@ impl Agent {
         if let Some(annotations) = self.decision.annotations.clone().filter(|_| self.is_live()) {
             self.cluster.publish(annotations);
         }
+        self.look_for_obstacles();
         self.tell();
         // A full queue means that the names are about to be looked at anyway.
         let _ = self.names.try_send(self.decision.names.clone());
@@ -246,6 +272,9 @@ impl Agent {
             .metrics
             .reconciled(begun.elapsed(), pass.made.len(), outcome != Outcome::Failed);
         self.schedule.handle_outcome(now(), outcome);
+        if let Some(at) = self.grace.poll_deadline() {
+            self.schedule.handle_deadline(at);
+        }
         if let Mode::Kilo(_) = self.decision.topology.mode {
             let due = checkin::due(unix_now(), self.own_last_seen());
             self.schedule
@@ -283,14 +312,21 @@ impl Agent {
         let Some(view) = self.view.as_ref().filter(|view| view.live) else {
             return;
         };
-        self.writer.save(Saved::new(view, &self.resolved));
-        let topology = &self.decision.topology;
-        let excluded = topology.excluded.iter().map(cluster::Report::from);
+        let mut saved = Saved::new(view, &self.resolved);
+        self.grace.keep(&mut saved.snapshot);
+        self.writer.save(saved);
+        let (own, topology) = (&self.config.node, &self.decision.topology);
+        let excluded = topology.excluded.iter();
+        // Its obstacle says more.
+        let excluded = excluded.filter(|excluded| !obstacle::is_key_taken(excluded, own));
+        let excluded = excluded.map(cluster::Report::from);
         let overlaps = topology.overlaps.iter().map(cluster::Report::from);
-        let own = &self.config.node;
         let caveats = self.decision.caveats.iter();
         let caveats = caveats.map(|caveat| cluster::Report::of_caveat(own, caveat));
-        let reports = excluded.chain(overlaps).chain(caveats).collect();
+        let obstacles = self.obstacles.iter();
+        let obstacles = obstacles.map(|obstacle| obstacle.report(own));
+        let own_reports = caveats.chain(obstacles);
+        let reports = excluded.chain(overlaps).chain(own_reports).collect();
         let verdicts = cluster::verdicts(&self.config.node, view, &reports);
         self.cluster.judge(verdicts);
         self.cluster.report(reports);
@@ -319,6 +355,11 @@ impl Agent {
         }
         if let Some(view) = &self.view {
             self.facts.snapshot = view.snapshot.clone();
+            match self.decision.topology.mode {
+                Mode::Native => self.grace.handle_snapshot(&mut self.facts.snapshot, now()),
+                // A `kg` follows a label at once, and all must follow it alike.
+                Mode::Kilo(_) => self.grace = Grace::default(),
+            }
             self.facts.snapshot.resolved = self.resolved.clone();
             self.facts.api_servers = view.servers.addresses.clone();
         }
@@ -360,6 +401,9 @@ impl Agent {
             self.schedule.handle_cause(now());
         }
         self.wait_for_servers();
+        if self.look_for_obstacles() {
+            self.schedule.handle_cause(now());
+        }
         if self.problems().is_empty() {
             self.readiness.handle_no_problems(now(), self.unheard());
         }
@@ -467,7 +511,10 @@ impl Agent {
                 "the cluster has no Node called {}: give --hostname",
                 self.config.node
             ));
-        } else if self.facts.flannel.is_some() && self.decision.desired.is_none() {
+        } else if self.facts.flannel.is_some()
+            && self.decision.desired.is_none()
+            && self.obstacles.is_empty()
+        {
             problems.push(format!(
                 "node {} takes no part in the mesh yet",
                 self.config.node
@@ -476,7 +523,14 @@ impl Agent {
         let caveats = self.decision.caveats.iter();
         let rules = caveats.filter(|caveat| matches!(caveat, Caveat::RuleInTheWay(_)));
         problems.extend(rules.map(ToString::to_string));
-        problems.extend(self.failed.iter().cloned());
+        let obstacles = self.obstacles.iter().map(|obstacle| &obstacle.sentence);
+        problems.extend(obstacles.cloned());
+        let is_told = |failed: &&String| {
+            let mut obstacles = self.obstacles.iter();
+            obstacles.any(|obstacle| failed.ends_with(&obstacle.sentence))
+        };
+        let failed = self.failed.iter().filter(|failed| !is_told(failed));
+        problems.extend(failed.cloned());
         problems
     }
 

@@ -12,9 +12,10 @@ use crate::flannel::Files;
 use crate::guard::boots;
 use crate::refusal::Refusal;
 use crate::status::{self, Report, Role};
+use crate::text;
 
 mod api;
-mod firewall;
+pub(crate) mod firewall;
 mod host;
 mod kilo;
 mod leaders;
@@ -119,7 +120,7 @@ pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
     findings.extend(firewall::legacy());
     findings.sort_by_key(|finding| finding.severity);
 
-    let mut text = findings
+    let mut told = findings
         .iter()
         .map(|finding| format!("{finding}\n"))
         .collect::<String>();
@@ -127,10 +128,10 @@ pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
         .iter()
         .all(|finding| finding.severity == Severity::Note)
     {
-        text.push_str("Nothing is wrong with this node, as far as it can tell.\n");
+        told.push_str("Nothing is wrong with this node, as far as it can tell.\n");
     }
     // A reader that closed the pipe has read enough.
-    let _ = io::stdout().write_all(text.as_bytes());
+    let _ = io::stdout().write_all(text::lines(&told).as_bytes());
     let bad = findings
         .iter()
         .any(|finding| finding.severity == Severity::Problem);
@@ -271,6 +272,15 @@ fn mtu(report: &Report) -> Option<Finding> {
             .is_some_and(|endpoint| endpoint.starts_with('['))
     });
     let overhead = if v6 { 80 } else { 60 };
+    if tunnel > 1420 && tunnel + overhead <= underlay {
+        return Some(Finding::warning(
+            format!(
+                "--mtu gives the tunnel {tunnel} bytes: its full datagrams have {} and are fragmented wherever the way to another region carries less.",
+                tunnel + overhead
+            ),
+            "Leave --mtu at auto, unless the whole way to every other region carries that much.",
+        ));
+    }
     (flannel.backend == "vxlan" && tunnel + overhead > underlay).then(|| {
         Finding::warning(
             format!("The tunnel's MTU {tunnel} and its overhead of {overhead} exceed {underlay}, the MTU of flannel's underlay."),
@@ -356,5 +366,14 @@ mod tests {
         let mut report = healthy();
         report.tunnel.mtu = Some(1500);
         assert!(found(&report).contains("exceed 1500"));
+    }
+
+    #[test]
+    fn a_tunnel_of_jumbo_frames_is_told() {
+        let mut report = healthy();
+        report.flannel.as_mut().unwrap().mtu = 8950;
+        assert_eq!(found(&report), "");
+        report.tunnel.mtu = Some(8920);
+        assert!(found(&report).contains("full datagrams have 8980"));
     }
 }

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use selvedge_lab::client::get_plain;
 use selvedge_lab::netns::require_root;
 use selvedge_lab::{Namespace, wait_for};
 
@@ -217,22 +218,53 @@ fn anothers_rule_on_a_priority_of_ours_is_refused() {
 }
 
 #[test]
-fn ports_in_use_are_refused() {
+fn a_port_for_the_pages_that_is_in_use_is_refused() {
     let node = Node::new();
-    let path = node.namespace.path();
-    let (udp, tcp) = node.namespace.within(|| {
-        (
-            std::net::UdpSocket::bind("0.0.0.0:51820").unwrap(),
-            // As Kilo's kg has it.
-            std::net::TcpListener::bind("[::]:1107").unwrap(),
-        )
-    });
-    assert!(path.exists());
+    // As Kilo's kg has it.
+    let tcp = node
+        .namespace
+        .within(|| std::net::TcpListener::bind("[::]:1107").unwrap());
     refused(node.agent(&[]), 78, "never run both on a node");
     drop(tcp);
-    node.wait_free("tcp", 1107);
-    refused(node.agent(&[]), 78, "UDP port 51820 is in use");
+}
+
+#[test]
+fn a_tunnels_port_that_is_in_use_is_waited_for() {
+    let node = Node::new();
+    let udp = node
+        .namespace
+        .within(|| std::net::UdpSocket::bind("0.0.0.0:51820").unwrap());
+    let mut agent = node.agent(&[]).stderr(Stdio::null()).spawn().unwrap();
+    let reasons = || {
+        let page = get_plain(
+            &node.namespace.path(),
+            ([127, 0, 0, 1], 1107).into(),
+            "/ready",
+        );
+        page.map_or_else(|_| String::new(), |(_, body)| body)
+    };
+    let is_told = || reasons().contains("UDP port 51820 is held by ");
+    wait_for("the reason", PATIENCE, is_told).unwrap();
+    assert!(agent.try_wait().unwrap().is_none(), "it ended");
     drop(udp);
+    node.wait_free("udp", 51820);
+    wait_for("the port", PATIENCE, || {
+        let reasons = reasons();
+        !reasons.is_empty() && !reasons.contains("UDP port")
+    })
+    .unwrap();
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+}
+
+#[test]
+fn a_state_directory_that_others_can_write_is_refused_with_the_key_in_it() {
+    let node = Node::new();
+    let key = node.write("state/key", "not looked at");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+    let state = node.path("state");
+    fs::set_permissions(&state, fs::Permissions::from_mode(0o777)).unwrap();
+    refused(node.agent(&[]), 78, &format!("run chmod 700 {state}"));
 }
 
 #[test]

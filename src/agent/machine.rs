@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
 
+use super::port;
 use super::reconcile::Platform;
 use crate::diff::Change;
 use crate::kernel::Kernel;
@@ -23,6 +24,8 @@ pub struct Machine {
     /// What the peers were last asked to be. The tunnel itself only tells where a peer is now, and
     /// that of one that roams is not what was asked for.
     asked: BTreeMap<PublicKey, PeerConfig>,
+    /// A port that is another's: its number, the inode of the socket that has it, and the sentence on it.
+    port_taken: Option<(u16, Option<u64>, String)>,
 }
 
 impl Machine {
@@ -32,6 +35,7 @@ impl Machine {
             kernel,
             tunnel,
             asked: BTreeMap::new(),
+            port_taken: None,
         }
     }
 
@@ -48,6 +52,35 @@ impl Machine {
     /// Sends one initiation to candidate endpoints of a peer; see [`Device::look_for`].
     pub fn look_for(&self, key: &PublicKey, candidates: &[SocketAddr]) {
         self.tunnel.look_for(key, candidates);
+    }
+
+    /// Has the tunnel listen on a UDP port, if it does not yet. What it sends leaves by the port that it has
+    /// until then, so what it begins itself goes on.
+    ///
+    /// # Errors
+    /// One sentence that says who has the port.
+    pub fn listen_on(&mut self, port: u16) -> Result<(), String> {
+        match self.tunnel.set_listen_port(port) {
+            Ok(()) => {
+                self.port_taken = None;
+                Ok(())
+            }
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(self.taken(port)),
+            Err(error) => Err(format!("listening on UDP port {port}: {error}")),
+        }
+    }
+
+    /// Who has a port. The processes are looked through once for each socket that has it.
+    fn taken(&mut self, port: u16) -> String {
+        let socket = port::socket(port);
+        match &self.port_taken {
+            Some((of, seen, sentence)) if (*of, *seen) == (port, socket) => sentence.clone(),
+            Some(_) | None => {
+                let sentence = port::taken(port);
+                self.port_taken = Some((port, socket, sentence.clone()));
+                sentence
+            }
+        }
     }
 
     /// Lets the link go with this process.
@@ -88,9 +121,8 @@ impl Machine {
                 }
                 Change::SetListenPort { port, .. } => {
                     let port = port.get();
-                    if let Err(error) = self.tunnel.set_listen_port(port) {
-                        let what = format!("listening on UDP port {port}");
-                        failed.push((change, anyhow::Error::new(error).context(what)));
+                    if let Err(sentence) = self.listen_on(port) {
+                        failed.push((change, anyhow!(sentence)));
                     }
                 }
                 Change::SetPeer { key, peer, .. } => {

@@ -10,23 +10,16 @@ use std::num::NonZeroU16;
 use ipnet::IpNet;
 
 use super::hearing::Keys;
+use super::mtu;
 use super::publication;
 use super::schedule::Outcome;
 use crate::cluster::Annotations;
-use crate::config::{Config, Mtu};
+use crate::config::Config;
 use crate::diff::{Change, diff};
 use crate::flannel::Flannel;
 use crate::plan::{self, Caveat, OtherRule, State, plan};
 use crate::topology::{self, Endpoint, InterfaceAddr, SegmentName, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
-
-/// What the tunnel adds to a packet at most: an IPv6 header (40), UDP's (8), WireGuard's (16) and its
-/// tag (16). Kilo takes off as much.
-const OVERHEAD: u32 = 80;
-/// The tunnel's MTU where the underlay's is not known.
-const USUAL_MTU: u32 = 1420;
-/// Least MTU of a link that carries IPv6 (RFC 8200).
-const MIN_MTU: u32 = 1280;
 
 /// Everything a pass looks at, gathered by the event loop.
 #[derive(Clone, Debug, Default)]
@@ -134,19 +127,19 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
     }
 }
 
-/// The tunnel's MTU.
-fn mtu(facts: &Facts, config: &Config) -> u32 {
-    match (config.mtu, facts.underlay_mtu) {
-        (Mtu::Bytes(bytes), _) => bytes,
-        (Mtu::Auto, Some(underlay)) => underlay.saturating_sub(OVERHEAD).max(MIN_MTU),
-        (Mtu::Auto, None) => USUAL_MTU,
-    }
+/// The tunnel's MTU in bytes.
+fn tunnel_mtu(facts: &Facts, config: &Config) -> u32 {
+    let inside = facts.flannel.iter().flat_map(|flannel| &flannel.networks);
+    let ipv6 = inside
+        .chain(&config.subnets)
+        .any(|net| net.addr().is_ipv6());
+    mtu::of(config.mtu, facts.underlay_mtu, ipv6)
 }
 
 fn settings(facts: &Facts, config: &Config) -> plan::Settings {
     plan::Settings {
         interface: config.interface.clone(),
-        mtu: mtu(facts, config),
+        mtu: tunnel_mtu(facts, config),
         port: NonZeroU16::new(config.port).expect("--port is not 0"),
         fwmark: config.fwmark,
         rule_priority: config.rule_priority,

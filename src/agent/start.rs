@@ -1,12 +1,14 @@
 //! Opens and starts everything an agent works with, in the order in which it may be refused.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 
 use super::checkin::CheckIn;
+use super::grace::Grace;
 use super::hearing::Hearing;
 use super::machine::Machine;
 use super::readiness::Readiness;
@@ -16,7 +18,7 @@ use super::restless::Restless;
 use super::schedule::Schedule;
 use super::state::{self, Saved};
 use super::timestamps;
-use super::{Agent, Shown, control, now, resolve};
+use super::{Agent, Shown, control, forwarding, keyfile, now, resolve};
 use crate::cluster::{Access, Cluster, ParseSettings, Sources};
 use crate::config::Config;
 use crate::kernel::{Kernel, Monitor};
@@ -25,7 +27,7 @@ use crate::status::Report;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::pages::{self, Pages};
 use crate::wireguard::key::PrivateKey;
-use crate::wireguard::{self, Device, uapi};
+use crate::wireguard::{self, Device, StartError, uapi};
 
 impl Agent {
     /// An agent that has begun to follow the cluster and has changed nothing but the tunnel's link.
@@ -34,6 +36,7 @@ impl Agent {
     ///
     /// A [`Refusal`] where something else has what the agent needs, or a right is missing.
     pub(super) async fn start(config: Config, key: PrivateKey) -> anyhow::Result<Self> {
+        let key_files = keyfile::holders(&key, &config.state_dir, Path::new(keyfile::KILO_KEY));
         let listener = pages::bind(config.listen).await?;
         let sources = Sources {
             mark: Some(config.fwmark),
@@ -120,6 +123,10 @@ impl Agent {
             decision: Decision::default(),
             awaited: None,
             without_ipv6: false,
+            grace: Grace::default(),
+            key_files,
+            firewall: forwarding::Firewall::start(&config.interface),
+            obstacles: Vec::new(),
             forgotten: Vec::new(),
             failed: Vec::new(),
             readiness: Readiness::new(now()),
@@ -138,9 +145,9 @@ impl Agent {
 
 /// Starts the tunnel: its link, its port, its threads.
 fn start_tunnel(config: &Config, key: PrivateKey) -> Result<Arc<Device>, Refusal> {
-    let options = wireguard::Options {
+    let options = |listen_port| wireguard::Options {
         persistent: true,
-        listen_port: config.port,
+        listen_port,
         fwmark: config.fwmark,
         timestamp_floor: timestamps::load_own(&config.state_dir),
         accepted: timestamps::load_accepted(&config.state_dir),
@@ -148,8 +155,13 @@ fn start_tunnel(config: &Config, key: PrivateKey) -> Result<Arc<Device>, Refusal
         unicast_only: true,
         ..wireguard::Options::new(config.interface.clone())
     };
-    let device =
-        Device::start(options).map_err(|error| Refusal::configuration(error.to_string()))?;
+    let device = match Device::start(options(config.port)) {
+        // The agent goes on by a free port: routes, guard and what it begins itself are kept while the
+        // port is another's, and each second it tries to have it.
+        Err(StartError::PortInUse(_)) => Device::start(options(0)),
+        started => started,
+    };
+    let device = device.map_err(|error| Refusal::configuration(error.to_string()))?;
     device.set_private_key(Some(key));
     Ok(Arc::new(device))
 }

@@ -118,7 +118,7 @@ async fn fault_of_binding(client: &Client, policy: &str) -> Result<Option<Fault>
         Err(failure) => return Err(failure),
     };
     let binding: Binding = serde_json::from_slice(&answer)
-        .map_err(|error| Failure::Unreadable(super::message(&error.to_string())))?;
+        .map_err(|error| Failure::Unreadable(crate::text::message(&error.to_string())))?;
     let fault = judge(policy, &binding);
     let Some(Parameter { name, namespace }) = binding.spec.param_ref.filter(|_| fault.is_none())
     else {

@@ -87,7 +87,7 @@ pub struct Flags {
     /// UDP port of the tunnel, where no endpoint annotation gives another
     #[arg(long, help_heading = NODE, default_value = "51820", value_parser = values::port)]
     pub(super) port: u16,
-    /// MTU of the tunnel's link: `auto`, or bytes
+    /// MTU of the tunnel's link: `auto` (that of the link that leads out less 80, at most 1420), or bytes
     #[arg(long, value_name = "BYTES", help_heading = NODE, default_value = "auto")]
     pub(super) mtu: Mtu,
     /// Take the private address from these CIDRs only (repeatable)

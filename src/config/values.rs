@@ -74,7 +74,8 @@ pub(crate) fn port(text: &str) -> Result<u16, String> {
 /// `--mtu`: `auto`, or the MTU of the tunnel's link.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Mtu {
-    /// The MTU of the link that leads to the other regions, without the tunnel's overhead.
+    /// The MTU of the link that leads to the other regions, without the tunnel's overhead, and at most
+    /// 1,420 bytes: the path beyond the link is not known.
     Auto,
     /// So many bytes.
     Bytes(u32),

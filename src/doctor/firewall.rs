@@ -9,8 +9,9 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 
-use super::Finding;
+use super::{Finding, Severity};
 use crate::kernel::program::{self, Failure};
+use crate::text;
 
 /// The agent's own table.
 const OWN: &str = "selvedge";
@@ -18,13 +19,66 @@ const OWN: &str = "selvedge";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// All rules of this network namespace, as `nft` lists them.
+pub(super) fn ruleset() -> anyhow::Result<Value> {
+    list(&["ruleset"])
+}
+
+/// Why packets that the mesh forwards are dropped on this node, in one sentence; none where nothing is found.
+///
+/// Only tables with a chain that forwarded packets go through are listed: the translations of thousands of
+/// services are in another.
+///
+/// # Errors
+///
+/// When `nft` cannot be run, or does not answer within 30 s. Blocks until then.
+pub(crate) fn in_the_way(link: &str) -> anyhow::Result<Option<String>> {
+    let chains = list(&["chains"])?;
+    let mut objects = Vec::new();
+    for (family, table) in at_forward(&chains) {
+        // A table that went meanwhile drops nothing any more, and its going is told as a change.
+        if let Ok(Value::Object(mut listed)) = list(&["table", &family, &table])
+            && let Some(Value::Array(listed)) = listed.remove("nftables")
+        {
+            objects.extend(listed);
+        }
+    }
+    let of_input =
+        |object: &Value| object.pointer("/chain/hook").and_then(Value::as_str) == Some("input");
+    objects.retain(|object| !of_input(object));
+    let found = findings(&serde_json::json!({"nftables": objects}), 0, link);
+    let mut problems = found
+        .into_iter()
+        .filter(|finding| finding.severity == Severity::Problem);
+    Ok(problems.next().map(|finding| {
+        let found = finding.found.trim_end_matches('.');
+        let remedy = finding.remedy.trim_end_matches('.');
+        format!("{found}. {remedy}")
+    }))
+}
+
+/// The tables of others that have a base chain at the hook for forwarding, by family and name.
+fn at_forward(chains: &Value) -> BTreeSet<(String, String)> {
+    let list = chains.get("nftables").and_then(Value::as_array);
+    let chains = list.into_iter().flatten();
+    let chains = chains.filter_map(|object| object.get("chain"));
+    chains
+        .filter_map(|chain| {
+            let text = |key| chain.get(key).and_then(Value::as_str);
+            let (family, table) = (text("family")?, text("table")?);
+            (text("hook") == Some("forward") && table != OWN)
+                .then(|| (family.to_owned(), table.to_owned()))
+        })
+        .collect()
+}
+
+/// What `nft` lists, as JSON.
 #[expect(
     clippy::disallowed_methods,
     reason = "nft is the one program the product runs"
 )]
-pub(super) fn ruleset() -> anyhow::Result<Value> {
+fn list(what: &[&str]) -> anyhow::Result<Value> {
     let mut command = Command::new("nft");
-    command.args(["-j", "list", "ruleset"]);
+    command.args(["-j", "list"]).args(what);
     let output = match program::run(&mut command, b"", PATIENCE) {
         Ok(output) => output,
         Err(Failure::NotRun(error)) => return Err(error).context("running nft"),
@@ -36,9 +90,7 @@ pub(super) fn ruleset() -> anyhow::Result<Value> {
     ensure!(
         output.status.success(),
         "nft says {}",
-        String::from_utf8_lossy(&output.stderr)
-            .trim()
-            .escape_debug()
+        text::message(String::from_utf8_lossy(&output.stderr).trim())
     );
     serde_json::from_slice(&output.stdout).context("reading nft's answer")
 }
@@ -291,6 +343,19 @@ mod tests {
         let text = found(&[closed, flannels]);
         assert!(text.starts_with("warning: The chain FORWARD"), "{text}");
         assert!(text.contains("VPN peers do not reach"), "{text}");
+    }
+
+    #[test]
+    fn only_others_tables_at_the_hook_for_forwarding_are_listed() {
+        let chains = json!({"nftables": [
+            {"metainfo": {}},
+            chain("filter", "FORWARD", "forward", "drop"),
+            chain("nat", "PREROUTING", "prerouting", "accept"),
+            chain("selvedge", "forward", "forward", "accept"),
+            {"chain": {"family": "ip", "table": "filter", "name": "KUBE-FORWARD"}},
+        ]});
+        let found = at_forward(&chains);
+        assert_eq!(found, [("inet".to_owned(), "filter".to_owned())].into());
     }
 
     #[test]

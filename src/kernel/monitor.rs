@@ -37,14 +37,22 @@ pub struct Event {
     pub flannel: bool,
     /// The node's other addresses, links and default routes.
     pub underlay: bool,
+    /// Others' tables of nf_tables: nothing that the agent makes, but it may stand in its way.
+    pub firewall: bool,
 }
 
 impl Event {
+    /// Whether it concerns more than others' firewalls.
+    pub fn concerns_the_plan(self) -> bool {
+        self.own || self.flannel || self.underlay
+    }
+
     /// News was lost: anything may have changed.
     const ANYTHING: Self = Self {
         own: true,
         flannel: true,
         underlay: true,
+        firewall: true,
     };
 
     const OWN: Self = Self {
@@ -66,12 +74,14 @@ impl Event {
         own: false,
         flannel: false,
         underlay: false,
+        firewall: false,
     };
 
     fn merge(&mut self, other: Self) {
         self.own |= other.own;
         self.flannel |= other.flannel;
         self.underlay |= other.underlay;
+        self.firewall |= other.firewall;
     }
 }
 
@@ -120,6 +130,7 @@ impl Monitor {
                 first = self.nftables.recv_from_full() => {
                     drain(&self.nftables, first, &mut event, |message: &NftMessage, event| {
                         event.own |= message.is_about(nft::TABLE);
+                        event.firewall |= message.is_about_another_than(nft::TABLE);
                     })?;
                 }
             }
@@ -351,8 +362,8 @@ mod tests {
         let mut classifier = classifier();
         let mut of = |message| classifier.classify(&message);
         let flannel = Event {
-            underlay: false,
-            ..Event::ANYTHING
+            own: true,
+            ..Event::FLANNEL
         };
 
         assert_eq!(

@@ -17,6 +17,8 @@ const SUBSYSTEM: u16 = 10;
 const INET: u8 = 1;
 const GET_TABLE: u8 = 1;
 const GET_GENERATION: u8 = 16;
+/// `NFT_MSG_DELSETELEM`: messages up to here begin with the name of a table; then come generations.
+const LAST_WITH_TABLE: u8 = 14;
 const GET_OBJECT: u8 = 19;
 /// `NFTA_…_TABLE` and `NFTA_TABLE_NAME`: in every message about a part of a table, its name.
 const TABLE_NAME: u16 = 1;
@@ -52,6 +54,12 @@ impl NftMessage {
             && self
                 .value(TABLE_NAME)
                 .is_some_and(|name| name.strip_suffix(&[0]) == Some(table.as_bytes()))
+    }
+
+    /// Whether it is about a table or a part of one, but not that of this name and the family `inet`.
+    pub(super) fn is_about_another_than(&self, table: &str) -> bool {
+        // The number of a generation, which follows every change, has another meaning in the same place.
+        self.kind <= LAST_WITH_TABLE && self.value(TABLE_NAME).is_some() && !self.is_about(table)
     }
 
     fn value(&self, kind: u16) -> Option<Vec<u8>> {

@@ -20,8 +20,16 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 async fn told(monitor: &mut Monitor, within: Duration) -> Option<Event> {
-    let changed = tokio::time::timeout(within, monitor.changed());
-    changed.await.ok().map(Result::unwrap)
+    // Others' firewalls are another matter: nothing is planned anew because of them.
+    let changed = async {
+        loop {
+            let event = monitor.changed().await.unwrap();
+            if event.concerns_the_plan() {
+                return event;
+            }
+        }
+    };
+    tokio::time::timeout(within, changed).await.ok()
 }
 
 #[test]
@@ -87,6 +95,7 @@ fn what_happens_to_flannel_and_below_is_told_as_such() {
                         own: all.own || event.own,
                         flannel: all.flannel || event.flannel,
                         underlay: all.underlay || event.underlay,
+                        firewall: all.firewall || event.firewall,
                     };
                 }
                 (all.flannel, all.underlay)

@@ -1,0 +1,60 @@
+//! The tunnel's MTU. Pure; the path itself is not probed.
+
+use crate::config::Mtu;
+
+/// What the tunnel adds to a packet at most: an IPv6 header (40), UDP's (8), WireGuard's (16) and its
+/// tag (16). IPv4 outside takes 60, but an endpoint may move from one family to the other. Kilo takes
+/// off as much.
+const OVERHEAD: u32 = 80;
+/// The most that `auto` gives the tunnel: 1,500 bytes without the overhead, the MTU of `wg-quick`.
+///
+/// The MTU of a NIC says nothing of the path beyond the first router. With 9,000 bytes on the NIC and
+/// 1,500 between the regions a tunnel of 8,920 has every full packet fragmented, and gets none through
+/// where fragments are dropped. An operator who knows that the whole path carries more says so by `--mtu`.
+const MOST: u32 = 1500 - OVERHEAD;
+/// Least MTU of a link that carries IPv6 (RFC 8200, section 5): below it the kernel turns IPv6 off.
+const LEAST_IPV6: u32 = 1280;
+/// What every host takes over IPv4 (RFC 791, section 3.1), and the least that `--mtu` takes.
+const LEAST_IPV4: u32 = 576;
+
+/// The MTU in bytes of the tunnel's link.
+///
+/// `underlay` is the MTU of the link that leads out, where it is known; `ipv6` tells whether the tunnel
+/// carries IPv6.
+pub fn of(choice: Mtu, underlay: Option<u32>, ipv6: bool) -> u32 {
+    let least = if ipv6 { LEAST_IPV6 } else { LEAST_IPV4 };
+    match (choice, underlay) {
+        (Mtu::Bytes(bytes), _) => bytes,
+        (Mtu::Auto, Some(underlay)) => underlay.saturating_sub(OVERHEAD).clamp(least, MOST),
+        (Mtu::Auto, None) => MOST,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_nic_of_9000_bytes_does_not_make_a_tunnel_of_8920() {
+        assert_eq!(of(Mtu::Auto, Some(9000), false), 1420);
+        assert_eq!(of(Mtu::Auto, Some(1500), false), 1420);
+        assert_eq!(of(Mtu::Auto, None, false), 1420);
+    }
+
+    #[test]
+    fn a_small_underlay_makes_a_small_tunnel() {
+        assert_eq!(of(Mtu::Auto, Some(1400), true), 1320);
+        // VXLAN within VXLAN: the underlay is a cloud's overlay of 1,450 bytes.
+        assert_eq!(of(Mtu::Auto, Some(1450), true), 1370);
+        // With IPv6 inside the link needs 1,280; without it nothing has to be fragmented.
+        assert_eq!(of(Mtu::Auto, Some(1300), true), 1280);
+        assert_eq!(of(Mtu::Auto, Some(1300), false), 1220);
+        assert_eq!(of(Mtu::Auto, Some(0), false), 576);
+    }
+
+    #[test]
+    fn the_operator_may_say_more() {
+        assert_eq!(of(Mtu::Bytes(8920), Some(9000), false), 8920);
+        assert_eq!(of(Mtu::Bytes(8920), None, true), 8920);
+    }
+}

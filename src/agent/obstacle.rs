@@ -1,0 +1,213 @@
+//! What keeps this node from its part in the mesh, although its agent does all it can.
+//!
+//! Each is one sentence that says what to do. It makes the node not ready, and stands in `status`,
+//! `doctor` and an Event on the node's own Node.
+
+use std::num::NonZeroU16;
+use std::path::PathBuf;
+
+use super::{Agent, forwarding};
+use crate::cluster::{Object, Report};
+use crate::topology::{Excluded, Field, NodeName, Reason, Snapshot, Subject, Topology};
+use crate::wireguard::key::PublicKey;
+
+/// Something in the way that the operator has to mend.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Obstacle {
+    /// What it is about, in the words of an Event; one is reported at a time of each.
+    pub field: String,
+    /// The sentence.
+    pub sentence: String,
+}
+
+impl Obstacle {
+    /// The report of it on the Node `own`.
+    pub fn report(&self, own: &NodeName) -> Report {
+        Report {
+            object: Object::Node(own.clone()),
+            field: self.field.clone(),
+            reason: "SelvedgeNotReady",
+            note: self.sentence.clone(),
+        }
+    }
+}
+
+/// Whether an exclusion says that this node's own key is another's.
+pub fn is_key_taken(excluded: &Excluded, own: &NodeName) -> bool {
+    excluded.subject == Subject::Node(own.clone())
+        && excluded.field == Field::Key
+        && matches!(excluded.reason, Reason::TakenBy(_))
+}
+
+/// The other node that has this node's key, while this node's own Node does not say so yet.
+///
+/// An agent on a cloned disk learns of it before it has sent anything: its cached state is the other's, too,
+/// and says that the key leads a region, perhaps. A handshake with that key would take the other's sessions
+/// away, and its timestamp would keep the other from making new ones. So such an agent neither publishes the
+/// key nor has any peer.
+pub fn holder_of_key(snapshot: &Snapshot, own: &NodeName, key: PublicKey) -> Option<NodeName> {
+    let has_it = |node: &&Node| node.public_key == Some(key);
+    let mine = snapshot.nodes.get(own);
+    if mine.as_ref().is_some_and(has_it) {
+        return None;
+    }
+    let holder = snapshot.nodes.values().find(has_it)?;
+    Some(holder.name.clone())
+}
+
+/// Another node has this node's key and claimed it before: the disk is a copy of the other's, most likely.
+///
+/// `files` hold the key on this node.
+pub fn key_taken(
+    topology: &Topology,
+    holder: Option<NodeName>,
+    own: &NodeName,
+    files: &[PathBuf],
+) -> Option<Obstacle> {
+    let taken = |excluded: &Excluded| {
+        let Reason::TakenBy(holder) = &excluded.reason else {
+            return None;
+        };
+        is_key_taken(excluded, own).then(|| holder.clone())
+    };
+    let holder = holder
+        .map(Subject::Node)
+        .or_else(|| topology.excluded.iter().find_map(taken))?;
+    let files = files
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect::<Vec<_>>();
+    Some(Obstacle {
+        field: Field::Key.to_string(),
+        sentence: format!(
+            "{holder} has the private key of this node and claimed it first, as when a disk was cloned, so this node is left out: stop its agent, run rm -f {} here, and start the agent again, which makes a new key",
+            files.join(" ")
+        ),
+    })
+}
+
+impl Agent {
+    /// Looks for what the operator has to mend, and tries to have the tunnel's port. True if there is news.
+    pub(super) fn look_for_obstacles(&mut self) -> bool {
+        let desired = self.decision.desired.as_ref();
+        let port = desired.and_then(|desired| desired.listen_port);
+        let port = port.map_or(self.config.port, NonZeroU16::get);
+        let (own, topology) = (&self.config.node, &self.decision.topology);
+        let holder = holder_of_key(&self.facts.snapshot, own, self.public_key);
+        let mut obstacles = Vec::new();
+        obstacles.extend(key_taken(topology, holder, own, &self.key_files));
+        let sentence = self.machine.listen_on(port).err();
+        obstacles.extend(sentence.map(|sentence| Obstacle {
+            field: "the tunnel's port".to_owned(),
+            sentence,
+        }));
+        let leads = topology
+            .segment_of(own)
+            .is_some_and(|segment| segment.leader == *own);
+        if leads && desired.is_some_and(|desired| !desired.peers.is_empty()) {
+            obstacles.extend(self.settings());
+            obstacles.extend(self.firewall.problem().map(|sentence| Obstacle {
+                field: "the host's firewall".to_owned(),
+                sentence,
+            }));
+        }
+        let news = self.obstacles != obstacles;
+        // What is reported to the API is logged there.
+        let new = |obstacle: &&Obstacle| !self.obstacles.contains(obstacle);
+        for obstacle in obstacles.iter().filter(new).filter(|_| !self.is_live()) {
+            tracing::warn!("{}", obstacle.sentence);
+        }
+        let is_gone = |obstacle: &&Obstacle| {
+            let mut others = obstacles.iter();
+            !others.any(|other| other.field == obstacle.field)
+        };
+        for obstacle in self.obstacles.iter().filter(is_gone) {
+            tracing::info!(what = obstacle.field, "no longer in the way");
+        }
+        self.obstacles = obstacles;
+        news
+    }
+
+    /// The settings that keep this node from forwarding.
+    fn settings(&self) -> Option<Obstacle> {
+        let flannel = self.facts.flannel.as_ref();
+        let links = flannel.into_iter().flat_map(|flannel| &flannel.vteps);
+        let links = links.map(|vtep| vtep.name.as_str());
+        let links = links.chain([self.config.interface.as_str()]);
+        let mut networks = flannel.into_iter().flat_map(|flannel| &flannel.networks);
+        let ipv6 = networks.any(|net| net.addr().is_ipv6());
+        let sentence = forwarding::settings(&links.collect::<Vec<_>>(), ipv6)?;
+        Some(Obstacle {
+            field: "forwarding".to_owned(),
+            sentence,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{ParseSettings, node};
+    use crate::topology::Node;
+
+    fn name(text: &str) -> NodeName {
+        NodeName(text.to_owned())
+    }
+
+    fn topology(reason: Reason) -> Topology {
+        Topology {
+            excluded: [Excluded {
+                subject: Subject::Node(name("b2")),
+                field: Field::Key,
+                reason,
+            }]
+            .into(),
+            ..Topology::default()
+        }
+    }
+
+    #[test]
+    fn a_cloned_disk_is_told_with_the_files_and_the_command() {
+        let topology = topology(Reason::TakenBy(Subject::Node(name("b1"))));
+        let files = ["/var/lib/selvedge/key", "/var/lib/kilo/key"].map(PathBuf::from);
+        let obstacle = key_taken(&topology, None, &name("b2"), &files).unwrap();
+        assert!(obstacle.sentence.starts_with("node b1 has the private key"));
+        let command = "rm -f /var/lib/selvedge/key /var/lib/kilo/key";
+        assert!(obstacle.sentence.contains(command), "{obstacle:?}");
+        assert_eq!(key_taken(&topology, None, &name("b1"), &files), None);
+
+        let early = key_taken(&Topology::default(), Some(name("b1")), &name("b2"), &files);
+        assert_eq!(early, Some(obstacle));
+    }
+
+    #[test]
+    fn a_clone_is_silent_before_it_has_published_its_key() {
+        let node = |text: &str, key: Option<u8>| {
+            let object = serde_json::json!({"metadata": {"name": text}});
+            let object = serde_json::from_value(object).unwrap();
+            let (node, _) = node::parse(&object, &ParseSettings::default());
+            let public_key = key.map(|key| PublicKey([key; 32]));
+            (
+                name(text),
+                Node {
+                    public_key,
+                    ..node.unwrap()
+                },
+            )
+        };
+        let snapshot = |own| Snapshot {
+            nodes: [node("b1", Some(1)), node("b2", own)].into(),
+            ..Snapshot::default()
+        };
+        let holder = |own, key| {
+            let key = PublicKey([key; 32]);
+            holder_of_key(&snapshot(own), &name("b2"), key)
+        };
+        assert_eq!(holder(Some(2), 1), Some(name("b1")), "a cloned disk");
+        assert_eq!(holder(None, 1), Some(name("b1")), "a cloned machine");
+        assert_eq!(holder(Some(2), 2), None);
+        assert_eq!(holder(None, 3), None, "a new node");
+        // Who of two that both say so has it is the topology's to judge.
+        assert_eq!(holder(Some(1), 1), None);
+    }
+}
