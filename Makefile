@@ -2,6 +2,7 @@
 #
 #   make lab [ARGS="--real --keep"]   scenario 000 in network namespaces, narrated
 #   make test                         everything that has to pass, with real flannel and Kubernetes
+#   make evidence [ARGS="1. 3.6"]     the table of docs/evidence.md, one line for each case; root
 #   make check                        formatting, lints, documentation, dependencies, vendored code
 #   make bench                        the benchmarks, as ratios to the peers in one run
 #   make fuzz [SECONDS_EACH=60]       the parsers and state machines, a minute each
@@ -15,7 +16,7 @@ ARGS ?=
 SECONDS_EACH ?= 60
 SECONDS_LONG ?= 600
 
-.PHONY: lab test check bench fuzz soak programs image-check clean
+.PHONY: lab test evidence check bench fuzz soak programs image-check clean
 .NOTPARALLEL:
 
 lab:
@@ -34,6 +35,12 @@ test:
 	lab/build.sh
 	$(MAKE) check
 	$(CARGO) test --workspace --no-fail-fast
+
+evidence:
+	scripts/setup.sh test
+	lab/build.sh
+	$(CARGO) build --quiet --workspace --bins
+	$(CARGO) run --quiet --example evidence -- $(ARGS)
 
 # Documentation is made for those who work on it, so it may link to what is private.
 check:

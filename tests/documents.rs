@@ -43,18 +43,99 @@ fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-#[test]
-fn every_bug_of_kilos_has_a_test_that_exists() {
+/// The code of the product, its tests and the lab, but for this file, which names what it looks for.
+fn code(directories: &[&str]) -> String {
     let mut files = Vec::new();
-    for directory in ["src", "tests", "lab/src"] {
-        sources(&Path::new(ROOT).join(directory), &mut files);
+    for directory in directories {
+        let path = Path::new(ROOT).join(directory);
+        if path.is_dir() {
+            sources(&path, &mut files);
+        } else if path.is_file() {
+            files.push(path);
+        }
     }
     files.retain(|file| !file.ends_with("documents.rs"));
-    let code: String = files
-        .iter()
-        .map(|file| fs::read_to_string(file).unwrap())
-        .collect();
+    let texts = files.iter().map(|file| fs::read_to_string(file).unwrap());
+    texts.collect()
+}
 
+/// Whether there is a function of the standard runner's, or a step of a lab's, of this name.
+fn has_test(code: &str, name: &str) -> bool {
+    // A step that is made for several nodes has the node in the middle of its name.
+    let mut patterns = code.split("format!(\"").skip(1).filter_map(|rest| {
+        let (literal, _) = rest.split_once('"')?;
+        let (before, rest) = literal.split_once('{')?;
+        let (_, after) = rest.split_once('}')?;
+        (before.len() + after.len() > 20).then_some((before, after))
+    });
+    code.contains(&format!("fn {name}("))
+        || code.contains(&format!("\"{name}\""))
+        || patterns.any(|(before, after)| name.starts_with(before) && name.ends_with(after))
+}
+
+#[test]
+fn every_case_of_the_evidence_has_a_test_and_a_control_where_it_says() {
+    let table = fs::read_to_string(Path::new(ROOT).join("docs/evidence.md")).unwrap();
+    let rows: Vec<_> = table
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| case"))
+        .collect();
+    assert!(rows.len() >= 10, "{} rows", rows.len());
+    let mut numbers = BTreeSet::new();
+    for row in rows {
+        let cells: Vec<_> = row.trim_matches('|').split('|').map(str::trim).collect();
+        let [number, _, test, control] = cells[..] else {
+            panic!("not four cells: {row}");
+        };
+        assert!(numbers.insert(number), "{number} stands there twice");
+        for cell in [test, control] {
+            if cell == "in it" && cell == control {
+                continue;
+            }
+            let (binary, name) = cell.split_once(": `").unwrap_or_else(|| panic!("{row}"));
+            let name = name.trim_end_matches('`');
+            let code = match binary {
+                "lib" => code(&["src"]),
+                // The steps that labs have in common stand in the lab.
+                _ => code(&[
+                    &format!("tests/{binary}.rs"),
+                    &format!("tests/{binary}"),
+                    "lab/src",
+                ]),
+            };
+            assert!(has_test(&code, name), "{binary} has no {name}: {row}");
+        }
+    }
+}
+
+/// Each promise of SECURITY.md names what shows it.
+#[test]
+fn every_row_of_security_names_a_test_that_exists() {
+    let text = fs::read_to_string(Path::new(ROOT).join("SECURITY.md")).unwrap();
+    let code = code(&["src", "tests", "lab/src"]);
+    let rows = text.lines().filter(|line| line.starts_with("| "));
+    let rows = rows.filter(|line| !line.starts_with("| against"));
+    let rows: Vec<_> = rows.filter_map(|row| row.split('|').nth(1)).collect();
+    assert!(rows.len() >= 11, "{} rows", rows.len());
+    for row in rows {
+        // A list below the table has an item for each row, by its first cell.
+        let item = text.split_once(&format!("\n- {}:", row.trim()));
+        let (_, item) = item.unwrap_or_else(|| panic!("shown by nothing: {row}"));
+        let ends = ["\n- ", "\n\n"]
+            .into_iter()
+            .filter_map(|end| item.find(end));
+        let end = ends.min().unwrap_or(item.len());
+        let names: Vec<_> = quoted(&item[..end]).collect();
+        assert!(!names.is_empty(), "shown by nothing: {row}");
+        for name in names {
+            assert!(has_test(&code, name), "no test is called {name}: {row}");
+        }
+    }
+}
+
+#[test]
+fn every_bug_of_kilos_has_a_test_that_exists() {
+    let code = code(&["src", "tests", "lab/src"]);
     let table = section("Kilo's known bugs");
     let rows: Vec<_> = table
         .lines()
@@ -69,10 +150,7 @@ fn every_bug_of_kilos_has_a_test_that_exists() {
         let names: Vec<_> = quoted(shown).collect();
         assert!(!names.is_empty(), "shown by nothing: {row}");
         for name in names {
-            // A function of the standard runner's, or a step of a lab's.
-            let is_there =
-                code.contains(&format!("fn {name}(")) || code.contains(&format!("\"{name}\""));
-            assert!(is_there, "no test is called {name}: {row}");
+            assert!(has_test(&code, name), "no test is called {name}: {row}");
         }
     }
 }

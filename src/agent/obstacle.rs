@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use super::{Agent, forwarding};
 use crate::cluster::{Object, Report};
-use crate::topology::{Excluded, Field, NodeName, Reason, Snapshot, Subject, Topology};
+use crate::topology::{Excluded, Field, Node, NodeName, Reason, Snapshot, Subject, Topology};
 use crate::wireguard::key::PublicKey;
 
 /// Something in the way that the operator has to mend.
@@ -148,7 +148,6 @@ impl Agent {
 mod tests {
     use super::*;
     use crate::cluster::{ParseSettings, node};
-    use crate::topology::Node;
 
     fn name(text: &str) -> NodeName {
         NodeName(text.to_owned())
