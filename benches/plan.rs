@@ -67,6 +67,7 @@ fn recompute(criterion: &mut Criterion) {
                     observed: &mesh.observed,
                     connected: &mesh.connected,
                     other_rules: &mesh.other_rules,
+                    callers: &mesh.callers,
                 });
                 let desired = desired.expect("the node is known");
                 diff(observed, &desired)

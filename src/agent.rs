@@ -9,10 +9,10 @@ pub mod address;
 pub mod checkin;
 pub mod cleanup;
 pub mod control;
+pub mod endpoint_discovery;
 pub mod flannel;
 pub mod forwarding;
 pub mod grace;
-pub mod hearing;
 pub mod keyfile;
 pub mod machine;
 pub mod mtu;
@@ -44,9 +44,9 @@ use tokio::sync::{mpsc, watch};
 
 use self::checkin::CheckIn;
 use self::control::NodeLock;
+use self::endpoint_discovery::EndpointDiscovery;
 use self::forwarding::Firewall;
 use self::grace::Grace;
-use self::hearing::Hearing;
 use self::keyfile::Origin;
 use self::machine::Machine;
 use self::obstacle::Obstacle;
@@ -129,8 +129,8 @@ struct Agent {
     /// The last good address of each name.
     resolved: resolve::Addresses,
     facts: Facts,
-    hearing: Hearing,
-    /// Who of them keeps moving.
+    discovery: EndpointDiscovery,
+    /// Peers that keep moving.
     restless: Restless,
     check_in: CheckIn,
     /// How long this node has led.
@@ -337,7 +337,9 @@ impl Agent {
         let kernel = self.machine.kernel();
         match kernel.node_addresses() {
             Ok(addresses) => {
-                self.facts.links = addresses.into_iter().map(|found| found.net).collect()
+                let offered = addresses.iter().filter(|found| found.offered);
+                self.facts.offered = offered.map(|found| found.net.addr()).collect();
+                self.facts.links = addresses.into_iter().map(|found| found.net).collect();
             }
             Err(error) => tracing::warn!("reading this node's addresses: {error:#}"),
         }
@@ -422,13 +424,43 @@ impl Agent {
     /// news.
     fn listen(&mut self) -> bool {
         let stats = self.machine.stats();
-        let (topology, keys) = (&self.decision.topology, &self.decision.keys);
-        let seen = hearing::sightings(topology, keys, &self.facts.snapshot, &self.config.node);
-        let moved = self.hearing.handle_own(seen.get(&self.public_key));
+        let (keys, candidates) = (&self.decision.keys, &self.decision.candidates);
+        let moved = self.discovery.handle_own(self.decision.seen.clone());
         let mut alive = BTreeMap::new();
         let mut heard = BTreeMap::new();
+        let mut callers = BTreeSet::new();
         self.traffic.clear();
         for (key, peer) in &stats.peers {
+            let now = now();
+            let candidates = candidates.get(key).map_or(&[][..], Vec::as_slice);
+            let sign = endpoint_discovery::Sign {
+                endpoint: peer.endpoint,
+                received: peer.rx_bytes,
+                age: peer.last_handshake,
+                unanswered: peer.unanswered,
+                answer: peer.answer,
+            };
+            let is_alive = self
+                .discovery
+                .handle_sign(*key, sign, candidates, keys, now);
+            let mut tried = self.discovery.poll_search(key, keys, now);
+            if let (Some(endpoint), Some(_)) = (peer.endpoint, peer.last_handshake) {
+                heard.insert(*key, endpoint);
+                if is_alive {
+                    alive.insert(*key, endpoint);
+                }
+                // Their routers let this node's answers in when it has spoken first.
+                let is_tried = tried.contains(&endpoint);
+                tried.extend(
+                    Some(endpoint).filter(|_| moved && !candidates.is_empty() && !is_tried),
+                );
+            }
+            if peer.heard_unasked.is_some() {
+                callers.insert(*key);
+            }
+            if !tried.is_empty() {
+                self.machine.look_for(key, &tried);
+            }
             self.traffic.insert(
                 *key,
                 Traffic {
@@ -436,29 +468,11 @@ impl Agent {
                     handshake_age: peer.last_handshake,
                     received: peer.rx_bytes,
                     sent: peer.tx_bytes,
+                    candidates: self.discovery.outcomes(key, now),
                 },
             );
-            let (Some(endpoint), Some(age)) = (peer.endpoint, peer.last_handshake) else {
-                continue;
-            };
-            heard.insert(*key, endpoint);
-            let (places, now) = (seen.get(key), now());
-            let sign = hearing::Sign {
-                endpoint,
-                received: peer.rx_bytes,
-                age,
-            };
-            if self.hearing.handle_sign(*key, sign, places, keys, now) {
-                alive.insert(*key, endpoint);
-            }
-            let mut look = self.hearing.poll_search(key, endpoint, keys, now);
-            // Their routers let this node's answers in when it has spoken first.
-            look.extend(Some(endpoint).filter(|_| moved && places.is_some()));
-            for place in look {
-                self.machine.look_for(key, &[place]);
-            }
         }
-        self.hearing.retain(|key| stats.peers.contains_key(key));
+        self.discovery.retain(|key| stats.peers.contains_key(key));
         self.drops = stats
             .drops
             .iter()
@@ -468,9 +482,11 @@ impl Agent {
         for peer in restless {
             tracing::warn!(%peer, "a peer is seen elsewhere again and again, so a NAT before it does not keep its mapping: where it is seen is published more seldom");
         }
-        let news = self.facts.alive != alive || self.facts.heard != heard;
+        let news =
+            self.facts.alive != alive || self.facts.heard != heard || self.facts.callers != callers;
         self.facts.alive = alive;
         self.facts.heard = heard;
+        self.facts.callers = callers;
         if news {
             self.readiness.handle_unrest(now());
         }

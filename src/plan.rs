@@ -15,6 +15,7 @@ use crate::flannel::Flannel;
 use crate::topology::{NodeName, Topology};
 use crate::wireguard::key::{PresharedKey, PublicKey};
 
+mod candidates;
 mod caveat;
 mod firewall;
 mod precedence;
@@ -22,6 +23,7 @@ mod routes;
 mod site;
 mod tunnel;
 
+pub use candidates::{Candidates, candidates, seen};
 pub use caveat::{Caveat, caveats};
 pub use precedence::{OtherAction, OtherRule, Place, place};
 use site::Site;
@@ -317,6 +319,9 @@ pub struct Inputs<'a> {
     pub connected: &'a BTreeSet<IpNet>,
     /// The routing policy rules of other programs.
     pub other_rules: &'a [OtherRule],
+    /// The peers that have shown that they can call this node although it had sent them nothing for minutes:
+    /// no NAT or firewall in front of it has to be kept open for them.
+    pub callers: &'a BTreeSet<PublicKey>,
 }
 
 /// Returns the state this node should have; `None` to leave everything as it is, because the

@@ -181,6 +181,45 @@ pub struct Peer {
     pub persistent_keepalive: u16,
     /// Whether its leader and this node are both behind NAT, so that neither can simply call the other.
     pub both_behind_nat: bool,
+    /// Where it may be reached, the likeliest first, and what came of trying.
+    pub candidates: Vec<Candidate>,
+}
+
+/// A candidate endpoint of a peer.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Candidate {
+    /// Its address and port.
+    pub address: String,
+    /// Who says so.
+    pub origin: String,
+    /// Whether the tunnel sends there.
+    pub in_use: bool,
+    /// Milliseconds that its last answer took; `None` where it never answered.
+    pub answered_in: Option<u64>,
+    /// Seconds since that answer.
+    pub answered: Option<u64>,
+    /// Seconds since it was last tried; `None` where it never was.
+    pub tried: Option<u64>,
+}
+
+impl Candidate {
+    /// What came of it: a clause.
+    pub fn outcome(&self) -> String {
+        let used = if self.in_use { "in use, " } else { "" };
+        let outcome = match (self.answered_in, self.answered, self.tried) {
+            (Some(millis), Some(answered), tried)
+                if tried.is_none_or(|tried| tried + 1 >= answered) =>
+            {
+                format!("answered in {millis} ms, {answered} s ago")
+            }
+            (Some(_), Some(answered), _) => format!("no answer since {answered} s"),
+            (_, _, Some(tried)) => format!("tried {tried} s ago, no answer"),
+            (_, _, None) if self.in_use => "the peer called from there".to_owned(),
+            (_, _, None) => "never tried".to_owned(),
+        };
+        format!("{used}{outcome}")
+    }
 }
 
 impl Peer {
@@ -360,6 +399,14 @@ fn write_report(out: &mut String, report: &Report) -> fmt::Result {
             "  endpoint: {}",
             peer.endpoint.clone().unwrap_or_else(none)
         )?;
+        for candidate in &peer.candidates {
+            let outcome = candidate.outcome();
+            writeln!(
+                out,
+                "  candidate: {} ({}): {outcome}",
+                candidate.address, candidate.origin
+            )?;
+        }
         writeln!(out, "  allowed ips: {}", peer.allowed_ips.join(", "))?;
         match peer.handshake_age {
             Some(age) => writeln!(out, "  latest handshake: {age} s ago")?,
@@ -454,6 +501,22 @@ mod tests {
                 sent: 6,
                 persistent_keepalive: 25,
                 both_behind_nat: false,
+                candidates: vec![
+                    Candidate {
+                        address: "198.51.100.7:24276".into(),
+                        origin: "discovered by a leader".into(),
+                        in_use: true,
+                        answered_in: Some(31),
+                        answered: Some(12),
+                        tried: Some(12),
+                    },
+                    Candidate {
+                        address: "192.168.50.11:51820".into(),
+                        origin: "announced".into(),
+                        tried: Some(12),
+                        ..Candidate::default()
+                    },
+                ],
             }],
             ..Report::default()
         };
@@ -475,6 +538,8 @@ mod tests {
 
         peer: location:nd (P=)
           endpoint: 198.51.100.7:24276
+          candidate: 198.51.100.7:24276 (discovered by a leader): in use, answered in 31 ms, 12 s ago
+          candidate: 192.168.50.11:51820 (announced): tried 12 s ago, no answer
           allowed ips: 10.42.1.0/24
           latest handshake: 12 s ago
           transfer: 5 B received, 6 B sent

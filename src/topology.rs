@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::wireguard::key::PublicKey;
 
 mod address;
+mod candidates;
 mod claims;
 mod excluded;
 mod kilo;
@@ -104,6 +105,9 @@ pub struct Node {
     pub allowed_location_ips: Vec<IpNet>,
     /// `kilo.squat.ai/discovered-endpoints`: where this node saw the others.
     pub discovered_endpoints: BTreeMap<PublicKey, SocketAddr>,
+    /// `selvedge.dev/candidates`: where this node's agent offers its tunnel, beside [`Self::endpoint`].
+    #[serde(default)]
+    pub candidates: Vec<SocketAddr>,
     /// `kilo.squat.ai/granularity`, where valid.
     pub granularity: Option<Granularity>,
     /// `kilo.squat.ai/last-seen` in Unix seconds; only Kilo's algorithm uses it.
@@ -229,16 +233,59 @@ pub struct Segment {
     pub address: Option<SocketAddr>,
     /// Where the others send: the address, or for a leader behind NAT where somebody saw it.
     pub discovered: Option<SocketAddr>,
-    /// Whether the leader is behind NAT, so that it must speak first.
+    /// Every address at which the leader may be reached, the likeliest first; each is tried.
+    pub candidates: Vec<Candidate>,
+    /// Whether others see the leader at an address that it does not have itself.
     pub behind_nat: bool,
     /// Seconds between the keepalives that the leader sends to each of its peers; 0 is off.
     pub persistent_keepalive: u16,
+    /// Whether that is the operator's word. If not, the leader sends some to every peer that has not shown
+    /// that it can call this leader without them.
+    pub keepalive_forced: bool,
     /// The leader's WireGuard addresses, at most one a family, IPv4 first.
     pub wireguard_ips: Vec<IpAddr>,
     /// Its nodes by name, the leader among them.
     pub nodes: Vec<Member>,
     /// What of its nodes' `allowed-location-ips` is carried, in the order Kilo prints it.
     pub allowed_location_ips: Vec<IpNet>,
+}
+
+/// An address at which a peer may be reached.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Candidate {
+    /// Where a handshake is sent.
+    pub address: SocketAddr,
+    /// Why.
+    pub origin: Origin,
+}
+
+/// Who says that a peer may be reached at an address. RFC 8445 calls the first three host candidates, the
+/// fourth server-reflexive and the last a predicted one.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Origin {
+    /// The operator: `force-endpoint`, or a Peer's `spec.endpoint`.
+    Forced,
+    /// The node's agent: `endpoint`.
+    Endpoint,
+    /// The node's agent: `candidates`.
+    Announced,
+    /// Another leader, which heard it there.
+    Discovered,
+    /// The address is that of a [`Self::Discovered`] one, the port the leader's own: a NAT that had to give it
+    /// another port towards one observer keeps it towards others.
+    PortKept,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Forced => "set by the operator",
+            Self::Endpoint => "endpoint",
+            Self::Announced => "announced",
+            Self::Discovered => "discovered by a leader",
+            Self::PortKept => "discovered address, own port",
+        })
+    }
 }
 
 /// A node that takes no part: it has no key yet, or was excluded.
@@ -259,12 +306,14 @@ pub struct Outsider {
 }
 
 /// Where an external peer can be reached.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Whereabouts {
     /// Its endpoint, resolved.
     pub address: Option<SocketAddr>,
     /// Where a leader last heard it from.
     pub discovered: Option<SocketAddr>,
+    /// Both, and where other leaders heard it; each is tried.
+    pub candidates: Vec<Candidate>,
 }
 
 /// Who is where, who leads, and what is carried for whom.

@@ -186,6 +186,22 @@ pub struct PeerStats {
     /// It does not exclude a NAT that lets every source in while anything at all is sent through it
     /// (endpoint-independent filtering, RFC 4787, section 5): there, a keepalive to any one peer has to go on.
     pub heard_unasked: Option<Duration>,
+    /// How long ago the first data or initiation was sent after something last came from the peer; `None`
+    /// where nothing is awaited. A keepalive is not answered and does not count.
+    pub unanswered: Option<Duration>,
+    /// The last answer to an initiation of this device.
+    pub answer: Option<Answer>,
+}
+
+/// An answer to a handshake initiation.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Answer {
+    /// Where it came from.
+    pub from: SocketAddr,
+    /// How long after the initiation it came.
+    pub round_trip: Duration,
+    /// How long ago it came.
+    pub ago: Duration,
 }
 
 /// A running device. Dropping it ends its threads; the link stays if it is persistent.
@@ -326,6 +342,12 @@ impl Device {
             tx_bytes: peer.tx_bytes(),
             last_handshake: peer.last_handshake().map(|at| now.since(at)),
             heard_unasked: peer.heard_unasked().map(|at| now.since(at)),
+            unanswered: peer.timers.waiting_since().map(|at| now.since(at)),
+            answer: peer.answer().map(|answer| Answer {
+                from: answer.from,
+                round_trip: answer.round_trip,
+                ago: now.since(answer.at),
+            }),
         };
         let table = self.core.table.load();
         Stats {

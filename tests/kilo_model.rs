@@ -523,7 +523,7 @@ fn beside_a_real_kilo_the_topology_is_kilos() {
         });
         prop_assert_eq!(peers.collect::<Vec<_>>(), model_peers(&mesh, &hits));
         let places = topology.peers.iter().map(|peer| {
-            let place = topology.whereabouts[&peer.public_key];
+            let place = &topology.whereabouts[&peer.public_key];
             (peer.name.clone(), place.discovered.or(place.address))
         });
         let places = places.collect::<BTreeMap<_, _>>();

@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
+use crate::cluster::annotation::MAX_CANDIDATES;
 use crate::topology::{Endpoint, InterfaceAddr, is_public, is_unicast};
 
 /// What is known of this node.
@@ -18,6 +19,8 @@ pub struct Own<'a> {
     pub internal_ips: &'a [IpAddr],
     /// Addresses on its links, without the tunnel's, flannel's and the pods' bridge.
     pub links: &'a [InterfaceAddr],
+    /// Those of them that are stable and lead out of this node.
+    pub offered: &'a [IpAddr],
     /// `--internal-cidr`.
     pub internal_cidrs: &'a [IpNet],
 }
@@ -48,7 +51,7 @@ impl Own<'_> {
         let private = self.private_ip().map(|net| net.addr());
         let public = ipv4_first(self.external_ips.iter().copied())
             .chain(ipv4_first(self.internal_ips.iter().copied()))
-            .chain(ipv4_first(self.links.iter().map(IpNet::addr)))
+            .chain(ipv4_first(self.offered.iter().copied()))
             .find(|ip| is_public(*ip));
         let fallback = ipv4_first(self.internal_ips.iter().copied()).find(|ip| is_unicast(*ip));
         let ip = if prefer_private {
@@ -58,6 +61,33 @@ impl Own<'_> {
         };
         ip.or(fallback)
             .map(|ip| Endpoint::Addr(SocketAddr::new(ip, port)))
+    }
+}
+
+impl Own<'_> {
+    /// Every address at which others may reach the tunnel, the endpoint first: those of the status, and those
+    /// of links that lead out. `reserved` networks, pods' and the like, are inside the cluster.
+    ///
+    /// Which of them can be reached from where is for the others to find out: each is tried.
+    pub fn candidates(&self, endpoint: &Endpoint, reserved: &[IpNet]) -> Vec<SocketAddr> {
+        let port = endpoint.port();
+        let first = match endpoint {
+            Endpoint::Addr(address) => Some(*address),
+            Endpoint::Dns { .. } => None,
+        };
+        let is_inside = |ip: &IpAddr| reserved.iter().any(|net| net.contains(ip));
+        let all = ipv4_first(self.external_ips.iter().copied())
+            .chain(ipv4_first(self.internal_ips.iter().copied()))
+            .chain(ipv4_first(self.offered.iter().copied()))
+            .filter(|ip| is_unicast(*ip) && !is_inside(ip))
+            .map(|ip| SocketAddr::new(ip, port));
+        let mut candidates = Vec::new();
+        for address in first.into_iter().chain(all) {
+            if !candidates.contains(&address) && candidates.len() < MAX_CANDIDATES {
+                candidates.push(address);
+            }
+        }
+        candidates
     }
 }
 
@@ -90,6 +120,7 @@ mod tests {
             external_ips: &ips(case.external),
             internal_ips: &ips(case.internal),
             links: &nets(case.links),
+            offered: &nets(case.links).iter().map(IpNet::addr).collect::<Vec<_>>(),
             internal_cidrs: &nets(case.cidrs),
         };
         (
@@ -165,6 +196,50 @@ mod tests {
         for ip in ["100.128.0.1", "203.0.113.1", "2001:db8::1"] {
             assert!(is_public(ip.parse().unwrap()), "{ip}");
         }
+    }
+
+    #[test]
+    fn a_node_offers_every_address_that_stays_and_leads_out() {
+        let (external, internal) = (ips(&["203.0.113.20"]), ips(&["192.168.50.11"]));
+        let links = nets(&[
+            "192.168.50.11/24",
+            "2001:db8:50::11/64",
+            "2001:db8:50::dead/64",
+        ]);
+        let own = Own {
+            external_ips: &external,
+            internal_ips: &internal,
+            links: &links,
+            offered: &ips(&["192.168.50.11", "10.42.1.1", "2001:db8:50::11"]),
+            internal_cidrs: &[],
+        };
+        let endpoint = own.endpoint(51820, false).unwrap();
+        let candidates = own.candidates(&endpoint, &nets(&["10.42.0.0/16"]));
+        let expected = [
+            "203.0.113.20:51820",
+            "192.168.50.11:51820",
+            "[2001:db8:50::11]:51820",
+        ];
+        let expected: Vec<SocketAddr> = expected.iter().map(|at| at.parse().unwrap()).collect();
+        assert_eq!(candidates, expected);
+    }
+
+    #[test]
+    fn a_temporary_address_is_no_endpoint() {
+        let links = nets(&[
+            "192.168.50.11/24",
+            "2001:db8:50::dead/64",
+            "2001:db8:50::11/64",
+        ]);
+        let own = Own {
+            external_ips: &[],
+            internal_ips: &ips(&["192.168.50.11"]),
+            links: &links,
+            offered: &ips(&["192.168.50.11", "2001:db8:50::11"]),
+            internal_cidrs: &[],
+        };
+        let endpoint = own.endpoint(51820, false).unwrap();
+        assert_eq!(endpoint.to_string(), "[2001:db8:50::11]:51820");
     }
 
     #[test]

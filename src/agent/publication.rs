@@ -4,13 +4,15 @@
 //! kept from one life of the agent to the next.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
 
 use super::address::Own;
 use crate::cluster::{Annotations, annotation, since};
 use crate::config::Config;
 use crate::topology::{
-    Claim, Endpoint, InterfaceAddr, Mode, Node, NodeName, SegmentName, Snapshot, Topology,
+    Claim, Endpoint, InterfaceAddr, Mode, Node, NodeName, Origin, SegmentName, Snapshot, Topology,
 };
 use crate::wireguard::key::PublicKey;
 
@@ -32,6 +34,8 @@ pub struct Inputs<'a> {
     pub config: &'a Config,
     /// The addresses on this node's links.
     pub links: &'a [InterfaceAddr],
+    /// Those of them at which the tunnel may be offered to others.
+    pub offered: &'a [IpAddr],
     /// This node's key.
     pub public_key: PublicKey,
     /// Where the tunnel last heard each peer with which it ever had a session.
@@ -69,6 +73,14 @@ pub fn annotations(inputs: &Inputs<'_>) -> Annotations {
     ]);
     if let Some(endpoint) = endpoint(inputs) {
         published.insert(annotation::ENDPOINT, annotation::format_endpoint(&endpoint));
+        // What the operator forced is the only one, and Kilo's agents know no other.
+        if !node.endpoint_forced && topology.mode == Mode::Native {
+            let candidates = own(inputs).candidates(&endpoint, &reserved(inputs));
+            published.insert(
+                annotation::CANDIDATES,
+                annotation::format_candidates(&candidates),
+            );
+        }
     }
     let wireguard_ips = topology
         .wireguard_annotation(&config.node)
@@ -148,8 +160,19 @@ fn own<'a>(inputs: &'a Inputs<'_>) -> Own<'a> {
         external_ips: &inputs.node.external_ips,
         internal_ips: &inputs.node.internal_ips,
         links: inputs.links,
+        offered: inputs.offered,
         internal_cidrs: &inputs.config.internal_cidrs,
     }
+}
+
+/// Networks inside of the cluster: of pods, services and WireGuard addresses.
+fn reserved(inputs: &Inputs<'_>) -> Vec<IpNet> {
+    let nodes = inputs.snapshot.nodes.values();
+    let pods = nodes.flat_map(|node| &node.pod_cidrs);
+    pods.chain(&inputs.config.service_cidrs)
+        .chain(&inputs.topology.subnets)
+        .copied()
+        .collect()
 }
 
 /// The operator's, else what is found.
@@ -175,7 +198,8 @@ fn endpoint(inputs: &Inputs<'_>) -> Option<Endpoint> {
         .or_else(|| inputs.node.endpoint.clone())
 }
 
-/// Where this node saw those that others may look for: leaders behind NAT, and external peers.
+/// Where this node saw those that others may look for: leaders at an address that they do not announce, and
+/// VPN peers.
 fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
     let topology = inputs.topology;
     if !topology.is_leader(&inputs.config.node) {
@@ -184,12 +208,12 @@ fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
     let sought = topology
         .segments
         .iter()
-        .filter(|segment| segment.behind_nat)
-        .map(|segment| segment.public_key)
-        .chain(topology.peers.iter().map(|peer| peer.public_key))
-        .filter(|key| *key != inputs.public_key);
+        .filter(|segment| segment.behind_nat || topology.mode == Mode::Native)
+        .map(|segment| (segment.public_key, &segment.candidates[..]))
+        .chain(topology.peers.iter().map(|peer| (peer.public_key, &[][..])))
+        .filter(|(key, _)| *key != inputs.public_key);
     sought
-        .filter_map(|key| {
+        .filter_map(|(key, candidates)| {
             let heard = inputs.heard.get(&key);
             // A new tunnel has heard nobody yet; what the last one heard is still the best guess.
             let before = inputs.node.discovered_endpoints.get(&key);
@@ -204,7 +228,10 @@ fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
                 Mode::Native => None,
             };
             let endpoint = heard.or(before).or_else(others)?;
-            Some((key, *endpoint))
+            let is_known = candidates.iter().any(|candidate| {
+                candidate.address == *endpoint && candidate.origin < Origin::Discovered
+            });
+            (!is_known).then_some((key, *endpoint))
         })
         .take(MAX_DISCOVERED)
         .collect()
@@ -243,8 +270,10 @@ mod tests {
             endpoint: None,
             address: None,
             discovered: None,
+            candidates: vec![],
             behind_nat,
             persistent_keepalive: 0,
+            keepalive_forced: false,
             wireguard_ips: vec!["10.4.0.2".parse().unwrap()],
             nodes: vec![Member {
                 name: NodeName(leader.into()),
@@ -299,6 +328,7 @@ mod tests {
                 topology: &self.topology,
                 config: &self.config,
                 links: &["192.168.50.11/24".parse().unwrap()],
+                offered: &["192.168.50.11".parse().unwrap()],
                 public_key: self.key,
                 heard: &self.heard,
                 last_seen: 100,
@@ -315,6 +345,10 @@ mod tests {
 
         assert_eq!(published[annotation::KEY], world.key.to_string());
         assert_eq!(published[annotation::ENDPOINT], "203.0.113.7:51820");
+        assert_eq!(
+            published[annotation::CANDIDATES],
+            "203.0.113.7:51820,192.168.50.11:51820"
+        );
         assert_eq!(published[annotation::INTERNAL_IP], "192.168.50.11/24");
         assert_eq!(published[annotation::WIREGUARD_IP], "10.4.0.2/16");
         assert_eq!(published[annotation::GRANULARITY], "location");
@@ -334,6 +368,7 @@ mod tests {
 
         assert_eq!(published[annotation::ENDPOINT], "vpn.example.com:443");
         assert_eq!(published[annotation::INTERNAL_IP], "");
+        assert!(!published.contains_key(annotation::CANDIDATES));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 
-use super::hearing::Keys;
+use super::endpoint_discovery::Keys;
 use super::mtu;
 use super::publication;
 use super::schedule::Outcome;
@@ -17,7 +17,7 @@ use crate::cluster::Annotations;
 use crate::config::Config;
 use crate::diff::{Change, diff};
 use crate::flannel::Flannel;
-use crate::plan::{self, Caveat, OtherRule, State, plan};
+use crate::plan::{self, Candidates, Caveat, OtherRule, State, candidates, plan, seen};
 use crate::topology::{self, Endpoint, InterfaceAddr, SegmentName, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
 
@@ -34,12 +34,16 @@ pub struct Facts {
     pub connected: BTreeSet<IpNet>,
     /// The routing policy rules of other programs.
     pub other_rules: Vec<OtherRule>,
+    /// Those of them at which the tunnel may be offered to others.
+    pub offered: Vec<IpAddr>,
     /// The MTU in bytes of the link that leads out.
     pub underlay_mtu: Option<u32>,
     /// The API servers that this node's kubelet and agent use.
     pub api_servers: BTreeSet<IpAddr>,
     /// Where the tunnel heard each peer with which its session is alive.
     pub alive: BTreeMap<PublicKey, SocketAddr>,
+    /// The peers that have shown that they can call this node without being kept in a NAT's memory.
+    pub callers: BTreeSet<PublicKey>,
     /// Where each is to be told to be with which it ever had a session: where it heard it, but for those
     /// that do not come to rest.
     pub heard: BTreeMap<PublicKey, SocketAddr>,
@@ -58,6 +62,10 @@ pub struct Decision {
     pub topology: Topology,
     /// Whose each key is.
     pub keys: Keys,
+    /// Where the peers may be.
+    pub candidates: Candidates,
+    /// Where other leaders see this node, beside the addresses that it announces.
+    pub seen: BTreeSet<SocketAddr>,
     /// What this node should have; `None` to leave all as it is.
     pub desired: Option<State>,
     /// What of that its operator should know.
@@ -97,6 +105,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
         observed: &facts.alive,
         connected: &facts.connected,
         other_rules: &facts.other_rules,
+        callers: &facts.callers,
     });
     let desired = inputs.as_ref().and_then(plan);
     let caveats = match (&inputs, &desired) {
@@ -110,6 +119,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             topology: &topology,
             config,
             links: &facts.links,
+            offered: &facts.offered,
             public_key,
             heard: &facts.heard,
             last_seen: facts.last_seen,
@@ -120,6 +130,11 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
     Decision {
         names: names(&facts.snapshot),
         keys: Keys::new(&topology),
+        candidates: candidates(&topology, &config.node),
+        seen: topology
+            .segment_of(&config.node)
+            .map(|own| seen(&own.candidates).collect())
+            .unwrap_or_default(),
         topology,
         desired,
         caveats,

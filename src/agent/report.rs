@@ -4,17 +4,18 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use super::endpoint_discovery::Outcome;
 use super::reconcile::{Decision, Facts};
 use crate::cluster::{Contact, annotation};
 use crate::config::{Config, OnTunnelDown};
 use crate::flannel::Backend;
 use crate::plan::{Caveat, State};
-use crate::status::{Api, Flannel, Peer, Report, Role, Segment, Tunnel};
+use crate::status::{Api, Candidate, Flannel, Peer, Report, Role, Segment, Tunnel};
 use crate::topology::{Mode, Topology};
 use crate::wireguard::key::PublicKey;
 
 /// What the tunnel says of a peer.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Traffic {
     /// Where it sends.
     pub endpoint: Option<SocketAddr>,
@@ -24,6 +25,8 @@ pub struct Traffic {
     pub received: u64,
     /// Bytes sent.
     pub sent: u64,
+    /// What came of its candidates.
+    pub candidates: Vec<Outcome>,
 }
 
 /// What is looked at.
@@ -171,7 +174,7 @@ fn peers(inputs: &Inputs<'_>, desired: &State) -> Vec<Peer> {
         .peers
         .iter()
         .map(|(key, peer)| {
-            let traffic = inputs.traffic.get(key).copied().unwrap_or_default();
+            let traffic = inputs.traffic.get(key).cloned().unwrap_or_default();
             Peer {
                 name: name(&inputs.decision.topology, key),
                 public_key: key.to_string(),
@@ -185,11 +188,24 @@ fn peers(inputs: &Inputs<'_>, desired: &State) -> Vec<Peer> {
                 sent: traffic.sent,
                 persistent_keepalive: peer.persistent_keepalive.map_or(0, Into::into),
                 both_behind_nat: is_behind_nat(key) && is_behind_nat(&inputs.public_key),
+                candidates: traffic.candidates.iter().map(candidate).collect(),
             }
         })
         .collect::<Vec<_>>();
     peers.sort_by(|a, b| a.name.cmp(&b.name));
     peers
+}
+
+fn candidate(outcome: &Outcome) -> Candidate {
+    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    Candidate {
+        address: outcome.candidate.address.to_string(),
+        origin: outcome.candidate.origin.to_string(),
+        in_use: outcome.in_use,
+        answered_in: outcome.answered.map(|(round_trip, _)| millis(round_trip)),
+        answered: outcome.answered.map(|(_, ago)| ago.as_secs()),
+        tried: outcome.tried.map(|ago| ago.as_secs()),
+    }
 }
 
 fn name(topology: &Topology, key: &PublicKey) -> String {

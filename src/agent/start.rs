@@ -8,8 +8,8 @@ use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 
 use super::checkin::CheckIn;
+use super::endpoint_discovery::EndpointDiscovery;
 use super::grace::Grace;
-use super::hearing::Hearing;
 use super::machine::Machine;
 use super::readiness::Readiness;
 use super::reconcile::{Decision, Facts};
@@ -115,7 +115,7 @@ impl Agent {
             writer: state::Writer::start(config.state_dir.clone()).context("starting a thread")?,
             resolved,
             facts: Facts::default(),
-            hearing: Hearing::default(),
+            discovery: EndpointDiscovery::default(),
             restless: Restless::default(),
             check_in: CheckIn::default(),
             tenure: Tenure::default(),

@@ -46,9 +46,13 @@ pub const AGENT: &str = "selvedge.dev/agent";
 /// Since when the node has claimed what it claims, in the form of [`super::since`].
 pub const SINCE: &str = "selvedge.dev/since";
 
+/// The addresses at which the node's agent offers its tunnel, beside [`ENDPOINT`].
+pub const CANDIDATES: &str = "selvedge.dev/candidates";
+
 /// What an agent writes on its own Node, and what clean-up removes. Never one of the operator's.
-pub const PUBLISHED: [&str; 10] = [
+pub const PUBLISHED: [&str; 11] = [
     AGENT,
+    CANDIDATES,
     CNI_COMPATIBILITY_IP,
     DISCOVERED_ENDPOINTS,
     ENDPOINT,
@@ -64,6 +68,8 @@ pub const PUBLISHED: [&str; 10] = [
 pub const MAX_ALLOWED_LOCATION_IPS: usize = 256;
 /// A longer list of discovered endpoints than any mesh of leaders needs is not read at all.
 pub const MAX_DISCOVERED_ENDPOINTS: usize = 4096;
+/// Candidates of one node beyond this many are refused: each is sent a handshake by every leader.
+pub const MAX_CANDIDATES: usize = 8;
 /// Longest name of a region in characters: what a label's value may have.
 const MAX_REGION: usize = 63;
 
@@ -302,6 +308,34 @@ pub const fn format_granularity(granularity: Granularity) -> &'static str {
     }
 }
 
+/// Reads `candidates`: at most [`MAX_CANDIDATES`] addresses with ports and commas between them; empty means
+/// none. A name is not among them: only what was found on the node is.
+pub fn candidates(text: &str) -> Result<Vec<SocketAddr>, Malformed> {
+    let mut read = Vec::new();
+    for item in text
+        .split(',')
+        .map(str::trim)
+        .filter(|item| !item.is_empty())
+    {
+        let Endpoint::Addr(address) = endpoint(item)? else {
+            return Err(Malformed("candidates are addresses with ports, not names"));
+        };
+        if read.len() == MAX_CANDIDATES {
+            return Err(Malformed("a node has at most 8 candidates"));
+        }
+        if !read.contains(&address) {
+            read.push(address);
+        }
+    }
+    Ok(read)
+}
+
+/// Writes candidates as [`candidates`] reads them.
+pub fn format_candidates(candidates: &[SocketAddr]) -> String {
+    let texts: Vec<_> = candidates.iter().map(ToString::to_string).collect();
+    texts.join(",")
+}
+
 /// A UDP address in the JSON of Go's `net.UDPAddr`.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "PascalCase")]
@@ -511,6 +545,30 @@ mod tests {
             "9223372036854775808",
         ] {
             assert!(keepalive(text).is_err(), "{text:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn candidates_are_at_most_eight_addresses_with_ports() {
+        let text = "203.0.113.10:51820,[2001:db8::1]:51820,192.168.50.11:51820";
+        let read = candidates(text).unwrap();
+        assert_eq!(read.len(), 3);
+        assert_eq!(format_candidates(&read), text);
+        assert_eq!(candidates(""), Ok(vec![]));
+        let many = |count: u8| {
+            let texts: Vec<_> = (1..=count).map(|n| format!("192.0.2.{n}:51820")).collect();
+            candidates(&texts.join(",")).map(|read| read.len())
+        };
+        assert_eq!(many(8), Ok(8));
+        assert!(many(9).is_err());
+        for text in [
+            "vpn.example.com:51820",
+            "203.0.113.10",
+            "127.0.0.1:1",
+            "[fe80::1]:1",
+            "x",
+        ] {
+            assert!(candidates(text).is_err(), "{text:?} was accepted");
         }
     }
 

@@ -180,6 +180,9 @@ pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Ve
         persistent_keepalive: reader.read(annotation::PERSISTENT_KEEPALIVE, annotation::keepalive),
         allowed_location_ips: reader.allowed_location_ips(),
         discovered_endpoints: reader.discovered_endpoints(),
+        candidates: reader
+            .read(annotation::CANDIDATES, annotation::candidates)
+            .unwrap_or_default(),
         granularity: reader.granularity(),
         last_seen,
         ours: annotation::is_ours(reader.text(annotation::AGENT), last_seen),

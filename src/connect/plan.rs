@@ -176,6 +176,8 @@ mod tests {
             address: at,
             discovered: at,
             behind_nat: false,
+            candidates: vec![],
+            keepalive_forced: false,
             persistent_keepalive: 0,
             wireguard_ips: vec![[10, 4, 0, key].into()],
             nodes: vec![Member {

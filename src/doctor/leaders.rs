@@ -9,7 +9,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use super::Finding;
-use crate::status::{Report, Role};
+use crate::status::{Peer, Report, Role};
 
 /// The port `discard`, where hardly anybody listens today.
 const PORT: u16 = 9;
@@ -25,9 +25,24 @@ struct Leader {
     ip: IpAddr,
 }
 
-/// Who of the leaders does not answer.
+/// The leaders that do not answer, and what came of the candidates of each.
 pub(super) fn findings(report: &Report) -> Vec<Finding> {
-    findings_at(report, PORT)
+    let mut findings = findings_at(report, PORT);
+    findings.extend(report.peers.iter().filter_map(candidates));
+    findings
+}
+
+/// The candidates of a peer, one a line.
+fn candidates(peer: &Peer) -> Option<Finding> {
+    if peer.candidates.is_empty() {
+        return None;
+    }
+    let mut text = format!("Candidates of {}:", peer.name);
+    for candidate in &peer.candidates {
+        let (address, origin) = (&candidate.address, &candidate.origin);
+        text += &format!("\n  {address} ({origin}): {}", candidate.outcome());
+    }
+    Some(Finding::note(text))
 }
 
 fn findings_at(report: &Report, port: u16) -> Vec<Finding> {
@@ -101,7 +116,7 @@ fn finding(leader: &Leader, error: Option<io::Error>) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::Segment;
+    use crate::status::{self, Segment};
 
     fn report(ips: &[&str]) -> Report {
         let segment = |(number, ip): (usize, &&str)| Segment {
@@ -134,6 +149,42 @@ mod tests {
                 .starts_with("n3, the leader of location:3, does not answer on 127.0.0.9"),
             "{finding}"
         );
+    }
+
+    #[test]
+    fn each_candidate_is_shown_with_what_came_of_it() {
+        let candidate = |address: &str, answered_in, answered, tried| status::Candidate {
+            address: address.into(),
+            origin: "announced".into(),
+            in_use: false,
+            answered_in,
+            answered,
+            tried,
+        };
+        let peer = Peer {
+            name: "location:nd".into(),
+            candidates: vec![
+                candidate("192.0.2.1:1", Some(7), Some(60), Some(60)),
+                candidate("192.0.2.2:1", Some(7), Some(60), Some(3)),
+                candidate("192.0.2.3:1", None, None, Some(3)),
+                candidate("192.0.2.4:1", None, None, None),
+            ],
+            ..Peer::default()
+        };
+        let note = candidates(&peer).unwrap();
+        assert_eq!(note.severity, crate::doctor::Severity::Note);
+        let lines: Vec<_> = note.found.lines().collect();
+        assert_eq!(
+            lines,
+            [
+                "Candidates of location:nd:",
+                "  192.0.2.1:1 (announced): answered in 7 ms, 60 s ago",
+                "  192.0.2.2:1 (announced): no answer since 60 s",
+                "  192.0.2.3:1 (announced): tried 3 s ago, no answer",
+                "  192.0.2.4:1 (announced): never tried",
+            ]
+        );
+        assert_eq!(candidates(&Peer::default()), None);
     }
 
     #[test]

@@ -29,6 +29,8 @@ fn segment(region: &str, wireguard_ip: &str, endpoint: &str, nodes: Vec<Member>)
         address: Some(address),
         discovered: None,
         behind_nat: false,
+        candidates: vec![],
+        keepalive_forced: false,
         persistent_keepalive: 0,
         wireguard_ips: vec![wireguard_ip.parse().unwrap()],
         nodes,

@@ -9,6 +9,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteType};
 
 use super::{Kernel, link, list, route};
+use crate::plan::Scope;
 
 const MAIN: u32 = 254;
 
@@ -30,6 +31,9 @@ pub struct LocalAddress {
     pub link: String,
     /// The address with the length of its link's prefix.
     pub net: IpNet,
+    /// Whether the tunnel may be offered to others at it: a stable address of global scope, on a link that
+    /// leads out of this node.
+    pub offered: bool,
 }
 
 /// How the kernel would send a packet.
@@ -90,10 +94,12 @@ impl Kernel {
         let of = |address: &link::Address| {
             let link = links.iter().find(|link| link.index == address.index)?;
             let skipped = self.is_overlay(link);
+            let global = address.scope == Scope::Global && address.stable;
             (!skipped && !address.link_local && !address.net.addr().is_loopback()).then(|| {
                 LocalAddress {
                     link: link.name.clone(),
                     net: address.net,
+                    offered: global && leads_out(link, address.net, &links),
                 }
             })
         };
@@ -195,6 +201,39 @@ impl Kernel {
     }
 }
 
+/// Whether a link with this address leads out of the node, by its kind: not to pods, not into a tunnel, not
+/// into another routing domain, which the tunnel's socket does not see.
+fn leads_out(link: &link::Found, net: IpNet, links: &[link::Found]) -> bool {
+    let controller = link.controller.and_then(|index| {
+        let mut links = links.iter();
+        links.find(|other| other.index == index)
+    });
+    if controller.is_some_and(|controller| controller.kind.as_deref() == Some("vrf")) {
+        return false;
+    }
+    match link.kind.as_deref() {
+        // The end of a container's link on its host has no network: a gateway's address at the most. A node
+        // that is a container itself has its address on one.
+        Some("veth") => net.prefix_len() < net.max_prefix_len(),
+        // Those of hypervisors, docker and CNI plugins have ports of virtual machines and pods alone.
+        Some("bridge") => {
+            let mut ports = links.iter();
+            ports.any(|port| port.controller == Some(link.index) && is_network_card(port))
+        }
+        Some(_) | None => is_network_card(link),
+    }
+}
+
+/// Whether a link is hardware, or stands for some: several cards as one, a VLAN of one, a line to a provider.
+fn is_network_card(link: &link::Found) -> bool {
+    const KINDS: [&str; 9] = [
+        "bond", "hsr", "ipvlan", "macsec", "macvlan", "ppp", "team", "vlan", "wwan",
+    ];
+    link.kind
+        .as_deref()
+        .is_none_or(|kind| KINDS.contains(&kind))
+}
+
 fn metric(message: &RouteMessage) -> u32 {
     message
         .attributes
@@ -244,4 +283,75 @@ fn source(message: &RouteMessage) -> Option<IpAddr> {
             RouteAttribute::PrefSource(address) => route::to_ip(address),
             _ => None,
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_links_that_lead_out_are_offered_to_others() {
+        let mut links = Vec::new();
+        let mut add = |name: &str, kind: Option<&str>, controller: Option<u32>| {
+            links.push(link::Found {
+                index: u32::try_from(links.len()).unwrap() + 1,
+                name: name.to_owned(),
+                kind: kind.map(str::to_owned),
+                controller,
+                ..link::Found::default()
+            });
+        };
+        add("eth0", None, None);
+        add("bond0", Some("bond"), None);
+        add("eth0.7", Some("vlan"), None);
+        add("ppp0", Some("ppp"), None);
+        add("br0", Some("bridge"), None);
+        add("eth1", None, Some(5));
+        let leading = links_that_lead_out(&links);
+        assert_eq!(leading, ["eth0", "bond0", "eth0.7", "ppp0", "br0", "eth1"]);
+
+        let mut links = Vec::new();
+        let mut add = |name: &str, kind: &str, controller: Option<u32>| {
+            links.push(link::Found {
+                index: u32::try_from(links.len()).unwrap() + 1,
+                name: name.to_owned(),
+                kind: (!kind.is_empty()).then(|| kind.to_owned()),
+                controller,
+                ..link::Found::default()
+            });
+        };
+        add("docker0", "bridge", None);
+        add("veth1", "veth", Some(1));
+        add("virbr0", "bridge", None);
+        add("vnet0", "tun", Some(3));
+        add("blue", "vrf", None);
+        add("eth2", "", Some(5));
+        for kind in [
+            "tun",
+            "wireguard",
+            "vxlan",
+            "geneve",
+            "gre",
+            "sit",
+            "dummy",
+            "xfrm",
+            "ifb",
+        ] {
+            add(kind, kind, None);
+        }
+        let leading = links_that_lead_out(&links);
+        // With an address in a network the end of a veth is a node's that is a container itself.
+        assert_eq!(leading, ["veth1"]);
+        assert!(!leads_out(
+            &links[1],
+            "192.0.2.1/32".parse().unwrap(),
+            &links
+        ));
+    }
+
+    fn links_that_lead_out(links: &[link::Found]) -> Vec<&str> {
+        let net = "192.0.2.1/24".parse().unwrap();
+        let leading = links.iter().filter(|link| leads_out(link, net, links));
+        leading.map(|link| link.name.as_str()).collect()
+    }
 }

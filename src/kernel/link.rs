@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use netlink_packet_core::{DefaultNla, Emitable as _};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{
-    AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope,
+    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
 use netlink_packet_route::link::{
     AfSpecInet, AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVxlan, LinkAttribute,
@@ -35,6 +35,8 @@ pub(super) struct Found {
     pub(super) ethernet: bool,
     /// What `ip -d link` calls it; `None` for hardware.
     pub(super) kind: Option<String>,
+    /// The index of the bridge, bond or VRF that it is a port of.
+    pub(super) controller: Option<u32>,
     pub(super) mac: Option<Mac>,
     /// Only of vxlan links.
     pub(super) vxlan: Option<Vxlan>,
@@ -63,6 +65,9 @@ pub(super) struct Address {
     pub(super) scope: Scope,
     /// Whether the kernel made it: `fe80::/10`.
     pub(super) link_local: bool,
+    /// Whether it will stay: no temporary address of the privacy extensions (RFC 8981), none that is
+    /// deprecated, and none that duplicate address detection has not passed yet (RFC 4862).
+    pub(super) stable: bool,
 }
 
 /// The request for all links, without their statistics.
@@ -157,6 +162,9 @@ pub(super) fn from_message(message: &LinkMessage) -> Found {
             LinkAttribute::IfName(name) => found.name.clone_from(name),
             LinkAttribute::Mtu(mtu) => found.mtu = *mtu,
             LinkAttribute::Link(index) => parent = Some(*index),
+            LinkAttribute::Controller(index) => {
+                found.controller = Some(*index).filter(|at| *at != 0)
+            }
             LinkAttribute::Address(bytes) => {
                 found.mac = <[u8; 6]>::try_from(&bytes[..]).ok().map(Mac);
             }
@@ -300,11 +308,14 @@ pub(super) fn to_address(index: u32, net: IpNet, scope: Scope) -> AddressMessage
 pub(super) fn from_address(message: &AddressMessage) -> Option<Address> {
     let header = &message.header;
     let mut address = None;
+    // The low byte is in the header too, for kernels that know no more flags.
+    let mut flags = AddressFlags::from_bits_retain(header.flags.bits().into());
     for attribute in &message.attributes {
         match attribute {
             // On a point-to-point link the other one is the peer's.
             AddressAttribute::Local(local) => address = Some(*local),
             AddressAttribute::Address(other) => address = address.or(Some(*other)),
+            AddressAttribute::Flags(all) => flags = *all,
             _ => {}
         }
     }
@@ -322,7 +333,17 @@ pub(super) fn from_address(message: &AddressMessage) -> Option<Address> {
         net,
         scope,
         link_local,
+        stable: is_stable(net.addr(), flags),
     })
+}
+
+/// In IPv4 the flag of a temporary address means a further one in a network, which is as good as the first.
+fn is_stable(ip: IpAddr, flags: AddressFlags) -> bool {
+    let passing = AddressFlags::Deprecated
+        | AddressFlags::Tentative
+        | AddressFlags::Optimistic
+        | AddressFlags::Dadfailed;
+    !flags.intersects(passing) && (ip.is_ipv4() || !flags.contains(AddressFlags::Secondary))
 }
 
 #[cfg(test)]
@@ -348,8 +369,28 @@ mod tests {
                 net,
                 scope,
                 link_local: false,
+                stable: true,
             };
             assert_eq!(found, Some(expected));
+        }
+    }
+
+    #[test]
+    fn temporary_deprecated_and_tentative_addresses_are_not_stable() {
+        let v4 = IpAddr::from([192, 0, 2, 1]);
+        let v6 = "2001:db8::1".parse().unwrap();
+        for (flags, of_v4, of_v6) in [
+            (AddressFlags::Permanent, true, true),
+            (AddressFlags::Managetempaddr, true, true),
+            // IFA_F_SECONDARY and IFA_F_TEMPORARY are one bit.
+            (AddressFlags::Secondary, true, false),
+            (AddressFlags::Deprecated, false, false),
+            (AddressFlags::Tentative, false, false),
+            (AddressFlags::Optimistic, false, false),
+            (AddressFlags::Dadfailed, false, false),
+        ] {
+            assert_eq!(is_stable(v4, flags), of_v4, "{flags:?}");
+            assert_eq!(is_stable(v6, flags), of_v6, "{flags:?}");
         }
     }
 

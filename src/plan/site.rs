@@ -6,7 +6,7 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 
-use super::{Inputs, NextHop};
+use super::{Candidates, Inputs, NextHop, candidates};
 use crate::config::Encapsulation;
 use crate::flannel::{Backend, Flannel, Vtep};
 use crate::topology::{
@@ -42,6 +42,8 @@ pub(super) struct Site<'a> {
     pub(super) direct: BTreeSet<IpAddr>,
     endpoint: Option<&'a Endpoint>,
     private_ip: Option<IpNet>,
+    /// Where the other leaders and the VPN peers may be.
+    candidates: Candidates,
 }
 
 impl<'a> Site<'a> {
@@ -68,6 +70,7 @@ impl<'a> Site<'a> {
                     direct: inputs.api_servers.clone(),
                     endpoint: member.endpoint.as_ref(),
                     private_ip: member.private_ip,
+                    candidates: candidates(topology, me),
                 }
             }
             None => {
@@ -86,6 +89,7 @@ impl<'a> Site<'a> {
                     direct: inputs.api_servers.clone(),
                     endpoint: outsider.endpoint.as_ref(),
                     private_ip: None,
+                    candidates: Candidates::new(),
                 }
             }
         };
@@ -105,7 +109,7 @@ impl<'a> Site<'a> {
             .map(|address| address.trunc())
             .collect();
         if site.led().is_some() {
-            // Nobody's endpoint makes a difference to the addresses of others.
+            // A leader's endpoint makes no difference to the addresses of other nodes.
             let own_address = |segment: &Segment| {
                 let ip = site.endpoint_of(segment)?.ip();
                 let mut nodes = segment.nodes.iter();
@@ -268,23 +272,30 @@ impl<'a> Site<'a> {
         is_public(ip) || self.direct.contains(&ip)
     }
 
-    /// Where this node's tunnel sends to another leader.
-    ///
-    /// One behind NAT is where it was last seen, by this node first, since a mapping may hold for one
-    /// observer alone. An address of the own region is not where a leader elsewhere
-    /// is, even if it calls itself so: two regions may use the same subnet.
-    ///
-    /// Two that others see at one public address are behind one router, which need not let a packet
-    /// out and in again: they meet at their private addresses.
+    /// Where this node's tunnel sends to another leader: where it hears it, else at the likeliest of the
+    /// candidates, all of which are tried ([`super::candidates`]).
     pub(super) fn endpoint_of(&self, segment: &Segment) -> Option<SocketAddr> {
+        let observed = self.inputs.observed.get(&segment.public_key).copied();
+        let endpoint = match self.inputs.topology.mode {
+            Mode::Native => observed.or_else(|| {
+                let candidates = self.candidates.get(&segment.public_key)?;
+                Some(candidates.first()?.address)
+            }),
+            Mode::Kilo(_) => self.kilos_endpoint_of(segment, observed),
+        };
+        endpoint.filter(|address| !self.region_underlay.contains(&address.ip()))
+    }
+
+    /// Kilo's rule: a leader whose operator set a keepalive is where it was seen, others are where they say.
+    fn kilos_endpoint_of(
+        &self,
+        segment: &Segment,
+        observed: Option<SocketAddr>,
+    ) -> Option<SocketAddr> {
         let own = self.led().and_then(|own| own.discovered);
         let beside_us = |seen: &SocketAddr| own.is_some_and(|own| own.ip() == seen.ip());
-        let seen = || {
-            let observed = self.inputs.observed.get(&segment.public_key).copied();
-            observed.or_else(|| segment.discovered.filter(|seen| !beside_us(seen)))
-        };
-        let endpoint = seen().filter(|_| segment.behind_nat).or(segment.address);
-        endpoint.filter(|address| !self.region_underlay.contains(&address.ip()))
+        let seen = observed.or_else(|| segment.discovered.filter(|seen| !beside_us(seen)));
+        seen.filter(|_| segment.behind_nat).or(segment.address)
     }
 
     /// Where it sends to an external peer. One without an endpoint of its own roams: while this node

@@ -8,8 +8,11 @@ use ipnet::IpNet;
 use super::site::{Role, Site};
 use super::{Link, Peer, Scope};
 use crate::flannel::Backend;
-use crate::topology::Segment;
+use crate::topology::{ExternalPeer, Segment};
 use crate::wireguard::key::PublicKey;
+
+/// Seconds between keepalives: less than the 30 seconds after which common NATs forget a UDP mapping.
+const KEEPALIVE: Option<NonZeroU16> = NonZeroU16::new(25);
 
 /// The tunnel's link: on every node, up where it carries something.
 ///
@@ -70,7 +73,6 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
     let Some(own) = site.led() else {
         return BTreeMap::new();
     };
-    let persistent_keepalive = NonZeroU16::new(own.persistent_keepalive);
     // Native topologies are disjoint already; in Kilo's, of two equal claims the first stays.
     let mut taken = BTreeSet::new();
     let mut peers = BTreeMap::new();
@@ -82,7 +84,7 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
         let peer = Peer {
             endpoint: site.endpoint_of(segment),
             preshared_key: None,
-            persistent_keepalive,
+            persistent_keepalive: keepalive(site, own, &segment.public_key, None),
             allowed_ips,
         };
         peers.insert(segment.public_key, peer);
@@ -92,12 +94,34 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
         let peer = Peer {
             endpoint: site.endpoint_of_peer(vpn),
             preshared_key: vpn.preshared_key.clone(),
-            persistent_keepalive,
+            persistent_keepalive: keepalive(site, own, &vpn.public_key, Some(vpn)),
             allowed_ips: nets.filter(|net| taken.insert(*net)).collect(),
         };
         peers.insert(vpn.public_key, peer);
     }
     peers
+}
+
+/// The keepalives that a leader sends to a peer: as its operator or the Peer object wants them, else to every
+/// peer that has not shown that it can call without them.
+///
+/// Whether a NAT or a firewall is in front of this node can't be told from its addresses: a router may
+/// translate a public one, and filter IPv6.
+fn keepalive(
+    site: &Site<'_>,
+    own: &Segment,
+    key: &PublicKey,
+    vpn: Option<&ExternalPeer>,
+) -> Option<NonZeroU16> {
+    if own.keepalive_forced {
+        return NonZeroU16::new(own.persistent_keepalive);
+    }
+    let of_peer = vpn.and_then(|vpn| NonZeroU16::new(vpn.persistent_keepalive));
+    let whereabouts = site.inputs.topology.whereabouts.get(key);
+    // A laptop that is nowhere yet has to come by itself.
+    let is_somewhere = vpn.is_none() || whereabouts.is_some_and(|at| !at.candidates.is_empty());
+    let is_caller = site.inputs.callers.contains(key);
+    of_peer.or_else(|| KEEPALIVE.filter(|_| is_somewhere && !is_caller))
 }
 
 /// Whether an allowed IP is an address of the own region's, used elsewhere too, or lies in a network that

@@ -44,6 +44,8 @@ fn segment(
         address,
         discovered: address,
         behind_nat: false,
+        candidates: vec![],
+        keepalive_forced: false,
         persistent_keepalive: 0,
         wireguard_ips: vec![wireguard_ip.parse().unwrap()],
         nodes,

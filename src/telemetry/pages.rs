@@ -311,6 +311,8 @@ mod tests {
                 address: None,
                 discovered: None,
                 behind_nat: false,
+                candidates: vec![],
+                keepalive_forced: false,
                 persistent_keepalive: 0,
                 wireguard_ips: vec![],
                 nodes: vec![Member {

@@ -173,6 +173,11 @@ impl<'a> Claims<'a> {
         }
     }
 
+    /// Whether a tunnel may be reached at an address: it is a host's, and outside of the cluster's networks.
+    pub(super) fn may_be_endpoint(&self, ip: IpAddr) -> bool {
+        is_unicast(ip) && self.reserved_for(&IpNet::from(ip)).is_none()
+    }
+
     pub(super) fn exclude(&mut self, subject: Subject, field: Field, reason: Reason) {
         self.excluded.push(Excluded {
             subject,

@@ -89,8 +89,11 @@ pub(super) fn topology(
                     .get(&public_key)
                     .copied()
                     .filter(|_| keepalive != 0),
+                // Kilo tries no other place than its one endpoint.
+                candidates: Vec::new(),
                 behind_nat: keepalive != 0,
                 persistent_keepalive: keepalive,
+                keepalive_forced: true,
                 wireguard_ips: pool
                     .and_then(|pool| nth(pool, position))
                     .into_iter()
@@ -110,6 +113,7 @@ pub(super) fn topology(
         let whereabouts = Whereabouts {
             address: endpoint.and_then(|endpoint| endpoint.resolve(&snapshot.resolved)),
             discovered: discovered.filter(|_| peer.persistent_keepalive != 0),
+            candidates: Vec::new(),
         };
         (peer.public_key, whereabouts)
     });

@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use super::address::{is_host_of, is_public, is_unicast, nth};
+use super::candidates::Offers;
 use super::claims::{Belief, Claims, dedup};
 use super::excluded::{Field, Reason, Subject};
 use super::region::{Regions, place};
 use super::{
-    Claim, Endpoint, Granularity, InterfaceAddr, Member, Node, NodeName, Outsider, Segment,
-    SegmentName, Settings, Snapshot, Topology, Whereabouts,
+    Candidate, Claim, Endpoint, Granularity, InterfaceAddr, Member, Node, NodeName, Origin,
+    Outsider, Segment, SegmentName, Settings, Snapshot, Topology, Whereabouts,
 };
 use crate::wireguard::key::PublicKey;
 
@@ -57,7 +58,9 @@ pub(super) fn topology(
         .map(|(name, nodes)| (name, leader(name, nodes)))
         .collect::<BTreeMap<_, _>>();
     let mut wireguard_ips = wireguard_ips(&mut claims, settings, &leaders, &expected);
-    let discovered = discovered_endpoints(&leaders);
+    let observers = observers(&leaders);
+    let discovered = discovered_endpoints(&observers);
+    let offers = Offers::new(snapshot, &claims, observers);
 
     let segments = members.iter().filter_map(|(name, nodes)| {
         let leader = leaders[name];
@@ -67,10 +70,8 @@ pub(super) fn topology(
             .endpoint
             .as_ref()
             .and_then(|endpoint| claims.endpoint_address(&subject, endpoint));
-        let behind_nat = leader
-            .persistent_keepalive
-            .is_some_and(|seconds| seconds > 0)
-            || !has_public_endpoint(leader);
+        let candidates = offers.of_leader(leader, public_key, address, &claims);
+        let behind_nat = is_behind_nat(leader, &candidates);
         Some(Segment {
             name: name.clone(),
             group: group_name(leader, &claims.nodes[&leader.name], granularity),
@@ -79,8 +80,10 @@ pub(super) fn topology(
             endpoint: leader.endpoint.clone(),
             address,
             discovered: discovered.get(&public_key).copied().filter(|_| behind_nat),
+            candidates,
             behind_nat,
-            persistent_keepalive: keepalive(leader),
+            persistent_keepalive: keepalive(leader, behind_nat),
+            keepalive_forced: leader.persistent_keepalive.is_some(),
             wireguard_ips: wireguard_ips.remove(&leader.name).unwrap_or_default(),
             allowed_location_ips: allowed_location_ips(nodes, &claims.nodes),
             nodes: nodes
@@ -96,9 +99,11 @@ pub(super) fn topology(
         .map(|peer| {
             let subject = Subject::Peer(peer.name.clone());
             let endpoint = peer.endpoint.as_ref();
+            let address = endpoint.and_then(|endpoint| claims.endpoint_address(&subject, endpoint));
             let whereabouts = Whereabouts {
-                address: endpoint.and_then(|endpoint| claims.endpoint_address(&subject, endpoint)),
+                address,
                 discovered: discovered.get(&peer.public_key).copied(),
+                candidates: offers.of_peer(&peer.public_key, address),
             };
             (peer.public_key, whereabouts)
         })
@@ -224,22 +229,22 @@ fn has_public_endpoint(node: &Node) -> bool {
     }
 }
 
-fn keepalive(node: &Node) -> u16 {
-    node.persistent_keepalive.unwrap_or_else(|| {
-        if has_public_endpoint(node) && !may_be_firewalled(node) {
-            0
-        } else {
-            NAT_KEEPALIVE
-        }
-    })
+/// Whether others see a leader at an address that it does not have, so that a router translates it.
+fn is_behind_nat(leader: &Node, candidates: &[Candidate]) -> bool {
+    let own: BTreeSet<_> = candidates
+        .iter()
+        .filter(|candidate| candidate.origin < Origin::Discovered)
+        .map(|candidate| candidate.address)
+        .collect();
+    let mut seen = candidates
+        .iter()
+        .filter(|candidate| candidate.origin == Origin::Discovered);
+    !leader.endpoint_forced && (own.is_empty() || seen.any(|seen| !own.contains(&seen.address)))
 }
 
-/// Whether a router may keep strangers away from a node's public address. In IPv6 every host has one,
-/// and the routers of homes and data centres let in answers alone; what the operator forced is taken to
-/// be open.
-fn may_be_firewalled(node: &Node) -> bool {
-    let found = !node.endpoint_forced;
-    found && matches!(&node.endpoint, Some(Endpoint::Addr(address)) if address.is_ipv6())
+fn keepalive(node: &Node, behind_nat: bool) -> u16 {
+    node.persistent_keepalive
+        .unwrap_or(if behind_nat { NAT_KEEPALIVE } else { 0 })
 }
 
 /// The segment a node will be in once its agent has told its private address: the one that its status
@@ -336,17 +341,20 @@ fn wireguard_ips(
     given
 }
 
-/// Where the leaders saw the others: of two observations that of a public leader, then the older one's.
+/// The leaders in the order in which their observations count: public ones, then the older ones.
 ///
 /// A public leader is always reached, so it is the first to see that somebody moved; one behind NAT may
 /// never hear it. Who is no leader has no tunnels and saw nobody.
-fn discovered_endpoints(
-    leaders: &BTreeMap<&SegmentName, &Node>,
-) -> BTreeMap<PublicKey, SocketAddr> {
-    let mut leaders = leaders.values().collect::<Vec<_>>();
+fn observers<'a>(leaders: &BTreeMap<&SegmentName, &'a Node>) -> Vec<&'a Node> {
+    let mut leaders = leaders.values().copied().collect::<Vec<_>>();
     leaders.sort_by_key(|leader| (!has_public_endpoint(leader), leader.created, &leader.name));
+    leaders
+}
+
+/// Where the leaders saw the others: of two observations the first one's.
+fn discovered_endpoints(observers: &[&Node]) -> BTreeMap<PublicKey, SocketAddr> {
     let mut discovered = BTreeMap::new();
-    for (key, address) in leaders
+    for (key, address) in observers
         .iter()
         .flat_map(|leader| &leader.discovered_endpoints)
     {

@@ -313,6 +313,7 @@ impl Handshaker {
             note_awaiting(&core, &mut state);
         }
         tracing::debug!(peer = %peer.key(), "handshake completed as initiator");
+        peer.note_answer(message.from.remote, now);
         core.roam(&peer, message.from);
         peer.count_received(HANDSHAKE_RESP_SZ);
         peer.timers.received(false, now);

@@ -73,6 +73,7 @@ pub(super) struct Peer {
     last_initiation: AtomicU64,
     /// When a datagram was last sent to the peer, wherever.
     last_sent: AtomicU64,
+    answer: Mutex<Option<Answered>>,
     heard_unasked: AtomicU64,
     /// Whether an initiation was asked for and not begun yet.
     pub(super) handshake_asked: AtomicBool,
@@ -132,6 +133,15 @@ pub(super) struct HandshakeState {
     pub(super) awaiting: [Option<u32>; 2],
 }
 
+/// An answer to an initiation of ours.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Answered {
+    pub(super) from: SocketAddr,
+    /// Since the initiation.
+    pub(super) round_trip: Duration,
+    pub(super) at: Time,
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic ends the process; a poisoned lock is never seen but in tests.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -162,6 +172,7 @@ impl Peer {
             last_handshake: AtomicU64::new(0),
             last_initiation: AtomicU64::new(0),
             last_sent: AtomicU64::new(0),
+            answer: Mutex::default(),
             heard_unasked: AtomicU64::new(0),
             handshake_asked: AtomicBool::new(false),
             offload_after: AtomicU64::new(0),
@@ -418,6 +429,21 @@ impl Peer {
 
     pub(super) fn last_handshake(&self) -> Option<Time> {
         Time::from_nanos(self.last_handshake.load(Ordering::Relaxed))
+    }
+
+    /// Takes note of an answer to an initiation of ours.
+    pub(super) fn note_answer(&self, from: SocketAddr, now: Time) {
+        let begun = self.last_initiation().unwrap_or(now);
+        *lock(&self.answer) = Some(Answered {
+            from,
+            round_trip: now.since(begun),
+            at: now,
+        });
+    }
+
+    /// The last answer to an initiation of ours.
+    pub(super) fn answer(&self) -> Option<Answered> {
+        *lock(&self.answer)
     }
 
     /// Takes note that a datagram was sent to the peer.

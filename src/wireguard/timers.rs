@@ -38,6 +38,8 @@ const ATTEMPTS: u32 = (REKEY_ATTEMPT_TIME.as_secs() / REKEY_TIMEOUT.as_secs()) a
 pub(super) struct Timers {
     /// Nothing came back for what was sent.
     unanswered: Deadline,
+    /// When the first data or initiation was sent after something last came back.
+    waiting_since: Deadline,
     keepalive: Deadline,
     /// Data came while the keepalive was armed already.
     another_keepalive: AtomicBool,
@@ -158,6 +160,7 @@ impl Timers {
         self.traversed(now);
         self.keepalive.clear();
         if data {
+            self.waiting_since.arm_if_idle(|| now);
             self.unanswered
                 .arm_if_idle(|| now + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT + jitter());
         }
@@ -167,6 +170,7 @@ impl Timers {
     pub(super) fn received(&self, data: bool, now: Time) {
         self.traversed(now);
         self.unanswered.clear();
+        self.waiting_since.clear();
         if data && !self.keepalive.arm_if_idle(|| now + KEEPALIVE_TIMEOUT) {
             self.another_keepalive.store(true, Ordering::Relaxed);
         }
@@ -178,6 +182,7 @@ impl Timers {
             self.attempts.store(0, Ordering::Relaxed);
         }
         self.refused.store(false, Ordering::Relaxed);
+        self.waiting_since.arm_if_idle(|| now);
         self.retransmit.arm(now + REKEY_TIMEOUT + jitter());
     }
 
@@ -205,6 +210,12 @@ impl Timers {
     pub(super) fn handshake_completed(&self) {
         self.retransmit.clear();
         self.attempts.store(0, Ordering::Relaxed);
+    }
+
+    /// When the first data or initiation was sent after something last came back from the peer; `None` where
+    /// nothing is awaited.
+    pub(super) fn waiting_since(&self) -> Option<Time> {
+        self.waiting_since.at()
     }
 
     /// Whether the initiation on receipt is still to be sent for the current session.
@@ -281,6 +292,20 @@ mod tests {
         assert!(nothing(&timers, 14_999));
         assert_eq!(timers.poll(time(15_334)).handshake, Some(Attempt::First));
         assert!(nothing(&timers, 40_000));
+    }
+
+    #[test]
+    fn what_is_awaited_is_told_since_the_first_of_what_was_sent() {
+        let timers = Timers::default();
+        timers.sent(false, time(0));
+        assert_eq!(timers.waiting_since(), None, "a keepalive is not answered");
+        timers.sent(true, time(1000));
+        timers.initiated(Attempt::First, time(3000));
+        assert_eq!(timers.waiting_since(), Some(time(1000)));
+        timers.received(false, time(4000));
+        assert_eq!(timers.waiting_since(), None);
+        timers.initiated(Attempt::First, time(5000));
+        assert_eq!(timers.waiting_since(), Some(time(5000)));
     }
 
     #[test]

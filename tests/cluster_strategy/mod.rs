@@ -145,6 +145,7 @@ pub(crate) fn node(number: u8) -> impl Strategy<Value = Node> {
             persistent_keepalive: keepalive,
             allowed_location_ips,
             discovered_endpoints: seen.into_iter().map(|(n, at)| (key(n), at)).collect(),
+            candidates: vec![],
             granularity: None,
             last_seen: age.map(|age| 1_000_000 - age),
             ours: true,

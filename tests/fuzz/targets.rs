@@ -375,6 +375,7 @@ fn any_node(
             ],
         },
         discovered_endpoints: BTreeMap::new(),
+        candidates: Vec::new(),
         granularity: None,
         last_seen: Some(i64::from(region) * 8),
         ours: !has(7),

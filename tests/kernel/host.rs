@@ -46,6 +46,7 @@ fn the_nodes_addresses_are_those_of_its_own_links() {
         let of_eth0 = |text: &str| LocalAddress {
             link: "eth0".to_owned(),
             net: net(text),
+            offered: true,
         };
         assert_eq!(
             kernel.node_addresses().unwrap(),

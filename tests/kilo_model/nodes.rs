@@ -160,6 +160,7 @@ pub(super) fn annotations_are_kilos(
         topology,
         config: &config,
         links: node.private_ip.as_slice(),
+        offered: &[],
         public_key,
         heard: &mesh.observed,
         last_seen: 999_999,

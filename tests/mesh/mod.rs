@@ -31,6 +31,7 @@ pub(crate) struct Mesh {
     pub(crate) observed: BTreeMap<PublicKey, SocketAddr>,
     pub(crate) connected: BTreeSet<IpNet>,
     pub(crate) other_rules: Vec<plan::OtherRule>,
+    pub(crate) callers: BTreeSet<PublicKey>,
 }
 
 impl Mesh {
@@ -68,6 +69,7 @@ impl Mesh {
             observed: BTreeMap::new(),
             connected: BTreeSet::new(),
             other_rules: Vec::new(),
+            callers: BTreeSet::new(),
         }
     }
 
@@ -193,6 +195,7 @@ impl Mesh {
             observed: &self.observed,
             connected: &self.connected,
             other_rules: &self.other_rules,
+            callers: &self.callers,
         })
     }
 
@@ -258,6 +261,7 @@ pub(crate) fn node(name: &str, region: &str, seed: u8, address: &str) -> Node {
         persistent_keepalive: None,
         allowed_location_ips: vec![],
         discovered_endpoints: BTreeMap::new(),
+        candidates: Vec::new(),
         granularity: None,
         last_seen: None,
         ours: true,

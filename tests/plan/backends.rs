@@ -90,7 +90,7 @@ fn with_host_gw_nothing_is_and_followers_hold_their_address_on_the_tunnels_link(
     ip addr add 10.4.0.1/32 dev kilo0 scope link
     ip addr add 10.42.1.0/32 dev kilo0
     wg set kilo0 listen-port 51820
-    wg set kilo0 peer BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ= endpoint 203.0.113.4:51820 allowed-ips 10.4.0.2/32,10.42.4.0/24,172.16.0.1/32
+    wg set kilo0 peer BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ= endpoint 203.0.113.4:51820 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.42.4.0/24,172.16.0.1/32
     nft -f -
     ip route replace table 5130 throw 10.42.1.0/24 proto 118
     ip route replace table 5130 throw 10.42.2.0/24 proto 118
@@ -191,6 +191,7 @@ fn a_follower_without_flannels_device_refuses_rather_than_leaks() {
         observed: &BTreeMap::new(),
         connected: &BTreeSet::new(),
         other_rules: &[],
+        callers: &BTreeSet::new(),
     });
     let routes = lines(&diff(&State::default(), &state.unwrap()));
     assert!(routes.contains("unreachable 10.42.4.0/24"));
@@ -213,6 +214,7 @@ fn a_route_that_flannel_lost_is_taken_to_come_back() {
         observed: &BTreeMap::new(),
         connected: &BTreeSet::new(),
         other_rules: &[],
+        callers: &BTreeSet::new(),
     });
     assert_eq!(state, Some(mesh.state("a2")));
 }
@@ -236,7 +238,7 @@ fn dual_stack_takes_both_ways() {
     ip addr add fd04::1/128 dev kilo0
     ip addr add fd42:0:0:1::/128 dev kilo0
     wg set kilo0 listen-port 51820
-    wg set kilo0 peer BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ= endpoint 203.0.113.4:51820 allowed-ips 10.4.0.2/32,10.42.4.0/24,172.16.0.1/32,fd00:3::1/128,fd04::2/128,fd42:0:0:4::/64
+    wg set kilo0 peer BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ= endpoint 203.0.113.4:51820 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.42.4.0/24,172.16.0.1/32,fd00:3::1/128,fd04::2/128,fd42:0:0:4::/64
     nft -f -
     ip route replace table 5130 throw 10.42.1.0/24 proto 118
     ip route replace table 5130 throw 10.42.2.0/24 proto 118
@@ -320,7 +322,7 @@ fn an_ipv6_cluster_has_nothing_of_ipv4() {
     ip link set kilo0 up
     ip addr add fd42:0:0:1::/128 dev kilo0
     wg set kilo0 listen-port 51820
-    wg set kilo0 peer BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ= endpoint 203.0.113.4:51820 allowed-ips 10.4.0.2/32,fd42:0:0:4::/64
+    wg set kilo0 peer BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ= endpoint 203.0.113.4:51820 persistent-keepalive 25 allowed-ips 10.4.0.2/32,fd42:0:0:4::/64
     nft -f -
     ip -6 route replace table 5130 throw fd42:0:0:1::/64 metric 512 proto 118
     ip -6 route replace table 5130 throw fd42:0:0:2::/64 metric 512 proto 118
@@ -334,21 +336,31 @@ fn an_ipv6_cluster_has_nothing_of_ipv4() {
 }
 
 #[test]
-fn a_leader_found_at_a_global_ipv6_address_keeps_its_firewall_open() {
-    let keepalive = |endpoint: &str, forced: bool| {
+fn keepalives_go_to_every_peer_that_has_not_called_unasked_whatever_the_address_looks_like() {
+    let keepalive = |endpoint: &str, forced: bool, change: &dyn Fn(&mut Mesh)| {
         let mut mesh = mesh();
         let leader = mesh.snapshot.nodes.get_mut(&NodeName("a1".into())).unwrap();
         leader.endpoint = addr(endpoint);
         leader.endpoint_forced = forced;
+        change(&mut mesh);
         let peers = mesh.state("a1").peers;
         peers.into_values().next().unwrap().persistent_keepalive
     };
     let every_25_seconds = std::num::NonZeroU16::new(25);
-    assert_eq!(
-        keepalive("[2001:db8:50::11]:51820", false),
-        every_25_seconds
-    );
-    // The operator vouches for this one, and IPv4 without NAT has no such routers.
-    assert_eq!(keepalive("[2001:db8:50::11]:51820", true), None);
-    assert_eq!(keepalive("203.0.113.1:51820", false), None);
+    for endpoint in [
+        "[2001:db8:50::11]:51820",
+        "203.0.113.1:51820",
+        "192.168.1.1:51820",
+    ] {
+        for forced in [false, true] {
+            assert_eq!(keepalive(endpoint, forced, &|_| {}), every_25_seconds);
+        }
+    }
+    let called = |mesh: &mut Mesh| mesh.callers = [key(4)].into();
+    assert_eq!(keepalive("192.168.1.1:51820", false, &called), None);
+    let off = |mesh: &mut Mesh| {
+        let leader = mesh.snapshot.nodes.get_mut(&NodeName("a1".into())).unwrap();
+        leader.persistent_keepalive = Some(0);
+    };
+    assert_eq!(keepalive("192.168.1.1:51820", false, &off), None);
 }

@@ -241,6 +241,7 @@ pub(crate) fn annotations(
         topology: &topology,
         config: &config.unwrap(),
         links: node.private_ip.as_slice(),
+        offered: &[],
         public_key: node.public_key.unwrap(),
         heard: &heard.collect(),
         last_seen: 1_000,

@@ -138,10 +138,12 @@ fn before_anybody_has_seen_the_leader_behind_nat_its_host_is_reached_by_pods() {
 }
 
 #[test]
-fn tunnels_are_kilos() {
+fn tunnels_are_kilos_where_the_operator_says_how_often_keepalives_are_sent() {
     let names = [(MASTER, "node-master"), (AGENT_01, "node-agent-01")];
     let names = names.map(|(key, name)| (key.to_owned(), name)).into();
-    for mesh in both() {
+    for mut mesh in both() {
+        // Kilo's default; ours is to send some until they are known to be of no use.
+        mesh.node("node-master").persistent_keepalive = Some(0);
         assert_eq!(
             wireguard(&mesh.state("node-master"), &names),
             "listen 51820\n\
@@ -187,7 +189,8 @@ fn annotations_are_kilos_with_our_mark() {
              kilo.squat.ai/internal-ip: 192.168.50.11/24\n\
              kilo.squat.ai/key: {AGENT_01}\n\
              kilo.squat.ai/wireguard-ip: 10.4.0.2/16\n\
-             selvedge.dev/agent: {version}\n"
+             selvedge.dev/agent: {version}\n\
+             selvedge.dev/candidates: 192.168.50.11:51820\n"
         )
     );
 }

@@ -167,7 +167,15 @@ fn routes_are_kilos_but_for_these_differences() {
 }
 
 #[test]
-fn tunnels_are_kilos() {
+fn tunnels_are_kilos_where_the_operator_says_how_often_keepalives_are_sent() {
+    // Kilo's default; ours is to send some until they are known to be of no use.
+    let without = |mut mesh: Mesh| {
+        for node in mesh.snapshot.nodes.values_mut() {
+            node.persistent_keepalive = Some(0);
+        }
+        mesh
+    };
+    let (mixed, full) = (|| without(mixed()), || without(full()));
     for mesh in [mixed(), with_a_real_kilo(mixed(), "b2")] {
         assert_eq!(
             wireguard(&mesh.state("a1"), &names()),

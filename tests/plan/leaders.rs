@@ -115,7 +115,7 @@ fn followers_move_to_a_new_leader_without_a_hole() {
     ip link set kilo0 down
     ");
     insta::assert_snapshot!(changes("node-master"), @"
-    wg set kilo0 peer h/wYe0dl8DAI8SLTR2E+bEkgxVvTFwS0ArNTXESFtFw= endpoint 192.168.50.12:51820 allowed-ips 10.4.0.3/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
+    wg set kilo0 peer h/wYe0dl8DAI8SLTR2E+bEkgxVvTFwS0ArNTXESFtFw= endpoint 192.168.50.12:51820 persistent-keepalive 25 allowed-ips 10.4.0.3/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
     nft -f -
     ip route replace table 5130 10.4.0.3 dev kilo0 src 10.42.0.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.3 metric 4278198272 proto 118

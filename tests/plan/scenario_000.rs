@@ -11,7 +11,7 @@ fn the_public_leader_has_tunnels_addresses_and_routes() {
     ip addr add 10.4.0.1/32 dev kilo0 scope link
     ip addr add 10.42.0.0/32 dev kilo0
     wg set kilo0 listen-port 51820
-    wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= endpoint 198.51.100.7:24276 allowed-ips 10.4.0.2/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
+    wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= endpoint 198.51.100.7:24276 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
     nft -f -
     ip route replace table 5130 throw 10.42.0.0/24 proto 118
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.0.0 mtu 1420 proto 118

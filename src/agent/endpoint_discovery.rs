@@ -1,0 +1,370 @@
+//! Which candidate endpoints of each peer are tried, and when; and whether a peer still answers. Pure: the
+//! time is passed in.
+//!
+//! No candidate is believed, whatever it looks like and whoever tells it. A peer without a session gets one
+//! handshake initiation at all of its candidates, and the first that answers is used, as with ICE (RFC 8445).
+//! A peer that stops answering is noticed by the tunnel's counters, and its candidates are tried again beside
+//! the traffic to the present endpoint, which only an answer moves. The initiation also opens the NAT on this
+//! side. Peers behind NAT learn from what others publish that they have moved, and call each peer once, so
+//! that the routers of both sides let the answers in.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use crate::topology::{Candidate, Origin, Topology};
+use crate::wireguard::Answer;
+use crate::wireguard::key::PublicKey;
+
+/// A session that had no handshake for so long carries nothing (WireGuard paper, 6.1:
+/// REJECT_AFTER_TIME).
+const SESSION: Duration = Duration::from_secs(180);
+/// What was sent and not answered for so long makes a peer suspect: more than a round trip, less than the
+/// 15 seconds after which WireGuard itself begins a handshake.
+const SUSPECT: Duration = Duration::from_secs(5);
+/// The same for a peer that was suspected and answered at its present endpoint. One that only receives says
+/// nothing for ten seconds (paper, 6.5: KEEPALIVE_TIMEOUT), and is no more suspected for it.
+const SUSPECT_PATIENTLY: Duration = Duration::from_secs(12);
+/// Beside two keepalives of which neither arrived: how late they may be.
+const LATE: Duration = Duration::from_secs(5);
+/// Between two attempts, as between the initiations of WireGuard (paper, 6.1: REKEY_TIMEOUT).
+const AGAIN: Duration = Duration::from_secs(5);
+/// After an attempt at all candidates without an answer one of them is tried alone: the peer takes the first
+/// copy of an initiation, and the path on which that came may not carry the answer.
+const ALONE: Duration = Duration::from_secs(2);
+/// From this attempt on they are further apart: less than the 30 seconds after which a NAT forgets an
+/// unanswered flow, so that the two sides' attempts meet.
+const PATIENT: u32 = 6;
+const SELDOM: Duration = Duration::from_secs(25);
+/// Candidates that are tried at once, the likeliest first.
+const MAX_TRIED: usize = crate::wireguard::MAX_CANDIDATES;
+
+/// What the topology says of each key: found out once, since with a tunnel from every node to every other
+/// there are as many peers as segments to look through at every look at the tunnel.
+#[derive(Clone, Debug, Default)]
+pub struct Keys(BTreeMap<PublicKey, Known>);
+
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// The seconds between the keepalives that the peer sends unprompted; 0 for none.
+    keepalive: u16,
+    is_leader: bool,
+}
+
+impl Keys {
+    /// The leaders' keys and those of VPN peers.
+    pub fn new(topology: &Topology) -> Self {
+        let mut keys = BTreeMap::new();
+        for segment in &topology.segments {
+            keys.entry(segment.public_key).or_insert(Known {
+                keepalive: segment.persistent_keepalive,
+                is_leader: true,
+            });
+        }
+        for peer in &topology.peers {
+            keys.entry(peer.public_key).or_insert_with(|| Known {
+                keepalive: peer.persistent_keepalive,
+                is_leader: false,
+            });
+        }
+        Self(keys)
+    }
+
+    fn keepalive(&self, key: &PublicKey) -> u16 {
+        self.0.get(key).map_or(0, |known| known.keepalive)
+    }
+
+    fn is_leader(&self, key: &PublicKey) -> bool {
+        self.0.get(key).is_some_and(|known| known.is_leader)
+    }
+}
+
+/// What the tunnel tells of a peer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sign {
+    /// Where it sends.
+    pub endpoint: Option<SocketAddr>,
+    /// The bytes that came from the peer.
+    pub received: u64,
+    /// Since the last handshake; `None` where there was none.
+    pub age: Option<Duration>,
+    /// How long data or an initiation was sent and nothing came back; `None` where nothing is awaited.
+    pub unanswered: Option<Duration>,
+    /// The last answer to an initiation of this side.
+    pub answer: Option<Answer>,
+}
+
+/// What came of a candidate.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Outcome {
+    /// The candidate.
+    pub candidate: Candidate,
+    /// Whether the tunnel sends there.
+    pub in_use: bool,
+    /// Its last answer, if it ever answered: how long that took, and how long ago it was.
+    pub answered: Option<(Duration, Duration)>,
+    /// How long ago it was last tried.
+    pub tried: Option<Duration>,
+}
+
+/// Every peer of the tunnel, and what came of its candidates.
+#[derive(Debug, Default)]
+pub struct EndpointDiscovery {
+    peers: BTreeMap<PublicKey, Peer>,
+    /// Where other leaders see this node; `None` before the first observation.
+    own: Option<BTreeSet<SocketAddr>>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    received: u64,
+    /// When it was last heard, or else first looked at.
+    at: Instant,
+    sign: Sign,
+    /// The likeliest first.
+    candidates: Vec<Tried>,
+    /// Whether something came while it was suspect, and from where it was expected.
+    patient: bool,
+    was_suspect: bool,
+    attempts: u32,
+    next: Instant,
+    /// Which candidate to try alone next, if the attempt at all of them brings no answer.
+    alone: Option<usize>,
+    rotation: usize,
+}
+
+#[derive(Debug)]
+struct Tried {
+    candidate: Candidate,
+    /// Since when it is known; `None` for what is older than this node's first look at the peer.
+    since: Option<Instant>,
+    tried: Option<Instant>,
+    /// How long the last answer took, and when it came.
+    answered: Option<(Duration, Instant)>,
+}
+
+impl EndpointDiscovery {
+    /// Takes what the tunnel and the cluster tell of a peer; returns whether the peer is there.
+    pub fn handle_sign(
+        &mut self,
+        key: PublicKey,
+        sign: Sign,
+        candidates: &[Candidate],
+        keys: &Keys,
+        now: Instant,
+    ) -> bool {
+        let is_new = !self.peers.contains_key(&key);
+        let peer = self
+            .peers
+            .entry(key)
+            .or_insert_with(|| Peer::new(sign, now));
+        if peer.received != sign.received {
+            peer.received = sign.received;
+            peer.at = now;
+            peer.attempts = 0;
+            peer.alone = None;
+            peer.patient |= peer.was_suspect && peer.sign.endpoint == sign.endpoint;
+            peer.was_suspect = false;
+        }
+        if peer.sign.endpoint != sign.endpoint {
+            peer.patient = false;
+        }
+        peer.sign = sign;
+        peer.was_suspect |= peer.is_suspect();
+        if peer.take_candidates(candidates, is_new, now) {
+            peer.attempts = 0;
+            peer.next = now;
+        }
+        peer.take_answer(sign.answer, now);
+        // A peer that sends no keepalives says nothing for minutes, and is there; one whose session has
+        // ended as well is not.
+        sign.age
+            .is_some_and(|age| age < SESSION || !peer.is_silent(keys.keepalive(&key), now))
+    }
+
+    /// The candidates of a peer that are to be tried now, by one initiation.
+    pub fn poll_search(&mut self, key: &PublicKey, keys: &Keys, now: Instant) -> Vec<SocketAddr> {
+        let Some(peer) = self.peers.get_mut(key) else {
+            return Vec::new();
+        };
+        if now < peer.next {
+            return Vec::new();
+        }
+        let (keepalive, is_leader) = (keys.keepalive(key), keys.is_leader(key));
+        let is_lost = match peer.sign.age {
+            // A VPN peer that this node never heard connects to it, unless its object says where it is.
+            None => is_leader || peer.has_forced(),
+            Some(_) => peer.is_suspect() || keepalive > 0 && peer.is_silent(keepalive, now),
+        };
+        let mut places = peer.places(is_lost);
+        if !is_leader && !peer.is_suspect() {
+            // A laptop that is asleep is not called where it was.
+            places.retain(|place| peer.sign.endpoint != Some(*place));
+        }
+        if places.is_empty() {
+            return places;
+        }
+        let places = peer.attempt(places, now);
+        for tried in &mut peer.candidates {
+            if places.contains(&tried.candidate.address) {
+                tried.tried = Some(now);
+            }
+        }
+        places
+    }
+
+    /// Takes where other leaders see this node; true if it has moved.
+    pub fn handle_own(&mut self, seen: BTreeSet<SocketAddr>) -> bool {
+        if seen.is_empty() {
+            return false;
+        }
+        let has_moved = self
+            .own
+            .as_ref()
+            .is_some_and(|before| !seen.is_subset(before));
+        self.own = Some(seen);
+        has_moved
+    }
+
+    /// What came of the candidates of a peer, the likeliest first.
+    pub fn outcomes(&self, key: &PublicKey, now: Instant) -> Vec<Outcome> {
+        let Some(peer) = self.peers.get(key) else {
+            return Vec::new();
+        };
+        let outcome = |tried: &Tried| Outcome {
+            candidate: tried.candidate,
+            in_use: peer.sign.endpoint == Some(tried.candidate.address),
+            answered: tried
+                .answered
+                .map(|(round_trip, at)| (round_trip, now.saturating_duration_since(at))),
+            tried: tried.tried.map(|at| now.saturating_duration_since(at)),
+        };
+        peer.candidates.iter().map(outcome).collect()
+    }
+
+    /// Forgets peers that the tunnel no longer has.
+    pub fn retain(&mut self, has: impl Fn(&PublicKey) -> bool) {
+        self.peers.retain(|key, _| has(key));
+    }
+}
+
+impl Peer {
+    fn new(sign: Sign, now: Instant) -> Self {
+        Self {
+            received: sign.received,
+            at: now,
+            sign,
+            candidates: Vec::new(),
+            patient: false,
+            was_suspect: false,
+            attempts: 0,
+            next: now,
+            alone: None,
+            rotation: 0,
+        }
+    }
+
+    /// Takes the candidates of now and keeps what is known of those that stay; true if there is a new one.
+    fn take_candidates(&mut self, candidates: &[Candidate], is_new: bool, now: Instant) -> bool {
+        let same = |tried: &Tried, candidate: &Candidate| tried.candidate == *candidate;
+        let old = &mut self.candidates;
+        if old.len() == candidates.len() && old.iter().zip(candidates).all(|(a, b)| same(a, b)) {
+            return false;
+        }
+        let mut before: BTreeMap<_, _> = std::mem::take(old)
+            .into_iter()
+            .map(|tried| (tried.candidate.address, tried))
+            .collect();
+        let mut has_news = false;
+        self.candidates = candidates
+            .iter()
+            .take(MAX_TRIED)
+            .map(|&candidate| match before.remove(&candidate.address) {
+                Some(tried) => Tried { candidate, ..tried },
+                None => {
+                    has_news = true;
+                    Tried {
+                        candidate,
+                        since: (!is_new).then_some(now),
+                        tried: None,
+                        answered: None,
+                    }
+                }
+            })
+            .collect();
+        has_news
+    }
+
+    fn take_answer(&mut self, answer: Option<Answer>, now: Instant) {
+        let Some(answer) = answer else { return };
+        let mut candidates = self.candidates.iter_mut();
+        if let Some(tried) = candidates.find(|tried| tried.candidate.address == answer.from) {
+            let at = now.checked_sub(answer.ago).unwrap_or(now);
+            tried.answered = Some((answer.round_trip, at));
+        }
+    }
+
+    fn is_suspect(&self) -> bool {
+        let patience = if self.patient {
+            SUSPECT_PATIENTLY
+        } else {
+            SUSPECT
+        };
+        self.sign.unanswered.is_some_and(|since| since >= patience)
+    }
+
+    fn is_silent(&self, keepalive: u16, now: Instant) -> bool {
+        let patience = match keepalive {
+            0 => SESSION,
+            seconds => 2 * Duration::from_secs(seconds.into()) + LATE,
+        };
+        now.saturating_duration_since(self.at) >= patience
+    }
+
+    fn has_forced(&self) -> bool {
+        let mut candidates = self.candidates.iter();
+        candidates.any(|tried| tried.candidate.origin == Origin::Forced)
+    }
+
+    /// Where to try: everywhere if the peer is lost, else at the new candidates.
+    fn places(&self, is_lost: bool) -> Vec<SocketAddr> {
+        // What came in at the same look may be from before: one attempt too many costs nothing.
+        let is_news = |tried: &Tried| {
+            tried.since.is_some_and(|since| since >= self.at)
+                && self.sign.endpoint != Some(tried.candidate.address)
+        };
+        let tried = self.candidates.iter();
+        tried
+            .filter(|tried| is_lost || is_news(tried))
+            .map(|tried| tried.candidate.address)
+            .collect()
+    }
+
+    /// Takes note of an attempt, and says at which of the places it is made.
+    fn attempt(&mut self, places: Vec<SocketAddr>, now: Instant) -> Vec<SocketAddr> {
+        if let Some(index) = self.alone.take() {
+            self.next = now + self.pause() - ALONE;
+            return vec![places[index % places.len()]];
+        }
+        self.attempts += 1;
+        if places.len() > 1 && self.attempts > 1 {
+            self.alone = Some(self.rotation);
+            self.rotation = self.rotation.wrapping_add(1);
+            self.next = now + ALONE;
+        } else {
+            self.next = now + self.pause();
+        }
+        places
+    }
+
+    fn pause(&self) -> Duration {
+        match self.attempts {
+            0..PATIENT => AGAIN,
+            _ => SELDOM,
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "endpoint_discovery/tests.rs"]
+mod tests;

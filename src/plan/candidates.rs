@@ -1,0 +1,168 @@
+//! Which candidates of the peers a leader tries.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use crate::topology::{Candidate, NodeName, Origin, Topology};
+use crate::wireguard::key::PublicKey;
+
+/// The candidates of each peer, the likeliest first.
+pub type Candidates = BTreeMap<PublicKey, Vec<Candidate>>;
+
+/// The candidates of every peer that are of use to this node; none where it does not lead.
+///
+/// An address of this node's own region is not where a leader elsewhere is: two regions may use the same
+/// subnet. Two regions that others see at one address are behind one router, which need not let a packet out
+/// and in again: they meet at their private addresses.
+pub fn candidates(topology: &Topology, me: &NodeName) -> Candidates {
+    let Some(own) = topology.segment_of(me).filter(|own| own.leader == *me) else {
+        return Candidates::new();
+    };
+    let near = topology.segments.iter();
+    let near = near.filter(|segment| segment.group == own.group);
+    let region: BTreeSet<_> = near
+        .flat_map(|segment| &segment.nodes)
+        .flat_map(|node| &node.underlay)
+        .collect();
+    let router: BTreeSet<_> = seen(&own.candidates).map(|at| at.ip()).collect();
+    let remote = topology.segments.iter();
+    let mut candidates: Candidates = remote
+        .filter(|segment| segment.group != own.group)
+        .map(|segment| {
+            let candidates = segment.candidates.iter().copied();
+            let useful = candidates.filter(|candidate| {
+                let ip = candidate.address.ip();
+                let is_beside_us = is_outside(candidate) && router.contains(&ip);
+                !(region.contains(&ip) || is_beside_us)
+            });
+            (segment.public_key, useful.collect())
+        })
+        .collect();
+    for peer in &topology.peers {
+        let whereabouts = topology.whereabouts.get(&peer.public_key);
+        let useful = whereabouts
+            .into_iter()
+            .flat_map(|whereabouts| whereabouts.candidates.iter().copied())
+            .filter(|candidate| {
+                candidate.origin == Origin::Forced || !region.contains(&candidate.address.ip())
+            });
+        candidates
+            .entry(peer.public_key)
+            .or_insert_with(|| useful.collect());
+    }
+    candidates
+}
+
+/// Where other leaders see a node of which these are the candidates.
+pub fn seen(candidates: &[Candidate]) -> impl Iterator<Item = SocketAddr> + '_ {
+    candidates
+        .iter()
+        .filter(|candidate| candidate.origin == Origin::Discovered)
+        .map(|candidate| candidate.address)
+}
+
+/// Whether a candidate is an address of a router's, found out by others.
+fn is_outside(candidate: &Candidate) -> bool {
+    matches!(candidate.origin, Origin::Discovered | Origin::PortKept)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topology::{Member, RegionName, Segment, SegmentName};
+
+    fn at(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    /// A region of one leader, at 192.168.`key`.11 and its candidates.
+    fn segment(name: &str, key: u8, candidates: &[(&str, Origin)]) -> Segment {
+        let group = SegmentName::Location(RegionName(name.into()));
+        let candidate = |(address, origin): &(&str, Origin)| Candidate {
+            address: at(address),
+            origin: *origin,
+        };
+        Segment {
+            name: group.clone(),
+            group,
+            leader: NodeName(name.into()),
+            public_key: PublicKey([key; 32]),
+            endpoint: None,
+            address: None,
+            discovered: None,
+            candidates: candidates.iter().map(candidate).collect(),
+            behind_nat: true,
+            persistent_keepalive: 25,
+            keepalive_forced: false,
+            wireguard_ips: vec![],
+            nodes: vec![Member {
+                name: NodeName(name.into()),
+                endpoint: None,
+                pod_cidrs: vec![],
+                addresses: vec![],
+                underlay: [[192, 168, key, 11].into()].into(),
+                flannel_ips: [].into(),
+                private_ip: None,
+            }],
+            allowed_location_ips: vec![],
+        }
+    }
+
+    fn addresses(candidates: &Candidates, key: u8) -> Vec<SocketAddr> {
+        let of_key = candidates[&PublicKey([key; 32])].iter();
+        of_key.map(|candidate| candidate.address).collect()
+    }
+
+    #[test]
+    fn regions_behind_one_router_meet_at_their_private_addresses() {
+        let topology = Topology {
+            segments: vec![
+                segment("home", 2, &[("203.0.113.2:1", Origin::Discovered)]),
+                segment(
+                    "beside",
+                    4,
+                    &[
+                        ("203.0.113.2:4", Origin::Discovered),
+                        ("203.0.113.2:51820", Origin::PortKept),
+                        ("192.168.4.11:51820", Origin::Announced),
+                    ],
+                ),
+                segment("office", 3, &[("203.0.113.3:3", Origin::Discovered)]),
+            ],
+            ..Topology::default()
+        };
+        let candidates = candidates(&topology, &NodeName("home".into()));
+        assert_eq!(addresses(&candidates, 4), [at("192.168.4.11:51820")]);
+        assert_eq!(addresses(&candidates, 3), [at("203.0.113.3:3")]);
+        assert_eq!(candidates.len(), 2, "its own segment is not among them");
+    }
+
+    #[test]
+    fn an_address_of_the_own_region_is_not_where_a_leader_elsewhere_is() {
+        let topology = Topology {
+            segments: vec![
+                segment("home", 2, &[]),
+                segment(
+                    "same-subnet",
+                    3,
+                    &[
+                        ("192.168.2.11:51820", Origin::Endpoint),
+                        ("203.0.113.3:3", Origin::Discovered),
+                    ],
+                ),
+            ],
+            ..Topology::default()
+        };
+        let candidates = candidates(&topology, &NodeName("home".into()));
+        assert_eq!(addresses(&candidates, 3), [at("203.0.113.3:3")]);
+    }
+
+    #[test]
+    fn a_node_that_does_not_lead_tries_no_candidates() {
+        let topology = Topology {
+            segments: vec![segment("home", 2, &[])],
+            ..Topology::default()
+        };
+        assert!(candidates(&topology, &NodeName("follower".into())).is_empty());
+    }
+}

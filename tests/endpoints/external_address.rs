@@ -1,0 +1,91 @@
+//! Nodes whose ExternalIP is the address of the NAT before them.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use selvedge_lab::topology::{MASTER, Shape};
+use selvedge_lab::traffic::Servers;
+use selvedge_lab::{Lab, Steps, claims, wait_for};
+use serde_json::json;
+
+use crate::{FOLLOWER, LEADER, PATIENCE, flags, mesh, reached_both_ways, remember_as_at_home, up};
+
+/// A rest that is longer than a home router remembers.
+const REST: Duration = Duration::from_secs(60);
+
+/// Nodes whose cloud provider calls the address of their NAT their own.
+pub(super) fn external_address_of_the_nat(steps: &mut Steps) -> Option<()> {
+    if !steps.selects("external_address_of_the_nat") {
+        return None;
+    }
+    let shape = Shape {
+        agents: 2,
+        ..Shape::default()
+    };
+    let mut lab = steps.required("external_address_of_the_nat::a_cluster_comes_up", || {
+        up(shape)
+    })?;
+    let _servers = Servers::start(&lab.places()).ok()?;
+    let flags = flags(&[]);
+    steps.required(
+        "external_address_of_the_nat::its_agents_become_ready",
+        || {
+            remember_as_at_home(&lab, &["nat1"])?;
+            for node in [LEADER, FOLLOWER] {
+                let object = lab.api().get(&format!("/api/v1/nodes/{node}"))?;
+                let mut addresses = object["status"]["addresses"].clone();
+                let list = addresses.as_array_mut().context("no addresses")?;
+                list.push(json!({"type": "ExternalIP", "address": "203.0.113.20"}));
+                lab.api().merge(
+                    &format!("/api/v1/nodes/{node}/status"),
+                    &json!({"status": {"addresses": addresses}}),
+                )?;
+            }
+            lab.join(&mesh(&flags))?;
+            Ok(String::new())
+        },
+    )?;
+    steps.step(
+        "external_address_of_the_nat::a_leader_is_reached_from_outside_after_a_minute_of_rest",
+        || {
+            let lost = lost_after_a_rest(&lab)?;
+            ensure!(lost == 0, "{lost} of 15 pings were lost");
+            Ok("0 of 15 pings lost".to_owned())
+        },
+    );
+    // What happened when the address decided: no keepalive.
+    steps.step(
+        "external_address_of_the_nat::without_keepalives_it_is_not_which_shows_that_the_nat_forgets",
+        || {
+            for node in [LEADER, MASTER] {
+                lab.api()
+                    .annotate(node, &[("kilo.squat.ai/persistent-keepalive", Some("0"))])?;
+            }
+            let off = || {
+                claims::wg_show(&lab, LEADER)
+                    .is_ok_and(|peers| peers.iter().all(|peer| peer.keepalive == "off"))
+            };
+            wait_for("the operator's word", PATIENCE, off)?;
+            let lost = lost_after_a_rest(&lab)?;
+            ensure!(lost == 15, "{lost} of 15 pings were lost");
+            Ok("15 of 15 pings lost".to_owned())
+        },
+    );
+    Some(())
+}
+
+/// How many of fifteen pings from outside are lost after a minute in which no pod said anything.
+fn lost_after_a_rest(lab: &Lab) -> anyhow::Result<u32> {
+    reached_both_ways(lab, MASTER, LEADER, PATIENCE)?;
+    sleep(REST);
+    let pod = lab.pod(LEADER)?.address();
+    let ping = format!("ping -n -q -i 0.2 -c 15 -W 1 {pod}");
+    let output = lab.pod(MASTER)?.namespace().attempt(&ping)?;
+    let text = String::from_utf8(output.stdout)?;
+    let received = text.split(", ").find_map(|part| {
+        let count = part.strip_suffix(" received")?;
+        count.parse::<u32>().ok()
+    });
+    Ok(15 - received.with_context(|| format!("ping said {text}"))?)
+}

@@ -1,0 +1,170 @@
+//! Two regions behind NAT whose agents start in every order.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use selvedge_lab::topology::{MASTER, Shape, Third};
+use selvedge_lab::traffic::Servers;
+use selvedge_lab::{Lab, Steps};
+
+use crate::{
+    FOLLOWER, LEADER, THIRD_LEADER, annotation, flags, looks, mesh, reached_both_ways,
+    remember_as_at_home, up,
+};
+
+/// Two regions behind NAT whose agents start afresh, in one order after another.
+pub(super) fn orders_of_start(steps: &mut Steps) -> Option<()> {
+    if !steps.selects("orders_of_start") {
+        return None;
+    }
+    let shape = Shape {
+        agents: 2,
+        third: Third::Distinct,
+        ..Shape::default()
+    };
+    let mut lab = steps.required("orders_of_start::a_cluster_comes_up", || up(shape))?;
+    let _servers = Servers::start(&lab.places()).ok()?;
+    let flags = flags(&["--clean-up=true", "--clean-up-interface"]);
+    steps.required("orders_of_start::its_agents_become_ready", || {
+        remember_as_at_home(&lab, &["nat1", "nat2"])?;
+        lab.join(&mesh(&flags))?;
+        Ok(String::new())
+    })?;
+    steps.step(
+        "orders_of_start::two_regions_behind_nat_find_each_other_in_whatever_order_their_agents_start",
+        || start_in_every_order(&mut lab, &flags),
+    );
+    Some(())
+}
+
+/// How agents are started: their order, and how long after the one before each.
+type Order = (Vec<String>, Duration);
+
+/// A few orders, those among them in which another node leads a region for a moment and takes its router's
+/// port; with `SELVEDGE_START_ORDERS=all` every one, at once and one after the other.
+fn orders(lab: &Lab) -> Vec<Order> {
+    let names = lab.node_names();
+    let all = permutations(&names);
+    let gaps = [Duration::ZERO, Duration::from_secs(2)];
+    if std::env::var("SELVEDGE_START_ORDERS").is_ok_and(|which| which == "all") {
+        return gaps
+            .into_iter()
+            .flat_map(|gap| all.iter().map(move |order| (order.clone(), gap)))
+            .collect();
+    }
+    let second = "node-third-02";
+    let order = |names: [&str; 5]| names.map(str::to_owned).to_vec();
+    vec![
+        (
+            order([MASTER, LEADER, FOLLOWER, THIRD_LEADER, second]),
+            gaps[0],
+        ),
+        (
+            order([FOLLOWER, second, MASTER, LEADER, THIRD_LEADER]),
+            gaps[1],
+        ),
+        (
+            order([MASTER, FOLLOWER, THIRD_LEADER, LEADER, second]),
+            gaps[1],
+        ),
+        (
+            order([second, THIRD_LEADER, FOLLOWER, LEADER, MASTER]),
+            gaps[0],
+        ),
+    ]
+}
+
+fn permutations(names: &[String]) -> Vec<Vec<String>> {
+    if names.is_empty() {
+        return vec![Vec::new()];
+    }
+    let mut all = Vec::new();
+    for (index, first) in names.iter().enumerate() {
+        let mut others = names.to_vec();
+        others.remove(index);
+        for mut rest in permutations(&others) {
+            rest.insert(0, first.clone());
+            all.push(rest);
+        }
+    }
+    all
+}
+
+fn start_in_every_order(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String> {
+    let mut times = Vec::new();
+    for (order, gap) in orders(lab) {
+        let time = start_in_order(lab, flags, &order, gap)
+            .with_context(|| format!("{gap:?} apart: {}", order.join(", ")))?;
+        times.push(time);
+    }
+    times.sort();
+    let seconds = |time: &Duration| format!("{:.1}", time.as_secs_f64());
+    let (count, median) = (times.len(), seconds(&times[times.len() / 2]));
+    let longest = times.last().map(seconds).unwrap_or_default();
+    Ok(format!(
+        "{count} fresh starts; after the last agent was started they reached each other within {median} s (median) and {longest} s (longest)"
+    ))
+}
+
+/// Starts all agents as if for the first time, and returns how long after the last the two regions behind NAT
+/// reached each other.
+fn start_in_order(
+    lab: &mut Lab,
+    flags: &[&str],
+    order: &[String],
+    gap: Duration,
+) -> anyhow::Result<Duration> {
+    for name in order {
+        lab.take_agent(name)?.stop()?;
+        let state = lab.node(name)?.outside("/var/lib/selvedge");
+        if state.exists() {
+            std::fs::remove_dir_all(state)?;
+        }
+    }
+    for (router, last) in [("nat1", 20), ("nat2", 30)] {
+        // A link that goes down takes the mappings of its MASQUERADE rules with it.
+        lab.network().router(router)?.sh(&format!(
+            "ip link set wan down
+             ip link set wan up
+             ip address replace 203.0.113.{last}/24 dev wan
+             ip route replace default via 203.0.113.1"
+        ))?;
+    }
+    let mesh = mesh(flags);
+    for (index, name) in order.iter().enumerate() {
+        if index > 0 {
+            sleep(gap);
+        }
+        lab.restart_agent(mesh.binary, name, mesh.access, mesh.flags)?;
+    }
+    let begun = Instant::now();
+    let found = reached_both_ways(lab, LEADER, THIRD_LEADER, Duration::from_secs(30));
+    found.with_context(|| evidence(lab))?;
+    Ok(begun.elapsed())
+}
+
+/// What each leader knows of the other, for the one who reads a failure.
+fn evidence(lab: &Lab) -> String {
+    let mut text = String::new();
+    let nodes = [LEADER, FOLLOWER, THIRD_LEADER, MASTER];
+    let mut seen = BTreeMap::new();
+    for node in nodes {
+        let status = looks(lab, node).map(|[_, status]| status);
+        let status = status.unwrap_or_else(|error| error.to_string());
+        let lines = status.lines().filter(|line| {
+            let line = line.trim_start();
+            ["node:", "peer:", "endpoint:", "candidate:", "latest"]
+                .iter()
+                .any(|start| line.starts_with(start))
+        });
+        let lines: Vec<_> = lines.collect();
+        let _ = writeln!(text, "{}", lines.join("\n"));
+        let told = annotation(lab, node, "kilo.squat.ai/discovered-endpoints");
+        seen.insert(node, told.unwrap_or_default());
+    }
+    let _ = writeln!(text, "seen: {seen:?}");
+    text
+}
