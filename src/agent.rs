@@ -572,12 +572,7 @@ impl Agent {
             problems: &problems,
             traffic: &self.traffic,
             drops: &self.drops,
-            leak_drops: self
-                .machine
-                .kernel()
-                .counters()
-                .ok()
-                .map(|counters| counters.leak_drops),
+            counters: self.machine.kernel().counters().ok(),
             cache_failures: self.writer.failures(),
         });
         let report = Arc::new(report);

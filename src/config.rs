@@ -117,6 +117,8 @@ pub struct Config {
     pub beside_kilo: bool,
     /// `--on-tunnel-down`.
     pub on_tunnel_down: OnTunnelDown,
+    /// `--peer-internet`: whether VPN peers may leave the cluster through a leader.
+    pub peer_internet: bool,
     /// `--interface`: the name of the tunnel's link.
     pub interface: String,
     /// `--port`: of the endpoint this node finds for itself.
@@ -201,6 +203,7 @@ impl Config {
             region_networks: region_networks(flags.region_cidr),
             beside_kilo: flags.beside_kilo,
             on_tunnel_down: flags.on_tunnel_down,
+            peer_internet: flags.peer_internet,
             interface: flags.interface,
             port: flags.port,
             mtu: flags.mtu,

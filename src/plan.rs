@@ -210,6 +210,35 @@ pub struct Firewall {
     pub masquerade_destinations: BTreeSet<IpNet>,
     /// Destinations that are never masqueraded.
     pub known: BTreeSet<IpNet>,
+    /// What leaves this node through the mesh or not at all.
+    pub guard: Guard,
+    /// Sources whose VXLAN this node takes: the nodes of its region and their networks; empty where it
+    /// is its region's only node.
+    pub vxlan_sources: BTreeSet<IpNet>,
+    /// The devices by which the region's other nodes are reached and reach this one.
+    pub region_devices: BTreeSet<String>,
+    /// Whether VPN peers may leave the cluster through this node (`--peer-internet`).
+    pub peer_internet: bool,
+}
+
+/// What leaves a node through the mesh or not at all, as its routes have it. The nft table holds it too,
+/// so that nothing leaves in clear when rules or routes are gone.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Guard {
+    /// The next hops by which the other nodes of the region are reached.
+    pub hops: BTreeSet<IpAddr>,
+    /// What goes to another node of the own region, whatever this node's role.
+    pub beside: BTreeSet<IpNet>,
+    /// What goes through the tunnel (leaders) or to another node of the region (followers).
+    pub far: BTreeSet<IpNet>,
+    /// What does so if it comes from the cluster network.
+    pub far_from_pods: BTreeSet<IpNet>,
+    /// What main decides on, though it lies in [`Self::wide`].
+    pub near: BTreeSet<IpNet>,
+    /// As [`Self::far`], but for [`Self::near`].
+    pub wide: BTreeSet<IpNet>,
+    /// flannel's networks.
+    pub cluster: BTreeSet<IpNet>,
 }
 
 /// The identity of an nft table's content: a digest of the text `nft` was given.
@@ -296,6 +325,8 @@ pub struct Settings {
     pub on_tunnel_down: OnTunnelDown,
     /// `--service-cidr`.
     pub service_cidrs: Vec<IpNet>,
+    /// `--peer-internet`.
+    pub peer_internet: bool,
 }
 
 /// Everything [`plan`] looks at.
@@ -332,6 +363,7 @@ pub struct Inputs<'a> {
 pub fn plan(inputs: &Inputs<'_>) -> Option<State> {
     let site = Site::new(inputs)?;
     let routes = routes::routes(&site);
+    let firewall = firewall::firewall(&site, &routes);
     Some(State {
         link: Some(tunnel::link(&site)),
         addresses: tunnel::addresses(&site),
@@ -339,7 +371,7 @@ pub fn plan(inputs: &Inputs<'_>) -> Option<State> {
         peers: tunnel::peers(&site),
         rules: routes::rules(&site, &routes),
         routes,
-        firewall: Some(Ruleset::Planned(Box::new(firewall::firewall(&site)))),
+        firewall: Some(Ruleset::Planned(Box::new(firewall))),
         sysctls: tunnel::sysctls(&site),
     })
 }

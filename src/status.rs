@@ -76,6 +76,9 @@ pub struct Report {
     pub drops: BTreeMap<String, u64>,
     /// VXLAN packets to other regions that the firewall dropped; `None` where it could not be asked.
     pub leak_drops: Option<u64>,
+    /// Packets of strangers for the mesh, or out of the tunnel for somewhere else, that the firewall
+    /// dropped; `None` where it could not be asked.
+    pub stranger_drops: Option<u64>,
     /// How often the cluster's state could not be written to disk since the agent was started.
     pub cache_failures: u64,
 }

@@ -161,6 +161,7 @@ fn settings(facts: &Facts, config: &Config) -> plan::Settings {
         encapsulation: config.encapsulation,
         on_tunnel_down: config.on_tunnel_down,
         service_cidrs: config.service_cidrs.clone(),
+        peer_internet: config.peer_internet,
     }
 }
 

@@ -9,6 +9,7 @@ use super::reconcile::{Decision, Facts};
 use crate::cluster::{Contact, annotation};
 use crate::config::{Config, OnTunnelDown};
 use crate::flannel::Backend;
+use crate::kernel::Counters;
 use crate::plan::{Caveat, State};
 use crate::status::{Api, Candidate, Flannel, Peer, Report, Role, Segment, Tunnel};
 use crate::topology::{Mode, Topology};
@@ -52,8 +53,8 @@ pub struct Inputs<'a> {
     pub traffic: &'a BTreeMap<PublicKey, Traffic>,
     /// Packets the tunnel dropped, by reason.
     pub drops: &'a BTreeMap<String, u64>,
-    /// VXLAN packets that the firewall dropped.
-    pub leak_drops: Option<u64>,
+    /// What the nft table counted; `None` where it could not be asked.
+    pub counters: Option<Counters>,
     /// How often the cluster's state could not be written to disk.
     pub cache_failures: u64,
 }
@@ -159,7 +160,8 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
         routes: desired.routes.len(),
         fail_open: config.on_tunnel_down == OnTunnelDown::Open,
         drops: inputs.drops.clone(),
-        leak_drops: inputs.leak_drops,
+        leak_drops: inputs.counters.map(|counters| counters.leak_drops),
+        stranger_drops: inputs.counters.map(|counters| counters.stranger_drops),
         cache_failures: inputs.cache_failures,
     }
 }

@@ -79,6 +79,12 @@ pub struct Flags {
     #[arg(long, value_name = "HOW", help_heading = MESH, default_value = "closed")]
     pub(super) on_tunnel_down: OnTunnelDown,
 
+    /// Whether VPN peers (`Peer` objects) may leave the cluster through a leader, to the internet or its LAN
+    #[arg(long, value_name = "BOOL", help_heading = MESH, default_value = "false",
+          value_parser = values::boolean,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(super) peer_internet: bool,
+
     // This node
     /// Name of the tunnel's link
     #[arg(long, value_name = "LINK", help_heading = NODE, default_value = "kilo0",

@@ -22,6 +22,8 @@ pub const LEAK_DROPS: &str = "leak_drops";
 pub const LEAKS: &str = "leaks";
 /// The counter of what pods sent to the ports of VXLAN and the tunnel, and of VXLAN out of the tunnel.
 pub const POD_DROPS: &str = "pod_drops";
+/// The counter of what came from strangers for the mesh, or out of the tunnel for somewhere else.
+pub const STRANGER_DROPS: &str = "stranger_drops";
 /// The chain that sees no packets; the comment of its only rule says what was installed.
 pub(super) const SEAL: &str = "seal";
 
@@ -135,7 +137,18 @@ struct Text<'a> {
 impl<'a> Text<'a> {
     fn new(firewall: &'a Firewall) -> Self {
         let underlay = firewall.region_underlay.iter().copied().map(IpNet::from);
+        let guard = &firewall.guard;
+        let hops = guard.hops.iter().copied().map(IpNet::from);
+        // The kernel fills them in this order: what lets pass before what drops.
         let named = [
+            ("allowed_hops", hops.collect()),
+            ("beside", guard.beside.clone()),
+            ("cluster", guard.cluster.clone()),
+            ("far", guard.far.clone()),
+            ("far_from_pods", guard.far_from_pods.clone()),
+            ("near", guard.near.clone()),
+            ("vxlan_from", firewall.vxlan_sources.clone()),
+            ("wide", guard.wide.clone()),
             ("known", firewall.known.clone()),
             ("local_pods", firewall.local_pods.clone()),
             ("masquerade_from", firewall.masquerade_sources.clone()),
@@ -171,7 +184,7 @@ impl<'a> Text<'a> {
     /// The whole table, with what is in its sets or without.
     fn table(mut self, filled: bool) -> String {
         self.line(0, format!("table inet {TABLE} {{"));
-        for counter in [LEAK_DROPS, LEAKS, POD_DROPS] {
+        for counter in [LEAK_DROPS, LEAKS, POD_DROPS, STRANGER_DROPS] {
             self.line(1, format!("counter {counter} {{ }}"));
         }
         self.sets(filled);
@@ -180,6 +193,8 @@ impl<'a> Text<'a> {
         self.clamp();
         self.underlay();
         self.leave();
+        self.guard_vxlan();
+        self.guard_doors();
         self.guard_ports();
         self.chain(SEAL, None, |_| ());
         self.line(0, "}");
@@ -389,24 +404,128 @@ impl<'a> Text<'a> {
         });
     }
 
-    /// A leader sends to pods of other regions through the tunnel or not at all, whatever has become
-    /// of its routes.
+    /// What is for other regions leaves a leader through the tunnel, and any other node by a next hop that
+    /// is a node of its region, or not at all, whatever has become of rules and routes.
+    ///
+    /// VXLAN to a node of the region is such a hop as well: its gateway is that node's address in the
+    /// cluster network. Where `rt` finds no next hop the rule does not match, so no hop is asked of what
+    /// takes the tunnel.
     fn leave(&mut self) {
-        if !self.firewall.leader {
-            return;
-        }
-        let tunnel = &self.firewall.tunnel;
+        let firewall = self.firewall;
         let end = self.leak();
         let hook = Some("filter hook postrouting priority filter");
         self.chain("leave", hook, |text| {
+            if firewall.leader {
+                text.rule(format!(
+                    "oifname {{ \"lo\", \"{}\" }} return",
+                    firewall.tunnel
+                ));
+            } else {
+                text.rule("oifname \"lo\" return");
+            }
             for family in Family::BOTH {
-                if let Some(pods) = text.set("remote_pods", family) {
-                    text.rule(format!(
-                        "oifname != \"{tunnel}\" {} daddr {pods} {end}",
-                        family.ip()
-                    ));
+                let ip = family.ip();
+                let (Some(hops), Some(beside)) =
+                    (text.set("allowed_hops", family), text.set("beside", family))
+                else {
+                    continue;
+                };
+                let astray = format!("rt {ip} nexthop != {hops} ");
+                text.rule(format!("{ip} daddr {beside} {astray}{end}"));
+                let astray = if firewall.leader { "" } else { &astray };
+                let sets = ["far", "far_from_pods", "cluster", "near", "wide"];
+                let [far, far_from_pods, cluster, near, wide] =
+                    sets.map(|name| text.set(name, family).unwrap_or_default());
+                text.rule(format!("{ip} daddr {far} {astray}{end}"));
+                text.rule(format!(
+                    "{ip} saddr {cluster} {ip} daddr {far_from_pods} {astray}{end}"
+                ));
+                text.rule(format!("{ip} daddr {near} return"));
+                text.rule(format!("{ip} daddr {wide} {astray}{end}"));
+            }
+        });
+    }
+
+    /// VXLAN is taken from the region's nodes only: what is in it would have any source.
+    fn guard_vxlan(&mut self) {
+        if self.vxlan_ports.is_empty() {
+            return;
+        }
+        let ports = one_of(&self.vxlan_ports);
+        let end = format!("counter name \"{STRANGER_DROPS}\" drop");
+        let hook = Some("filter hook input priority filter");
+        self.chain("from_strangers", hook, |text| {
+            for family in Family::BOTH {
+                let stranger = match text.set("vxlan_from", family) {
+                    Some(near) => format!("{} saddr != {near}", family.ip()),
+                    None => format!("meta nfproto {}", family.protocol()),
+                };
+                text.rule(format!("{stranger} udp dport {ports} {end}"));
+            }
+        });
+    }
+
+    /// Into the tunnel goes what comes from local pods, by the device that leads to them, from the
+    /// region's nodes, by the devices that lead there, and what this node itself translated or knows as
+    /// an answer. Out of it comes what is for the region.
+    fn guard_doors(&mut self) {
+        let firewall = self.firewall;
+        if !firewall.leader {
+            return;
+        }
+        let tunnel = &firewall.tunnel;
+        let end = format!("counter name \"{STRANGER_DROPS}\" drop");
+        let devices = firewall.region_devices.iter();
+        let devices = one_of(devices.map(|name| format!("\"{name}\"")));
+        let known = [
+            "ct state established,related return",
+            "ct status dnat return",
+        ];
+        let hook = Some("filter hook forward priority filter");
+        self.chain("into_tunnel", hook, |text| {
+            text.rule(format!("oifname != \"{tunnel}\" return"));
+            text.rule(format!("iifname \"{tunnel}\" return"));
+            for rule in known {
+                text.rule(rule);
+            }
+            for family in Family::BOTH {
+                let ip = family.ip();
+                let sets = ["local_pods", "region", "masquerade_to"];
+                let [Some(pods), Some(region), Some(offers)] =
+                    sets.map(|name| text.set(name, family))
+                else {
+                    continue;
+                };
+                text.rule(format!(
+                    "{ip} saddr {pods} fib saddr . iif oif exists return"
+                ));
+                if !firewall.region_devices.is_empty() {
+                    text.rule(format!("iifname {devices} {ip} saddr {region} return"));
+                }
+                text.rule(format!("{ip} saddr {offers} return"));
+            }
+            text.rule(&end);
+        });
+        self.chain("out_of_tunnel", hook, |text| {
+            text.rule(format!("iifname != \"{tunnel}\" return"));
+            text.rule(format!("oifname \"{tunnel}\" return"));
+            for rule in known {
+                text.rule(rule);
+            }
+            for family in Family::BOTH {
+                let ip = family.ip();
+                for name in ["local_pods", "region", "masquerade_to"] {
+                    if let Some(set) = text.set(name, family) {
+                        text.rule(format!("{ip} daddr {set} return"));
+                    }
+                }
+                if let Some(peers) = text.set("masquerade_from", family)
+                    && firewall.peer_internet
+                {
+                    text.rule(format!("{ip} saddr {peers} return"));
                 }
             }
+            text.rule(&end);
         });
     }
 

@@ -129,7 +129,7 @@ pub(super) fn from_message(message: &RuleMessage) -> Option<Found> {
             }
             RuleAttribute::L3MDev(on) => {
                 plain = false;
-                vrf = u8::from(*on) != 0;
+                vrf = *on;
             }
             _ => plain = false,
         }
@@ -219,5 +219,24 @@ mod tests {
         for message in [by_destination, masked] {
             assert!(!from_message(&message).unwrap().is_ours());
         }
+    }
+
+    #[test]
+    fn the_rule_of_vrfs_and_one_that_is_inverted_are_read() {
+        let mut vrf = to_dump(false);
+        vrf.header.action = RuleAction::ToTable;
+        vrf.attributes = vec![RuleAttribute::Priority(1000), RuleAttribute::L3MDev(true)];
+        assert_eq!(from_message(&vrf).unwrap().action, OtherAction::Vrf);
+
+        let mut not_there = to_dump(false);
+        not_there.header.action = RuleAction::ToTable;
+        not_there.header.dst_len = 16;
+        not_there.header.flags |= RuleFlags::Invert;
+        not_there.attributes = vec![
+            RuleAttribute::Destination([172, 31, 0, 0].into()),
+            RuleAttribute::Table(7120),
+        ];
+        let found = from_message(&not_there).unwrap();
+        assert_eq!((found.to, found.action), (None, OtherAction::Lookup(7120)));
     }
 }

@@ -70,6 +70,8 @@ pub struct Counters {
     /// Dropped because a pod sent them to the port of VXLAN or of the tunnel, or because they were
     /// VXLAN out of the tunnel.
     pub pod_drops: u64,
+    /// Dropped because they came from strangers for the mesh, or out of the tunnel for somewhere else.
+    pub stranger_drops: u64,
 }
 
 impl Rulesets {
@@ -117,7 +119,8 @@ impl Rulesets {
     /// Makes the table this one, in one transaction. Where only the elements of its sets differ, the rules
     /// stay where they are, and no packet sees anything but the old elements or the new.
     pub(super) fn replace(&mut self, firewall: &Firewall) -> anyhow::Result<()> {
-        for name in firewall.vxlan.keys().chain([&firewall.tunnel]) {
+        let names = firewall.vxlan.keys().chain(&firewall.region_devices);
+        for name in names.chain([&firewall.tunnel]) {
             // The kernel allows nearly everything in a name, nft's language does not.
             ensure!(
                 is_plain(name),
@@ -165,6 +168,7 @@ impl Rulesets {
             leak_drops: packets(nft::LEAK_DROPS)?,
             leaks: packets(nft::LEAKS)?,
             pod_drops: packets(nft::POD_DROPS)?,
+            stranger_drops: packets(nft::STRANGER_DROPS)?,
         })
     }
 

@@ -1,15 +1,15 @@
 //! The values of the nft table.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
-use super::Firewall;
 use super::site::{Role, Site};
+use super::{Firewall, Guard, NextHop, Route, RouteKey, Table};
 use crate::config::OnTunnelDown;
 
 /// What the nft table of this node must know.
-pub(super) fn firewall(site: &Site<'_>) -> Firewall {
+pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Firewall {
     let settings = site.inputs.settings;
     let flannel = site.inputs.flannel;
     let topology = site.inputs.topology;
@@ -85,5 +85,82 @@ pub(super) fn firewall(site: &Site<'_>) -> Firewall {
         masquerade_sources,
         masquerade_destinations,
         known,
+        guard: guard(site, routes),
+        vxlan_sources: vxlan_sources(site),
+        region_devices: region_hops(site).map(|hop| hop.dev).collect(),
+        peer_internet: settings.peer_internet,
     }
+}
+
+/// How the other nodes of the region are reached.
+fn region_hops<'s>(site: &'s Site<'_>) -> impl Iterator<Item = NextHop> + 's {
+    let members = site.other_members();
+    let families = |node| [false, true].map(|v6| (node, v6));
+    members
+        .flat_map(families)
+        .filter_map(|(node, v6)| site.hop_to(node, v6))
+}
+
+/// Whose VXLAN is taken. flannel sends from the address of its device's underlay, which a node of the
+/// region that has several addresses need not announce, but which is in a network of the region. Where
+/// the region has no other node, nothing that arrives is flannel's.
+fn vxlan_sources(site: &Site<'_>) -> BTreeSet<IpNet> {
+    let others = site.other_members().next().is_some();
+    let me = site.inputs.me;
+    let mut outside = site.outside_neighbours();
+    if !others && !outside.any(|node| node.name != *me) {
+        return BTreeSet::new();
+    }
+    let addresses = site.region_underlay.iter().copied().map(IpNet::from);
+    addresses
+        .chain(site.region_networks.iter().copied())
+        .collect()
+}
+
+/// The guard by the routes: what they send through the mesh or refuse, and what they throw back to main.
+///
+/// A set of prefixes knows no longest match. So what contains something near is looked up after that, and
+/// everything else before it. The pods of other regions lie in the cluster network.
+fn guard(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Guard {
+    let networks = &site.inputs.flannel.networks;
+    let tunnel = &site.inputs.settings.interface;
+    let mut guard = Guard {
+        hops: region_hops(site).filter_map(|hop| hop.via).collect(),
+        cluster: networks.iter().copied().collect(),
+        ..Guard::default()
+    };
+    for (key, route) in routes {
+        if key.table == Table::Mesh && *route == Route::Throw {
+            guard.near.insert(key.dst);
+        }
+    }
+    for (key, route) in routes {
+        let dst = key.dst;
+        match (key.table, route) {
+            (Table::Members, _) | (_, Route::Throw) => {}
+            (Table::Pods, _) => {
+                guard.far_from_pods.insert(dst);
+            }
+            (Table::Mesh, Route::Unicast { next_hops, .. })
+                if site.led().is_some() && next_hops.iter().all(|hop| hop.dev != *tunnel) =>
+            {
+                guard.beside.insert(dst);
+            }
+            (Table::Mesh, Route::Unicast { .. } | Route::Unreachable) => {
+                let inside = |net: &IpNet| net.contains(&dst) && *net != dst;
+                if guard
+                    .near
+                    .range(dst..)
+                    .next()
+                    .is_some_and(|near| dst.contains(near))
+                {
+                    guard.wide.insert(dst);
+                } else if !networks.iter().any(inside) {
+                    guard.far.insert(dst);
+                }
+            }
+        }
+    }
+    guard.far = &guard.far - &guard.beside;
+    guard
 }

@@ -264,6 +264,15 @@ impl Collector for Latest {
                 MetricType::Counter,
             )?)?;
         }
+        if let Some(drops) = report.stranger_drops {
+            let counter = ConstCounter::new(drops);
+            counter.encode(encoder.encode_descriptor(
+                "selvedge_stranger_drops",
+                "Packets of strangers for the mesh, or out of the tunnel for somewhere else, that were dropped",
+                None,
+                MetricType::Counter,
+            )?)?;
+        }
         let connected = i64::try_from(report.connected.len()).unwrap_or(i64::MAX);
         ConstGauge::new(connected).encode(encoder.encode_descriptor(
             "selvedge_left_to_connected_networks",

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use selvedge::diff::Change;
 use selvedge::kernel::{Counters, Kernel};
-use selvedge::plan::Firewall;
+use selvedge::plan::{Firewall, Guard};
 use selvedge_lab::netns::Namespace;
 
 use crate::fixture::{Node, firewall, ip, nets};
@@ -551,10 +551,16 @@ fn a_leader_that_is_its_regions_router_still_translates_what_passes_the_tunnel_b
 }
 
 #[test]
-fn a_vpn_peer_is_itself_inside_the_mesh_and_the_leader_outside() {
+fn a_vpn_peer_is_itself_inside_the_mesh_and_leaves_it_only_where_the_operator_says_so() {
     let mesh = Mesh::new("vpn");
     mesh.masquerade_as_flannel("iptables");
     mesh.install(&firewall());
+    assert_eq!(mesh.seen_by(&mesh.near, "10.5.0.1", "192.0.2.12"), None);
+    assert_eq!(mesh.counters().stranger_drops, 1);
+    mesh.install(&Firewall {
+        peer_internet: true,
+        ..firewall()
+    });
 
     let inside = mesh.seen_by(&mesh.near, "10.5.0.1", "10.42.2.5");
     let outside = mesh.seen_by(&mesh.near, "10.5.0.1", "192.0.2.12");
@@ -687,6 +693,79 @@ fn no_vxlan_comes_out_of_the_tunnel() {
     assert_eq!(mesh.counters().pod_drops, 4);
 }
 
+#[test]
+fn a_neighbour_with_a_route_for_the_cluster_network_does_not_enter_the_tunnel() {
+    let mesh = Mesh::new("door");
+    mesh.near
+        .run("ip addr add 192.168.50.77/24 dev eth0")
+        .unwrap();
+    // A node port of the leader's, behind which is a pod elsewhere.
+    mesh.leader
+        .sh("
+            nft add table ip kp
+            nft 'add chain ip kp pre { type nat hook prerouting priority -100; }'
+            nft 'add rule ip kp pre udp dport 30000 dnat to 10.42.0.5'
+            nft 'add chain ip kp post { type nat hook postrouting priority 100; }'
+            nft 'add rule ip kp post ct status dnat masquerade'
+        ")
+        .unwrap();
+    let arrives = |from: &Namespace, source: &str, to: &str| {
+        mesh.delivered(from, source, &mesh.far, to, 4000)
+    };
+    let stranger = |to: &str| arrives(&mesh.near, "192.168.50.77", to);
+    assert!(stranger("10.42.0.5"), "control");
+    mesh.install(&firewall());
+
+    assert!(!stranger("10.42.0.5"));
+    assert_eq!(mesh.counters().stranger_drops, 1);
+    assert!(
+        arrives(&mesh.near, "192.168.50.12", "10.42.0.5"),
+        "a node of the region"
+    );
+    assert!(
+        arrives(&mesh.near, "10.42.2.5", "10.42.0.5"),
+        "a pod of the region"
+    );
+    assert!(
+        arrives(&mesh.pod, "10.42.1.5", "10.42.0.5"),
+        "a pod of the leader"
+    );
+    // In the name of a node, by the device of the pods.
+    assert!(!arrives(&mesh.pod, "192.168.50.13", "10.42.0.5"));
+    let node_port = || {
+        mesh.delivered_by(
+            &mesh.near,
+            "192.168.50.77",
+            &mesh.far,
+            ("192.168.50.11", 30000),
+            30000,
+        )
+    };
+    assert!(node_port(), "what the leader itself translated");
+}
+
+#[test]
+fn vxlan_is_taken_from_the_region_alone() {
+    let mesh = Mesh::new("vxin");
+    let arrives = |from: &Namespace, source: &str, to: &str| {
+        mesh.delivered(from, source, &mesh.leader, to, 8472)
+    };
+    let stranger = || arrives(&mesh.far, "198.51.100.10", "198.51.100.1");
+    let member = || arrives(&mesh.near, "192.168.50.12", "192.168.50.11");
+    assert!(stranger() && member(), "control");
+
+    mesh.install(&firewall());
+    assert!(!stranger());
+    assert!(member());
+
+    // The region's only node expects none.
+    mesh.install(&Firewall {
+        vxlan_sources: nets(&[]),
+        ..firewall()
+    });
+    assert!(!stranger() && !member());
+}
+
 /// The table as `nft` shows it, without the identities in its seal.
 fn listing(node: &Node) -> String {
     let listing = node.run("nft list table inet selvedge");
@@ -718,6 +797,21 @@ fn v4_only(firewall: Firewall) -> Firewall {
         region_pods: v4(firewall.region_pods),
         region_nodes: v4(firewall.region_nodes),
         local_pods: v4(firewall.local_pods),
+        guard: Guard {
+            hops: firewall
+                .guard
+                .hops
+                .into_iter()
+                .filter(|ip| ip.is_ipv4())
+                .collect(),
+            beside: v4(firewall.guard.beside),
+            far: v4(firewall.guard.far),
+            far_from_pods: v4(firewall.guard.far_from_pods),
+            near: v4(firewall.guard.near),
+            wide: v4(firewall.guard.wide),
+            cluster: v4(firewall.guard.cluster),
+        },
+        vxlan_sources: v4(firewall.vxlan_sources),
         ..firewall
     }
 }
@@ -897,6 +991,24 @@ impl Mesh {
         from.within(|| {
             let client = UdpSocket::bind((source, 0)).unwrap();
             client.send_to(b"?", (at, port)).unwrap();
+        });
+        server.recv(&mut [0; 8]).is_ok()
+    }
+
+    /// Whether a datagram arrives behind a translation.
+    fn delivered_by(
+        &self,
+        from: &Namespace,
+        source: &str,
+        at: &Namespace,
+        to: (&str, u16),
+        port: u16,
+    ) -> bool {
+        let server = at.within(|| bind("10.42.0.5", port));
+        server.set_read_timeout(Some(ARRIVAL)).unwrap();
+        from.within(|| {
+            let client = UdpSocket::bind((source, 0)).unwrap();
+            client.send_to(b"?", to).unwrap();
         });
         server.recv(&mut [0; 8]).is_ok()
     }

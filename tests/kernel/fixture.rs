@@ -7,7 +7,8 @@ use ipnet::IpNet;
 use selvedge::diff::{Change, diff};
 use selvedge::kernel::Kernel;
 use selvedge::plan::{
-    BACKSTOP_METRIC, Firewall, Link, NextHop, Route, RouteKey, Rule, Ruleset, Scope, State, Table,
+    BACKSTOP_METRIC, Firewall, Guard, Link, NextHop, Route, RouteKey, Rule, Ruleset, Scope, State,
+    Table,
 };
 use selvedge_lab::netns::Namespace;
 
@@ -235,6 +236,26 @@ pub(crate) fn firewall() -> Firewall {
         masquerade_sources: nets(&["10.5.0.1/32"]),
         masquerade_destinations: nets(&["172.16.0.0/24"]),
         known: nets(&["10.42.0.0/16", "203.0.113.10/32"]),
+        guard: Guard {
+            hops: ["10.42.2.0", "192.168.50.12", "fd42:0:0:2::"]
+                .map(ip)
+                .into(),
+            beside: nets(&[]),
+            far: nets(&["10.4.0.1/32", "10.5.0.1/32", "fd04::1/128"]),
+            far_from_pods: nets(&["203.0.113.10/32"]),
+            near: nets(&[
+                "10.42.1.0/24",
+                "10.42.2.0/24",
+                "10.42.3.0/24",
+                "fd42:0:0:1::/64",
+                "fd42:0:0:2::/64",
+            ]),
+            wide: nets(&["10.42.0.0/16", "fd42::/56"]),
+            cluster: nets(&["10.42.0.0/16", "fd42::/56"]),
+        },
+        vxlan_sources: nets(&["192.168.50.0/24", "2001:db8:50::12/128"]),
+        region_devices: ["eth0", "flannel.1"].map(str::to_owned).into(),
+        peer_internet: false,
     }
 }
 

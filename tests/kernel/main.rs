@@ -9,6 +9,11 @@ mod fixture;
 mod flannel;
 mod guard;
 mod host;
+mod leaks;
 mod linux;
+#[expect(dead_code, reason = "every test binary uses its own part")]
+#[path = "../mesh/mod.rs"]
+mod mesh;
+mod rules;
 mod state;
 mod watching;

@@ -62,6 +62,7 @@ impl Mesh {
                 encapsulation: Encapsulation::CrossSubnet,
                 on_tunnel_down: OnTunnelDown::Closed,
                 service_cidrs: vec![net("10.43.0.0/16")],
+                peer_internet: false,
             },
             backend: Backend::Vxlan,
             direct_routing: false,

@@ -152,3 +152,66 @@ fn an_api_server_elsewhere_is_reached_directly_by_the_host_and_by_tunnel_for_pod
         ]
     );
 }
+
+/// Another region's node has the address of a printer here, or of this network's router.
+#[test]
+fn an_address_of_a_network_this_node_is_connected_to_is_left_to_that_network() {
+    let mut mesh = Mesh::new([
+        node("a1", "a", 1, "192.168.50.11/24"),
+        node("b1", "b", 2, "192.168.1.1/24"),
+        node("b2", "b", 3, "192.168.50.77/24"),
+        node("b3", "b", 4, "192.168.50.1/24"),
+    ]);
+    mesh.add_peers([vpn_peer("phone", 9, &["192.168.50.99/32"])]);
+    let about = |mesh: &Mesh, what: &str| {
+        let lines = mesh.commands("a1");
+        lines.lines().filter(|line| line.contains(what)).count()
+    };
+    let contested = ["192.168.50.77", "192.168.50.1/32", "192.168.50.99"];
+    // Control: without a network of its own this node carries them all.
+    assert!(about(&mesh, "192.168.50.77") > 0 && about(&mesh, "192.168.50.99") > 0);
+
+    mesh.connected = [net("192.168.50.0/24")].into();
+    for address in contested {
+        assert_eq!(about(&mesh, address), 0, "{address}");
+    }
+    assert!(about(&mesh, "192.168.1.1") > 0, "all else is carried");
+    let me = NodeName("a1".into());
+    let topology = mesh.topology();
+    let flannel = mesh.flannel(&me);
+    let inputs = selvedge::plan::Inputs {
+        topology: &topology,
+        me: &me,
+        flannel: &flannel,
+        settings: &mesh.local,
+        api_servers: &mesh.api_servers,
+        observed: &mesh.observed,
+        connected: &mesh.connected,
+        other_rules: &mesh.other_rules,
+    };
+    let caveats = selvedge::plan::caveats(&inputs, &mesh.state("a1"));
+    let caveats: Vec<_> = caveats.iter().map(|caveat| format!("{caveat}\n")).collect();
+    insta::assert_snapshot!(caveats.concat(), @"");
+
+    // What the tunnel hears from there is the node: its handshake proves it.
+    let leader = mesh
+        .topology()
+        .segment_of(&NodeName("b2".into()))
+        .unwrap()
+        .public_key;
+    mesh.observed = [(leader, "192.168.50.77:51820".parse().unwrap())].into();
+    assert!(about(&mesh, "192.168.50.77") > 0);
+}
+
+#[test]
+fn a_wide_offer_keeps_off_the_networks_this_node_is_connected_to() {
+    let mut mesh = Mesh::new([
+        node("a1", "a", 1, "10.1.0.1/24"),
+        node("b1", "b", 2, "192.168.1.1/24")
+            .with(|node| node.allowed_location_ips = vec![net("172.16.0.0/12")]),
+    ]);
+    mesh.connected = [net("172.16.9.0/24")].into();
+    let routes = routes(&mesh, "a1");
+    assert!(routes.contains("throw 172.16.9.0/24"), "{routes}");
+    assert!(routes.contains(" 172.16.0.0/12 "), "{routes}");
+}
