@@ -29,6 +29,67 @@ fn an_operator_reads_what_a_leader_does() {
     		packets 0 bytes 0
     	}
 
+    	counter stranger_drops {
+    		packets 0 bytes 0
+    	}
+
+    	set allowed_hops4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.42.2.0, 192.168.50.12 }
+    	}
+
+    	set allowed_hops6 {
+    		type ipv6_addr
+    		flags interval
+    		elements = { fd42:0:0:2:: }
+    	}
+
+    	set beside4 {
+    		type ipv4_addr
+    		flags interval
+    	}
+
+    	set beside6 {
+    		type ipv6_addr
+    		flags interval
+    	}
+
+    	set cluster4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.42.0.0/16 }
+    	}
+
+    	set cluster6 {
+    		type ipv6_addr
+    		flags interval
+    		elements = { fd42::/56 }
+    	}
+
+    	set far4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.4.0.1, 10.5.0.1 }
+    	}
+
+    	set far6 {
+    		type ipv6_addr
+    		flags interval
+    		elements = { fd04::1 }
+    	}
+
+    	set far_from_pods4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 203.0.113.10 }
+    	}
+
+    	set far_from_pods6 {
+    		type ipv6_addr
+    		flags interval
+    	}
+
     	set known4 {
     		type ipv4_addr
     		flags interval
@@ -88,6 +149,19 @@ fn an_operator_reads_what_a_leader_does() {
     			     fd42::/64 }
     	}
 
+    	set near4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.42.1.0/24, 10.42.2.0/23 }
+    	}
+
+    	set near6 {
+    		type ipv6_addr
+    		flags interval
+    		elements = { fd42:0:0:1::/64,
+    			     fd42:0:0:2::/64 }
+    	}
+
     	set region4 {
     		type ipv4_addr
     		flags interval
@@ -139,6 +213,30 @@ fn an_operator_reads_what_a_leader_does() {
     		elements = { fd42::/64 }
     	}
 
+    	set vxlan_from4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 192.168.50.0/24 }
+    	}
+
+    	set vxlan_from6 {
+    		type ipv6_addr
+    		flags interval
+    		elements = { 2001:db8:50::12 }
+    	}
+
+    	set wide4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.42.0.0/16 }
+    	}
+
+    	set wide6 {
+    		type ipv6_addr
+    		flags interval
+    		elements = { fd42::/56 }
+    	}
+
     	chain transit {
     		type filter hook prerouting priority raw; policy accept;
     		fib daddr type local return
@@ -187,8 +285,53 @@ fn an_operator_reads_what_a_leader_does() {
 
     	chain leave {
     		type filter hook postrouting priority filter; policy accept;
-    		oifname != "kilo0" ip daddr @remote_pods4 counter name "leak_drops" drop
-    		oifname != "kilo0" ip6 daddr @remote_pods6 counter name "leak_drops" drop
+    		oifname { "lo", "kilo0" } return
+    		ip daddr @beside4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
+    		ip daddr @far4 counter name "leak_drops" drop
+    		ip saddr @cluster4 ip daddr @far_from_pods4 counter name "leak_drops" drop
+    		ip daddr @near4 return
+    		ip daddr @wide4 counter name "leak_drops" drop
+    		ip6 daddr @beside6 rt ip6 nexthop != @allowed_hops6 counter name "leak_drops" drop
+    		ip6 daddr @far6 counter name "leak_drops" drop
+    		ip6 saddr @cluster6 ip6 daddr @far_from_pods6 counter name "leak_drops" drop
+    		ip6 daddr @near6 return
+    		ip6 daddr @wide6 counter name "leak_drops" drop
+    	}
+
+    	chain from_strangers {
+    		type filter hook input priority filter; policy accept;
+    		ip saddr != @vxlan_from4 udp dport 8472 counter name "stranger_drops" drop
+    		ip6 saddr != @vxlan_from6 udp dport 8472 counter name "stranger_drops" drop
+    	}
+
+    	chain into_tunnel {
+    		type filter hook forward priority filter; policy accept;
+    		oifname != "kilo0" return
+    		iifname "kilo0" return
+    		ct state established,related return
+    		ct status dnat return
+    		ip saddr @local_pods4 fib saddr . iif oif exists return
+    		iifname { "eth0", "flannel.1" } ip saddr @region4 return
+    		ip saddr @masquerade_to4 return
+    		ip6 saddr @local_pods6 fib saddr . iif oif exists return
+    		iifname { "eth0", "flannel.1" } ip6 saddr @region6 return
+    		ip6 saddr @masquerade_to6 return
+    		counter name "stranger_drops" drop
+    	}
+
+    	chain out_of_tunnel {
+    		type filter hook forward priority filter; policy accept;
+    		iifname != "kilo0" return
+    		oifname "kilo0" return
+    		ct state established,related return
+    		ct status dnat return
+    		ip daddr @local_pods4 return
+    		ip daddr @region4 return
+    		ip daddr @masquerade_to4 return
+    		ip6 daddr @local_pods6 return
+    		ip6 daddr @region6 return
+    		ip6 daddr @masquerade_to6 return
+    		counter name "stranger_drops" drop
     	}
 
     	chain from_pods {
@@ -240,6 +383,39 @@ fn an_operator_reads_what_a_follower_does() {
     		packets 0 bytes 0
     	}
 
+    	counter stranger_drops {
+    		packets 0 bytes 0
+    	}
+
+    	set allowed_hops4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.42.2.0, 192.168.50.12 }
+    	}
+
+    	set beside4 {
+    		type ipv4_addr
+    		flags interval
+    	}
+
+    	set cluster4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.42.0.0/16 }
+    	}
+
+    	set far4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.4.0.1, 10.5.0.1 }
+    	}
+
+    	set far_from_pods4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 203.0.113.10 }
+    	}
+
     	set known4 {
     		type ipv4_addr
     		flags interval
@@ -268,6 +444,12 @@ fn an_operator_reads_what_a_follower_does() {
     			     10.42.4.0/24 }
     	}
 
+    	set near4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.42.1.0/24, 10.42.2.0/23 }
+    	}
+
     	set region4 {
     		type ipv4_addr
     		flags interval
@@ -291,6 +473,18 @@ fn an_operator_reads_what_a_follower_does() {
     		type ipv4_addr
     		flags interval
     		elements = { 10.42.0.0/24, 10.42.4.0/24 }
+    	}
+
+    	set vxlan_from4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 192.168.50.0/24 }
+    	}
+
+    	set wide4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.42.0.0/16 }
     	}
 
     	chain transit {
@@ -320,6 +514,22 @@ fn an_operator_reads_what_a_follower_does() {
     		type filter hook output priority filter; policy accept;
     		ip daddr != @region_underlay4 udp dport 8472 counter name "leak_drops" drop
     		meta nfproto ipv6 udp dport 8472 counter name "leak_drops" drop
+    	}
+
+    	chain leave {
+    		type filter hook postrouting priority filter; policy accept;
+    		oifname "lo" return
+    		ip daddr @beside4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
+    		ip daddr @far4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
+    		ip saddr @cluster4 ip daddr @far_from_pods4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
+    		ip daddr @near4 return
+    		ip daddr @wide4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
+    	}
+
+    	chain from_strangers {
+    		type filter hook input priority filter; policy accept;
+    		ip saddr != @vxlan_from4 udp dport 8472 counter name "stranger_drops" drop
+    		meta nfproto ipv6 udp dport 8472 counter name "stranger_drops" drop
     	}
 
     	chain from_pods {

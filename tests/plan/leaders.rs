@@ -76,6 +76,7 @@ fn followers_move_to_a_new_leader_without_a_hole() {
 
     let changes = |me: &str| lines(&diff(&before.state(me), &after.state(me)));
     insta::assert_snapshot!(changes("node-agent-03"), @"
+    nft -f -
     ip route replace table 5130 10.4.0.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420 proto 118
     ip route replace table 5130 10.4.0.3 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420 proto 118
     ip route replace table 5130 unreachable 10.4.0.3 metric 4278198272 proto 118

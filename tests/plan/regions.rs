@@ -191,7 +191,11 @@ fn an_address_of_a_network_this_node_is_connected_to_is_left_to_that_network() {
     };
     let caveats = selvedge::plan::caveats(&inputs, &mesh.state("a1"));
     let caveats: Vec<_> = caveats.iter().map(|caveat| format!("{caveat}\n")).collect();
-    insta::assert_snapshot!(caveats.concat(), @"");
+    insta::assert_snapshot!(caveats.concat(), @"
+    node b2: 192.168.50.77 is not reached through the tunnel from here, because this node is connected to 192.168.50.0/24
+    node b3: 192.168.50.1 is not reached through the tunnel from here, because this node is connected to 192.168.50.0/24
+    peer phone: 192.168.50.99 is not reached through the tunnel from here, because this node is connected to 192.168.50.0/24
+    ");
 
     // What the tunnel hears from there is the node: its handshake proves it.
     let leader = mesh

@@ -238,6 +238,40 @@ fn the_firewall_knows_who_is_near_and_who_is_not() {
         masquerade_sources: {},
         masquerade_destinations: {},
         known: {},
+        guard: Guard {
+            hops: {
+                10.42.2.0,
+                10.42.3.0,
+            },
+            beside: {},
+            far: {
+                10.4.0.1/32,
+            },
+            far_from_pods: {
+                203.0.113.10/32,
+            },
+            near: {
+                10.42.1.0/24,
+                10.42.2.0/24,
+                10.42.3.0/24,
+            },
+            wide: {
+                10.42.0.0/16,
+            },
+            cluster: {
+                10.42.0.0/16,
+            },
+        },
+        vxlan_sources: {
+            192.168.50.0/24,
+            192.168.50.11/32,
+            192.168.50.12/32,
+            192.168.50.13/32,
+        },
+        region_devices: {
+            "flannel.1",
+        },
+        peer_internet: false,
     }
     "#);
 }
