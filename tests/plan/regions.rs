@@ -188,6 +188,7 @@ fn an_address_of_a_network_this_node_is_connected_to_is_left_to_that_network() {
         observed: &mesh.observed,
         connected: &mesh.connected,
         other_rules: &mesh.other_rules,
+        callers: &mesh.callers,
     };
     let caveats = selvedge::plan::caveats(&inputs, &mesh.state("a1"));
     let caveats: Vec<_> = caveats.iter().map(|caveat| format!("{caveat}\n")).collect();
