@@ -65,13 +65,12 @@ fn main() -> anyhow::Result<ExitCode> {
     ensure!(!cases.is_empty(), "no case begins with any of {wanted:?}");
 
     let mut tests = BTreeMap::<&str, BTreeSet<&str>>::new();
-    for test in cases
+    let all = cases
         .iter()
         .flat_map(|case| [Some(&case.test), case.control.as_ref()])
-    {
-        if let Some(Test { binary, name }) = test {
-            tests.entry(binary).or_default().insert(name);
-        }
+        .flatten();
+    for Test { binary, name } in all {
+        tests.entry(binary).or_default().insert(name);
     }
     let mut outcomes = BTreeMap::new();
     for (binary, names) in &tests {

@@ -60,7 +60,8 @@ impl Regions {
         let ip = address.addr();
         let containing = networks.iter().filter(|network| network.contains(&ip));
         let length = containing.map(IpNet::prefix_len).max();
-        let length = length.map_or(address.prefix_len(), |net| net.max(address.prefix_len()));
+        let own = address.prefix_len();
+        let length = length.map_or(own, |net| net.max(own));
         IpNet::new(ip, length).unwrap_or(address)
     }
 }
