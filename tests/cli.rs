@@ -209,12 +209,12 @@ fn a_foreign_link_of_the_same_name_is_refused() {
 }
 
 #[test]
-fn anothers_rule_on_a_priority_of_ours_is_refused() {
+fn another_programs_rule_for_a_table_of_the_agents_is_refused() {
     let node = Node::new();
     node.namespace
-        .run("ip rule add pref 5191 lookup 7")
+        .run("ip rule add pref 100 lookup 5131")
         .unwrap();
-    refused(node.agent(&[]), 78, "5191");
+    refused(node.agent(&[]), 78, "5131");
 }
 
 #[test]
@@ -371,11 +371,11 @@ fn the_doctor_lists_what_kilo_left() {
 fn the_doctor_says_what_an_agent_would_refuse() {
     let node = Node::new();
     node.namespace
-        .run("ip rule add pref 5191 lookup 7")
+        .run("ip rule add pref 100 lookup 5131")
         .unwrap();
     assert!(node.doctor(&[]).contains("would refuse to run: "));
-    assert!(node.doctor(&[]).contains("5191"));
-    node.namespace.run("ip rule del pref 5191").unwrap();
+    assert!(node.doctor(&[]).contains("5131"));
+    node.namespace.run("ip rule del pref 100").unwrap();
     node.namespace
         .run("ip link add clitest0 type bridge")
         .unwrap();

@@ -421,7 +421,7 @@ pub fn what_is_deleted_is_repaired(
             commands.push(format!("ip {option} rule delete priority {priority}"));
         }
     }
-    ensure!(commands.len() > 3, "{node} has too few rules: {commands:?}");
+    ensure!(commands.len() > 2, "{node} has too few rules: {commands:?}");
     for table in TABLES {
         let routes = machine.run(&format!("ip {option} route show table {table}"));
         let routes = routes.unwrap_or_default();

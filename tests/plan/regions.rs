@@ -164,7 +164,7 @@ fn an_address_of_a_network_this_node_is_connected_to_is_left_to_that_network() {
     ]);
     mesh.add_peers([vpn_peer("phone", 9, &["192.168.50.99/32"])]);
     let about = |mesh: &Mesh, what: &str| {
-        let lines = mesh.commands("a1");
+        let lines = mesh.commands_of("a1", ROUTES);
         lines.lines().filter(|line| line.contains(what)).count()
     };
     let contested = ["192.168.50.77", "192.168.50.1/32", "192.168.50.99"];
