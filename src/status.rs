@@ -217,8 +217,8 @@ impl Candidate {
                 format!("answered in {millis} ms, {answered} s ago")
             }
             (Some(_), Some(answered), _) => format!("no answer since {answered} s"),
+            _ if self.in_use => "the peer called from there".to_owned(),
             (_, _, Some(tried)) => format!("tried {tried} s ago, no answer"),
-            (_, _, None) if self.in_use => "the peer called from there".to_owned(),
             (_, _, None) => "never tried".to_owned(),
         };
         format!("{used}{outcome}")

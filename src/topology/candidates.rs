@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use super::claims::Claims;
-use super::{Candidate, Endpoint, Node, NodeName, Origin, Snapshot};
+use super::{Candidate, Claim, Endpoint, Node, NodeName, Origin, Snapshot};
 use crate::wireguard::key::PublicKey;
 
 /// Addresses at which leaders see one peer, at most: one for each mapping of its NAT.
@@ -15,18 +15,20 @@ const MAX_DISCOVERED: usize = 8;
 
 /// What all nodes say of where they are and of where they see others.
 pub(super) struct Offers<'a> {
-    /// The claims on an address and port.
-    announced: BTreeMap<SocketAddr, Vec<Claim<'a>>>,
-    /// The claims on an address, of the nodes that have it as their own.
-    holders: BTreeMap<IpAddr, Vec<Claim<'a>>>,
+    /// The nodes that announce an address and port.
+    announced: BTreeMap<SocketAddr, Vec<Announcement<'a>>>,
+    /// The nodes that have an address as their own.
+    holders: BTreeMap<IpAddr, Vec<Announcement<'a>>>,
     /// Where leaders see each key, in their order.
     discovered: BTreeMap<PublicKey, Vec<SocketAddr>>,
 }
 
-/// Of several claims on one address the least counts: the operator's, then the oldest node's.
+/// Of several on one address the least counts: the operator's, then that of the node whose claim was recorded
+/// first, then the oldest object's.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-struct Claim<'a> {
+struct Announcement<'a> {
     rank: Rank,
+    recorded: (bool, i64),
     created: i64,
     node: &'a NodeName,
 }
@@ -53,20 +55,22 @@ impl<'a> Offers<'a> {
             discovered: BTreeMap::new(),
         };
         for node in snapshot.nodes.values() {
-            let claim = |rank| Claim {
+            let by = |rank, claim: Option<Claim>| Announcement {
                 rank,
+                recorded: claim.map_or((true, i64::MAX), |claim| node.ledger.rank(&claim)),
                 created: node.created,
                 node: &node.name,
             };
             for (address, rank) in announced(node) {
-                let by = offers.announced.entry(address).or_default();
-                by.push(claim(rank));
+                let all = offers.announced.entry(address).or_default();
+                // Endpoints have no record of their own: they belong to the key that is met there.
+                all.push(by(rank, node.public_key.map(Claim::Key)));
             }
             let belief = &claims.nodes[&node.name];
             let private = belief.private_ip.map(|private| private.addr());
             for ip in belief.addresses.iter().copied().chain(private) {
-                let by = offers.holders.entry(ip).or_default();
-                by.push(claim(Rank::Own));
+                let all = offers.holders.entry(ip).or_default();
+                all.push(by(Rank::Own, Some(Claim::Address(ip))));
             }
         }
         let seen = leaders
