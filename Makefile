@@ -6,6 +6,7 @@
 #   make check                        formatting, lints, documentation, dependencies, vendored code
 #   make bench                        the benchmarks, as ratios to the peers in one run
 #   make fuzz [SECONDS_EACH=60]       the parsers and state machines, a minute each
+#   make start-orders                 two regions behind NAT, agents started in all orders; root
 #   make soak [SECONDS_LONG=600]      sessions renewed under load, not one packet lost; root
 #   make programs                     kube-apiserver, etcd, flanneld, ... from their Go modules
 #   make image-check      the container image's file system, with the lab's agents inside of it
@@ -16,7 +17,7 @@ ARGS ?=
 SECONDS_EACH ?= 60
 SECONDS_LONG ?= 600
 
-.PHONY: lab test evidence check bench fuzz soak programs image-check clean
+.PHONY: lab test evidence check bench fuzz soak start-orders programs image-check clean
 .NOTPARALLEL:
 
 lab:
@@ -70,6 +71,9 @@ image-check:
 soak:
 	lab/build.sh wireguard-go
 	SELVEDGE_SOAK=$(SECONDS_LONG) $(CARGO) test --quiet --test rekey -- --nocapture
+
+start-orders:
+	SELVEDGE_START_ORDERS=all $(CARGO) test --quiet --test endpoints -- orders_of_start
 
 clean:
 	$(CARGO) clean
