@@ -417,11 +417,13 @@ impl<'a> Claims<'a> {
             // Regions may share a subnet: what is inside of the own region is not elsewhere.
             let anothers = |ip: &IpAddr| {
                 let holder = held.get(ip).filter(|holder| ***holder != node.name);
-                let near = |holder: &&NodeName| {
-                    let other = self.snapshot.nodes.get(*holder);
-                    other.is_some_and(|other| other.region == node.region)
-                };
-                holder.is_some_and(|holder| near(holder) || !inside(ip))
+                let other = holder.and_then(|holder| self.snapshot.nodes.get(*holder));
+                other.is_some_and(|other| {
+                    // A node that takes no part yet may still have the older claim.
+                    let claim = Claim::Address(*ip);
+                    let older = order_of(other, &claim) < order_of(node, &claim);
+                    older && (other.region == node.region || !inside(ip))
+                })
             };
             let lease = node.lease.iter().flat_map(|lease| {
                 let v4 = lease.public_ip.map(IpAddr::V4);
