@@ -321,7 +321,10 @@ mod tests {
         let (key, _) = place.load().unwrap();
         let kilo = place.dir.path().join("kilo-key");
         let own = place.state_dir().join("key");
-        assert_eq!(holders(&key, &place.state_dir(), &kilo), [own.clone()]);
+        assert_eq!(
+            holders(&key, &place.state_dir(), &kilo),
+            std::slice::from_ref(&own)
+        );
         place.put("kilo-key", key.to_base64().as_bytes(), 0o600);
         assert_eq!(
             holders(&key, &place.state_dir(), &kilo),
