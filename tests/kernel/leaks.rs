@@ -38,8 +38,11 @@ fn mesh(backend: Backend) -> Mesh {
         node("b1", "b", 4, "192.168.60.11/24"),
         node("b2", "b", 5, "192.168.60.12/24").with(|node| node.public_key = None),
         node("b3", "b", 7, "192.168.60.13/24"),
-        node("m", "m", 6, "203.0.113.10/24")
-            .with(|node| node.endpoint = addr("203.0.113.10:51820")),
+        // A public address counts where the operator declared it.
+        node("m", "m", 6, "203.0.113.10/24").with(|node| {
+            node.endpoint = addr("203.0.113.10:51820");
+            node.endpoint_forced = true;
+        }),
     ]);
     mesh.add_peers([vpn_peer("laptop", 9, &["10.5.0.1/32"])]);
     mesh.backend = backend;
