@@ -13,6 +13,10 @@ const PROVEN: Duration = Duration::from_secs(30);
 /// How long a time is used for new entries. What is written must not change while the API server
 /// shows what was written before.
 const HOLD: Duration = Duration::from_secs(5);
+/// Seconds by which the last change of the own Node may be ahead of the API server's clock. Several
+/// servers differ by less. A later time is forged, and the admission policy refuses entries from minutes
+/// ahead, so that an agent which followed it could publish nothing.
+const MAX_AHEAD: i64 = 60;
 
 /// How long this node has led its segment without a break.
 #[derive(Debug, Default)]
@@ -50,7 +54,9 @@ impl Stamp {
     /// seconds, and returns the time for new entries. It is never before that change: the admission
     /// policy refuses an entry that would be older than the object it stands in.
     pub fn handle_time(&mut self, now: Instant, server: i64, changed: Option<i64>) -> i64 {
-        let least = changed.unwrap_or(i64::MIN);
+        let latest = server.saturating_add(MAX_AHEAD);
+        let least = changed.filter(|changed| *changed <= latest);
+        let least = least.unwrap_or(i64::MIN);
         if let Some((time, at)) = self.0
             && time >= least
             && now.saturating_duration_since(at) < HOLD
@@ -114,6 +120,13 @@ mod tests {
         assert_eq!(stamp.handle_time(at(0), 1_000, Some(990)), 1_000);
         // The kubelet wrote while the patch was on its way, or this server's clock is behind.
         assert_eq!(stamp.handle_time(at(1), 1_001, Some(1_002)), 1_002);
+    }
+
+    #[test]
+    fn a_change_of_the_node_from_the_future_does_not_date_entries_ahead() {
+        let mut stamp = Stamp::default();
+
+        assert_eq!(stamp.handle_time(start(), 1_000, Some(9_999)), 1_000);
     }
 
     #[test]
