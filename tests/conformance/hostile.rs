@@ -97,11 +97,10 @@ pub(crate) fn garbage_does_nothing_and_gets_no_answer(pairing: Pairing) -> Resul
 }
 
 /// The bytes of a datagram that its receiver must have found unaltered (paper, 5.4). The second MAC of a
-/// handshake message is none of it: it is looked at under load only. A copy that differs there is a copy,
-/// and wireguard-go, which has a thread for each processor to look at handshakes, may take the copy and the
-/// message itself at once: it then answers both and drops the keys of the first answer, which are those
-/// that the initiator has taken (`ConsumeMessageInitiation` compares the timestamp under another lock than
-/// the one under which it keeps it; `BeginSymmetricSession` deletes the session before).
+/// handshake message is none of it: it is looked at under load only, so a copy that differs there is a valid
+/// duplicate. By its source, wireguard-go may accept a duplicate and the message itself on two threads and
+/// then delete the keys of its first answer, which the initiator has taken (`ConsumeMessageInitiation`,
+/// `BeginSymmetricSession`). In 231 runs with such duplicates it was not seen to do so.
 fn authenticated(datagram: &[u8]) -> usize {
     const MAC: usize = 16;
     match datagram.first() {
