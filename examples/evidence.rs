@@ -174,17 +174,22 @@ fn run(binary: &str, names: &BTreeSet<&str>) -> anyhow::Result<String> {
     Ok(fs::read_to_string(&log)?)
 }
 
-/// What became of a test, by the line that its runner prints: `test path::name ... ok`.
+/// What became of a test, by the lines that its runner prints: `test path::name ... ok`. One that runs for
+/// several pairs of programs passes when it passes for each.
 fn outcome(output: &str, name: &str) -> Outcome {
     let lines = output.lines().filter_map(|line| line.strip_prefix("test "));
-    let mut results = lines.filter_map(|line| {
-        let (path, result) = line.split_once(" ... ")?;
-        let path = path.split(" - ").next().unwrap_or(path);
-        (path == name || path.rsplit("::").next() == Some(name)).then_some(result)
-    });
-    match results.next() {
-        Some(result) if result.starts_with("ok") => Outcome::Passed,
-        Some(_) => Outcome::Failed,
-        None => Outcome::Missing,
+    let results: Vec<_> = lines
+        .filter_map(|line| {
+            let (path, result) = line.split_once(" ... ")?;
+            let path = path.split(" - ").next().unwrap_or(path);
+            (path == name || path.rsplit("::").next() == Some(name)).then_some(result)
+        })
+        .collect();
+    if results.is_empty() {
+        Outcome::Missing
+    } else if results.iter().all(|result| result.starts_with("ok")) {
+        Outcome::Passed
+    } else {
+        Outcome::Failed
     }
 }
