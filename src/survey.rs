@@ -48,7 +48,7 @@ pub struct Args {
     /// The agents' --internal-cidr, where they have one (comma separated)
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = cidr)]
     pub internal_cidr: Vec<IpNet>,
-    /// The agents' --region-cidr, where they have one: REGION=CIDR[,CIDR] (repeatable)
+    /// The agents' --region-cidr, where they have one: `REGION=CIDR,CIDR` (repeatable)
     #[arg(long, value_name = "REGION=CIDR")]
     pub region_cidr: Vec<RegionCidrs>,
     /// Only `kubernetes`

@@ -273,7 +273,7 @@ impl<'a> Site<'a> {
     }
 
     /// Where this node's tunnel sends to another leader: where it hears it, else at the likeliest of the
-    /// candidates, all of which are tried ([`super::candidates`]).
+    /// candidates, all of which are tried ([`super::candidates()`]).
     pub(super) fn endpoint_of(&self, segment: &Segment) -> Option<SocketAddr> {
         let observed = self.inputs.observed.get(&segment.public_key).copied();
         let endpoint = match self.inputs.topology.mode {
