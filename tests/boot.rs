@@ -178,7 +178,7 @@ fn boots_guarded(lab: &mut Lab, servers: &mut Vec<Servers>, node: &str) -> anyho
     // For the next node that boots.
     servers.push(Servers::start(&[lab.place(&format!("pod@{node}"))?])?);
     sleep(LOOK);
-    // A kubelet must get through, or nobody would start the agent.
+    // A kubelet must get through, or no agent would start.
     let server = SocketAddr::from((lab.options().shape.master_public(), 6443));
     let reached = within_path(&lab.node(node)?.namespace().path(), || {
         TcpStream::connect_timeout(&server, Duration::from_secs(5))

@@ -358,7 +358,7 @@ const STATE: &str = "SELVEDGE_TEST_STATE";
 const OWN_KEY: &str = "SELVEDGE_TEST_KEY";
 const PEER_KEY: &str = "SELVEDGE_TEST_PEER";
 
-/// Not a test by itself: the responder that the next test starts and kills.
+/// Not a test: the responder that the next test starts and kills.
 #[test]
 fn a_device_that_is_killed() {
     let Ok(state) = std::env::var(STATE) else {

@@ -1,7 +1,7 @@
 //! Which candidate endpoints of each peer are tried, and when; and whether a peer still answers. Pure: the
 //! time is passed in.
 //!
-//! No candidate is believed, whatever it looks like and whoever tells it. A peer without a session gets one
+//! No candidate is believed, whatever it looks like and wherever it comes from. A peer without a session gets one
 //! handshake initiation at all of its candidates, and the first that answers is used, as with ICE (RFC 8445).
 //! A peer that stops answering is noticed by the tunnel's counters, and its candidates are tried again beside
 //! the traffic to the present endpoint, which only an answer moves. The initiation also opens the NAT on this

@@ -151,7 +151,7 @@ fn secure_directory(dir: &Path) -> Result<(), Refusal> {
 }
 
 /// Refuses a directory above the agent's in which others could put another in its place. In one with the
-/// sticky bit (`/tmp`) nobody moves what is another's.
+/// sticky bit (`/tmp`) no user moves what is another's.
 fn check_parent(dir: &Path, parent: &Path, metadata: &Metadata, me: u32) -> Result<(), Refusal> {
     const STICKY: u32 = 0o1000;
     let (dir, parent) = (dir.display(), parent.display());

@@ -25,7 +25,7 @@ pub(crate) fn open(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Reads a file that nobody else could have written, of `max` bytes at most; none where there is no such
+/// Reads a file that no other user could have written, of `max` bytes at most; none where there is no such
 /// file.
 pub(crate) fn read(path: &Path, max: u64) -> anyhow::Result<Option<Zeroizing<String>>> {
     let Some(file) = open(path)? else {

@@ -112,7 +112,7 @@ fn accepted(line: &str) -> Option<(crate::wireguard::key::PublicKey, Tai64n)> {
     Some((key.parse().ok()?, timestamp))
 }
 
-/// Reads a file; nothing where there is none, or where it is damaged, which is told.
+/// Reads a file; nothing where there is none, or where it is damaged, which is logged.
 fn load<T>(path: &Path, parse: impl Fn(&str) -> anyhow::Result<T>) -> Option<T> {
     let read =
         private::read(path, MAX_SIZE).and_then(|text| text.map(|text| parse(&text)).transpose());

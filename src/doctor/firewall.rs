@@ -35,7 +35,7 @@ pub(crate) fn in_the_way(link: &str) -> anyhow::Result<Option<String>> {
     let chains = list(&["chains"])?;
     let mut objects = Vec::new();
     for (family, table) in at_forward(&chains) {
-        // A table that went meanwhile drops nothing any more, and its going is told as a change.
+        // A table that went meanwhile drops nothing any more, and netlink reports its removal.
         if let Ok(Value::Object(mut listed)) = list(&["table", &family, &table])
             && let Some(Value::Array(listed)) = listed.remove("nftables")
         {

@@ -123,7 +123,7 @@ pub fn uninstall(state_dir: &Path, systemd: &Path) -> Vec<String> {
     ] {
         remove(&path);
     }
-    // It is not empty where somebody keeps something else in it.
+    // It is not empty where another program keeps a file in it.
     let _ = fs::remove_dir(&bin);
     failures
 }

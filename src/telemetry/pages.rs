@@ -2,7 +2,7 @@
 //!
 //! No TLS and no passwords, so the default address is the node's own; nothing here changes anything. On an
 //! address of the loopback a request must name a local host: a web page whose name was made to resolve to
-//! 127.0.0.1 (DNS rebinding) would read the mesh through the browser of somebody on the node otherwise.
+//! 127.0.0.1 (DNS rebinding) would read the mesh through a browser on the node otherwise.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -87,7 +87,7 @@ impl<'a> Offers<'a> {
 
     /// The candidates of a leader, the likeliest first; `address` is its endpoint, resolved and judged.
     ///
-    /// Where somebody saw it comes before what it says, because a packet passed there.
+    /// Where a leader saw it comes before what it announces, because a packet passed there.
     pub(super) fn of_leader(
         &self,
         leader: &Node,
@@ -141,7 +141,7 @@ impl<'a> Offers<'a> {
         } else {
             Origin::Endpoint
         };
-        // What a name resolves to is announced by nobody, so nobody shares it.
+        // What a name resolves to no node announces, so no node shares it.
         let is_own = |address: &SocketAddr| {
             claims.may_be_endpoint(address.ip()) && self.is_of(&leader.name, address)
         };

@@ -256,7 +256,7 @@ impl<'a> Claims<'a> {
         Some(Reason::TakenBy(Subject::Node((*holder).clone())))
     }
 
-    /// Which addresses are each node's own, whoever else has them.
+    /// Which addresses are each node's own, whether or not another node has them.
     fn judge_own_addresses(&mut self) {
         for node in self.by_age() {
             let private = node.private_ip.map(|private| private.addr());
@@ -286,7 +286,7 @@ impl<'a> Claims<'a> {
         }
     }
 
-    /// Who is inside its region. A label places nobody: the address must be inside the region's
+    /// Who is inside its region. A label places no node: the address must be inside the region's
     /// networks, or the operator must have declared one of the two for this node.
     fn judge_regions(&mut self) {
         let members = self.by_age.iter().filter_map(|node| {

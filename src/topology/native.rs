@@ -268,7 +268,7 @@ fn expected_segment_name(
 
 /// Gives each leader one address of each pool.
 ///
-/// An annotation is honoured, whoever leads now, so that a node that joins or leaves renumbers no
+/// An annotation is honoured, whichever node leads now, so that a node that joins or leaves renumbers no
 /// other; of two equal ones the older claim wins. A leader without one gets the lowest free address, in the order
 /// of segments, which in a new mesh is what Kilo gives.
 ///

@@ -1,6 +1,6 @@
 //! Which addresses are inside a region, so that flannel's plain VXLAN may go there.
 //!
-//! A label alone places nobody: a kubelet may label its own Node. The networks of a region are those
+//! A label alone places no node: a kubelet may label its own Node. The networks of a region are those
 //! that the operator declares (`--region-cidr`), else the link network of the member that has been
 //! there longest. A member outside of them is reached through a tunnel of its own.
 

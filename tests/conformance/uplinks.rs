@@ -86,7 +86,7 @@ impl Uplinks {
     }
 }
 
-/// Sends numbers until it is told to stop; returns how many.
+/// Sends numbers until `stop` is set; returns how many.
 fn send(space: &Namespace, to: (&str, u16), stop: &AtomicBool) -> Result<u32> {
     let socket = space.within(|| UdpSocket::bind("0.0.0.0:0"))?;
     socket.connect(to)?;
@@ -100,7 +100,7 @@ fn send(space: &Namespace, to: (&str, u16), stop: &AtomicBool) -> Result<u32> {
     Ok(number)
 }
 
-/// Takes numbers until it is told to stop; returns when each came.
+/// Takes numbers until `stop` is set; returns when each came.
 fn receive(socket: &UdpSocket, stop: &AtomicBool) -> Vec<Instant> {
     let mut arrivals = Vec::new();
     while !stop.load(Ordering::Relaxed) {

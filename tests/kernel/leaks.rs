@@ -149,7 +149,7 @@ impl Site {
         from.within(|| {
             let sender = UdpSocket::bind("0.0.0.0:0").unwrap();
             for _ in 0..10 {
-                // A refusal is told to the sender, which goes on.
+                // The sender gets an error for a refusal, and goes on.
                 let _ = sender.send_to(b"in clear", (to, PORT));
                 std::thread::sleep(Duration::from_millis(5));
             }

@@ -20,7 +20,7 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 async fn told(monitor: &mut Monitor, within: Duration) -> Option<Event> {
-    // Others' firewalls are another matter: nothing is planned anew because of them.
+    // Others' firewalls are another matter: nothing is planned again because of them.
     let changed = async {
         loop {
             let event = monitor.changed().await.unwrap();

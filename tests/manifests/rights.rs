@@ -165,7 +165,7 @@ fn a_kubelet_does_not_speak_for_the_operator() {
             assert!(message.contains("selvedge-annotations"), "{key}: {message}");
         }
     }
-    // Nor does it get rid of them by making its Node anew: Kubernetes itself refuses that.
+    // Nor does it get rid of them by making its Node again: Kubernetes itself refuses that.
     assert!(kubelet.delete(node).is_err());
     // What the operator said stays, and all else is the kubelet's business.
     let leader = annotations(&json!({"kilo.squat.ai/leader": "true"}));

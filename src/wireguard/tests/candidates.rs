@@ -58,7 +58,7 @@ fn a_second_copy_of_an_initiation_moves_nothing() {
     world.assert_connected();
 }
 
-/// Host 2 calls host 1, which is told of host 2 but not where it is. Returns what host 1 makes of it.
+/// Host 2 calls host 1, which has host 2 as a peer without an endpoint. Returns what host 1 makes of it.
 fn called(world: &mut World) -> Option<Time> {
     world.send(1, &packet(2, 1, b"hello"));
     world.settle();
