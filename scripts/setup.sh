@@ -16,7 +16,7 @@ case ${1:-test} in lab | bench | test) what=${1:-test} ;; *) echo "usage: script
 programs=(ip:iproute2 bridge:iproute2 nft:nftables iptables:iptables wg:wireguard-tools
   ping:iputils-ping sysctl:procps cc:gcc)
 [[ $what != bench ]] || programs+=(iperf3:iperf3 ethtool:ethtool python3:python3 valgrind:valgrind)
-[[ $what != test ]] || programs+=(iptables-legacy:iptables tcpdump:tcpdump iperf3:iperf3
+[[ $what != test ]] || programs+=(iptables-legacy:iptables conntrack:conntrack tcpdump:tcpdump iperf3:iperf3
   ethtool:ethtool openssl:openssl flock:util-linux /usr/lib/cni/bridge:containernetworking-plugins)
 
 # Programs for administrators are not on everybody's path.
