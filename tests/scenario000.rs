@@ -231,6 +231,13 @@ fn steady_state(steps: &mut Steps, lab: &mut Lab) {
                 .map(|entry| format!("{} {}", entry["verb"], entry["requestURI"]))
                 .collect())
         };
+        // A leader records its lead once, after it has led for half a minute.
+        let path = format!("/api/v1/nodes/{LEADER}");
+        wait_for("the record of the lead", Duration::from_secs(60), || {
+            let node = lab.api().get(&path).unwrap_or_default();
+            let ledger = node["metadata"]["annotations"]["selvedge.dev/since"].as_str();
+            ledger.is_some_and(|ledger| ledger.contains("lead:"))
+        })?;
         let earlier = writes(lab)?;
         ensure!(
             !earlier.is_empty(),
