@@ -6,7 +6,8 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use selvedge::diff::diff;
-use selvedge::plan::{Inputs, State, plan};
+use selvedge::plan::{Inputs, plan};
+use selvedge::state::State;
 use selvedge::topology::{Node, NodeName, RegionName, Topology};
 
 #[path = "../tests/mesh/mod.rs"]

@@ -12,7 +12,7 @@
 use std::process::ExitCode;
 
 use selvedge::diff::diff;
-use selvedge::plan::State;
+use selvedge::state::State;
 use selvedge::topology::NodeName;
 
 #[path = "../tests/mesh/mod.rs"]

@@ -12,6 +12,7 @@ use std::time::Duration;
 use clap::{Args as _, Command, FromArgMatches as _};
 use ipnet::IpNet;
 
+use crate::policy::{Encapsulation, OnTunnelDown};
 use crate::refusal::Refusal;
 use crate::telemetry::{LogFormat, LogLevel};
 use crate::topology::{Granularity, NodeName, RegionName, overlap};
@@ -25,57 +26,6 @@ pub(crate) use layers::PREFIX;
 pub use layers::{parse, sentence};
 pub use values::{Listen, Mtu, RegionCidrs};
 pub(crate) use values::{boolean, label_key, link_name, port, region_networks, resync_period};
-
-/// Where the agent answers `selvedge status`, `doctor` and `graph`.
-pub const CONTROL_SOCKET: &str = "/run/selvedge/selvedge.sock";
-
-/// `--encapsulate`: how the nodes of a region reach their leader.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum Encapsulation {
-    /// As flannel itself reaches it: VXLAN across subnets, directly where flannel goes directly.
-    CrossSubnet,
-    /// The same beside flannel, in Kilo as here: where flannel goes directly (`DirectRouting`, `host-gw`),
-    /// its VXLAN device, if any, knows no near node. Kilo's default.
-    #[default]
-    Always,
-    /// By the leader's own address, which must be on the same subnet.
-    Never,
-}
-
-impl FromStr for Encapsulation {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "crosssubnet" => Ok(Self::CrossSubnet),
-            "always" => Ok(Self::Always),
-            "never" => Ok(Self::Never),
-            _ => Err("unknown; possible values are: never, crosssubnet, always".into()),
-        }
-    }
-}
-
-/// `--on-tunnel-down`.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum OnTunnelDown {
-    /// Traffic between regions is refused; none leaves in clear.
-    #[default]
-    Closed,
-    /// flannel carries it, in clear.
-    Open,
-}
-
-impl FromStr for OnTunnelDown {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "closed" => Ok(Self::Closed),
-            "open" => Ok(Self::Open),
-            _ => Err("unknown; possible values are: closed, open".into()),
-        }
-    }
-}
 
 /// `--compatibility`: Selvedge works beside flannel only.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

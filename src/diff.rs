@@ -9,7 +9,7 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 
-use crate::plan::{Firewall, Link, PROTOCOL, Peer, Route, RouteKey, Rule, Ruleset, Scope, State};
+use crate::state::{Firewall, Link, PROTOCOL, Peer, Route, RouteKey, Rule, Ruleset, Scope, State};
 use crate::wireguard::key::PublicKey;
 
 /// One idempotent operation on the kernel or the tunnel device.

@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::plan::NextHop;
 use crate::refusal::Refusal;
+use crate::state::NextHop;
 
 mod env;
 mod files;

@@ -18,12 +18,12 @@ use anyhow::{Context as _, anyhow};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::agent::control::agent_runs;
-use crate::agent::state::Envelope;
-use crate::agent::{preflight, private};
+use crate::envelope::Envelope;
 use crate::kernel;
-use crate::plan::{Route, RouteKey, Rule, State};
+use crate::node_lock::agent_runs;
 use crate::refusal::Refusal;
+use crate::state::{Route, RouteKey, Rule, State};
+use crate::{preflight, secure_file};
 
 pub mod boots;
 pub mod install;
@@ -100,9 +100,9 @@ impl Guard {
     /// When the file cannot be written or removed.
     pub fn save(&self, state_dir: &Path) -> anyhow::Result<()> {
         if self.is_empty() {
-            return Ok(private::remove(&state_dir.join(FILE))?);
+            return Ok(secure_file::remove(&state_dir.join(FILE))?);
         }
-        Ok(private::replace(
+        Ok(secure_file::replace(
             state_dir,
             FILE,
             self.encode()?.as_bytes(),
@@ -115,7 +115,7 @@ impl Guard {
     ///
     /// When the file is damaged, of another version, or one that others could have written.
     fn load(state_dir: &Path) -> anyhow::Result<Option<Self>> {
-        let text = private::read(&state_dir.join(FILE), MAX_SIZE)?;
+        let text = secure_file::read(&state_dir.join(FILE), MAX_SIZE)?;
         text.map(|text| Self::decode(&text)).transpose()
     }
 
@@ -211,7 +211,7 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt as _, symlink};
 
     use super::*;
-    use crate::plan::{BACKSTOP_METRIC, Link, NextHop, Table};
+    use crate::state::{BACKSTOP_METRIC, Link, NextHop, Table};
 
     fn key(table: Table, dst: &str, metric: u32) -> RouteKey {
         let dst = dst.parse().unwrap();

@@ -50,7 +50,7 @@ use self::ruleset::Rulesets;
 pub use self::sysctl::ipv6_is_off;
 use crate::diff::Change;
 use crate::flannel::Vtep;
-use crate::plan::{Link, Route, RouteKey, Ruleset, Scope, State, Table};
+use crate::state::{Link, Route, RouteKey, Ruleset, Scope, State, Table};
 
 /// The kernel of this node, in one network namespace.
 #[derive(Debug)]

@@ -14,9 +14,11 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::config::CONTROL_SOCKET;
 use crate::refusal::Refusal;
 use crate::text;
+
+/// Where the agent answers `selvedge status`, `doctor` and `graph`.
+pub const CONTROL_SOCKET: &str = "/run/selvedge/selvedge.sock";
 
 /// How long an agent may take to answer; it answers from memory.
 const PATIENCE: Duration = Duration::from_secs(2);

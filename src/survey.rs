@@ -14,12 +14,12 @@ use ipnet::IpNet;
 use kube::api::ListParams;
 use kube::{Api, Client};
 
-use crate::agent::resolve;
 use crate::cluster::node::{self, NodeObject, ParseSettings};
 use crate::cluster::peer::{self, PeerObject};
 use crate::cluster::{Rejected, annotation, kubeconfig};
 use crate::config::{self, RegionCidrs, region_networks};
 use crate::refusal::Refusal;
+use crate::resolve;
 use crate::topology::{Endpoint, Granularity, Node, Settings, Snapshot, Topology};
 
 /// How long a name of an endpoint may take to resolve before it counts as unresolvable.

@@ -1,8 +1,6 @@
 //! Logs, metrics and the HTTP pages for probes and people.
 
 pub mod metrics;
-pub mod pages;
-mod visitors;
 
 use std::io::{self, Write};
 use std::str::FromStr;

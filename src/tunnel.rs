@@ -11,8 +11,8 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
 use crate::refusal::Refusal;
-use crate::start_up;
 use crate::telemetry::{LogFormat, LogLevel, start_logging};
+use crate::trim_memory;
 use crate::wireguard::{DEFAULT_MTU, Device, Options, uapi};
 
 /// The flags of `selvedge tunnel`.
@@ -56,7 +56,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Device::start(options).map_err(|error| Refusal::configuration(error.to_string()))?;
     let device = Arc::new(device);
     let _socket = uapi::serve(&args.interface, device.clone())?;
-    start_up::forget();
+    trim_memory::forget();
     tracing::info!(
         interface = args.interface,
         port = device.listen_port(),

@@ -10,7 +10,7 @@ use selvedge::agent::reconcile::{self, Facts, Platform};
 use selvedge::agent::schedule::{Outcome, Schedule};
 use selvedge::config::Config;
 use selvedge::diff::Change;
-use selvedge::plan::State;
+use selvedge::state::State;
 use selvedge::topology::NodeName;
 
 #[expect(dead_code, reason = "every test binary uses its own part")]

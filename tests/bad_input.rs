@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use selvedge::cluster::{Object, ParseSettings, Rejected, node, peer};
-use selvedge::plan::State;
+use selvedge::state::State;
 use selvedge::topology::{NodeName, Topology};
 use serde_json::{Value, json};
 

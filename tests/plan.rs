@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use selvedge::diff::diff;
 use selvedge::flannel::Backend;
-use selvedge::plan::{Firewall, Ruleset, State};
+use selvedge::state::{Firewall, Ruleset, State};
 use selvedge::topology::{Granularity, Node, NodeName};
 
 #[expect(dead_code, reason = "every test binary uses its own part")]

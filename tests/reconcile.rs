@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 use proptest::prelude::*;
 use selvedge::diff::diff;
-use selvedge::plan::{BACKSTOP_METRIC, Route, RouteKey, State, Table};
+use selvedge::state::{BACKSTOP_METRIC, Route, RouteKey, State, Table};
 use selvedge::topology::{Claim, Ledger, Node, NodeName, Segment, SegmentName, Topology};
 
 #[expect(dead_code, reason = "every test binary uses its own part")]

@@ -8,10 +8,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 
-use super::control::NodeLock;
 use super::machine::Machine;
-use super::preflight;
-use super::private;
 use super::reconcile::{self, Pass};
 use super::state;
 use crate::cluster::{self, Access, Sources};
@@ -19,7 +16,10 @@ use crate::config::Config;
 use crate::diff::Change;
 use crate::guard::install;
 use crate::kernel::Kernel;
-use crate::plan::{Link, State};
+use crate::node_lock::NodeLock;
+use crate::preflight;
+use crate::secure_file;
+use crate::state::{Link, State};
 use crate::telemetry;
 use crate::wireguard::uapi;
 
@@ -44,7 +44,7 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
         .collect::<Vec<_>>();
     let uapi = Path::new(uapi::DIRECTORY).join(format!("{}.sock", config.interface));
     for socket in [uapi.as_path(), &config.control_socket] {
-        if let Err(error) = private::remove(socket) {
+        if let Err(error) = secure_file::remove(socket) {
             failures.push(format!("removing {}: {error}", socket.display()));
         }
     }

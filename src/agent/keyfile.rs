@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use zeroize::Zeroizing;
 
-use super::private;
 use crate::refusal::Refusal;
+use crate::secure_file;
 use crate::wireguard::key::PrivateKey;
 
 /// Kilo's key, taken over so that a node keeps its identity when the agent is swapped.
@@ -45,7 +45,7 @@ pub fn load(state_dir: &Path, kilo: &Path) -> Result<(PrivateKey, Origin), Refus
         Some(key) => (key, Origin::Kilo),
         None => (PrivateKey::generate(), Origin::Generated),
     };
-    private::replace(state_dir, NAME, key.to_base64().as_bytes()).map_err(|error| {
+    secure_file::replace(state_dir, NAME, key.to_base64().as_bytes()).map_err(|error| {
         Refusal::configuration(format!(
             "cannot write the private key {}: {error}: make --state-dir a writable directory",
             path.display()
@@ -58,7 +58,7 @@ pub fn load(state_dir: &Path, kilo: &Path) -> Result<(PrivateKey, Origin), Refus
 fn read(path: &Path) -> Result<Option<PrivateKey>, Refusal> {
     let shown = path.display();
     let refuse = |what: String| Err(Refusal::configuration(what));
-    let file = match private::open(path) {
+    let file = match secure_file::open(path) {
         Ok(Some(file)) => file,
         Ok(None) => return Ok(None),
         Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {

@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
 
-use super::port;
 use super::reconcile::Platform;
 use crate::diff::Change;
 use crate::kernel::Kernel;
-use crate::plan::{Peer, State};
+use crate::port_holder;
+use crate::state::{Peer, State};
 use crate::wireguard::key::PublicKey;
 use crate::wireguard::uapi::Control as _;
 use crate::wireguard::{Device, PeerConfig, Stats};
@@ -72,11 +72,11 @@ impl Machine {
 
     /// Who has a port. The processes are looked through once for each socket that has it.
     fn taken(&mut self, port: u16) -> String {
-        let socket = port::socket(port);
+        let socket = port_holder::socket(port);
         match &self.port_taken {
             Some((of, seen, sentence)) if (*of, *seen) == (port, socket) => sentence.clone(),
             Some(_) | None => {
-                let sentence = port::taken(port);
+                let sentence = port_holder::taken(port);
                 self.port_taken = Some((port, socket, sentence.clone()));
                 sentence
             }

@@ -17,7 +17,8 @@ use crate::cluster::Annotations;
 use crate::config::Config;
 use crate::diff::{Change, diff};
 use crate::flannel::Flannel;
-use crate::plan::{self, Candidates, Caveat, OtherRule, State, candidates, plan, seen};
+use crate::plan::{self, Candidates, Caveat, candidates, plan, seen};
+use crate::state::{OtherRule, State};
 use crate::topology::{self, Endpoint, InterfaceAddr, SegmentName, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
 

@@ -18,14 +18,15 @@ use super::restless::Restless;
 use super::schedule::Schedule;
 use super::state::{self, Saved};
 use super::timestamps;
-use super::{Agent, Shown, control, forwarding, keyfile, now, resolve};
+use super::{Agent, Shown, control, forwarding, keyfile, now};
 use crate::cluster::{Access, Cluster, ParseSettings, Sources};
 use crate::config::Config;
 use crate::kernel::{Kernel, Monitor};
+use crate::pages::{self, Pages};
 use crate::refusal::Refusal;
+use crate::resolve;
 use crate::status::Report;
 use crate::telemetry::metrics::Metrics;
-use crate::telemetry::pages::{self, Pages};
 use crate::wireguard::key::PrivateKey;
 use crate::wireguard::{self, Device, StartError, uapi};
 

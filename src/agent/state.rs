@@ -14,16 +14,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
-use super::private;
 use crate::cluster::{Servers, View};
+use crate::envelope::Envelope;
 use crate::guard::{self, Guard};
+use crate::secure_file;
 use crate::topology::{Endpoint, ExternalPeer, Node, NodeName, Snapshot};
 use crate::wireguard::key::PublicKey;
 
@@ -70,48 +70,6 @@ impl Saved {
             },
             ..View::default()
         }
-    }
-}
-
-/// How a file of the state directory begins: with what tells whether the rest may be believed.
-#[derive(Deserialize, Serialize)]
-pub(crate) struct Envelope<'a> {
-    format: u32,
-    /// SHA-256 of the text of `state`, in hexadecimal.
-    sha256: String,
-    #[serde(borrow)]
-    state: &'a RawValue,
-}
-
-impl<'a> Envelope<'a> {
-    /// Puts `state` into an envelope of this `format`.
-    pub(crate) fn new(format: u32, state: &'a RawValue) -> Self {
-        Self {
-            format,
-            sha256: checksum(state),
-            state,
-        }
-    }
-
-    /// Takes the state out of the text of an envelope of this `format`.
-    ///
-    /// # Errors
-    ///
-    /// When the text is damaged or of another format. No error repeats any of it, because there may be
-    /// preshared keys in it.
-    pub(crate) fn open(text: &'a str, format: u32) -> anyhow::Result<&'a RawValue> {
-        // Errors of serde quote the text.
-        let envelope: Self = serde_json::from_str(text).ok().context("it is damaged")?;
-        ensure!(
-            envelope.format == format,
-            "it has format {}, and this version reads format {format}",
-            envelope.format
-        );
-        ensure!(
-            envelope.sha256 == checksum(envelope.state),
-            "its checksum is wrong"
-        );
-        Ok(envelope.state)
     }
 }
 
@@ -187,8 +145,8 @@ impl TryFrom<Peer> for ExternalPeer {
 /// Reads what was remembered below `state_dir`; none where there is nothing of use.
 pub fn load(state_dir: &Path) -> Option<Saved> {
     let path = state_dir.join(STATE);
-    let read =
-        private::read(&path, MAX_SIZE).and_then(|text| text.map(|text| decode(&text)).transpose());
+    let read = secure_file::read(&path, MAX_SIZE)
+        .and_then(|text| text.map(|text| decode(&text)).transpose());
     match read {
         Ok(saved) => saved,
         Err(error) => {
@@ -205,7 +163,7 @@ pub fn load(state_dir: &Path) -> Option<Saved> {
 ///
 /// When the file is there and cannot be removed.
 pub fn forget(state_dir: &Path) -> io::Result<()> {
-    private::remove(&state_dir.join(STATE))
+    secure_file::remove(&state_dir.join(STATE))
 }
 
 /// Writes the cluster's state on a thread of its own, for disks may be slow: the last that was given,
@@ -371,7 +329,7 @@ impl<T: PartialEq> Kept<T> {
 
 fn save(state_dir: &Path, saved: &Saved) -> anyhow::Result<()> {
     let text = encode(saved)?;
-    Ok(private::replace(state_dir, STATE, text.as_bytes())?)
+    Ok(secure_file::replace(state_dir, STATE, text.as_bytes())?)
 }
 
 fn encode(saved: &Saved) -> anyhow::Result<Zeroizing<String>> {
@@ -411,11 +369,6 @@ pub fn decode(text: &str) -> anyhow::Result<Saved> {
         },
         servers: state.servers,
     })
-}
-
-fn checksum(state: &RawValue) -> String {
-    let digest = Sha256::digest(state.get().as_bytes());
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

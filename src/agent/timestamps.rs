@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 
-use super::private;
+use crate::secure_file;
 use crate::wireguard::{Accepted, Store, Tai64n, Timestamp};
 
 /// What the initiations of the next run must be later than: seconds and nanoseconds since 1970.
@@ -34,7 +34,7 @@ impl Disk {
     }
 
     fn replace(&self, name: &str, text: &str, consequence: &str) {
-        if let Err(error) = private::replace(&self.state_dir, name, text.as_bytes()) {
+        if let Err(error) = secure_file::replace(&self.state_dir, name, text.as_bytes()) {
             let path = self.state_dir.join(name);
             tracing::warn!(path = %path.display(), %error, "cannot write timestamps: {consequence}");
         }
@@ -114,8 +114,8 @@ fn accepted(line: &str) -> Option<(crate::wireguard::key::PublicKey, Tai64n)> {
 
 /// Reads a file; nothing where there is none, or where it is damaged, which is logged.
 fn load<T>(path: &Path, parse: impl Fn(&str) -> anyhow::Result<T>) -> Option<T> {
-    let read =
-        private::read(path, MAX_SIZE).and_then(|text| text.map(|text| parse(&text)).transpose());
+    let read = secure_file::read(path, MAX_SIZE)
+        .and_then(|text| text.map(|text| parse(&text)).transpose());
     read.unwrap_or_else(|error| {
         tracing::warn!(path = %path.display(), "ignoring the timestamps: {error:#}");
         None

@@ -8,8 +8,9 @@ use std::time::Duration;
 use clap::Args;
 use ipnet::IpNet;
 
+use super::Compatibility;
 use super::values::{self, Cidrs, Listen, Mtu, RegionCidrs};
-use super::{Compatibility, Encapsulation, OnTunnelDown};
+use crate::policy::{Encapsulation, OnTunnelDown};
 use crate::telemetry::{LogFormat, LogLevel};
 use crate::topology::Granularity;
 
@@ -121,7 +122,7 @@ pub struct Flags {
     #[arg(long, value_name = "DIR", help_heading = NODE, default_value = "/var/lib/selvedge")]
     pub(super) state_dir: PathBuf,
     /// Socket that `selvedge status` and `doctor` ask
-    #[arg(long, value_name = "PATH", help_heading = NODE, default_value = super::CONTROL_SOCKET)]
+    #[arg(long, value_name = "PATH", help_heading = NODE, default_value = crate::status::CONTROL_SOCKET)]
     pub(super) control_socket: PathBuf,
     /// Remove rules, routes, the nft table and own annotations when told to stop; without it they
     /// stay, so that a restart interrupts nothing

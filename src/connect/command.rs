@@ -20,12 +20,12 @@ use zeroize::Zeroizing;
 
 use super::plan::{self, FWMARK, Wish};
 use super::registration::{Identity, Registration};
-use crate::agent::preflight;
 use crate::config;
 use crate::diff::diff;
 use crate::kernel::Kernel;
-use crate::plan::State;
+use crate::preflight;
 use crate::refusal::Refusal;
+use crate::state::State;
 use crate::survey::{self, Access, Survey};
 use crate::telemetry::{LogFormat, LogLevel, start_logging};
 use crate::topology::Subject;

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::plan::{Link, NextHop, Route, RouteKey, Rule, Scope, State, Table};
 use crate::showconf::Configuration;
+use crate::state::{Link, NextHop, Route, RouteKey, Rule, Scope, State, Table};
 use crate::topology::{ExternalPeer, InterfaceAddr, Topology};
 use crate::wireguard::PeerConfig;
 use crate::wireguard::key::PublicKey;

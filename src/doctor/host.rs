@@ -7,9 +7,9 @@
 use std::path::Path;
 
 use super::Finding;
-use crate::agent::preflight;
 use crate::config::Config;
 use crate::kernel::Kernel;
+use crate::preflight;
 use crate::refusal::Refusal;
 use crate::status::Report;
 

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use super::install::BIN;
-use crate::agent::private;
+use crate::secure_file;
 
 /// The boot at which the guard ran last, below `--state-dir`.
 pub(super) const RAN: &str = "guard-ran";
@@ -46,7 +46,7 @@ pub fn look(state_dir: &Path) -> Verdict {
 /// and guarding goes on.
 pub(super) fn record_run(state_dir: &Path) {
     if let Some(id) = boot_id() {
-        let _ = private::replace(state_dir, RAN, id.as_bytes());
+        let _ = secure_file::replace(state_dir, RAN, id.as_bytes());
     }
 }
 
@@ -57,7 +57,7 @@ pub(super) fn boot_id() -> Option<String> {
 }
 
 fn read(path: &Path) -> Option<String> {
-    let text = private::read(path, MAX_SIZE).ok()??;
+    let text = secure_file::read(path, MAX_SIZE).ok()??;
     Some(text.trim().to_owned())
 }
 

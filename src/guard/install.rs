@@ -16,7 +16,7 @@ use anyhow::Context as _;
 
 use super::FILE;
 use super::boots::{self, INSTALLED};
-use crate::agent::private;
+use crate::secure_file;
 
 /// Where a host keeps its own units and drop-ins.
 pub const SYSTEMD: &str = "/etc/systemd/system";
@@ -85,7 +85,7 @@ pub(super) fn install(state_dir: &Path, systemd: &Path, units: &[String]) -> Vec
     let mark = state_dir.join(BIN).join(INSTALLED);
     if (written || (there && !mark.exists()))
         && let Some(id) = boots::boot_id()
-        && let Err(error) = private::replace(&state_dir.join(BIN), INSTALLED, id.as_bytes())
+        && let Err(error) = secure_file::replace(&state_dir.join(BIN), INSTALLED, id.as_bytes())
     {
         told.push(format!("cannot write {}: {error}", mark.display()));
     }
@@ -100,7 +100,7 @@ pub fn uninstall(state_dir: &Path, systemd: &Path) -> Vec<String> {
     let bin = state_dir.join(BIN);
     let mut failures = Vec::new();
     let mut remove = |path: &Path| {
-        if let Err(error) = private::remove(path) {
+        if let Err(error) = secure_file::remove(path) {
             failures.push(format!("removing {}: {error}", path.display()));
         }
     };
@@ -148,7 +148,7 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<bool> {
     if fs::read(to).is_ok_and(|old| old == content) {
         return Ok(false);
     }
-    private::replace(dir, PROGRAM, &content)?;
+    secure_file::replace(dir, PROGRAM, &content)?;
     fs::set_permissions(to, fs::Permissions::from_mode(0o755))?;
     Ok(true)
 }

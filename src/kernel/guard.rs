@@ -13,7 +13,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use super::netlink::Netlink;
 use super::{route, rule};
 use crate::diff::Change;
-use crate::plan::{Route, RouteKey, Rule};
+use crate::state::{Route, RouteKey, Rule};
 
 /// Adds routes without next hops and the rules that lead to them, and returns what could not be added.
 ///

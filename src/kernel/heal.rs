@@ -22,7 +22,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::route;
 use crate::flannel::{Backend, Flannel, Lease, Mac, Vtep};
-use crate::plan::NextHop;
+use crate::state::NextHop;
 
 /// The metric that IPv6 routes get where none is asked for; flannel asks for none.
 const IPV6_METRIC: u32 = 1024;

@@ -9,7 +9,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteType};
 
 use super::{Kernel, link, list, route};
-use crate::plan::Scope;
+use crate::state::Scope;
 
 const MAIN: u32 = 254;
 

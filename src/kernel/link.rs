@@ -14,7 +14,7 @@ use netlink_packet_route::link::{
 };
 
 use crate::flannel::{Mac, Vtep};
-use crate::plan::Scope;
+use crate::state::Scope;
 
 /// The attribute that nests a link's settings for each family, and that of its family.
 const IFLA_AF_SPEC: u16 = 26;

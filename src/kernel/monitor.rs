@@ -18,7 +18,7 @@ use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket
 use super::netlink::{Netlink, messages};
 use super::nfnetlink::NftMessage;
 use super::{link, list, nft, route};
-use crate::plan::Table;
+use crate::state::Table;
 
 /// `RTNLGRP_LINK`, `RTNLGRP_NEIGH`, `RTNLGRP_IPV4_IFADDR`, `…_ROUTE`, `…_RULE`,
 /// `RTNLGRP_IPV6_IFADDR`, `…_ROUTE` and `…_RULE`.
@@ -329,7 +329,7 @@ mod tests {
     use netlink_packet_route::route::{RouteAttribute, RouteProtocol};
 
     use super::*;
-    use crate::plan::Scope;
+    use crate::state::Scope;
 
     fn classifier() -> Classifier {
         let mut classifier = Classifier {

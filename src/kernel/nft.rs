@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
 
-use crate::plan::{Firewall, FirewallId};
+use crate::state::{Firewall, FirewallId, Ruleset};
 
 /// The table's name; its family is `inet`.
 pub const TABLE: &str = "selvedge";
@@ -40,6 +40,29 @@ impl Firewall {
         digest(render(self).as_bytes())
     }
 }
+
+impl Ruleset {
+    /// The identity of the content.
+    pub fn id(&self) -> FirewallId {
+        match self {
+            Self::Planned(firewall) => firewall.id(),
+            Self::Installed(id) => *id,
+        }
+    }
+}
+
+impl PartialEq for Ruleset {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Planned(one), Self::Planned(two)) => one == two,
+            (Self::Planned(_), Self::Installed(_)) | (Self::Installed(_), _) => {
+                self.id() == other.id()
+            }
+        }
+    }
+}
+
+impl Eq for Ruleset {}
 
 /// The first half of SHA-256: an identity, not a secret.
 pub(super) fn digest(bytes: &[u8]) -> FirewallId {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use netlink_packet_route::route::RouteType;
 
 use super::{Kernel, list};
-use crate::plan::{OtherAction, OtherRule};
+use crate::state::{OtherAction, OtherRule};
 
 /// The kernel's last rules begin here: `main`, and behind it `default`.
 const LAST: u32 = 32_766;

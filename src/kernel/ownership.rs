@@ -4,8 +4,8 @@
 use super::link::Found;
 use super::{Kernel, list, route};
 use crate::diff::{Change, diff};
-use crate::plan::{PROTOCOL, State, Table};
 use crate::refusal::Refusal;
+use crate::state::{PROTOCOL, State, Table};
 
 /// The link of Kilo's `kg`, unless told otherwise. A WireGuard link of another name may be anybody's.
 const KILOS_LINK: &str = "kilo0";

@@ -11,7 +11,7 @@ use netlink_packet_route::route::{
     RouteNextHopFlags, RouteProtocol, RouteScope, RouteType, RouteVia,
 };
 
-use crate::plan::{NextHop, PROTOCOL, Route, RouteKey, Table};
+use crate::state::{NextHop, PROTOCOL, Route, RouteKey, Table};
 
 /// The indexes of links by their names.
 pub(super) type Indexes = BTreeMap<String, u32>;
@@ -296,7 +296,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::plan::BACKSTOP_METRIC;
+    use crate::state::BACKSTOP_METRIC;
 
     fn links() -> (Indexes, Names) {
         let links = [(1, "lo"), (3, "flannel.1"), (7, "kilo0"), (9, "eth0")];

@@ -5,7 +5,7 @@ use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{RouteHeader, RouteProtocol};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 
-use crate::plan::{OtherAction, OtherRule, PROTOCOL, Rule};
+use crate::state::{OtherAction, OtherRule, PROTOCOL, Rule};
 
 /// Every bit of the mark counts.
 const WHOLE_MARK: u32 = u32::MAX;

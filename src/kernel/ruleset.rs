@@ -15,8 +15,8 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use super::nfnetlink::Nfnetlink;
 use super::nft::{self, SEAL, TABLE, digest, frame, render, render_elements};
 use super::program::{self, Failure};
-use crate::plan::{Firewall, FirewallId};
 use crate::refusal::Refusal;
+use crate::state::{Firewall, FirewallId};
 
 /// How the comment that seals the table starts.
 const SEALED: &str = "installed";

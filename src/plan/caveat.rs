@@ -9,7 +9,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::site::Site;
-use super::{Inputs, OtherRule, State, routes};
+use super::{Inputs, routes};
+use crate::state::{OtherRule, State};
 use crate::topology::{NodeName, Subject};
 
 /// Something about the plan of this node that its operator should know.
@@ -81,7 +82,7 @@ impl fmt::Display for Caveat {
             Self::RuleInTheWay(rule) => write!(
                 f,
                 "the rule \"{rule}\" of another program is asked before the agent's rules and may send packets for other regions elsewhere, and there is no room for the agent's rules before it: give that rule a priority above {}",
-                super::RULES
+                crate::state::RULES
             ),
             Self::Connected { net, of, network } => {
                 let net = Prefix(*net);

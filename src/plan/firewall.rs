@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 
 use super::site::{Role, Site};
-use super::{Firewall, Guard, NextHop, Route, RouteKey, Table};
-use crate::config::OnTunnelDown;
+use crate::policy::OnTunnelDown;
+use crate::state::{Firewall, Guard, NextHop, Route, RouteKey, Table};
 
 /// What the nft table of this node must know.
 pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Firewall {

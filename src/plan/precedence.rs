@@ -4,40 +4,9 @@
 //! another program in front of the agent's may find flannel's route to a pod of another region, or a
 //! default route to a node there. So the agent's rules stand in front of every such rule. Pure.
 
-use std::fmt;
-
 use ipnet::IpNet;
 
-use super::RULES;
-
-/// A routing policy rule of another program.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub struct OtherRule {
-    /// The priority (`pref`).
-    pub priority: u32,
-    /// The family: true for IPv6.
-    pub v6: bool,
-    /// The only destinations it selects; `None` is all.
-    pub to: Option<IpNet>,
-    /// What it does with a packet.
-    pub action: OtherAction,
-}
-
-/// What a rule of another program does with a packet that it selects.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub enum OtherAction {
-    /// Looks into a table that may lead away from this host.
-    Lookup(u32),
-    /// Delivers to this host: the table `local`, or one with `local` routes alone, as transparent
-    /// proxies have it.
-    Deliver,
-    /// Looks into the table of the packet's VRF. It finds nothing for a packet of none.
-    Vrf,
-    /// Goes on at a rule of a higher priority.
-    Goto(u32),
-    /// Refuses the packet, or does nothing.
-    Refuse,
-}
+use crate::state::{OtherAction, OtherRule, RULES};
 
 /// The place of the agent's rules.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -87,25 +56,6 @@ where
             first: preferred,
             obstacle: obstacle.cloned(),
         },
-    }
-}
-
-impl fmt::Display for OtherRule {
-    /// As `ip rule` prints it, as far as it is known.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let family = if self.v6 { "-6 " } else { "" };
-        write!(f, "ip {family}rule pref {}", self.priority)?;
-        if let Some(to) = self.to {
-            write!(f, " to {to}")?;
-        }
-        match self.action {
-            OtherAction::Lookup(254) => f.write_str(" lookup main"),
-            OtherAction::Lookup(table) => write!(f, " lookup {table}"),
-            OtherAction::Deliver => f.write_str(" lookup local"),
-            OtherAction::Vrf => f.write_str(" lookup l3mdev-table"),
-            OtherAction::Goto(priority) => write!(f, " goto {priority}"),
-            OtherAction::Refuse => f.write_str(" unreachable"),
-        }
     }
 }
 

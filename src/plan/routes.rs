@@ -24,8 +24,9 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use super::site::{Role, Site};
-use super::{BACKSTOP_METRIC, NextHop, Place, Route, RouteKey, Rule, Table, place};
-use crate::config::OnTunnelDown;
+use super::{Place, place};
+use crate::policy::OnTunnelDown;
+use crate::state::{BACKSTOP_METRIC, NextHop, Route, RouteKey, Rule, Table};
 
 /// The metric of routes that are no backstops. IPv6 has no zero, and 1024 is flannel's.
 const METRIC_V6: u32 = 512;

@@ -6,9 +6,10 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 
-use super::{Candidates, Inputs, NextHop, candidates};
-use crate::config::Encapsulation;
+use super::{Candidates, Inputs, candidates};
 use crate::flannel::{Backend, Flannel, Vtep};
+use crate::policy::Encapsulation;
+use crate::state::NextHop;
 use crate::topology::{
     Endpoint, ExternalPeer, Member, Mode, Outsider, Segment, SegmentName, is_public,
 };

@@ -6,8 +6,8 @@ use std::num::NonZeroU16;
 use ipnet::IpNet;
 
 use super::site::{Role, Site};
-use super::{Link, Peer, Scope};
 use crate::flannel::Backend;
+use crate::state::{Link, Peer, Scope};
 use crate::topology::{ExternalPeer, Segment};
 use crate::wireguard::key::PublicKey;
 

@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use selvedge::plan::{Route, Table};
+use selvedge::state::{Route, Table};
 use selvedge::topology::{Claim, Ledger, Mode, Node, RegionName, Segment, SegmentName};
 
 use super::mesh::{With, addr, ip, key, net, node, recorded};
@@ -71,8 +71,8 @@ fn carried_for(mesh: &Mesh, address: &str) -> Vec<String> {
 /// Where a node's VXLAN may go.
 fn near(mesh: &Mesh, me: &str) -> BTreeSet<IpAddr> {
     match mesh.state(me).firewall.unwrap() {
-        selvedge::plan::Ruleset::Planned(firewall) => firewall.region_underlay,
-        selvedge::plan::Ruleset::Installed(_) => panic!("a plan holds what is planned"),
+        selvedge::state::Ruleset::Planned(firewall) => firewall.region_underlay,
+        selvedge::state::Ruleset::Installed(_) => panic!("a plan holds what is planned"),
     }
 }
 

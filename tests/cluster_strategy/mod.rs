@@ -6,8 +6,8 @@ use ipnet::IpNet;
 use proptest::collection::{btree_set, vec};
 use proptest::option;
 use proptest::prelude::*;
-use selvedge::config::{Encapsulation, OnTunnelDown};
 use selvedge::flannel::Backend;
+use selvedge::policy::{Encapsulation, OnTunnelDown};
 use selvedge::topology::{
     Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName, SegmentName,
 };

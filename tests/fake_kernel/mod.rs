@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use selvedge::diff::Change;
-use selvedge::plan::{Link, NextHop, Route, RouteKey, State};
+use selvedge::state::{Link, NextHop, Route, RouteKey, State};
 use selvedge::topology::NodeName;
 use selvedge::wireguard::key::PublicKey;
 
@@ -132,7 +132,7 @@ impl FakeKernel {
                 state.peers.insert(*key, peer.clone());
             }
             Change::ReplaceFirewall(firewall) => {
-                let new = Some(selvedge::plan::Ruleset::Planned(firewall.clone()));
+                let new = Some(selvedge::state::Ruleset::Planned(firewall.clone()));
                 refuse(state.firewall == new, "redundant")?;
                 state.firewall = new;
             }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use selvedge::diff::Change;
 use selvedge::kernel::{Counters, Kernel};
-use selvedge::plan::{Firewall, Guard};
+use selvedge::state::{Firewall, Guard};
 use selvedge_lab::netns::Namespace;
 
 use crate::fixture::{Node, firewall, ip, nets};

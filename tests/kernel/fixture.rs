@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use selvedge::diff::{Change, diff};
 use selvedge::kernel::Kernel;
-use selvedge::plan::{
+use selvedge::state::{
     BACKSTOP_METRIC, Firewall, Guard, Link, NextHop, Route, RouteKey, Rule, Ruleset, Scope, State,
     Table,
 };

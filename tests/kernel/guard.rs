@@ -102,7 +102,7 @@ fn what_an_agent_left_is_not_changed_by_an_older_guard() {
     let mut older = leader();
     for (key, route) in &mut older.routes {
         if key.dst == "10.42.3.0/24".parse().unwrap() {
-            *route = selvedge::plan::Route::Throw;
+            *route = selvedge::state::Route::Throw;
         }
     }
     node.with(|kernel| {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 use selvedge::diff::{Change, diff};
 use selvedge::kernel::{LocalAddress, Path, Uplink};
-use selvedge::plan::{Route, State, Table};
+use selvedge::state::{Route, State, Table};
 
 use crate::fixture::{Node, hop, ip, key, leader, net, reach, unicast};
 

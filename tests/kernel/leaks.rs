@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use selvedge::flannel::Backend;
 use selvedge::kernel::Kernel;
-use selvedge::plan::State;
+use selvedge::state::State;
 use selvedge::topology::NodeName;
 use selvedge_lab::netns::Namespace;
 use socket2::{Domain, Socket, Type};

@@ -2,7 +2,7 @@
 //! imitates: measured here, so that the fake stays as strict as the real one.
 
 use selvedge::diff::Change;
-use selvedge::plan::{Route, Table};
+use selvedge::state::{Route, Table};
 
 use crate::fixture::{Node, apply, commands, hop, key, leader, net, reach, unicast};
 

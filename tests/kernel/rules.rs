@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use selvedge::diff::Change;
 use selvedge::kernel::Kernel;
-use selvedge::plan::{OtherAction, Route, Rule, Table, place};
+use selvedge::plan::place;
+use selvedge::state::{OtherAction, Route, Rule, Table};
 
 use crate::fixture::{Node, apply, hop, ip, key, net, unicast};
 

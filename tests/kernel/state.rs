@@ -1,7 +1,7 @@
 //! What is applied is there, and is read back; what is not ours is left alone.
 
 use selvedge::diff::{Change, diff};
-use selvedge::plan::{State, Table};
+use selvedge::state::{State, Table};
 
 use crate::fixture::{Node, apply, commands, hop, key, leader, reach, unicast};
 

@@ -8,10 +8,11 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 use selvedge::cluster::{ParseSettings, node, peer};
-use selvedge::config::{Encapsulation, OnTunnelDown};
 use selvedge::diff::{Change, diff};
 use selvedge::flannel::{Backend, Flannel, Mac, Vtep, device_name};
-use selvedge::plan::{self, Inputs, NextHop, State, plan};
+use selvedge::plan::{self, Inputs, plan};
+use selvedge::policy::{Encapsulation, OnTunnelDown};
+use selvedge::state::{NextHop, State};
 use selvedge::topology::{
     self, Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName,
     SegmentName, Snapshot, Topology,
@@ -30,7 +31,7 @@ pub(crate) struct Mesh {
     pub(crate) api_servers: BTreeSet<IpAddr>,
     pub(crate) observed: BTreeMap<PublicKey, SocketAddr>,
     pub(crate) connected: BTreeSet<IpNet>,
-    pub(crate) other_rules: Vec<plan::OtherRule>,
+    pub(crate) other_rules: Vec<selvedge::state::OtherRule>,
     pub(crate) callers: BTreeSet<PublicKey>,
 }
 

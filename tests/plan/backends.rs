@@ -130,7 +130,7 @@ fn with_host_gw_nothing_is_and_followers_hold_their_address_on_the_tunnels_link(
 #[test]
 fn never_encapsulating_goes_to_the_leaders_own_address_where_it_is_near() {
     let mut mesh = mesh();
-    mesh.local.encapsulation = selvedge::config::Encapsulation::Never;
+    mesh.local.encapsulation = selvedge::policy::Encapsulation::Never;
     insta::assert_snapshot!(routes(&mesh, "a2"), @"
     ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24
@@ -154,8 +154,8 @@ fn never_encapsulating_goes_to_the_leaders_own_address_where_it_is_near() {
 
 #[test]
 fn always_and_crosssubnet_are_one_beside_flannel() {
-    use selvedge::config::Encapsulation;
     use selvedge::flannel::Backend;
+    use selvedge::policy::Encapsulation;
 
     for (backend, direct_routing) in [
         (Backend::Vxlan, false),

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use selvedge::agent::publication;
-use selvedge::plan::{Scope, State};
+use selvedge::state::{Scope, State};
 use selvedge::topology::NodeName;
 
 use super::Mesh;

@@ -7,7 +7,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use selvedge::plan::Firewall;
+use selvedge::state::Firewall;
 
 use super::*;
 

@@ -415,7 +415,7 @@ fn a_node_the_cluster_does_not_know_is_left_as_it_is() {
 #[test]
 fn open_on_request_means_that_flannel_takes_over() {
     let mut mesh = scenario_000();
-    mesh.local.on_tunnel_down = selvedge::config::OnTunnelDown::Open;
+    mesh.local.on_tunnel_down = selvedge::policy::OnTunnelDown::Open;
 
     assert!(!mesh.commands("node-agent-02").contains("unreachable"));
     assert!(!firewall(&mesh, "node-agent-02").fail_closed);

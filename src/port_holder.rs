@@ -12,7 +12,7 @@ const SOCKETS: [&str; 2] = ["/proc/net/udp", "/proc/net/udp6"];
 
 /// Who has a socket.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Holder {
+pub(crate) enum Holder {
     /// A process, by its name and number.
     Process(String, u32),
     /// One that this process cannot see: of another container, or the kernel.
@@ -31,7 +31,7 @@ impl fmt::Display for Holder {
 }
 
 /// The sentence on a UDP port that is another's.
-pub fn taken(port: u16) -> String {
+pub(crate) fn taken(port: u16) -> String {
     let holder = holder(port).map_or_else(
         || "by a socket that was closed just now".to_owned(),
         |holder| format!("by {holder}"),
@@ -42,14 +42,14 @@ pub fn taken(port: u16) -> String {
 }
 
 /// Who holds a UDP port, so that it cannot be bound; none where it is free.
-pub fn holder(port: u16) -> Option<Holder> {
+pub(crate) fn holder(port: u16) -> Option<Holder> {
     let inode = socket(port)?;
     Some(process(Path::new("/proc"), inode).unwrap_or(Holder::Unseen))
 }
 
 /// The inode of the socket on a UDP port of this network namespace: 0 for one of the kernel's, none where
 /// the port is free.
-pub fn socket(port: u16) -> Option<u64> {
+pub(crate) fn socket(port: u16) -> Option<u64> {
     SOCKETS
         .iter()
         .find_map(|list| inode(&fs::read_to_string(list).ok()?, port))

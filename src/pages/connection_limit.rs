@@ -24,13 +24,13 @@ const LIFETIME: Duration = Duration::from_secs(60);
 
 /// Accepts connections within these bounds.
 #[derive(Debug)]
-pub(super) struct Visitors {
+pub(super) struct ConnectionLimit {
     listener: TcpListener,
     /// The open connections, the oldest first; one whose end is dropped here is closed.
     open: VecDeque<oneshot::Sender<()>>,
 }
 
-impl Visitors {
+impl ConnectionLimit {
     /// Will accept from `listener`.
     pub(super) fn new(listener: TcpListener) -> Self {
         Self {
@@ -40,7 +40,7 @@ impl Visitors {
     }
 }
 
-impl Listener for Visitors {
+impl Listener for ConnectionLimit {
     type Io = Visit;
     type Addr = SocketAddr;
 

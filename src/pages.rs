@@ -4,6 +4,8 @@
 //! address of the loopback a request must name a local host: a web page whose name was made to resolve to
 //! 127.0.0.1 (DNS rebinding) would read the mesh through a browser on the node otherwise.
 
+mod connection_limit;
+
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -19,11 +21,11 @@ use serde::Deserialize;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use super::metrics::Metrics;
-use super::visitors::Visitors;
+use self::connection_limit::ConnectionLimit;
 use crate::config::Listen;
 use crate::refusal::Refusal;
 use crate::status::Report;
+use crate::telemetry::metrics::Metrics;
 use crate::text;
 use crate::topology::Topology;
 
@@ -75,7 +77,7 @@ pub async fn serve(listener: TcpListener, pages: Pages) {
     if local_only {
         router = router.layer(middleware::from_fn(refuse_foreign_hosts));
     }
-    if let Err(error) = axum::serve(Visitors::new(listener), router).await {
+    if let Err(error) = axum::serve(ConnectionLimit::new(listener), router).await {
         tracing::warn!(%error, "pages");
     }
 }
