@@ -9,7 +9,7 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 
-use crate::state::{Firewall, Link, PROTOCOL, Peer, Route, RouteKey, Rule, Ruleset, Scope, State};
+use crate::state::{Firewall, Link, MAIN, PROTOCOL, Peer, Route, RouteKey, Rule, Ruleset, Scope, State};
 use crate::wireguard::key::PublicKey;
 
 /// One idempotent operation on the kernel or the tunnel device.
@@ -440,7 +440,7 @@ impl fmt::Display for Rule {
             write!(f, " fwmark {mark:#x}")?;
         }
         match self.table {
-            254 => f.write_str(" lookup main")?,
+            MAIN => f.write_str(" lookup main")?,
             table => write!(f, " lookup {table}")?,
         }
         write!(f, " proto {PROTOCOL}")

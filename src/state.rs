@@ -19,6 +19,9 @@ pub const PROTOCOL: u8 = 118;
 /// The metric of `unreachable` backstops: the largest the kernel's own routes use.
 pub const BACKSTOP_METRIC: u32 = 4_278_198_272;
 
+/// The kernel's number of the routing table `main` (`RT_TABLE_MAIN`).
+pub const MAIN: u32 = 254;
+
 /// How many rule priorities the agent uses, one after the other.
 pub const RULES: u32 = 3;
 
@@ -307,7 +310,7 @@ impl fmt::Display for OtherRule {
             write!(f, " to {to}")?;
         }
         match self.action {
-            OtherAction::Lookup(254) => f.write_str(" lookup main"),
+            OtherAction::Lookup(MAIN) => f.write_str(" lookup main"),
             OtherAction::Lookup(table) => write!(f, " lookup {table}"),
             OtherAction::Deliver => f.write_str(" lookup local"),
             OtherAction::Vrf => f.write_str(" lookup l3mdev-table"),

@@ -22,11 +22,10 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::route;
 use crate::flannel::{Backend, Flannel, Lease, Mac, Vtep};
-use crate::state::NextHop;
+use crate::state::{MAIN, NextHop};
 
 /// The metric that IPv6 routes get where none is asked for; flannel asks for none.
 const IPV6_METRIC: u32 = 1024;
-const MAIN: u32 = 254;
 
 /// What the kernel holds of flannel's.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]

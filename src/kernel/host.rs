@@ -9,9 +9,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteType};
 
 use super::{Kernel, link, list, route};
-use crate::state::Scope;
-
-const MAIN: u32 = 254;
+use crate::state::{MAIN, Scope};
 
 /// The link the node reaches the internet through.
 #[derive(Clone, Debug, Eq, PartialEq)]

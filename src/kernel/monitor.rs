@@ -11,14 +11,14 @@ use anyhow::Context as _;
 use netlink_packet_core::{NetlinkDeserializable, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage as Message;
 use netlink_packet_route::link::{LinkAttribute, LinkMessage};
-use netlink_packet_route::route::{RouteHeader, RouteMessage};
+use netlink_packet_route::route::RouteMessage;
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket};
 
 use super::netlink::{Netlink, messages};
 use super::nfnetlink::NftMessage;
 use super::{link, list, nft, route};
-use crate::state::Table;
+use crate::state::{MAIN, Table};
 
 /// `RTNLGRP_LINK`, `RTNLGRP_NEIGH`, `RTNLGRP_IPV4_IFADDR`, `…_ROUTE`, `…_RULE`,
 /// `RTNLGRP_IPV6_IFADDR`, `…_ROUTE` and `…_RULE`.
@@ -310,7 +310,7 @@ fn of_route(message: &RouteMessage) -> Event {
     if Table::ALL.iter().any(|table| table.id() == id) {
         return Event::OWN;
     }
-    if id != u32::from(RouteHeader::RT_TABLE_MAIN) {
+    if id != MAIN {
         return Event::NOTHING;
     }
     if message.header.destination_prefix_length == 0 {
@@ -447,10 +447,10 @@ mod tests {
             classifier.classify(&Message::NewRoute(message))
         };
         assert_eq!(of(5130, 24, RouteProtocol::Static), Event::OWN);
-        assert_eq!(of(254, 0, RouteProtocol::Dhcp), Event::UNDERLAY);
-        assert_eq!(of(254, 24, RouteProtocol::Boot), Event::FLANNEL);
-        assert_eq!(of(254, 24, RouteProtocol::Bgp), Event::NOTHING);
-        assert_eq!(of(254, 24, RouteProtocol::Kernel), Event::NOTHING);
+        assert_eq!(of(MAIN, 0, RouteProtocol::Dhcp), Event::UNDERLAY);
+        assert_eq!(of(MAIN, 24, RouteProtocol::Boot), Event::FLANNEL);
+        assert_eq!(of(MAIN, 24, RouteProtocol::Bgp), Event::NOTHING);
+        assert_eq!(of(MAIN, 24, RouteProtocol::Kernel), Event::NOTHING);
         assert_eq!(of(255, 32, RouteProtocol::Kernel), Event::NOTHING);
         assert_eq!(of(100, 0, RouteProtocol::Boot), Event::NOTHING);
     }

@@ -11,7 +11,7 @@ use netlink_packet_route::route::{
     RouteNextHopFlags, RouteProtocol, RouteScope, RouteType, RouteVia,
 };
 
-use crate::state::{NextHop, PROTOCOL, Route, RouteKey, Table};
+use crate::state::{MAIN, NextHop, PROTOCOL, Route, RouteKey, Table};
 
 /// The indexes of links by their names.
 pub(super) type Indexes = BTreeMap<String, u32>;
@@ -112,7 +112,7 @@ pub(super) fn to_dump(v6: bool, table: u32) -> RouteMessage {
 ///
 /// The kernel leaves out all others, so that a router's hundred thousands cost nothing here.
 pub(super) fn to_flannel_dump(v6: bool) -> RouteMessage {
-    let mut message = to_dump(v6, RouteHeader::RT_TABLE_MAIN.into());
+    let mut message = to_dump(v6, MAIN);
     message.header.protocol = RouteProtocol::Boot;
     message
 }
@@ -120,7 +120,7 @@ pub(super) fn to_flannel_dump(v6: bool) -> RouteMessage {
 /// Whether a route may be flannel's: it sets no protocol, and its routes have a gateway.
 pub(super) fn may_be_flannels(message: &RouteMessage) -> bool {
     message.header.protocol == RouteProtocol::Boot
-        && table(message) == u32::from(RouteHeader::RT_TABLE_MAIN)
+        && table(message) == MAIN
         && via(&message.attributes).is_some()
 }
 
@@ -401,7 +401,7 @@ mod tests {
 
     #[test]
     fn routes_of_other_tables_are_not_ours() {
-        let mut message = to_dump(false, 254);
+        let mut message = to_dump(false, MAIN);
         message.header.kind = RouteType::Unicast;
         assert_eq!(from_message(&message, &Names::new()), None);
     }

@@ -62,6 +62,7 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::MAIN;
 
     fn rule(priority: u32, action: OtherAction) -> OtherRule {
         OtherRule {
@@ -85,18 +86,18 @@ mod tests {
 
     #[test]
     fn without_a_rule_in_the_way_the_preferred_priority_is_taken() {
-        let main = rule(32766, OtherAction::Lookup(254));
+        let main = rule(32766, OtherAction::Lookup(MAIN));
         let local = rule(0, OtherAction::Deliver);
         let vrf = rule(1000, OtherAction::Vrf);
         let proxy = rule(9, OtherAction::Deliver);
         let prohibit = rule(50, OtherAction::Refuse);
-        let tailscale = rule(5210, OtherAction::Lookup(254));
+        let tailscale = rule(5210, OtherAction::Lookup(MAIN));
         assert_eq!(first(&[local, proxy, prohibit, vrf, tailscale, main]), 5190);
     }
 
     #[test]
     fn the_rules_stand_in_front_of_a_vpns() {
-        let suppress = rule(100, OtherAction::Lookup(254));
+        let suppress = rule(100, OtherAction::Lookup(MAIN));
         let vpn = rule(110, OtherAction::Lookup(7120));
         assert_eq!(first(&[suppress, vpn]), 97);
     }
