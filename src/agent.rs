@@ -178,7 +178,7 @@ impl Agent {
         // Taken, so that a terminal that goes away does not take the network with it.
         let _hangup = signal(SignalKind::hangup()).context("listening for SIGHUP")?;
         let mut views = self.cluster.views();
-        let mut contact = self.cluster.contact();
+        let mut contact = self.cluster.api_status();
         self.view = views.borrow_and_update().clone();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
@@ -316,10 +316,10 @@ impl Agent {
         let excluded = topology.excluded.iter();
         // Its obstacle says more.
         let excluded = excluded.filter(|excluded| !obstacle::is_key_taken(excluded, own));
-        let excluded = excluded.map(cluster::Report::from);
-        let overlaps = topology.overlaps.iter().map(cluster::Report::from);
+        let excluded = excluded.map(cluster::Notice::from);
+        let overlaps = topology.overlaps.iter().map(cluster::Notice::from);
         let caveats = self.decision.caveats.iter();
-        let caveats = caveats.map(|caveat| cluster::Report::of_caveat(own, caveat));
+        let caveats = caveats.map(|caveat| cluster::Notice::of_caveat(own, caveat));
         let obstacles = self.obstacles.iter();
         let obstacles = obstacles.map(|obstacle| obstacle.report(own));
         let own_reports = caveats.chain(obstacles);
@@ -412,7 +412,7 @@ impl Agent {
     /// While API servers are being asked whether this host reaches them directly, it calls all of them
     /// so, and what it begins on the way to one that only the tunnel reaches comes to nothing.
     fn wait_for_servers(&mut self) {
-        if self.view.as_ref().is_some_and(|view| view.servers.asking) {
+        if self.view.as_ref().is_some_and(|view| view.servers.probing) {
             self.readiness.handle_unrest(now());
         }
     }
@@ -555,7 +555,7 @@ impl Agent {
             .flat_map(|view| &view.rejected)
             .map(ToString::to_string)
             .collect::<Vec<_>>();
-        let contact = self.cluster.contact();
+        let contact = self.cluster.api_status();
         let mut problems = self.problems();
         problems.extend(self.readiness.poll_wait(now(), self.unheard()));
         let report = report::report(&report::Inputs {

@@ -6,6 +6,7 @@
 
 mod access;
 pub mod annotation;
+mod backoff;
 mod call;
 mod conditions;
 mod events;
@@ -13,7 +14,6 @@ pub(crate) mod kubeconfig;
 mod listwatch;
 pub mod node;
 mod object;
-mod pace;
 pub mod peer;
 pub mod policies;
 mod publish;
@@ -31,16 +31,16 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 pub use access::{Access, Origin, Sources};
+pub use backoff::Timeouts;
 pub use conditions::{Verdict, Verdicts, verdicts};
-pub use events::Report;
+pub use events::Notice;
 pub use node::ParseSettings;
-pub use pace::Patience;
 pub use publish::{Annotations, withdraw};
 pub use rejected::{Object, Rejected};
 pub use servers::Servers;
 
 use access::Connection;
-use listwatch::{Complaint, Event, Expectation, ListWatch};
+use listwatch::{Event, Expectation, ListWatch, SwitchRequest};
 use store::Store;
 
 use crate::topology::{NodeName, Snapshot};
@@ -72,11 +72,11 @@ pub struct View {
 
 /// How the API is reached, for people and probes.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Contact {
+pub struct ApiStatus {
     /// The server in use.
     pub origin: Option<Origin>,
     /// Why there is none, or none yet.
-    pub trouble: Option<String>,
+    pub error: Option<String>,
     /// Which admission policies are not in force, in sentences, as far as this agent has looked.
     pub missing_policies: Vec<String>,
 }
@@ -85,9 +85,9 @@ pub struct Contact {
 #[derive(Debug)]
 pub struct Cluster {
     views: watch::Receiver<Option<Arc<View>>>,
-    contact: watch::Receiver<Contact>,
+    api_status: watch::Receiver<ApiStatus>,
     desired: watch::Sender<Option<Annotations>>,
-    reports: watch::Sender<BTreeSet<Report>>,
+    notices: watch::Sender<BTreeSet<Notice>>,
     verdicts: watch::Sender<Verdicts>,
     tasks: JoinSet<()>,
 }
@@ -103,16 +103,16 @@ impl Cluster {
         settings: ParseSettings,
         cached: Option<View>,
     ) -> Self {
-        Self::start_with(access, own, settings, cached, &Patience::default())
+        Self::start_with(access, own, settings, cached, &Timeouts::default())
     }
 
-    /// [`Self::start`] with another patience, for tests that have little.
+    /// [`Self::start`] with another timeouts, for tests that have little.
     pub fn start_with(
         access: Access,
         own: NodeName,
         settings: ParseSettings,
         cached: Option<View>,
-        patience: &Patience,
+        timeouts: &Timeouts,
     ) -> Self {
         let cached = cached.map(|view| View {
             live: false,
@@ -120,14 +120,14 @@ impl Cluster {
         });
         let (views, seen) = watch::channel(cached.clone().map(Arc::new));
         let (desired, to_publish) = watch::channel(None);
-        let (reports, to_report) = watch::channel(BTreeSet::new());
+        let (notices, new_notices) = watch::channel(BTreeSet::new());
         let (verdicts, to_judge) = watch::channel(Verdicts::new());
         let (conditions, told) = watch::channel(conditions::Conditions::new());
         let (connections, connection) = watch::channel(None);
-        let (contacts, contact) = watch::channel(Contact::default());
-        let (complaints, complaint) = mpsc::channel(8);
+        let (statuses, api_status) = watch::channel(ApiStatus::default());
+        let (switch_requests, switch_request) = mpsc::channel(8);
         let (shown, to_compare) = watch::channel(None);
-        let (dispatches, to_send) = mpsc::channel(events::QUEUE);
+        let (pending_events, to_send) = mpsc::channel(events::QUEUE);
         let cached = cached.unwrap_or_default();
         let knows_servers = !cached.servers.addresses.is_empty();
         let (servers, addresses) = watch::channel(cached.servers);
@@ -145,17 +145,17 @@ impl Cluster {
             own.clone(),
             connection.clone(),
             seen.clone(),
-            contacts.clone(),
-            patience.policies,
+            statuses.clone(),
+            timeouts.policies,
         ));
-        tasks.spawn(connect(access, connections, contacts, complaint));
+        tasks.spawn(connect(access, connections, statuses, switch_request));
         tasks.spawn(
-            ListWatch::new(known(nodes, true), patience.clone(), node_events)
-                .run(connection.clone(), complaints.clone()),
+            ListWatch::new(known(nodes, true), timeouts.clone(), node_events)
+                .run(connection.clone(), switch_requests.clone()),
         );
         tasks.spawn(
-            ListWatch::new(known(peers, false), patience.clone(), peer_events)
-                .run(connection.clone(), complaints),
+            ListWatch::new(known(peers, false), timeouts.clone(), peer_events)
+                .run(connection.clone(), switch_requests),
         );
         tasks.spawn(servers::run(mark, connection.clone(), servers));
         tasks.spawn(publish::run(
@@ -166,26 +166,26 @@ impl Cluster {
         ));
         tasks.spawn(conditions::run(connection.clone(), to_judge, told));
         tasks.spawn(events::run(own.clone(), connection, to_send));
-        let keeper = Keeper {
+        let publisher = ViewPublisher {
             own,
             store,
-            herald: events::Herald::default(),
+            notice_filter: events::NoticeFilter::default(),
             views,
             shown,
             conditions,
-            dispatches,
+            pending_events,
             addresses,
             knows_servers,
-            reports: to_report,
-            contact: contact.clone(),
+            notices: new_notices,
+            api_status: api_status.clone(),
         };
-        tasks.spawn(keeper.run(of_nodes, of_peers));
+        tasks.spawn(publisher.run(of_nodes, of_peers));
 
         Self {
             views: seen,
-            contact,
+            api_status,
             desired,
-            reports,
+            notices,
             verdicts,
             tasks,
         }
@@ -202,8 +202,8 @@ impl Cluster {
     }
 
     /// How the API is reached.
-    pub fn contact(&self) -> watch::Receiver<Contact> {
-        self.contact.clone()
+    pub fn api_status(&self) -> watch::Receiver<ApiStatus> {
+        self.api_status.clone()
     }
 
     /// Says what the own Node is to carry. Written in the background, and again whenever it differs.
@@ -225,10 +225,10 @@ impl Cluster {
     }
 
     /// Says all that is to be reported beside what was refused while reading.
-    pub fn report(&self, reports: BTreeSet<Report>) {
-        self.reports.send_if_modified(|current| {
-            let changed = *current != reports;
-            *current = reports;
+    pub fn report(&self, notices: BTreeSet<Notice>) {
+        self.notices.send_if_modified(|current| {
+            let changed = *current != notices;
+            *current = notices;
             changed
         });
     }
@@ -238,11 +238,11 @@ impl Cluster {
 async fn connect(
     access: Access,
     connections: watch::Sender<Option<Connection>>,
-    contacts: watch::Sender<Contact>,
-    mut complaints: mpsc::Receiver<Complaint>,
+    statuses: watch::Sender<ApiStatus>,
+    mut switch_requests: mpsc::Receiver<SwitchRequest>,
 ) {
     // Short: the data plane waits for no server, but people wait for their changes.
-    let mut backoff = pace::Backoff::up_to(Duration::from_secs(5));
+    let mut backoff = backoff::Backoff::up_to(Duration::from_secs(5));
     let mut avoid = None;
     let mut last = None;
     for number in 1.. {
@@ -253,42 +253,45 @@ async fn connect(
                     tracing::info!(server = %origin, "connected to the API");
                 }
                 last = Some(origin.clone());
-                contacts.send_modify(|contact| {
-                    contact.origin = Some(origin.clone());
-                    contact.trouble = None;
+                statuses.send_modify(|api_status| {
+                    api_status.origin = Some(origin.clone());
+                    api_status.error = None;
                 });
                 if connections.send(Some(connection)).is_err() {
                     return;
                 }
                 // Complaints of what was given up before are not about this one.
-                let complaint = loop {
-                    match complaints.recv().await {
+                let switch_request = loop {
+                    match switch_requests.recv().await {
                         None => return,
-                        Some(complaint) if complaint.number == number => break complaint,
+                        Some(switch_request) if switch_request.number == number => {
+                            break switch_request;
+                        }
                         Some(_) => {}
                     }
                 };
-                tracing::debug!(server = %origin, failure = %complaint.failure, "looking for a server");
-                contacts
-                    .send_modify(|contact| contact.trouble = Some(complaint.failure.to_string()));
-                if complaint.failure.is_of_connection() {
+                tracing::debug!(server = %origin, failure = %switch_request.failure, "looking for a server");
+                statuses.send_modify(|api_status| {
+                    api_status.error = Some(switch_request.failure.to_string())
+                });
+                if switch_request.failure.is_of_connection() {
                     avoid = Some(origin);
                 }
                 backoff.reset();
                 // A server that accepts a connection and then fails must not be asked in a loop.
-                tokio::time::sleep(pace::jitter(Duration::from_secs(1))).await;
+                tokio::time::sleep(backoff::jitter(Duration::from_secs(1))).await;
             }
-            Err(trouble) => {
+            Err(error) => {
                 let pause = backoff.pause(None);
                 // Said again when it is news, not at every attempt.
-                let trouble = trouble.to_string();
-                let news = contacts.borrow().trouble.as_ref() != Some(&trouble);
+                let error = error.to_string();
+                let news = statuses.borrow().error.as_ref() != Some(&error);
                 if news {
-                    tracing::warn!("{trouble}");
+                    tracing::warn!("{error}");
                 }
-                contacts.send_modify(|contact| {
-                    contact.origin = None;
-                    contact.trouble = Some(trouble);
+                statuses.send_modify(|api_status| {
+                    api_status.origin = None;
+                    api_status.error = Some(error);
                 });
                 tokio::time::sleep(pause).await;
             }
@@ -297,21 +300,21 @@ async fn connect(
 }
 
 /// Owns what is known, and shows it.
-struct Keeper {
+struct ViewPublisher {
     own: NodeName,
     store: Store,
-    herald: events::Herald,
+    notice_filter: events::NoticeFilter,
     views: watch::Sender<Option<Arc<View>>>,
     shown: watch::Sender<publish::Shown>,
     conditions: watch::Sender<conditions::Conditions>,
-    dispatches: mpsc::Sender<events::Dispatch>,
+    pending_events: mpsc::Sender<events::PendingEvent>,
     addresses: watch::Receiver<Servers>,
     knows_servers: bool,
-    reports: watch::Receiver<BTreeSet<Report>>,
-    contact: watch::Receiver<Contact>,
+    notices: watch::Receiver<BTreeSet<Notice>>,
+    api_status: watch::Receiver<ApiStatus>,
 }
 
-impl Keeper {
+impl ViewPublisher {
     async fn run(
         mut self,
         mut nodes: mpsc::Receiver<Event<node::NodeObject>>,
@@ -336,14 +339,14 @@ impl Keeper {
             let news = tokio::select! {
                 event = nodes.recv() => match event {
                     Some(event) => {
-                        notice("Nodes", &event);
+                        log_event("Nodes", &event);
                         self.store.handle_node(event)
                     }
                     None => return,
                 },
                 event = peers.recv() => match event {
                     Some(event) => {
-                        notice("Peers", &event);
+                        log_event("Peers", &event);
                         self.store.handle_peer(event)
                     }
                     None => return,
@@ -355,11 +358,11 @@ impl Keeper {
                     }
                     Err(_) => return,
                 },
-                reports = self.reports.changed() => match reports {
+                notices = self.notices.changed() => match notices {
                     Ok(()) => true,
                     Err(_) => return,
                 },
-                contact = self.contact.changed() => match contact {
+                api_status = self.api_status.changed() => match api_status {
                     Ok(()) => true,
                     Err(_) => return,
                 },
@@ -399,19 +402,21 @@ impl Keeper {
             changed
         });
 
-        let mut reports: BTreeSet<_> = view.rejected.iter().map(Report::from).collect();
-        reports.extend(self.reports.borrow_and_update().iter().cloned());
-        let missing = &self.contact.borrow_and_update().missing_policies;
-        reports.extend(policies::report(&self.own, missing));
-        for report in self.herald.news(reports, Instant::now()) {
-            tracing::warn!("{}", report.note);
-            if events::speaks_for(&self.own, &report.object, &view.snapshot) {
-                let uid = match &report.object {
+        let mut notices: BTreeSet<_> = view.rejected.iter().map(Notice::from).collect();
+        notices.extend(self.notices.borrow_and_update().iter().cloned());
+        let missing = &self.api_status.borrow_and_update().missing_policies;
+        notices.extend(policies::notice(&self.own, missing));
+        for notice in self.notice_filter.news(notices, Instant::now()) {
+            tracing::warn!("{}", notice.note);
+            if events::is_reporter(&self.own, &notice.object, &view.snapshot) {
+                let uid = match &notice.object {
                     Object::Node(_) => String::new(),
                     Object::Peer(name) => self.store.peer_uid(name).to_owned(),
                 };
-                // A full queue drops the Event; the log has the report.
-                let _ = self.dispatches.try_send(events::Dispatch { report, uid });
+                // A full queue drops the Event; the log has the notice.
+                let _ = self
+                    .pending_events
+                    .try_send(events::PendingEvent { notice, uid });
             }
         }
 
@@ -426,7 +431,7 @@ impl Keeper {
 }
 
 /// Logs what the store does not keep.
-fn notice<K>(what: &str, event: &Event<K>) {
+fn log_event<K>(what: &str, event: &Event<K>) {
     match event {
         Event::Forbidden(reason) => {
             tracing::warn!(%reason, "the agent may not read {what}: check its ClusterRole");

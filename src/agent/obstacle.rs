@@ -7,7 +7,7 @@ use std::num::NonZeroU16;
 use std::path::PathBuf;
 
 use super::{Agent, forwarding};
-use crate::cluster::{Object, Report};
+use crate::cluster::{Notice, Object};
 use crate::topology::{Excluded, Field, Node, NodeName, Reason, Snapshot, Subject, Topology};
 use crate::wireguard::key::PublicKey;
 
@@ -21,9 +21,9 @@ pub struct Obstacle {
 }
 
 impl Obstacle {
-    /// The report of it on the Node `own`.
-    pub fn report(&self, own: &NodeName) -> Report {
-        Report {
+    /// The notice about it on the Node `own`.
+    pub fn report(&self, own: &NodeName) -> Notice {
+        Notice {
             object: Object::Node(own.clone()),
             field: self.field.clone(),
             reason: "SelvedgeNotReady",

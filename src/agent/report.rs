@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::endpoint_discovery::Outcome;
 use super::reconcile::{Decision, Facts};
-use crate::cluster::{Contact, annotation};
+use crate::cluster::{ApiStatus, annotation};
 use crate::config::Config;
 use crate::flannel::Backend;
 use crate::kernel::Counters;
@@ -44,7 +44,7 @@ pub struct Inputs<'a> {
     /// What followed from it.
     pub decision: &'a Decision,
     /// How the API is reached.
-    pub contact: &'a Contact,
+    pub contact: &'a ApiStatus,
     /// Whether the cluster was read from the API, and not from the cache.
     pub live: bool,
     /// What was refused while reading the cluster's objects.
@@ -124,7 +124,7 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
         api: Api {
             server: inputs.contact.origin.as_ref().map(ToString::to_string),
             cached: !inputs.live,
-            error: inputs.contact.trouble.clone(),
+            error: inputs.contact.error.clone(),
             missing_policies: inputs.contact.missing_policies.clone(),
         },
         segments: topology

@@ -66,7 +66,7 @@ impl Saved {
             servers: Servers {
                 addresses: self.servers,
                 incomplete: None,
-                asking: false,
+                probing: false,
             },
             ..View::default()
         }

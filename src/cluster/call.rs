@@ -179,11 +179,11 @@ pub(super) async fn call(client: &Client, request: Request<Body>) -> Result<Vec<
 /// The next piece of an answer's body; none at its end.
 pub(super) async fn next_piece(
     body: &mut Body,
-    patience: Duration,
+    timeouts: Duration,
 ) -> Result<Option<Bytes>, Failure> {
     loop {
-        match tokio::time::timeout(patience, body.frame()).await {
-            Err(_) => return Err(Failure::Silent(patience)),
+        match tokio::time::timeout(timeouts, body.frame()).await {
+            Err(_) => return Err(Failure::Silent(timeouts)),
             Ok(None) => return Ok(None),
             Ok(Some(Err(error))) => return Err(Failure::unreachable(&error)),
             // Trailers carry nothing for us.

@@ -15,8 +15,8 @@ use tokio::time::Instant;
 
 use super::access::Connection;
 use super::call::{self, Failure};
-use super::events::{self, Report};
-use super::{Object, View, pace};
+use super::events::{self, Notice};
+use super::{Object, View, backoff};
 use crate::topology::NodeName;
 
 const MERGE: &str = "application/merge-patch+json";
@@ -25,7 +25,7 @@ const ACCEPTED: &str = "Accepted";
 /// The API refuses a longer message.
 const MAX_MESSAGE: usize = 32_768;
 /// How long the watch may take to show what was written.
-const ECHO: Duration = Duration::from_secs(5);
+const OBSERVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What became of a Peer.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -58,9 +58,9 @@ pub(super) struct Condition {
 pub(super) type Conditions = BTreeMap<String, Option<Condition>>;
 
 /// Judges the Peers of a view by what is reported of them.
-pub fn verdicts(own: &NodeName, view: &View, reports: &BTreeSet<Report>) -> Verdicts {
+pub fn verdicts(own: &NodeName, view: &View, notices: &BTreeSet<Notice>) -> Verdicts {
     let of_peers = Object::Peer(String::new());
-    if !events::speaks_for(own, &of_peers, &view.snapshot) {
+    if !events::is_reporter(own, &of_peers, &view.snapshot) {
         return Verdicts::new();
     }
     let accepted = Verdict {
@@ -70,18 +70,18 @@ pub fn verdicts(own: &NodeName, view: &View, reports: &BTreeSet<Report>) -> Verd
     };
     let peers = view.snapshot.peers.keys();
     let mut verdicts: Verdicts = peers.map(|name| (name.clone(), accepted.clone())).collect();
-    let refused = view.rejected.iter().map(Report::from);
-    for report in refused.chain(reports.iter().cloned()) {
-        let Object::Peer(name) = report.object else {
+    let refused = view.rejected.iter().map(Notice::from);
+    for notice in refused.chain(notices.iter().cloned()) {
+        let Object::Peer(name) = notice.object else {
             continue;
         };
         let verdict = verdicts.entry(name).or_insert_with(|| accepted.clone());
         verdict.accepted = false;
-        verdict.reason = report.reason;
+        verdict.reason = notice.reason;
         if !verdict.message.is_empty() {
             verdict.message.push_str("; ");
         }
-        verdict.message.push_str(&report.note);
+        verdict.message.push_str(&notice.note);
     }
     verdicts
 }
@@ -101,9 +101,9 @@ pub(super) async fn run(
     mut verdicts: watch::Receiver<Verdicts>,
     mut shown: watch::Receiver<Conditions>,
 ) {
-    let mut backoff = pace::Backoff::up_to(Duration::from_secs(60));
+    let mut backoff = backoff::Backoff::up_to(Duration::from_secs(60));
     // A burst of new Peers; then two a minute, whoever else writes conditions.
-    let mut writes = pace::Budget::new(20, Duration::from_secs(30));
+    let mut writes = backoff::Budget::new(20, Duration::from_secs(30));
     let mut sent = Sent::default();
     loop {
         let now = Instant::now();
@@ -118,7 +118,7 @@ pub(super) async fn run(
                 changed = verdicts.changed() => changed,
                 changed = shown.changed() => changed,
                 changed = connections.changed() => changed,
-                () = tokio::time::sleep(ECHO), if !sent.written.is_empty() => Ok(()),
+                () = tokio::time::sleep(OBSERVE_TIMEOUT), if !sent.written.is_empty() => Ok(()),
             };
             if changed.is_err() {
                 return;
@@ -166,7 +166,7 @@ impl Sent {
     /// Forgets what the watch has had time to show, and Peers that are gone.
     fn forget(&mut self, shown: &Conditions, now: Instant) {
         self.written
-            .retain(|_, (_, at)| now.saturating_duration_since(*at) < ECHO);
+            .retain(|_, (_, at)| now.saturating_duration_since(*at) < OBSERVE_TIMEOUT);
         self.untold.retain(|name, _| shown.contains_key(name));
     }
 
@@ -265,8 +265,8 @@ mod tests {
         }
     }
 
-    fn report(peer: &str, note: &str) -> Report {
-        Report {
+    fn notice(peer: &str, note: &str) -> Notice {
+        Notice {
             object: Object::Peer(peer.into()),
             field: note.into(),
             reason: "SelvedgeExcluded",
@@ -280,9 +280,9 @@ mod tests {
         let unreadable = Object::Peer("unreadable".into());
         let rejected = Rejected::new(unreadable, "spec.publicKey", "x", "this is no key");
         view.rejected.insert(rejected);
-        let reports = [report("bad", "one"), report("bad", "two")].into();
+        let notices = [notice("bad", "one"), notice("bad", "two")].into();
 
-        let verdicts = verdicts(&own(), &view, &reports);
+        let verdicts = verdicts(&own(), &view, &notices);
 
         assert!(verdicts["good"].accepted);
         assert_eq!(
@@ -317,10 +317,10 @@ mod tests {
     #[test]
     fn a_change_of_the_reason_is_no_transition() {
         let mut view = view(&["bad"]);
-        let first = verdicts(&own(), &view, &[report("bad", "one")].into());
+        let first = verdicts(&own(), &view, &[notice("bad", "one")].into());
         let status = condition(&first["bad"], None, Timestamp::UNIX_EPOCH);
         let there: Conditions = [("bad".to_owned(), read(&status["status"]))].into();
-        let second = verdicts(&own(), &view, &[report("bad", "two")].into());
+        let second = verdicts(&own(), &view, &[notice("bad", "two")].into());
 
         let (_, _, since) = difference(&second, &there, &Sent::default()).unwrap();
         assert_eq!(since.as_deref(), Some("1970-01-01T00:00:00Z"));
@@ -337,9 +337,9 @@ mod tests {
         let (now, mut sent) = (Instant::now(), Sent::default());
         sent.untold.insert("good".to_owned(), first["good"].clone());
 
-        sent.forget(&there, now + 100 * ECHO);
+        sent.forget(&there, now + 100 * OBSERVE_TIMEOUT);
         assert_eq!(difference(&first, &there, &sent), None);
-        let second = verdicts(&own(), &view, &[report("good", "bad")].into());
+        let second = verdicts(&own(), &view, &[notice("good", "bad")].into());
         assert!(difference(&second, &there, &sent).is_some());
 
         // Another object of the name may have one.

@@ -17,7 +17,7 @@ use crate::plan::Caveat;
 use crate::text;
 use crate::topology::{Excluded, NodeName, Overlap, Snapshot, Subject};
 
-/// One report of a field in this time, however often its value changes.
+/// One notice of a field in this time, however often its value changes.
 const QUIET: Duration = Duration::from_secs(600);
 /// Events in flight; more than these say nothing that the first did not.
 pub(super) const QUEUE: usize = 64;
@@ -32,10 +32,10 @@ const PATH: &str = "/apis/events.k8s.io/v1/namespaces/default/events?fieldManage
 
 /// Something the operator should know of an object.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub struct Report {
+pub struct Notice {
     /// The object.
     pub object: Object,
-    /// What of it; reports of one field are rationed together.
+    /// What of it; notices of one field are rationed together.
     pub field: String,
     /// In one word of Kubernetes' style that begins with `Selvedge`, such as `SelvedgeExcluded`.
     pub reason: &'static str,
@@ -43,7 +43,7 @@ pub struct Report {
     pub note: String,
 }
 
-impl From<&Rejected> for Report {
+impl From<&Rejected> for Notice {
     fn from(rejected: &Rejected) -> Self {
         let reason = match &rejected.object {
             Object::Node(_) => "SelvedgeInvalidAnnotation",
@@ -58,7 +58,7 @@ impl From<&Rejected> for Report {
     }
 }
 
-impl From<&Excluded> for Report {
+impl From<&Excluded> for Notice {
     fn from(excluded: &Excluded) -> Self {
         Self {
             object: (&excluded.subject).into(),
@@ -69,7 +69,7 @@ impl From<&Excluded> for Report {
     }
 }
 
-impl From<&Overlap> for Report {
+impl From<&Overlap> for Notice {
     fn from(overlap: &Overlap) -> Self {
         Self {
             object: Object::Node(overlap.node.clone()),
@@ -80,8 +80,8 @@ impl From<&Overlap> for Report {
     }
 }
 
-impl Report {
-    /// What the operator should know of the plan of a node, as a report about that node.
+impl Notice {
+    /// What the operator should know of the plan of a node, as a notice about that node.
     pub(crate) fn of_caveat(node: &NodeName, caveat: &Caveat) -> Self {
         let (field, reason) = match caveat {
             Caveat::RuleInTheWay(_) => ("routing rules".to_owned(), "SelvedgeRuleInTheWay"),
@@ -109,22 +109,22 @@ impl From<&Subject> for Object {
 
 /// Finds what is new among all that is to be reported. Pure.
 #[derive(Debug, Default)]
-pub(super) struct Herald {
-    current: BTreeSet<Report>,
+pub(super) struct NoticeFilter {
+    current: BTreeSet<Notice>,
     said: BTreeMap<(Object, String), Instant>,
 }
 
-impl Herald {
-    /// The reports to make now that `all` of them hold.
-    pub(super) fn news(&mut self, all: BTreeSet<Report>, now: Instant) -> Vec<Report> {
+impl NoticeFilter {
+    /// The notices to make now that `all` of them hold.
+    pub(super) fn news(&mut self, all: BTreeSet<Notice>, now: Instant) -> Vec<Notice> {
         self.said
             .retain(|_, at| now.saturating_duration_since(*at) < QUIET);
         let mut news = Vec::new();
-        for report in all.difference(&self.current) {
-            let key = (report.object.clone(), report.field.clone());
+        for notice in all.difference(&self.current) {
+            let key = (notice.object.clone(), notice.field.clone());
             if let std::collections::btree_map::Entry::Vacant(entry) = self.said.entry(key) {
                 entry.insert(now);
-                news.push(report.clone());
+                news.push(notice.clone());
             }
         }
         self.current = all;
@@ -134,7 +134,7 @@ impl Herald {
 
 /// Whether the agent of `own` speaks for an object: a thousand agents that all saw the same mistake
 /// shall not all say so.
-pub(super) fn speaks_for(own: &NodeName, object: &Object, snapshot: &Snapshot) -> bool {
+pub(super) fn is_reporter(own: &NodeName, object: &Object, snapshot: &Snapshot) -> bool {
     let speaks = |name: &NodeName| {
         snapshot
             .nodes
@@ -148,10 +148,10 @@ pub(super) fn speaks_for(own: &NodeName, object: &Object, snapshot: &Snapshot) -
     }
 }
 
-/// A report on its way to the API.
+/// A notice on its way to the API.
 #[derive(Debug)]
-pub(super) struct Dispatch {
-    pub(super) report: Report,
+pub(super) struct PendingEvent {
+    pub(super) notice: Notice,
     pub(super) uid: String,
 }
 
@@ -159,14 +159,14 @@ pub(super) struct Dispatch {
 pub(super) async fn run(
     own: NodeName,
     connections: watch::Receiver<Option<Connection>>,
-    mut dispatches: mpsc::Receiver<Dispatch>,
+    mut pending_events: mpsc::Receiver<PendingEvent>,
 ) {
     let mut may = true;
-    while let Some(dispatch) = dispatches.recv().await {
+    while let Some(pending) = pending_events.recv().await {
         let Some(connection) = connections.borrow().clone() else {
             continue;
         };
-        let body = event(&own, &dispatch, Timestamp::now(), rand::random());
+        let body = event(&own, &pending, Timestamp::now(), rand::random());
         let request = call::send_json(Method::POST, PATH, "application/json", &body);
         match call::call(&connection.client, request).await {
             Ok(_) => may = true,
@@ -181,11 +181,16 @@ pub(super) async fn run(
     }
 }
 
-fn event(own: &NodeName, dispatch: &Dispatch, time: Timestamp, random: u64) -> serde_json::Value {
-    let Dispatch { report, uid } = dispatch;
+fn event(
+    own: &NodeName,
+    pending: &PendingEvent,
+    time: Timestamp,
+    random: u64,
+) -> serde_json::Value {
+    let PendingEvent { notice, uid } = pending;
     // The admission policy selvedge-events lets no other reason through.
-    debug_assert!(report.reason.starts_with("Selvedge"), "{}", report.reason);
-    let (kind, api_version, name, uid) = match &report.object {
+    debug_assert!(notice.reason.starts_with("Selvedge"), "{}", notice.reason);
+    let (kind, api_version, name, uid) = match &notice.object {
         // As the kubelet does: `kubectl describe node` looks for Events by the name.
         Object::Node(NodeName(name)) => ("Node", "v1", name, name),
         Object::Peer(name) => ("Peer", peer::API_VERSION, name, uid),
@@ -197,9 +202,9 @@ fn event(own: &NodeName, dispatch: &Dispatch, time: Timestamp, random: u64) -> s
         "metadata": {"name": format!("{prefix}.{random:016x}"), "namespace": "default"},
         "eventTime": format!("{time:.6}"),
         "type": "Warning",
-        "reason": report.reason,
+        "reason": notice.reason,
         "action": "Ignore",
-        "note": cut(&text::line(&report.note), MAX_NOTE),
+        "note": cut(&text::line(&notice.note), MAX_NOTE),
         "regarding": {"apiVersion": api_version, "kind": kind, "name": name, "uid": uid},
         "reportingController": "selvedge",
         "reportingInstance": cut(&own.0, MAX_INSTANCE),
@@ -217,8 +222,8 @@ pub(super) fn cut(text: &str, limit: usize) -> &str {
 mod tests {
     use super::*;
 
-    fn report(node: &str, field: &str, note: &str) -> Report {
-        Report {
+    fn notice(node: &str, field: &str, note: &str) -> Notice {
+        Notice {
             object: Object::Node(NodeName(node.to_owned())),
             field: field.to_owned(),
             reason: "SelvedgeInvalidAnnotation",
@@ -228,24 +233,26 @@ mod tests {
 
     #[test]
     fn what_stays_is_said_once() {
-        let mut herald = Herald::default();
+        let mut notice_filter = NoticeFilter::default();
         let now = Instant::now();
-        let all = BTreeSet::from([report("a1", "key", "x")]);
-        assert_eq!(herald.news(all.clone(), now).len(), 1);
+        let all = BTreeSet::from([notice("a1", "key", "x")]);
+        assert_eq!(notice_filter.news(all.clone(), now).len(), 1);
         for minutes in 1..100 {
             let later = now + Duration::from_secs(60 * minutes);
-            assert_eq!(herald.news(all.clone(), later), []);
+            assert_eq!(notice_filter.news(all.clone(), later), []);
         }
     }
 
     #[test]
     fn a_field_that_keeps_changing_is_reported_once_in_ten_minutes() {
-        let mut herald = Herald::default();
+        let mut notice_filter = NoticeFilter::default();
         let now = Instant::now();
         let said: usize = (0..1200)
             .map(|second| {
-                let all = BTreeSet::from([report("a1", "key", &second.to_string())]);
-                herald.news(all, now + Duration::from_secs(second)).len()
+                let all = BTreeSet::from([notice("a1", "key", &second.to_string())]);
+                notice_filter
+                    .news(all, now + Duration::from_secs(second))
+                    .len()
             })
             .sum();
         assert_eq!(said, 2);
@@ -253,33 +260,33 @@ mod tests {
 
     #[test]
     fn fields_do_not_silence_each_other() {
-        let mut herald = Herald::default();
+        let mut notice_filter = NoticeFilter::default();
         let all = BTreeSet::from([
-            report("a1", "key", "x"),
-            report("a1", "endpoint", "x"),
-            report("a2", "key", "x"),
+            notice("a1", "key", "x"),
+            notice("a1", "endpoint", "x"),
+            notice("a2", "key", "x"),
         ]);
-        assert_eq!(herald.news(all, Instant::now()).len(), 3);
+        assert_eq!(notice_filter.news(all, Instant::now()).len(), 3);
     }
 
     #[test]
     fn a_note_that_turns_text_around_is_escaped() {
-        let dispatch = Dispatch {
-            report: report("a1", "key", "n\u{202e}d"),
+        let pending = PendingEvent {
+            notice: notice("a1", "key", "n\u{202e}d"),
             uid: String::new(),
         };
-        let event = event(&NodeName("a1".into()), &dispatch, Timestamp::UNIX_EPOCH, 1);
+        let event = event(&NodeName("a1".into()), &pending, Timestamp::UNIX_EPOCH, 1);
         assert_eq!(event["note"], "n\\u{202e}d");
     }
 
     #[test]
     fn events_keep_to_the_limits_of_the_api() {
-        let dispatch = Dispatch {
-            report: report(&"n".repeat(253), "key", &"ä".repeat(2000)),
+        let pending = PendingEvent {
+            notice: notice(&"n".repeat(253), "key", &"ä".repeat(2000)),
             uid: String::new(),
         };
         let own = NodeName("n".repeat(253));
-        let event = event(&own, &dispatch, Timestamp::UNIX_EPOCH, u64::MAX);
+        let event = event(&own, &pending, Timestamp::UNIX_EPOCH, u64::MAX);
         assert!(event["metadata"]["name"].as_str().unwrap().len() <= 253);
         assert!(event["note"].as_str().unwrap().len() <= 1024);
         assert!(event["reportingInstance"].as_str().unwrap().len() <= 128);

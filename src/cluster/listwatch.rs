@@ -20,8 +20,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::access::Connection;
+use super::backoff::{Backoff, Budget, Timeouts, jitter};
 use super::call::{self, Failure, Status};
-use super::pace::{Backoff, Budget, Patience, jitter};
 
 /// Objects on a page of a list; a hundred Nodes are some two megabytes while they are decoded.
 const PAGE: u32 = 100;
@@ -83,7 +83,7 @@ impl Expectation {
 
 /// A request to look for another server.
 #[derive(Clone, Debug)]
-pub(super) struct Complaint {
+pub(super) struct SwitchRequest {
     /// The connection it is about.
     pub(super) number: u64,
     /// What went wrong.
@@ -93,7 +93,7 @@ pub(super) struct Complaint {
 /// Follows one collection over any number of connections.
 pub(super) struct ListWatch<K> {
     path: String,
-    patience: Patience,
+    timeouts: Timeouts,
     strategy: Strategy,
     /// Where the watch goes on; none until a list is complete.
     version: Option<String>,
@@ -163,7 +163,7 @@ where
     /// Prepares to follow the collection of `K`.
     pub(super) fn new(
         expectation: Expectation,
-        patience: Patience,
+        timeouts: Timeouts,
         events: mpsc::Sender<Event<K>>,
     ) -> Self {
         Self {
@@ -174,8 +174,8 @@ where
             doubted: false,
             absences: 0,
             // Enough for a start and a stumble.
-            lists: Budget::new(3, patience.between_lists),
-            patience,
+            lists: Budget::new(3, timeouts.between_lists),
+            timeouts,
             backoff: Backoff::up_to(Duration::from_secs(30)),
             events,
             kind: PhantomData,
@@ -186,7 +186,7 @@ where
     pub(super) async fn run(
         mut self,
         mut connections: watch::Receiver<Option<Connection>>,
-        complaints: mpsc::Sender<Complaint>,
+        switch_requests: mpsc::Sender<SwitchRequest>,
     ) {
         loop {
             let Some(connection) = connections.borrow_and_update().clone() else {
@@ -198,7 +198,7 @@ where
             let began = Instant::now();
             let pause = match self.session(&connection.client).await {
                 Ok(End::Unwanted) => return,
-                Ok(End::Doubted) => jitter(self.patience.second_look),
+                Ok(End::Doubted) => jitter(self.timeouts.second_look),
                 Ok(End::Watched) if began.elapsed() >= SHORT_WATCH => {
                     self.backoff.reset();
                     continue;
@@ -211,7 +211,7 @@ where
                     tracing::debug!(path = self.path, %failure, "the watch failed");
                     match self.pause_after(&failure).await {
                         Some(pause) => {
-                            self.complain(&connection, failure, &complaints);
+                            self.request_switch(&connection, failure, &switch_requests);
                             pause
                         }
                         None => return,
@@ -241,7 +241,7 @@ where
                     self.expectation.known = 0;
                     self.events.send(Event::Absent).await.ok()?;
                 }
-                Some(jitter(self.patience.absent))
+                Some(jitter(self.timeouts.absent))
             }
             Failure::Forbidden(reason) => {
                 self.version = None;
@@ -264,18 +264,18 @@ where
     }
 
     /// Asks for another server where this one was tried often enough.
-    fn complain(
+    fn request_switch(
         &self,
         connection: &Connection,
         failure: Failure,
-        complaints: &mpsc::Sender<Complaint>,
+        switch_requests: &mpsc::Sender<SwitchRequest>,
     ) {
         let hopeless = failure == Failure::Unauthorized;
         let tired = failure.is_of_connection() && self.backoff.failures() >= PATIENCE;
         if hopeless || tired || matches!(failure, Failure::Silent(_)) {
             let number = connection.number;
-            // A full queue holds complaints of the same kind already.
-            let _ = complaints.try_send(Complaint { number, failure });
+            // A full queue holds switch_requests of the same kind already.
+            let _ = switch_requests.try_send(SwitchRequest { number, failure });
         }
     }
 
@@ -386,19 +386,19 @@ where
         let mut last_listed = Instant::now();
         loop {
             let listing = self.version.is_none();
-            let patience = match listing {
+            let timeouts = match listing {
                 // Bookmarks say nothing of the list, so only its objects are waited for.
                 true => self
-                    .patience
+                    .timeouts
                     .streamed_list
                     .saturating_sub(last_listed.elapsed()),
-                false => self.patience.silence,
+                false => self.timeouts.silence,
             };
-            let piece = match call::next_piece(&mut body, patience).await {
+            let piece = match call::next_piece(&mut body, timeouts).await {
                 Err(Failure::Silent(_)) if listing => {
                     tracing::info!(
                         path = self.path,
-                        "the API server does not stream lists; asking for pages"
+                        "the API server does not stream lists; probing for pages"
                     );
                     self.strategy = Strategy::Paged;
                     return Ok(End::Watched);

@@ -28,7 +28,7 @@ const PRESHARED_KEY: &str = "spec.presharedKey";
 const PUBLIC_KEY: &str = "spec.publicKey";
 
 /// What is written where a secret stands.
-const HIDDEN: &str = "(hidden)";
+const REDACTED: &str = "(hidden)";
 
 /// A Peer as the API holds it. The specification is kept unread, so that one object which an older
 /// definition let through does not make the whole list unreadable.
@@ -80,7 +80,7 @@ impl std::fmt::Debug for PeerSpec {
             .field("persistent_keepalive", &self.persistent_keepalive)
             .field(
                 "preshared_key",
-                &self.preshared_key.as_ref().map(|_| HIDDEN),
+                &self.preshared_key.as_ref().map(|_| REDACTED),
             )
             .field("public_key", &self.public_key)
             .finish()
@@ -122,13 +122,13 @@ fn read(object: &PeerObject, name: String, refusals: &mut Refusals) -> Option<Ex
     let spec = PeerSpec::deserialize(&object.spec).map_err(|_| {
         Malformed("it needs allowedIPs and publicKey, and every field of its right type")
     });
-    let spec = refusals.take(SPEC, HIDDEN, spec)?;
+    let spec = refusals.take(SPEC, REDACTED, spec)?;
 
     let public_key = refusals.take(PUBLIC_KEY, &spec.public_key, spec.public_key.parse());
     let preshared_key = match spec.preshared_key.as_deref() {
         None | Some("") => Some(None),
         Some(text) => refusals
-            .take(PRESHARED_KEY, HIDDEN, preshared_key(text))
+            .take(PRESHARED_KEY, REDACTED, preshared_key(text))
             .map(Some),
     };
     let endpoint = match &spec.endpoint {

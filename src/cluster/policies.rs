@@ -16,8 +16,8 @@ use tokio::sync::watch;
 
 use super::access::{Access, Connection};
 use super::call::{self, Failure};
-use super::events::{self, Report};
-use super::{Contact, Object, View};
+use super::events::{self, Notice};
+use super::{ApiStatus, Object, View};
 use crate::topology::NodeName;
 
 /// The policies of `deploy/base/admission.yaml`. Their bindings have the same names.
@@ -161,9 +161,9 @@ impl Access {
     }
 }
 
-/// The report for the log and for an Event on the Node of the agent that looked.
-pub(super) fn report(own: &NodeName, missing: &[String]) -> Option<Report> {
-    (!missing.is_empty()).then(|| Report {
+/// The notice for the log and for an Event on the Node of the agent that looked.
+pub(super) fn notice(own: &NodeName, missing: &[String]) -> Option<Notice> {
+    (!missing.is_empty()).then(|| Notice {
         object: Object::Node(own.clone()),
         field: "admission policies".to_owned(),
         reason: "SelvedgePolicyMissing",
@@ -179,13 +179,13 @@ pub(super) async fn run(
     own: NodeName,
     connections: watch::Receiver<Option<Connection>>,
     mut views: watch::Receiver<Option<Arc<View>>>,
-    contacts: watch::Sender<Contact>,
+    statuses: watch::Sender<ApiStatus>,
     first: Duration,
 ) {
     let show = |missing: Vec<String>| {
-        contacts.send_if_modified(|contact| {
-            let changed = contact.missing_policies != missing;
-            contact.missing_policies = missing;
+        statuses.send_if_modified(|api_status| {
+            let changed = api_status.missing_policies != missing;
+            api_status.missing_policies = missing;
             changed
         });
     };
@@ -218,7 +218,7 @@ pub(super) async fn run(
 
 /// Whether this agent is the one that looks.
 fn looks(own: &NodeName, view: &View) -> bool {
-    view.live && events::speaks_for(own, &Object::Peer(String::new()), &view.snapshot)
+    view.live && events::is_reporter(own, &Object::Peer(String::new()), &view.snapshot)
 }
 
 #[cfg(test)]
@@ -245,12 +245,12 @@ mod tests {
     #[test]
     fn a_report_names_what_is_missing_and_what_to_do() {
         let own = NodeName("a1".to_owned());
-        assert_eq!(report(&own, &[]), None);
+        assert_eq!(notice(&own, &[]), None);
         let gap = Gap {
             policy: "selvedge-region",
             fault: Fault::Missing,
         };
-        let note = report(&own, &[gap.to_string()]).unwrap().note;
+        let note = notice(&own, &[gap.to_string()]).unwrap().note;
         assert_eq!(
             note,
             "tokens of nodes may change more of the mesh than they should: the admission policy selvedge-region is missing. Apply the manifest again (deploy/selvedge-k3s.yaml or deploy/selvedge-kubeadm.yaml); the policies need Kubernetes 1.30."

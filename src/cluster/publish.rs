@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::access::{Access, Connection};
 use super::call::{self, Failure};
-use super::{annotation, pace};
+use super::{annotation, backoff};
 use crate::topology::NodeName;
 
 /// What is to be published; keys of [`annotation::PUBLISHED`] that are left out are removed.
@@ -25,7 +25,7 @@ const STRATEGIC: &str = "application/strategic-merge-patch+json";
 /// Changes that come together are written together.
 const QUIET: Duration = Duration::from_millis(200);
 /// How long the watch may take to show what was written.
-const ECHO: Duration = Duration::from_secs(5);
+const OBSERVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the watch shows of the own Node; none until it is listed, and where there is no such Node.
 pub(super) type Shown = Option<BTreeMap<String, String>>;
@@ -37,10 +37,10 @@ pub(super) async fn run(
     mut desired: watch::Receiver<Option<Annotations>>,
     mut shown: watch::Receiver<Shown>,
 ) {
-    let mut backoff = pace::Backoff::up_to(Duration::from_secs(30));
+    let mut backoff = backoff::Backoff::up_to(Duration::from_secs(30));
     // A start and a few changes of mind; then four a minute, whoever else writes these annotations.
     // Beside Kilo's agents three signs of life a minute are due.
-    let mut writes = pace::Budget::new(10, Duration::from_secs(15));
+    let mut writes = backoff::Budget::new(10, Duration::from_secs(15));
     loop {
         let patch = {
             let desired = desired.borrow_and_update();
@@ -80,11 +80,11 @@ pub(super) async fn run(
             Ok(_) => {
                 backoff.reset();
                 tracing::info!(annotations = %names(&patch), "published");
-                await_echo(&desired, &mut shown).await;
+                await_observed(&desired, &mut shown).await;
             }
             Err(failure) => {
                 let pause = backoff.pause(failure.pause());
-                report(&node, &failure, backoff.failures());
+                log_failure(&node, &failure, backoff.failures());
                 tokio::time::sleep(pause).await;
             }
         }
@@ -140,7 +140,7 @@ fn current(
 }
 
 /// Waits until the watch shows what was written, so that it is not written twice.
-async fn await_echo(
+async fn await_observed(
     desired: &watch::Receiver<Option<Annotations>>,
     shown: &mut watch::Receiver<Shown>,
 ) {
@@ -151,7 +151,7 @@ async fn await_echo(
             }
         }
     };
-    let _ = tokio::time::timeout(ECHO, echo).await;
+    let _ = tokio::time::timeout(OBSERVE_TIMEOUT, echo).await;
 }
 
 fn request(
@@ -172,7 +172,7 @@ fn names(patch: &BTreeMap<&'static str, Value>) -> String {
     names.join(" ")
 }
 
-fn report(node: &NodeName, failure: &Failure, failures: u32) {
+fn log_failure(node: &NodeName, failure: &Failure, failures: u32) {
     if *failure == Failure::Absent {
         tracing::warn!(%node, "there is no Node of this name: give --hostname");
     } else if let Failure::Forbidden(reason) = failure {

@@ -15,8 +15,8 @@ use tokio::net::TcpSocket;
 use tokio::sync::watch;
 
 use super::access::Connection;
+use super::backoff::jitter;
 use super::call::{self, Failure};
-use super::pace::jitter;
 use crate::topology::is_public;
 
 /// Asked for by name, so that the agent's role can be narrowed to that name.
@@ -46,7 +46,7 @@ pub struct Servers {
     /// Why there may be more: a clause for the operator.
     pub incomplete: Option<String>,
     /// Whether some of them only count for as long as it takes to ask them.
-    pub asking: bool,
+    pub probing: bool,
 }
 
 #[derive(Deserialize)]
@@ -105,7 +105,7 @@ pub(super) async fn run(
             let now = Servers {
                 addresses: all,
                 incomplete: None,
-                asking: true,
+                probing: true,
             };
             show(&servers, now, first);
             first = false;
@@ -127,7 +127,7 @@ pub(super) async fn run(
         let now = Servers {
             addresses: known.keys().copied().collect(),
             incomplete,
-            asking: false,
+            probing: false,
         };
         show(&servers, now, first);
         first = false;

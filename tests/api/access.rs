@@ -58,7 +58,7 @@ async fn the_first_way_that_answers_is_taken() {
     let mut agent = Agent::start(sources, "a1", None).await;
     agent.expect_nodes(&["a1"]).await;
     let contact = agent
-        .expect_contact("connected", |contact| contact.origin.is_some())
+        .expect_api_status("connected", |contact| contact.origin.is_some())
         .await;
     assert_eq!(contact.origin, Some(Origin::Local(stand_in.api.addr())));
 }
@@ -99,7 +99,7 @@ async fn when_a_server_dies_the_next_is_taken_and_the_watch_goes_on() {
     let mut agent = Agent::start(sources, "a1", None).await;
     agent.expect_nodes(&["a1"]).await;
     agent
-        .expect_contact("by the balancer", |c| {
+        .expect_api_status("by the balancer", |c| {
             c.origin == Some(Origin::Local(balancer.addr))
         })
         .await;
@@ -115,7 +115,7 @@ async fn when_a_server_dies_the_next_is_taken_and_the_watch_goes_on() {
 
     drop(balancer);
     agent
-        .expect_contact("by the service", |c| {
+        .expect_api_status("by the service", |c| {
             matches!(c.origin, Some(Origin::Service(_)))
         })
         .await;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::BodyExt as _;
-use selvedge::cluster::{Access, Cluster, Contact, ParseSettings, Patience, Sources, View};
+use selvedge::cluster::{Access, ApiStatus, Cluster, ParseSettings, Sources, Timeouts, View};
 use selvedge::topology::NodeName;
 use selvedge_lab::api::{Api, Options};
 use serde_json::{Value, json};
@@ -143,9 +143,9 @@ pub(crate) fn peer(name: &str, allowed_ips: &[&str]) -> Value {
     })
 }
 
-/// Patience of seconds, for tests that make it run out.
-pub(crate) fn patience() -> Patience {
-    Patience {
+/// Timeouts of seconds, for tests that make it run out.
+pub(crate) fn timeouts() -> Timeouts {
+    Timeouts {
         silence: Duration::from_secs(4),
         streamed_list: Duration::from_secs(2),
         second_look: Duration::from_secs(1),
@@ -163,18 +163,18 @@ pub(crate) struct Agent {
 
 impl Agent {
     pub(crate) async fn start(sources: Sources, own: &str, cached: Option<View>) -> Self {
-        Self::start_with(sources, own, cached, &patience()).await
+        Self::start_with(sources, own, cached, &timeouts()).await
     }
 
     pub(crate) async fn start_with(
         sources: Sources,
         own: &str,
         cached: Option<View>,
-        patience: &Patience,
+        timeouts: &Timeouts,
     ) -> Self {
         let access = Access::new(sources).await.unwrap();
         let own = NodeName(own.to_owned());
-        let cluster = Cluster::start_with(access, own, ParseSettings::default(), cached, patience);
+        let cluster = Cluster::start_with(access, own, ParseSettings::default(), cached, timeouts);
         let views = cluster.views();
         Self { cluster, views }
     }
@@ -209,12 +209,12 @@ impl Agent {
         self.views.borrow().clone()
     }
 
-    pub(crate) async fn expect_contact(
+    pub(crate) async fn expect_api_status(
         &self,
         what: &str,
-        expected: impl Fn(&Contact) -> bool,
-    ) -> Contact {
-        let mut contact = self.cluster.contact();
+        expected: impl Fn(&ApiStatus) -> bool,
+    ) -> ApiStatus {
+        let mut contact = self.cluster.api_status();
         let wait = contact.wait_for(|contact| expected(contact));
         let found = tokio::time::timeout(LIMIT, wait).await;
         found

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use std::pin::Pin;
 use std::time::Duration;
 
-use selvedge::cluster::{Access, Annotations, Object, Report, annotation, withdraw};
+use selvedge::cluster::{Access, Annotations, Object, Notice, annotation, withdraw};
 use selvedge::topology::NodeName;
 use selvedge_lab::{ControlPlane, Namespace, Node, scratch};
 use serde_json::{Value, json};
@@ -411,7 +411,7 @@ async fn what_is_refused_becomes_one_event(server: &Server) {
     agent
         .expect("the refusal", |view| view.rejected.len() == 1)
         .await;
-    let reports = BTreeSet::from([Report {
+    let reports = BTreeSet::from([Notice {
         object: Object::Node(NodeName("a1".to_owned())),
         field: "pod CIDR".to_owned(),
         reason: "SelvedgeExcluded",

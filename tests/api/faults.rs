@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use selvedge::cluster::{Annotations, Patience, View, annotation};
+use selvedge::cluster::{Annotations, Timeouts, View, annotation};
 use selvedge_lab::api::{Logged, Options};
 use serde_json::json;
 
-use crate::bench::{Agent, KEY, StandIn, eventually, node, node_names, patience, peer, sources};
+use crate::bench::{Agent, KEY, StandIn, eventually, node, node_names, peer, sources, timeouts};
 
 fn of_nodes(requests: &[Logged], kind: fn(&Logged) -> bool) -> usize {
     requests
@@ -160,7 +160,7 @@ async fn a_half_open_connection_is_given_up_and_the_last_view_stays() {
     let before = agent.expect_nodes(&["a1"]).await;
     stand_in.api.fault(|faults| faults.half_open = true);
     agent
-        .expect_contact("trouble", |contact| contact.trouble.is_some())
+        .expect_api_status("error", |status| status.error.is_some())
         .await;
     assert_eq!(agent.view(), Some(before));
     stand_in.api.fault(|faults| faults.half_open = false);
@@ -240,7 +240,7 @@ async fn a_restart_without_an_api_begins_with_the_cache() {
     let first = agent.expect("the cache", |_| true).await;
     assert_eq!((node_names(&first), first.live), (vec!["a1", "a2"], false));
     agent
-        .expect_contact("trouble", |contact| contact.trouble.is_some())
+        .expect_api_status("error", |status| status.error.is_some())
         .await;
     stand_in.add_nodes(&["a3"]);
     stand_in.api.fault(|faults| faults.refuse = false);
@@ -311,7 +311,7 @@ async fn one_agent_says_once_that_the_admission_policies_are_missing() {
 
     let agent = stand_in.agent("a1").await;
     let contact = agent
-        .expect_contact("policies are missing", |contact| {
+        .expect_api_status("policies are missing", |contact| {
             !contact.missing_policies.is_empty()
         })
         .await;
@@ -330,7 +330,7 @@ async fn one_agent_says_once_that_the_admission_policies_are_missing() {
     assert_eq!(looks(&stand_in), 12, "six policies, looked for twice");
     assert_eq!(events(), 1);
     let none: &[String] = &[];
-    assert_eq!(other.cluster.contact().borrow().missing_policies, none);
+    assert_eq!(other.cluster.api_status().borrow().missing_policies, none);
 }
 
 #[tokio::test]
@@ -345,7 +345,7 @@ async fn an_agent_that_may_not_look_for_policies_says_nothing_of_them() {
     eventually("a look", async || looks(&stand_in) > 0).await;
     seconds(1.0).await;
     let none: &[String] = &[];
-    assert_eq!(agent.cluster.contact().borrow().missing_policies, none);
+    assert_eq!(agent.cluster.api_status().borrow().missing_policies, none);
 }
 
 #[tokio::test]
@@ -495,7 +495,7 @@ async fn a_hundred_agents_that_start_together_make_one_list_each() {
     let mut agents = Vec::new();
     for _ in 0..100 {
         let sources = sources(&stand_in.kubeconfig);
-        agents.push(Agent::start_with(sources, "a1", None, &Patience::default()).await);
+        agents.push(Agent::start_with(sources, "a1", None, &Timeouts::default()).await);
     }
     for agent in &mut agents {
         agent.expect_nodes(&["a1", "a2"]).await;
@@ -508,5 +508,5 @@ async fn a_hundred_agents_that_start_together_make_one_list_each() {
 
 #[test]
 fn tests_are_less_patient_than_agents() {
-    assert!(patience().silence < Patience::default().silence);
+    assert!(timeouts().silence < Timeouts::default().silence);
 }

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 /// How long things may take before something is done about them.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Patience {
+pub struct Timeouts {
     /// Nothing is heard for this long on a watch: the connection is half-open. API servers send a
     /// bookmark every minute.
     pub silence: Duration,
@@ -27,7 +27,7 @@ pub struct Patience {
     pub policies: Duration,
 }
 
-impl Default for Patience {
+impl Default for Timeouts {
     fn default() -> Self {
         Self {
             silence: Duration::from_secs(90),
