@@ -7,8 +7,8 @@ use std::net::Ipv4Addr;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ipnet::{IpNet, Ipv4Net};
+use selvedge::wireguard::bench_support::{DevicePair, Run, superpacket};
 use selvedge::wireguard::table::AllowedIps;
-use selvedge::wireguard::workbench::{Run, Workbench, superpacket};
 
 /// Datagrams in a batch: what one send with segmentation offload holds.
 const BATCH: u16 = 44;
@@ -18,13 +18,13 @@ fn sessions(criterion: &mut Criterion) {
     for length in [64_usize, 1420] {
         group.throughput(Throughput::Elements(BATCH.into()));
         group.bench_with_input(BenchmarkId::new("seal", length), &length, |bencher, _| {
-            let bench = Workbench::default();
+            let bench = DevicePair::default();
             let mut run = Run::of_zeros(BATCH.into(), length);
             bencher.iter(|| bench.seal(&mut run));
         });
         group.bench_with_input(BenchmarkId::new("open", length), &length, |bencher, _| {
-            let sealing = Workbench::default();
-            let mut opening = Workbench::default();
+            let sealing = DevicePair::default();
+            let mut opening = DevicePair::default();
             bencher.iter_batched_ref(
                 || {
                     let mut run = Run::of_zeros(BATCH.into(), length);
@@ -44,11 +44,11 @@ fn device(criterion: &mut Criterion) {
     let packet = superpacket(BATCH, 1380);
     group.throughput(Throughput::Bytes(packet.len() as u64));
     group.bench_function("transmit", |bencher| {
-        let mut bench = Workbench::default();
+        let mut bench = DevicePair::default();
         bencher.iter(|| bench.transmit(&packet));
     });
     group.bench_function("receive", |bencher| {
-        let (mut sending, mut receiving) = (Workbench::default(), Workbench::default());
+        let (mut sending, mut receiving) = (DevicePair::default(), DevicePair::default());
         bencher.iter_batched_ref(
             || sending.transmitted(&packet),
             |runs| {

@@ -7,7 +7,7 @@
 use std::process::{Command, ExitCode};
 
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
-use selvedge::wireguard::workbench::{Run, Workbench, superpacket};
+use selvedge::wireguard::bench_support::{DevicePair, Run, superpacket};
 
 /// Packets in a round, as in a batch of UDP segmentation offload.
 const BATCH: u16 = 44;
@@ -69,7 +69,7 @@ fn raw(length: usize, rounds: u32, open: bool) {
 }
 
 fn session(length: usize, rounds: u32, open: bool) {
-    let mut bench = Workbench::default();
+    let mut bench = DevicePair::default();
     let mut run = Run::of_zeros(BATCH.into(), length);
     for _ in 0..rounds {
         bench.seal(&mut run);
@@ -80,7 +80,7 @@ fn session(length: usize, rounds: u32, open: bool) {
 }
 
 fn device(length: usize, rounds: u32, receive: bool) {
-    let mut bench = Workbench::default();
+    let mut bench = DevicePair::default();
     let segment = u16::try_from(length - 40).expect("a packet is shorter than 64 KiB");
     let packet = superpacket(BATCH, segment);
     for _ in 0..rounds {

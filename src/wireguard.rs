@@ -17,9 +17,12 @@
 //!
 //! What this device does that boringtun's does not is listed, with a test each, in `tests`.
 
+mod abort;
+mod admission;
+pub mod bench_support;
 mod checksum;
 mod clock;
-mod configure;
+pub mod config;
 mod core;
 mod drops;
 mod duplex;
@@ -27,18 +30,19 @@ pub mod gso;
 mod handshake;
 mod icmp;
 mod indices;
-mod keeper;
+mod io;
 pub mod key;
 mod link;
 mod nested;
-mod novelty;
 pub mod packet;
 mod peer;
 mod place;
-mod ratelimit;
+mod protocol;
 mod receive;
+mod reconfigure;
 pub mod replay;
 mod routes;
+mod sequencer;
 mod session;
 mod staged;
 pub mod table;
@@ -55,15 +59,14 @@ pub mod tests;
 mod threads;
 mod timers;
 mod timestamp;
+mod timestamp_sequence;
+mod timestamp_store;
 mod transmit;
 mod tun;
-mod turnstile;
 pub mod uapi;
 mod udp;
-pub mod workbench;
 
 use std::collections::BTreeMap;
-use std::io;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::sync::atomic::Ordering;
@@ -74,20 +77,18 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 
 use self::clock::Time;
-pub use self::configure::PeerConfig;
+pub use self::config::{MAX_CANDIDATES, PeerConfig};
 use self::core::Core;
 pub use self::core::UNASKED_AFTER;
 pub use self::drops::Dropped;
-use self::keeper::Keeper;
+use self::io::{Io, OnGone, open_queues};
 use self::key::{PrivateKey, PublicKey};
-use self::threads::{Io, OnGone, open_queues};
-use self::timestamp::Timestamps;
+pub use self::protocol::REJECT_AFTER_TIME;
 pub use self::timestamp::{Accepted, Store, Tai64n, Timestamp};
+use self::timestamp_sequence::TimestampSequence;
+use self::timestamp_store::StoreWriter;
 pub use self::tun::TunError;
 use self::udp::Sockets;
-
-/// The most candidate endpoints that one initiation is sent to.
-pub const MAX_CANDIDATES: usize = 16;
 
 /// The MTU of a new link: what is left of 1,500 bytes after IPv6, UDP and WireGuard.
 pub const DEFAULT_MTU: u32 = 1420;
@@ -152,10 +153,10 @@ pub enum StartError {
     PortInUse(u16),
     /// No socket.
     #[error("opening UDP port {0}: {1}")]
-    Socket(u16, io::Error),
+    Socket(u16, std::io::Error),
     /// No thread, or no descriptor.
     #[error("starting the tunnel's threads: {0}")]
-    Threads(io::Error),
+    Threads(std::io::Error),
 }
 
 /// Counters of a device.
@@ -229,7 +230,7 @@ impl Device {
             ..
         } = options;
         let sockets = Sockets::bind(listen_port, fwmark).map_err(|error| {
-            if error.kind() == io::ErrorKind::AddrInUse {
+            if error.kind() == std::io::ErrorKind::AddrInUse {
                 StartError::PortInUse(listen_port)
             } else {
                 StartError::Socket(listen_port, error)
@@ -241,12 +242,12 @@ impl Device {
         let tuns = open_queues(&name, mtu, persistent, queues)?;
         let floor = options.timestamp_floor;
         let accepted = Arc::new(Mutex::new(options.accepted));
-        let keeper = options
+        let writer = options
             .store
-            .map(|store| Keeper::start(floor, accepted.clone(), store))
+            .map(|store| StoreWriter::start(floor, accepted.clone(), store))
             .transpose()
             .map_err(StartError::Threads)?;
-        let timestamps = Timestamps::new(floor, keeper);
+        let timestamps = TimestampSequence::new(floor, writer);
         let mut core = Core::new(mtu, timestamps, accepted, wall_clock, Time::now());
         core.unicast_only = options.unicast_only;
         let core = Arc::new(core);
@@ -288,7 +289,7 @@ impl Device {
     ///
     /// # Errors
     /// `AddrInUse` if it is taken; then the port stays as it was.
-    pub fn set_listen_port(&self, port: u16) -> io::Result<()> {
+    pub fn set_listen_port(&self, port: u16) -> std::io::Result<()> {
         if port != 0 && port == self.listen_port() {
             return Ok(());
         }
@@ -307,7 +308,7 @@ impl Device {
     ///
     /// # Errors
     /// `PermissionDenied` without `CAP_NET_ADMIN`.
-    pub fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {
+    pub fn set_fwmark(&self, fwmark: u32) -> std::io::Result<()> {
         self.io.sockets.load().set_fwmark(fwmark)?;
         self.io.fwmark.store(fwmark, Ordering::Relaxed);
         self.clear_sources();
@@ -325,7 +326,7 @@ impl Device {
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn set_persistent(&self, persistent: bool) -> io::Result<()> {
+    pub fn set_persistent(&self, persistent: bool) -> std::io::Result<()> {
         self.io
             .tuns
             .load()
@@ -366,7 +367,8 @@ impl Device {
 
 impl uapi::Control for Device {
     fn set(&self, set: uapi::Set) -> Result<(), Errno> {
-        let errno = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+        let errno =
+            |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
         // First what may fail; after it nothing does.
         if let Some(port) = set.listen_port {
             self.set_listen_port(port).map_err(errno)?;

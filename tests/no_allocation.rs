@@ -10,7 +10,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use selvedge::wireguard::workbench::{Run, Workbench, superpacket};
+use selvedge::wireguard::bench_support::{DevicePair, Run, superpacket};
 
 /// The system's allocator, with a count of what each thread asks for.
 struct Counting;
@@ -61,7 +61,7 @@ fn packets() -> [Vec<u8>; 3] {
 
 #[test]
 fn packets_that_go_out_take_no_memory() {
-    let mut bench = Workbench::default();
+    let mut bench = DevicePair::default();
     let packets = packets();
     packets.iter().for_each(|packet| bench.transmit(packet));
     let count = asked(|| {
@@ -77,7 +77,7 @@ fn packets_that_go_out_take_no_memory() {
 
 #[test]
 fn datagrams_that_come_in_take_no_memory() {
-    let (mut sending, mut receiving) = (Workbench::default(), Workbench::default());
+    let (mut sending, mut receiving) = (DevicePair::default(), DevicePair::default());
     let packets = packets();
     let mut rounds = (0..101).map(|_| {
         let runs = packets

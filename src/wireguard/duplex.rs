@@ -18,7 +18,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::clock::Time;
 use super::core::Core;
-use super::threads::{Inward, Io, Outward, RETRY};
+use super::io::{Inward, Io, Outward, RETRY};
 use super::tun::Tun;
 use super::udp::UdpSocket;
 

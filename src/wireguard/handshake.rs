@@ -12,26 +12,29 @@ use std::time::Duration;
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::handshake::{SessionKeys, parse_handshake_anon};
 use boringtun::noise::{
-    COOKIE_REPLY_SZ, HANDSHAKE_INIT_SZ, HANDSHAKE_RESP_SZ, HandshakeInit, HandshakeResponse,
-    Packet, PacketCookieReply, parse_incoming_packet,
+    HandshakeInit, HandshakeResponse, Packet, PacketCookieReply, parse_incoming_packet,
 };
 use boringtun::x25519;
 
+use super::admission::rate_limit::RateLimit;
+use super::admission::{HandshakeMessage, Job, LOAD_LASTS};
 use super::clock::Time;
-use super::core::{Core, HandshakeMessage, Identity, Job, LOAD_LASTS};
+use super::core::{Core, Identity};
 use super::drops::Dropped;
 use super::key::PublicKey;
 use super::packet::Outer;
 use super::peer::{HandshakeState, Peer, Wire};
-use super::ratelimit::RateLimit;
+use super::protocol::{
+    COOKIE_REPLY_SIZE, COOKIE_SECRET_MAX_AGE, INITIATION_SIZE, REKEY_TIMEOUT, RESPONSE_SIZE,
+};
 use super::session::Session;
-use super::timers::{Attempt, REKEY_TIMEOUT};
+use super::timers::Attempt;
 use super::transmit::Transmit;
 
 /// A peer is taken at most 50 initiations of per second.
 const INITIATION_INTERVAL: Duration = Duration::from_millis(20);
 /// A cookie is used for so long: the 120 seconds of its secret but for what it was under way.
-const COOKIE_LASTS: Duration = Duration::from_secs(115);
+const COOKIE_LASTS: Duration = Duration::from_secs(COOKIE_SECRET_MAX_AGE.as_secs() - 5);
 
 /// Under load strangers get so much of each [`SLICE`]: enough for some thousand cookies a second.
 const STRANGERS_SHARE: Duration = Duration::from_micros(500);
@@ -209,7 +212,7 @@ impl Handshaker {
         if attempt == Attempt::First && peer.last_initiation().is_some_and(recent) {
             return;
         }
-        let mut buffer = [0; HANDSHAKE_INIT_SZ];
+        let mut buffer = [0; INITIATION_SIZE];
         if !self.begin(peer, &mut buffer, now) {
             return;
         }
@@ -219,7 +222,7 @@ impl Handshaker {
         let sent = peer.send(
             wire,
             &buffer,
-            HANDSHAKE_INIT_SZ,
+            INITIATION_SIZE,
             Outer::default(),
             now,
             &self.core.drops,
@@ -235,7 +238,7 @@ impl Handshaker {
     /// go to the endpoint as it was. The peer takes one copy of the initiation, the first: the others
     /// are no newer (paper, 5.1).
     fn look_for(&self, peer: &Arc<Peer>, candidates: &[SocketAddr], wire: &impl Wire, now: Time) {
-        let mut buffer = [0; HANDSHAKE_INIT_SZ];
+        let mut buffer = [0; INITIATION_SIZE];
         if !self.begin(peer, &mut buffer, now) {
             return;
         }
@@ -243,7 +246,7 @@ impl Handshaker {
         peer.timers.initiated(Attempt::First, now);
         for &candidate in candidates {
             let to = candidate.into();
-            let sent = wire.send(&buffer, HANDSHAKE_INIT_SZ, &to, Outer::default(), false);
+            let sent = wire.send(&buffer, INITIATION_SIZE, &to, Outer::default(), false);
             match sent {
                 Ok(_) => peer.note_sent(now),
                 Err(_) => self.core.drops.add(Dropped::SendFailed, 1),
@@ -252,7 +255,7 @@ impl Handshaker {
     }
 
     /// Begins a handshake: writes its first message. False where none can be had with the peer.
-    fn begin(&self, peer: &Arc<Peer>, buffer: &mut [u8; HANDSHAKE_INIT_SZ], now: Time) -> bool {
+    fn begin(&self, peer: &Arc<Peer>, buffer: &mut [u8; INITIATION_SIZE], now: Time) -> bool {
         let mut state = peer.handshake();
         if state
             .cookie_since
@@ -315,7 +318,7 @@ impl Handshaker {
         tracing::debug!(peer = %peer.key(), "handshake completed as initiator");
         peer.note_answer(message.from.remote, now);
         core.roam(&peer, message.from);
-        peer.count_received(HANDSHAKE_RESP_SZ);
+        peer.count_received(RESPONSE_SIZE);
         peer.timers.received(false, now);
         peer.timers.session_derived(now);
         peer.handshake_completed(now);
@@ -342,7 +345,7 @@ fn respond(
     let table = core.table.load();
     let key = PublicKey(half.peer_static_public);
     let peer = table.peers.get(&key).ok_or(Dropped::Unauthentic)?;
-    let mut buffer = [0; HANDSHAKE_RESP_SZ];
+    let mut buffer = [0; RESPONSE_SIZE];
     let answer_to;
     {
         let mut state = peer.handshake();
@@ -374,14 +377,14 @@ fn respond(
         peer.note_unasked(now);
     }
     tracing::debug!(peer = %peer.key(), "answering a handshake initiation");
-    peer.count_received(HANDSHAKE_INIT_SZ);
+    peer.count_received(INITIATION_SIZE);
     peer.timers.received(false, now);
     peer.timers.session_derived(now);
     peer.timers.sent(false, now);
     peer.send_to(
         wire,
         &buffer,
-        HANDSHAKE_RESP_SZ,
+        RESPONSE_SIZE,
         answer_to,
         Outer::default(),
         now,
@@ -422,7 +425,7 @@ fn send_cookie(
     wire: &impl Wire,
     now: Time,
 ) -> Result<(), Dropped> {
-    let mut buffer = [0; COOKIE_REPLY_SZ];
+    let mut buffer = [0; COOKIE_REPLY_SIZE];
     let remote = message.from.remote;
     let reply = identity
         .cookies
@@ -430,7 +433,7 @@ fn send_cookie(
         .map_err(reason)?;
     let sent = wire.send(
         reply,
-        COOKIE_REPLY_SZ,
+        COOKIE_REPLY_SIZE,
         &message.from,
         Outer::default(),
         false,

@@ -8,14 +8,18 @@ use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
+use super::admission::Job;
 use super::clock::Time;
-use super::core::{Core, Job};
+use super::core::Core;
 use super::drops::Dropped;
 use super::gso::Coalescer;
 use super::packet::{Header, set_ecn};
 use super::peer::Peer;
-use super::session::{OVERHEAD, Opened, Session, data_header};
-use super::timers::REKEY_ON_RECEIVE;
+use super::protocol::{
+    COOKIE_REPLY, COOKIE_REPLY_SIZE, INITIATION, INITIATION_SIZE, OVERHEAD, REKEY_ON_RECEIVE,
+    RESPONSE, RESPONSE_SIZE, data_header,
+};
+use super::session::{Opened, Session};
 use super::udp::Message;
 
 /// How many sessions a receive thread remembers; a power of two.
@@ -228,7 +232,9 @@ fn note_received(core: &Core, peer: &Arc<Peer>, session: &Arc<Session>, data: bo
 fn pass_on(core: &Core, datagram: &[u8], message: &Message, now: Time) {
     let kind = datagram.first_chunk().map(|kind| u32::from_le_bytes(*kind));
     let dropped = match (kind, datagram.len()) {
-        (Some(1), 148) | (Some(2), 92) | (Some(3), 64) => {
+        (Some(INITIATION), INITIATION_SIZE)
+        | (Some(RESPONSE), RESPONSE_SIZE)
+        | (Some(COOKIE_REPLY), COOKIE_REPLY_SIZE) => {
             core.take_handshake(datagram, message.from, now).err()
         }
         _ => Some(Dropped::Malformed),

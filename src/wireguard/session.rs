@@ -16,7 +16,6 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, Weak};
-use std::time::Duration;
 
 use boringtun::noise::handshake::SessionKeys;
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
@@ -24,25 +23,11 @@ use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use super::clock::Time;
 use super::drops::Dropped;
 use super::peer::Peer;
+use super::protocol::{
+    DATA, DATA_HEADER, OVERHEAD, REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES,
+    REKEY_AFTER_TIME, TAG, data_header,
+};
 use super::replay::ReplayWindow;
-
-/// Bytes before the ciphertext of a data message: type, receiver index, counter.
-pub(super) const DATA_HEADER: usize = 16;
-/// Bytes of the authentication tag.
-pub(super) const TAG: usize = 16;
-/// Bytes a data message is longer than what it carries.
-pub(super) const OVERHEAD: usize = DATA_HEADER + TAG;
-/// The type of a data message.
-pub(super) const DATA: u32 = 4;
-
-/// No key seals or opens more messages than this (paper 6.2).
-pub(super) const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
-/// A new handshake is due after this many messages.
-pub(super) const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
-/// No key is used when it is older than this.
-pub(super) const REJECT_AFTER_TIME: Duration = Duration::from_secs(180);
-/// The initiator of a session begins a new handshake when it sends with a key older than this.
-pub(super) const REKEY_AFTER_TIME: Duration = Duration::from_secs(120);
 
 /// The keys of one direction each, and their use so far.
 pub(super) struct Session {
@@ -74,17 +59,6 @@ fn nonce(counter: u64) -> Nonce {
     let mut nonce = [0; 12];
     nonce[4..].copy_from_slice(&counter.to_le_bytes());
     Nonce::assume_unique_for_key(nonce)
-}
-
-/// The receiver index and counter of a data message, if it is one.
-pub(super) fn data_header(datagram: &[u8]) -> Option<(u32, u64)> {
-    let (header, rest) = datagram.split_first_chunk::<DATA_HEADER>()?;
-    let [t0, t1, t2, t3, i0, i1, i2, i3, counter @ ..] = *header;
-    let is_data = u32::from_le_bytes([t0, t1, t2, t3]) == DATA && rest.len() >= TAG;
-    is_data.then(|| {
-        let index = u32::from_le_bytes([i0, i1, i2, i3]);
-        (index, u64::from_le_bytes(counter))
-    })
 }
 
 impl Session {
@@ -254,6 +228,8 @@ impl std::fmt::Debug for Session {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use zeroize::Zeroizing;
 
     use super::*;

@@ -35,7 +35,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use super::clock::Time;
-use super::configure::PeerConfig;
+use super::config::PeerConfig;
 use super::core::Core;
 use super::drops::Dropped;
 use super::handshake::Handshaker;
@@ -43,7 +43,8 @@ use super::key::{PrivateKey, PublicKey};
 use super::packet::{Ecn, Outer};
 use super::peer::{Peer, Wire};
 use super::receive::Receive;
-use super::timestamp::{Accepted, Timestamp, Timestamps};
+use super::timestamp::{Accepted, Timestamp};
+use super::timestamp_sequence::TimestampSequence;
 use super::transmit::Transmit;
 use super::udp::{Endpoint, Message};
 use super::{checksum, gso};
@@ -124,7 +125,7 @@ impl Host {
 
     /// One that drops what is for no unicast address, or does not.
     fn with(n: u8, accepted: Arc<Mutex<Accepted>>, unicast_only: bool) -> Self {
-        let timestamps = Timestamps::new(Timestamp::default(), None);
+        let timestamps = TimestampSequence::new(Timestamp::default(), None);
         let mut core = Core::new(
             1420,
             timestamps,

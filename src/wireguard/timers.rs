@@ -10,17 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::clock::Time;
-use super::session::REJECT_AFTER_TIME;
-
-/// An initiation that is not answered for so long is repeated.
-pub(super) const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Initiations are given up when they were repeated for so long.
-pub(super) const REKEY_ATTEMPT_TIME: Duration = Duration::from_secs(90);
-/// A peer from which data came is sent something within this time.
-pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// An initiator that receives with a key older than this begins a new handshake, lest the key runs
-/// out while only the other side sends.
-pub(super) const REKEY_ON_RECEIVE: Duration = Duration::from_secs(180 - 10 - 5);
+use super::protocol::{KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT};
 
 /// An initiation that the kernel refused to send is repeated after this time: nobody was bothered, and
 /// what is in its way, a route or a firewall, may be gone the next moment.

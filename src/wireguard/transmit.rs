@@ -15,7 +15,8 @@ use super::icmp::Answer;
 use super::nested::Nesting;
 use super::packet::{Header, Outer};
 use super::peer::{Peer, Wire};
-use super::session::{DATA_HEADER, OVERHEAD, Session, TAG};
+use super::protocol::{DATA_HEADER, OVERHEAD, TAG};
+use super::session::Session;
 use super::tun::MAX_READ;
 use super::udp::{MAX_DATAGRAMS, MAX_SEND};
 

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 
 use super::*;
-use crate::wireguard::threads::AbortOnPanic;
+use crate::wireguard::abort::AbortOnPanic;
 
 #[test]
 fn whatever_error_a_send_meets_the_session_goes_on() {

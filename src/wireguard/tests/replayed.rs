@@ -1,7 +1,7 @@
 //! Initiations that were recorded and are sent again by someone else, and where they move a peer: nowhere.
 
-use super::super::keeper::Keeper;
 use super::super::timestamp::Store;
+use super::super::timestamp_store::StoreWriter;
 use super::*;
 
 fn endpoint(world: &World, of: usize, at: usize) -> Option<SocketAddr> {
@@ -186,18 +186,18 @@ impl Store for Counting {
 fn what_is_accepted_is_kept_at_once_and_a_burst_of_it_costs_few_writes() {
     let accepted = Arc::<Mutex<Accepted>>::default();
     let store = Counting::default();
-    let keeper = Keeper::start(
+    let writer = StoreWriter::start(
         Timestamp::default(),
         accepted.clone(),
         Box::new(store.clone()),
     );
-    let keeper = keeper.unwrap();
+    let writer = writer.unwrap();
     for n in 0..200 {
         accepted.lock().unwrap().insert(PublicKey([n; 32]), [n; 12]);
-        keeper.keep_accepted();
+        writer.keep_accepted();
         std::thread::sleep(Duration::from_millis(2));
     }
-    drop(keeper);
+    drop(writer);
     let kept = store.0.lock().unwrap();
     assert!((2..10).contains(&kept.len()), "{} writes", kept.len());
     assert_eq!(kept.last().unwrap().len(), 200);

@@ -1,9 +1,9 @@
 //! Sessions over time: rekeying, restarts, several owners of a prefix, changes of peers.
 
 use super::*;
-use crate::wireguard::keeper::Keeper;
 use crate::wireguard::key::PresharedKey;
 use crate::wireguard::timestamp::Store;
+use crate::wireguard::timestamp_store::StoreWriter;
 use crate::wireguard::uapi::{AllowedIp, KeyUpdate, PeerSet};
 
 #[test]
@@ -42,7 +42,7 @@ fn a_host_that_restarts_is_back_with_its_first_packet() {
     let mut reborn = Host::new(1);
     // Its timestamps go on where they ended.
     let floor = Timestamp::from_unix(seconds(100));
-    *reborn.core.timestamps.lock().unwrap() = Timestamps::new(floor, None);
+    *reborn.core.timestamps.lock().unwrap() = TimestampSequence::new(floor, None);
     std::mem::swap(&mut world.hosts[0], &mut reborn);
     {
         let [one, two] = world.hosts.as_slice() else {
@@ -98,8 +98,8 @@ fn a_disk_that_hangs_stops_no_handshake() {
         written: written.clone(),
     };
     let floor = Timestamp::default();
-    let keeper = Keeper::start(floor, Arc::default(), Box::new(disk)).unwrap();
-    *world.hosts[0].core.timestamps.lock().unwrap() = Timestamps::new(floor, Some(keeper));
+    let writer = StoreWriter::start(floor, Arc::default(), Box::new(disk)).unwrap();
+    *world.hosts[0].core.timestamps.lock().unwrap() = TimestampSequence::new(floor, Some(writer));
     // The first handshake, and three rekeys.
     for _ in 0..4 {
         world.send(0, &packet(1, 2, b"hello"));

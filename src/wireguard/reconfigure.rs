@@ -11,47 +11,18 @@ use boringtun::noise::handshake::Handshake;
 use boringtun::x25519;
 use ipnet::IpNet;
 
-use super::MAX_CANDIDATES;
+use super::admission::Job;
 use super::clock::Time;
-use super::core::{Core, Identity, Job};
+use super::config::{MAX_CANDIDATES, PeerConfig};
+use super::core::{Configured, ConfiguredPeer, Core, Identity};
 use super::handshake::forget_handshakes;
 use super::key::{PresharedKey, PrivateKey, PublicKey};
 use super::peer::{HandshakeState, Peer};
 use super::table::Table;
 use super::uapi::{AllowedIp, KeyUpdate, PeerGet, PeerSet};
 
-/// A peer as it is configured.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct PeerConfig {
-    /// Where to send until the peer is heard from elsewhere.
-    pub endpoint: Option<SocketAddr>,
-    /// The key mixed into handshakes.
-    pub preshared_key: Option<PresharedKey>,
-    /// Seconds between keepalives; `None` is off.
-    pub persistent_keepalive: Option<NonZeroU16>,
-    /// What may come from it and is sent to it.
-    pub allowed_ips: BTreeSet<IpNet>,
-}
-
-/// What was configured last.
-#[derive(Default)]
-pub(super) struct Configured {
-    peers: BTreeMap<PublicKey, ConfiguredPeer>,
-    /// The owners of each prefix: one by UAPI, several by the agent.
-    allowed_ips: BTreeMap<IpNet, BTreeSet<PublicKey>>,
-    /// When something was last sent to peers that were removed, the latest [`MAX_REMOVED`] of them: one
-    /// that comes back was not silent meanwhile, see [`super::PeerStats::heard_unasked`].
-    removed: BTreeMap<PublicKey, Time>,
-}
-
 /// More peers than this do not come and go within minutes.
 const MAX_REMOVED: usize = 1024;
-
-struct ConfiguredPeer {
-    peer: Arc<Peer>,
-    /// The endpoint that was asked for; the peer may have roamed since.
-    endpoint: Option<SocketAddr>,
-}
 
 impl Core {
     fn configured(&self) -> MutexGuard<'_, Configured> {

@@ -14,19 +14,21 @@ use boringtun::noise::handshake::SessionKeys;
 use zeroize::Zeroizing;
 
 use super::clock::Time;
-use super::configure::PeerConfig;
+use super::config::PeerConfig;
 use super::core::Core;
 use super::key::PublicKey;
 use super::packet::Outer;
 use super::peer::{Peer, Wire};
+use super::protocol::{DATA_HEADER, OVERHEAD};
 use super::receive::Receive;
-use super::session::{DATA_HEADER, OVERHEAD, Opened, Session};
-use super::timestamp::{Timestamp, Timestamps};
+use super::session::{Opened, Session};
+use super::timestamp::Timestamp;
+use super::timestamp_sequence::TimestampSequence;
 use super::transmit::Transmit;
 use super::udp::{Endpoint, Message};
 
 /// Two devices: what the first one sends, the second one receives.
-pub struct Workbench {
+pub struct DevicePair {
     sender: Side,
     receiver: Side,
     transmit: Transmit,
@@ -81,7 +83,7 @@ impl Wire for Loop {
 
 impl Side {
     fn new(own: u8, other: u8, now: Time) -> Self {
-        let timestamps = Timestamps::new(Timestamp::default(), None);
+        let timestamps = TimestampSequence::new(Timestamp::default(), None);
         let core = Core::new(
             1420,
             timestamps,
@@ -116,7 +118,7 @@ impl Side {
     }
 }
 
-impl Default for Workbench {
+impl Default for DevicePair {
     fn default() -> Self {
         let now = Time::from_duration(Duration::from_secs(10_000));
         Self {
@@ -131,7 +133,7 @@ impl Default for Workbench {
     }
 }
 
-impl Workbench {
+impl DevicePair {
     /// Seals a run of datagrams in place; each has its plaintext 16 bytes from its beginning, and 16
     /// bytes of room behind it.
     pub fn seal(&self, run: &mut Run) {
@@ -225,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_superpacket_arrives_in_one_piece() {
-        let mut bench = Workbench::default();
+        let mut bench = DevicePair::default();
         let mut runs = bench.transmitted(&superpacket(44, 1380));
         assert_eq!(runs.len(), 1);
         assert_eq!(runs[0].bytes.len(), 44 * (1420 + OVERHEAD));
@@ -234,7 +236,7 @@ mod tests {
 
     #[test]
     fn a_run_is_opened_as_it_was_sealed() {
-        let mut bench = Workbench::default();
+        let mut bench = DevicePair::default();
         let mut run = Run::of_zeros(3, 64);
         bench.seal(&mut run);
         assert_eq!(bench.open(&mut run), 3);

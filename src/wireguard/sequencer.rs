@@ -8,7 +8,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// An entrance and an exit, and the order between them.
 #[derive(Debug, Default)]
-pub(super) struct Turnstile {
+pub(super) struct Sequencer {
     /// The number of the next batch to be taken.
     entrance: Mutex<u64>,
     /// The number of the next batch to be delivered.
@@ -29,19 +29,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Turnstile {
+impl Sequencer {
     /// Waits for the right to take a batch.
     pub(super) fn enter(&self) -> Entrance<'_> {
         Entrance(lock(&self.entrance))
     }
 
     /// Delivers a batch when it is its turn.
-    pub(super) fn leave(&self, ticket: Ticket, deliver: impl FnOnce()) {
+    pub(super) fn deliver(&self, ticket: Ticket, batch: impl FnOnce()) {
         let mut exit = lock(&self.exit);
         while *exit != ticket.0 {
             exit = self.left.wait(exit).unwrap_or_else(PoisonError::into_inner);
         }
-        deliver();
+        batch();
         *exit += 1;
         drop(exit);
         self.left.notify_all();
@@ -67,21 +67,21 @@ mod tests {
 
     #[test]
     fn batches_leave_in_the_order_they_were_taken_whoever_is_slow() {
-        let turnstile = Turnstile::default();
+        let sequencer = Sequencer::default();
         let batches = Mutex::new((0..200_u64).collect::<VecDeque<_>>());
         let delivered = Mutex::new(Vec::new());
         thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     loop {
-                        let mut entrance = turnstile.enter();
+                        let mut entrance = sequencer.enter();
                         let Some(batch) = batches.lock().unwrap().pop_front() else {
                             return;
                         };
                         let ticket = entrance.take();
                         drop(entrance);
                         thread::sleep(Duration::from_micros(batch * 7919 % 400));
-                        turnstile.leave(ticket, || delivered.lock().unwrap().push(batch));
+                        sequencer.deliver(ticket, || delivered.lock().unwrap().push(batch));
                     }
                 });
             }

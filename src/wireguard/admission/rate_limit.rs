@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
-use super::clock::Time;
+use crate::wireguard::clock::Time;
 
 /// Handshake messages per second and source.
 const PER_SECOND: u32 = 20;
@@ -20,7 +20,7 @@ const MAX_SOURCES: usize = 8192;
 
 /// A token bucket for each source: an IPv4 address, or a /64 of IPv6, which is what one host has.
 #[derive(Debug, Default)]
-pub(super) struct RateLimit {
+pub(in crate::wireguard) struct RateLimit {
     sources: HashMap<IpAddr, Bucket>,
     swept: Option<Time>,
 }
@@ -44,7 +44,7 @@ pub(super) fn source_of(address: IpAddr) -> IpAddr {
 
 impl RateLimit {
     /// Whether a message from this address may be looked at.
-    pub(super) fn allows(&mut self, address: IpAddr, now: Time) -> bool {
+    pub(in crate::wireguard) fn allows(&mut self, address: IpAddr, now: Time) -> bool {
         let full = COST * BURST;
         if self
             .swept

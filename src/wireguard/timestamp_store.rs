@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::threads::AbortOnPanic;
+use super::abort::AbortOnPanic;
 use super::timestamp::{Accepted, Store, Timestamp};
 
 /// So long a handshake waits for a mark that it needs. A disk that does its work takes a tenth of it.
@@ -24,7 +24,7 @@ const PARTING: Duration = Duration::from_secs(2);
 
 /// The thread that writes, and what it knows. Dropping it ends the thread, after what it has still to
 /// write unless that takes too long.
-pub(super) struct Keeper {
+pub(super) struct StoreWriter {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
     /// Whether somebody has waited in vain since the last mark was written.
@@ -52,7 +52,7 @@ struct Marks {
     ended: bool,
 }
 
-impl Keeper {
+impl StoreWriter {
     /// Starts the thread; `floor` is the last mark of earlier runs, `accepted` what was accepted of peers.
     ///
     /// # Errors
@@ -199,7 +199,7 @@ impl Shared {
     }
 }
 
-impl Drop for Keeper {
+impl Drop for StoreWriter {
     fn drop(&mut self) {
         self.shared.marks().end = true;
         self.shared.changed.notify_all();
@@ -213,9 +213,9 @@ impl Drop for Keeper {
     }
 }
 
-impl fmt::Debug for Keeper {
+impl fmt::Debug for StoreWriter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Keeper")
+        f.debug_struct("StoreWriter")
             .field("late", &self.late)
             .finish_non_exhaustive()
     }

@@ -14,8 +14,8 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::clock::Time;
-use super::ratelimit::source_of;
+use super::rate_limit::source_of;
+use crate::wireguard::clock::Time;
 
 /// Who asked within this time asks again too soon. Initiators wait five seconds (`REKEY_TIMEOUT`).
 const WHILE: Duration = Duration::from_millis(4500);
@@ -32,18 +32,18 @@ const ONE_IN: u32 = 64;
 
 /// Whether to listen to who asks.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Hearing {
+pub(super) enum Recency {
     /// It asks for the first time in a while.
-    First,
+    New,
     /// It asks again too soon, and is the one in so many that is heard if there is time.
-    Perhaps,
+    Sampled,
     /// It asks again too soon.
-    Not,
+    Recent,
 }
 
 /// When each address last asked.
 #[derive(Debug)]
-pub(super) struct Novelty {
+pub(super) struct RecentSources {
     /// So that nobody knows which addresses share marks.
     hash: RandomState,
     lines: Box<[Line]>,
@@ -54,7 +54,7 @@ pub(super) struct Novelty {
 #[repr(align(64))]
 struct Line([AtomicU16; MARKS]);
 
-impl Default for Novelty {
+impl Default for RecentSources {
     fn default() -> Self {
         Self {
             hash: RandomState::new(),
@@ -64,9 +64,9 @@ impl Default for Novelty {
     }
 }
 
-impl Novelty {
+impl RecentSources {
     /// Takes note that an address asks; whether to listen to it.
-    pub(super) fn asks(&self, address: IpAddr, now: Time) -> Hearing {
+    pub(super) fn note(&self, address: IpAddr, now: Time) -> Recency {
         let grains = now.as_duration().as_millis() / GRAIN.as_millis();
         // Time goes round; zero stands for never.
         let now = u16::try_from(grains % u128::from(u16::MAX)).unwrap_or(0) + 1;
@@ -81,11 +81,11 @@ impl Novelty {
             new |= before == 0 || GRAIN * age >= WHILE;
         }
         if new {
-            Hearing::First
+            Recency::New
         } else if self.repeated.fetch_add(1, Ordering::Relaxed) % ONE_IN == ONE_IN - 1 {
-            Hearing::Perhaps
+            Recency::Sampled
         } else {
-            Hearing::Not
+            Recency::Recent
         }
     }
 }
@@ -100,48 +100,48 @@ mod tests {
         Time::from_duration(Duration::from_millis(1_000_000 + millis))
     }
 
-    fn heard(novelty: &Novelty, address: IpAddr, millis: u64) -> bool {
-        novelty.asks(address, time(millis)) != Hearing::Not
+    fn heard(sources: &RecentSources, address: IpAddr, millis: u64) -> bool {
+        sources.note(address, time(millis)) != Recency::Recent
     }
 
-    fn flood(novelty: &Novelty, millis: u64) -> usize {
+    fn flood(sources: &RecentSources, millis: u64) -> usize {
         let addresses = 0xc612_0000..=0xc612_ffff_u32;
         addresses
-            .filter(|&address| heard(novelty, Ipv4Addr::from(address).into(), millis))
+            .filter(|&address| heard(sources, Ipv4Addr::from(address).into(), millis))
             .count()
     }
 
     #[test]
     fn a_flood_from_the_same_addresses_is_heard_once_and_newcomers_are() {
-        let novelty = Novelty::default();
-        assert!(flood(&novelty, 0) > 60_000, "all are new");
+        let sources = RecentSources::default();
+        assert!(flood(&sources, 0) > 60_000, "all are new");
         for round in 1..10 {
-            let heard = flood(&novelty, round * 700);
+            let heard = flood(&sources, round * 700);
             assert!(heard <= 1025, "{heard} of 65,536 were heard again");
         }
         let newcomers = (0..1000_u32)
-            .map(|n| novelty.asks(Ipv4Addr::from(0x0a00_0000 | n).into(), time(7000)))
-            .filter(|&hearing| hearing == Hearing::First)
+            .map(|n| sources.note(Ipv4Addr::from(0x0a00_0000 | n).into(), time(7000)))
+            .filter(|&recency| recency == Recency::New)
             .count();
         assert!(newcomers > 900, "only {newcomers} of 1000 were heard");
     }
 
     #[test]
     fn who_waits_for_five_seconds_is_heard_every_time() {
-        let novelty = Novelty::default();
+        let sources = RecentSources::default();
         let address = IpAddr::from([192, 0, 2, 1]);
         for attempt in 0..10_000 {
-            let hearing = novelty.asks(address, time(attempt * 5000));
-            assert_eq!(hearing, Hearing::First, "{attempt}");
+            let recency = sources.note(address, time(attempt * 5000));
+            assert_eq!(recency, Recency::New, "{attempt}");
         }
-        assert!(!heard(&novelty, address, 10_000 * 5000 - 4000));
+        assert!(!heard(&sources, address, 10_000 * 5000 - 4000));
     }
 
     #[test]
     fn who_asks_all_the_time_is_heard_now_and_then() {
-        let novelty = Novelty::default();
+        let sources = RecentSources::default();
         let address = IpAddr::from([192, 0, 2, 1]);
-        let heard = (0..6400).filter(|&n| heard(&novelty, address, n)).count();
+        let heard = (0..6400).filter(|&n| heard(&sources, address, n)).count();
         assert!((90..=110).contains(&heard), "{heard} of 6400");
     }
 }
