@@ -1,7 +1,8 @@
 # The commands of the README and of CONTRIBUTING. Those that need root say so and stop.
 #
-#   make lab [ARGS="--real --keep"]   scenario 000 in network namespaces, narrated
-#   make test                         everything that has to pass, with real flannel and Kubernetes
+#   make lab [ARGS="--real --keep"]   two regions in network namespaces, narrated; root
+#   make unit                         all tests that need neither root nor Go, in a minute
+#   make test                         everything that has to pass, with real flannel and Kubernetes; root
 #   make evidence [ARGS="1. 3.6"]     the table of docs/evidence.md, one line for each case; root
 #   make check                        formatting, lints, documentation, dependencies, vendored code
 #   make bench                        the benchmarks, as ratios to the peers in one run
@@ -17,7 +18,7 @@ ARGS ?=
 SECONDS_EACH ?= 60
 SECONDS_LONG ?= 600
 
-.PHONY: lab test evidence check bench fuzz soak start-orders programs image-check clean
+.PHONY: lab unit test evidence check bench fuzz soak start-orders programs image-check clean
 .NOTPARALLEL:
 
 lab:
@@ -29,6 +30,10 @@ lab:
 
 programs:
 	lab/build.sh
+
+# The unit tests of the packages, and those of tests/unit in one binary.
+unit:
+	$(CARGO) test --quiet --package selvedge --package boringtun --lib --test unit
 
 # One test binary after the other; those that bring up a cluster run their steps in order.
 test:
@@ -70,10 +75,10 @@ image-check:
 
 soak:
 	lab/build.sh wireguard-go
-	SELVEDGE_SOAK=$(SECONDS_LONG) $(CARGO) test --quiet --test rekey -- --nocapture
+	SELVEDGE_SOAK=$(SECONDS_LONG) $(CARGO) test --quiet --test tunnel -- --nocapture session_renewal
 
 start-orders:
-	SELVEDGE_START_ORDERS=all $(CARGO) test --quiet --test endpoints -- orders_of_start
+	SELVEDGE_START_ORDERS=all $(CARGO) test --quiet --test endpoint_discovery -- orders_of_start
 
 clean:
 	$(CARGO) clean

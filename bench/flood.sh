@@ -4,4 +4,4 @@
 set -euo pipefail
 
 cd "$(dirname "$(readlink -f "$0")")/.."
-exec cargo test --quiet --release --test flood -- --nocapture
+exec cargo test --quiet --release --test tunnel -- --nocapture handshake_flood

@@ -10,7 +10,7 @@ use selvedge::plan::{Inputs, plan};
 use selvedge::state::State;
 use selvedge::topology::{Node, NodeName, RegionName, Topology};
 
-#[path = "../tests/mesh/mod.rs"]
+#[path = "../tests/unit/mesh.rs"]
 #[expect(dead_code, reason = "the tests use more of it")]
 mod mesh;
 

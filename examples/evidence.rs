@@ -29,7 +29,7 @@ struct Case {
     control: Option<Test>,
 }
 
-/// A test: `lib` or the name of a file in `tests/`, and the name of the function or the step.
+/// A test: `lib` or the name of a test binary, and the name of the function or the step.
 #[derive(Clone, Eq, Ord, PartialEq, PartialOrd)]
 struct Test {
     binary: String,

@@ -15,7 +15,7 @@ use selvedge::diff::diff;
 use selvedge::state::State;
 use selvedge::topology::NodeName;
 
-#[path = "../tests/mesh/mod.rs"]
+#[path = "../tests/unit/mesh.rs"]
 #[expect(dead_code, reason = "the tests use more of it")]
 mod mesh;
 

@@ -9,7 +9,9 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 
-use crate::state::{Firewall, Link, MAIN, PROTOCOL, Peer, Route, RouteKey, Rule, Ruleset, Scope, State};
+use crate::state::{
+    Firewall, Link, MAIN, PROTOCOL, Peer, Route, RouteKey, Rule, Ruleset, Scope, State,
+};
 use crate::wireguard::key::PublicKey;
 
 /// One idempotent operation on the kernel or the tunnel device.

@@ -1,5 +1,5 @@
 //! What is fuzzed: each function takes any bytes and must not panic, and where it knows better, it
-//! compares. `fuzz_targets` runs them with a fuzzer, `tests/fuzz_corpus.rs` over the corpora.
+//! compares. `fuzz_targets` runs them with a fuzzer, `tests/unit/fuzz_corpus.rs` over the corpora.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -12,7 +12,7 @@ mod host;
 mod leaks;
 mod linux;
 #[expect(dead_code, reason = "every test binary uses its own part")]
-#[path = "../mesh/mod.rs"]
+#[path = "../unit/mesh.rs"]
 mod mesh;
 mod rules;
 mod state;

@@ -1,0 +1,248 @@
+//! The agent's control loop, simulated: its schedule, its decisions and its passes against a kernel
+//! that fits in a test, with a clock that the test turns, and with faults.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use proptest::prelude::*;
+use selvedge::agent::reconcile::{self, Facts, Platform};
+use selvedge::agent::schedule::{Outcome, Schedule};
+use selvedge::config::Config;
+use selvedge::diff::Change;
+use selvedge::state::State;
+use selvedge::topology::NodeName;
+
+use crate::cluster_strategy::mesh;
+use crate::fake_kernel::FakeKernel;
+use crate::mesh::Mesh;
+
+const RESYNC: Duration = Duration::from_secs(30);
+/// What is promised: a repair within a second.
+const REPAIR: Duration = Duration::from_secs(1);
+
+/// Something that happens to a node from outside.
+#[derive(Clone, Debug)]
+enum Event {
+    /// Somebody takes away one of the things the agent installed: that of this number.
+    Drift(usize),
+    /// The next changes fail, so many.
+    Faults(u8),
+    /// Reading the kernel fails once.
+    Blind,
+    /// A Node is deleted, or comes back.
+    Toggle(usize),
+}
+
+/// A kernel that fails when told to.
+struct Shaky {
+    kernel: FakeKernel,
+    faults: u8,
+    blind: bool,
+}
+
+impl Platform for Shaky {
+    fn observe(&mut self) -> anyhow::Result<State> {
+        if std::mem::take(&mut self.blind) {
+            return Err(anyhow!("the socket overran"));
+        }
+        Ok(self.kernel.observe())
+    }
+
+    fn apply_all<'a>(&mut self, changes: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)> {
+        let mut failed = Vec::new();
+        for change in changes {
+            let result = if self.faults > 0 {
+                self.faults -= 1;
+                Err("EBUSY".to_owned())
+            } else {
+                self.kernel.apply(change)
+            };
+            if let Err(error) = result {
+                failed.push((change, anyhow!(error)));
+            }
+        }
+        failed
+    }
+}
+
+/// One node's agent, its kernel and the clock.
+struct Sim {
+    config: Config,
+    mesh: Mesh,
+    me: NodeName,
+    absent: BTreeSet<NodeName>,
+    node: Shaky,
+    schedule: Schedule,
+    now: Instant,
+    passes: u32,
+    /// What the last pass could not do.
+    failed: Vec<String>,
+}
+
+impl Sim {
+    fn new(mesh: Mesh, me: &NodeName) -> Self {
+        let config = Config::from_args([
+            format!("--hostname={me}").as_str(),
+            "--encapsulate=crosssubnet",
+            "--service-cidr=10.43.0.0/16",
+        ]);
+        let kernel = FakeKernel::before_the_agent(&mesh, me);
+        #[expect(clippy::disallowed_methods, reason = "an Instant has no other origin")]
+        let now = Instant::now();
+        Self {
+            config: config.expect("these flags are good"),
+            me: me.clone(),
+            absent: BTreeSet::new(),
+            node: Shaky {
+                kernel,
+                faults: 0,
+                blind: false,
+            },
+            schedule: Schedule::new(now, RESYNC),
+            mesh,
+            now,
+            passes: 0,
+            failed: Vec::new(),
+        }
+    }
+
+    fn desired(&self) -> Option<State> {
+        let mut facts = Facts {
+            snapshot: self.mesh.snapshot.clone(),
+            flannel: Some(self.mesh.flannel(&self.me)),
+            underlay_mtu: Some(1500),
+            api_servers: self.mesh.api_servers.clone(),
+            alive: self.mesh.observed.clone(),
+            ..Facts::default()
+        };
+        facts
+            .snapshot
+            .nodes
+            .retain(|name, _| !self.absent.contains(name));
+        let decision = reconcile::decide(&facts, &self.config, crate::mesh::key(1));
+        decision.desired
+    }
+
+    /// Lets the agent run until then.
+    fn run_until(&mut self, end: Instant) {
+        while self.schedule.poll_due() <= end {
+            self.now = self.now.max(self.schedule.poll_due());
+            let pass = self
+                .desired()
+                .map(|desired| reconcile::pass(&mut self.node, &desired))
+                .unwrap_or_default();
+            let outcome = pass.outcome();
+            self.failed = pass.failed;
+            self.schedule.handle_outcome(self.now, outcome);
+            if outcome != Outcome::Unchanged {
+                // The kernel reports the agent's own changes too.
+                self.schedule.handle_cause(self.now);
+            }
+            self.passes += 1;
+            assert!(self.passes < 10_000, "the loop does not rest");
+        }
+        self.now = end;
+    }
+
+    fn happen(&mut self, event: &Event) {
+        match event {
+            Event::Drift(number) => {
+                let installed = removals(&self.node.kernel.observe());
+                if let Some(removal) = installed.get(number % installed.len().max(1)) {
+                    let _ = self.node.kernel.apply(removal);
+                }
+            }
+            Event::Faults(count) => self.node.faults = *count,
+            Event::Blind => self.node.blind = true,
+            Event::Toggle(number) => {
+                let others = self.mesh.names().filter(|name| **name != self.me);
+                let others = others.cloned().collect::<Vec<_>>();
+                if let Some(name) = others.get(number % others.len().max(1))
+                    && !self.absent.remove(name)
+                {
+                    self.absent.insert(name.clone());
+                }
+            }
+        }
+        self.schedule.handle_cause(self.now);
+    }
+
+    fn is_as_desired(&self) -> bool {
+        self.desired()
+            .is_none_or(|desired| self.node.kernel.observe() == desired)
+    }
+}
+
+/// What anybody with the right could take away.
+fn removals(state: &State) -> Vec<Change> {
+    let mut removals = Vec::new();
+    removals.extend(state.routes.keys().copied().map(Change::DeleteRoute));
+    removals.extend(state.rules.iter().cloned().map(Change::DeleteRule));
+    removals.extend(state.firewall.iter().map(|_| Change::DeleteFirewall));
+    if let Some(link) = &state.link {
+        let dev = &link.name;
+        removals.extend(state.addresses.keys().map(|address| Change::DeleteAddress {
+            dev: dev.clone(),
+            address: *address,
+        }));
+        removals.extend(link.up.then(|| Change::SetDown { name: dev.clone() }));
+        removals.push(Change::DeleteLink { name: dev.clone() });
+    }
+    removals
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        6 => any::<usize>().prop_map(Event::Drift),
+        2 => (1..20u8).prop_map(Event::Faults),
+        1 => Just(Event::Blind),
+        3 => any::<usize>().prop_map(Event::Toggle),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 40, ..ProptestConfig::default() })]
+
+    /// Whatever is taken away, and whatever changes in the cluster, is made good within a second.
+    #[test]
+    fn a_node_is_made_good_within_a_second(
+        mesh in mesh(),
+        me in any::<prop::sample::Index>(),
+        events in proptest::collection::vec((event(), 0..3000u64), 1..30),
+    ) {
+        prop_assume!(mesh.names().next().is_some());
+        let names = mesh.names().cloned().collect::<Vec<_>>();
+        let mut sim = Sim::new(mesh, me.get(&names));
+        sim.run_until(sim.now + REPAIR);
+        prop_assert!(sim.is_as_desired(), "{:?}", sim.failed);
+
+        for (event, pause) in &events {
+            sim.happen(event);
+            let faultless = sim.node.faults == 0 && !sim.node.blind;
+            sim.run_until(sim.now + REPAIR);
+            prop_assert!(!faultless || sim.is_as_desired(), "after {event:?}: {:?}", sim.failed);
+            sim.run_until(sim.now + Duration::from_millis(*pause));
+        }
+
+        // Faults end, and the last of them is made good too.
+        sim.node.faults = 0;
+        sim.run_until(sim.now + Duration::from_secs(6));
+        prop_assert!(sim.is_as_desired(), "{:?}", sim.failed);
+    }
+
+    /// A cluster that rests costs a look every resync period, and nothing is changed by it.
+    #[test]
+    fn a_node_at_rest_is_left_alone(mesh in mesh(), me in any::<prop::sample::Index>()) {
+        prop_assume!(mesh.names().next().is_some());
+        let names = mesh.names().cloned().collect::<Vec<_>>();
+        let mut sim = Sim::new(mesh, me.get(&names));
+        sim.run_until(sim.now + REPAIR);
+        let passes = sim.passes;
+
+        sim.run_until(sim.now + 20 * RESYNC);
+
+        prop_assert!(sim.passes - passes <= 21, "{} passes", sim.passes - passes);
+        prop_assert!(sim.is_as_desired(), "{:?}", sim.failed);
+    }
+}

@@ -1,0 +1,407 @@
+//! What holds for every cluster: properties of the topology, the plan and the diff.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
+use proptest::prelude::*;
+use selvedge::diff::diff;
+use selvedge::state::{BACKSTOP_METRIC, Route, RouteKey, State, Table};
+use selvedge::topology::{Claim, Ledger, Node, NodeName, Segment, SegmentName, Topology};
+
+use crate::cluster_strategy::{any_mesh, mesh, node};
+use crate::fake_kernel::FakeKernel;
+use crate::mesh::{Mesh, With, is_v6, lines, net, recorded};
+
+fn reach(kernel: &mut FakeKernel, desired: &State) -> Result<(), TestCaseError> {
+    for change in diff(&kernel.observe(), desired) {
+        kernel.apply(&change).map_err(TestCaseError::fail)?;
+    }
+    let left = lines(&diff(&kernel.observe(), desired));
+    prop_assert_eq!(left, "", "that is left to do");
+    prop_assert_eq!(&kernel.observe(), desired);
+    Ok(())
+}
+
+/// How a route leaves its destination, if at all.
+fn unicast<'a>(state: &'a State, table: Table, dst: &IpNet) -> Vec<&'a RouteKey> {
+    let is_unicast = |route: &Route| matches!(route, Route::Unicast { .. });
+    let routes = state.routes.iter();
+    routes
+        .filter(|(key, route)| key.table == table && key.dst == *dst && is_unicast(route))
+        .map(|(key, _)| key)
+        .collect()
+}
+
+/// What a look-up in one table finds, as the kernel looks: the longest prefix, the lowest metric.
+fn look_up(state: &State, table: Table, ip: std::net::IpAddr) -> Option<&Route> {
+    let routes = state.routes.iter();
+    routes
+        .filter(|(key, _)| key.table == table && key.dst.contains(&ip))
+        .min_by_key(|(key, _)| (u8::MAX - key.dst.prefix_len(), key.metric))
+        .map(|(_, route)| route)
+}
+
+type Destinations = BTreeSet<(Table, IpNet)>;
+
+/// Destinations that packets can leave the node for, and those where they are at least refused.
+fn destinations(state: &State) -> (Destinations, Destinations) {
+    let (mut routed, mut held) = (BTreeSet::new(), BTreeSet::new());
+    for (key, route) in &state.routes {
+        match route {
+            Route::Unicast { .. } => {
+                routed.insert((key.table, key.dst));
+                held.insert((key.table, key.dst));
+            }
+            Route::Unreachable => {
+                held.insert((key.table, key.dst));
+            }
+            Route::Throw => {}
+        }
+    }
+    (routed, held)
+}
+
+fn elsewhere<'a>(
+    topology: &'a Topology,
+    me: &'a NodeName,
+) -> impl Iterator<Item = &'a Segment> + 'a {
+    let group = topology.segment_of(me).map(|segment| &segment.group);
+    let segments = topology.segments.iter();
+    segments.filter(move |segment| Some(&segment.group) != group)
+}
+
+proptest! {
+    // 256 cases, or as many as PROPTEST_CASES asks for.
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Agents see nodes in different orders and must still agree.
+    #[test]
+    fn the_topology_ignores_the_order_of_nodes_and_peers(
+        mesh in mesh(),
+        (nodes, peers) in mesh_parts(),
+    ) {
+        let build = |nodes: &[Node], reverse: bool| {
+            let mut other = mesh.clone();
+            other.snapshot.nodes.clear();
+            let mut peers = peers.clone();
+            if reverse {
+                peers.reverse();
+            }
+            for node in nodes {
+                other.snapshot.nodes.insert(node.name.clone(), node.clone());
+            }
+            other.add_peers(peers);
+            other.topology()
+        };
+        let mut sorted = nodes.clone();
+        sorted.sort_by(|a, b| a.name.cmp(&b.name));
+
+        prop_assert_eq!(build(&nodes, false), build(&sorted, true));
+    }
+
+    #[test]
+    fn applying_the_diff_reaches_the_desired_state_without_a_hole(
+        before in any_mesh(),
+        after in any_mesh(),
+    ) {
+        for me in before.names().filter(|me| after.snapshot.nodes.contains_key(*me)) {
+            // One node is looked at: its own flannel and addresses stay as they are.
+            let mut after = after.clone();
+            after.backend = before.backend;
+            after.direct_routing = before.direct_routing;
+            let own = before.snapshot.nodes[me].clone();
+            let own = Node { region: after.snapshot.nodes[me].region.clone(), ..own };
+            after.snapshot.nodes.insert(me.clone(), own);
+            let states = [&before, &after].map(|mesh| mesh.plan(&mesh.topology(), me));
+            let [Some(first), Some(second)] = states else { continue };
+
+            let mut kernel = FakeKernel::before_the_agent(&before, me);
+            reach(&mut kernel, &first)?;
+
+            let (old, new) = (destinations(&first), destinations(&second));
+            for change in diff(&kernel.observe(), &second) {
+                kernel.apply(&change).map_err(TestCaseError::fail)?;
+
+                let now = destinations(&kernel.observe());
+                let hole = old.0.intersection(&new.0).find(|dst| !now.0.contains(*dst));
+                prop_assert_eq!(hole, None, "no way there after {}", change);
+                let leak = old.1.intersection(&new.1).find(|dst| !now.1.contains(*dst));
+                prop_assert_eq!(leak, None, "not even refused after {}", change);
+            }
+            let left = lines(&diff(&kernel.observe(), &second));
+            prop_assert_eq!(left, "", "that is left to do");
+            prop_assert_eq!(&kernel.observe(), &second);
+            prop_assert!(diff(&second, &second).is_empty());
+        }
+    }
+
+    /// Two peers with the same allowed IP would steal each other's traffic. A wide item of a location
+    /// or an external peer may hold single nodes that came later: the longer prefix wins everywhere.
+    #[test]
+    fn allowed_ips_of_peers_are_disjoint(mesh in mesh()) {
+        let topology = mesh.topology();
+        for me in mesh.names() {
+            let Some(state) = mesh.plan(&topology, me) else { continue };
+            let mut owners = BTreeMap::new();
+            for (key, peer) in &state.peers {
+                for net in &peer.allowed_ips {
+                    prop_assert_eq!(owners.insert(*net, *key), None, "{} is claimed twice", net);
+                }
+            }
+            let offered = topology.segments.iter().flat_map(|s| &s.allowed_location_ips);
+            let peers = topology.peers.iter().flat_map(|peer| &peer.allowed_ips);
+            let offered = offered.chain(peers).collect::<BTreeSet<_>>();
+            for (net, owner) in &owners {
+                for (inner, other) in owners.range(net..).take_while(|(n, _)| net.contains(&n.addr())) {
+                    if owner != other && net.contains(inner) {
+                        let host = inner.prefix_len() == inner.max_prefix_len();
+                        prop_assert!(host && offered.contains(net), "{} is inside of {}", inner, net);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_remote_pod_cidr_has_one_way_and_one_backstop_on_every_node(mesh in mesh()) {
+        let topology = mesh.topology();
+        for me in mesh.names() {
+            let (Some(state), Some(own)) = (mesh.plan(&topology, me), topology.segment_of(me)) else {
+                continue;
+            };
+            let leader = topology.member(&own.leader).unwrap();
+            for segment in elsewhere(&topology, me) {
+                for pods in segment.nodes.iter().flat_map(|node| &node.pod_cidrs) {
+                    let same_family = |net: &&IpNet| is_v6(net) == is_v6(pods);
+                    let mine = &mesh.snapshot.nodes[me].pod_cidrs;
+                    if !mine.iter().any(|net| same_family(&net)) {
+                        continue;
+                    }
+                    let backstop = RouteKey { table: Table::Mesh, dst: *pods, metric: BACKSTOP_METRIC };
+                    prop_assert_eq!(state.routes.get(&backstop), Some(&Route::Unreachable));
+
+                    // flannel itself has a way to the leader of this node, if it is another one.
+                    let reachable = own.leader == *me
+                        || leader.pod_cidrs.iter().filter(same_family).any(|net| {
+                            let flannel = mesh.flannel(me);
+                            flannel.next_hops.contains_key(net)
+                        });
+                    let ways = unicast(&state, Table::Mesh, pods).len();
+                    prop_assert_eq!(ways, usize::from(reachable), "{} on {}", pods, me);
+                }
+            }
+        }
+    }
+
+    /// Two regions may use the same subnet: what is near is flannel's and main's business.
+    #[test]
+    fn nothing_near_is_looked_for_elsewhere(mesh in mesh()) {
+        let topology = mesh.topology();
+        for me in mesh.names() {
+            let (Some(state), Some(own)) = (mesh.plan(&topology, me), topology.segment_of(me)) else {
+                continue;
+            };
+            let near = topology.segments.iter().filter(|s| s.group == own.group);
+            for member in near.flat_map(|segment| &segment.nodes) {
+                let pods = member.pod_cidrs.iter().map(IpNet::network);
+                for ip in pods.chain(member.underlay.iter().copied()) {
+                    for table in [Table::Mesh, Table::Pods] {
+                        let found = look_up(&state, table, ip);
+                        prop_assert!(
+                            matches!(found, None | Some(Route::Throw)),
+                            "{} is near {} and yet {:?}", ip, me, found
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// Both ends of a tunnel know each other, and each lets through what is the other's.
+    #[test]
+    fn leaders_agree_about_each_other(mesh in mesh()) {
+        let topology = mesh.topology();
+        for segment in &topology.segments {
+            let state = mesh.plan(&topology, &segment.leader).unwrap();
+            for other in elsewhere(&topology, &segment.leader) {
+                let peer = &state.peers[&other.public_key];
+                let mut pods = other.nodes.iter().flat_map(|node| &node.pod_cidrs);
+                prop_assert!(pods.all(|net| peer.allowed_ips.contains(net)));
+            }
+            let external = topology.peers.len();
+            prop_assert_eq!(state.peers.len(), elsewhere(&topology, &segment.leader).count() + external);
+        }
+    }
+
+    /// A node that joins in a region of its own, whatever it says, takes nothing from the others.
+    #[test]
+    fn a_newcomer_disturbs_nobody(mesh in mesh(), newcomer in node(11)) {
+        let mut mesh = mesh;
+        settle(&mut mesh);
+        let old = mesh.topology();
+        let newcomer = newcomer.with(|node| {
+            node.created = 1 << 40;
+            node.region.0 = "zz".into();
+            node.name.0 = "zz".into();
+            // Where another leader was seen is for its fellow leaders to say.
+            node.discovered_endpoints.clear();
+            node.ledger = recorded(node, node.created);
+        });
+        let mut larger = mesh.clone();
+        larger.snapshot.nodes.insert(newcomer.name.clone(), newcomer);
+        let new = larger.topology();
+
+        for me in mesh.names() {
+            let (Some(before), Some(after)) = (mesh.plan(&old, me), larger.plan(&new, me)) else {
+                continue;
+            };
+            prop_assert_eq!(&before.addresses, &after.addresses);
+            for (key, peer) in &before.peers {
+                prop_assert_eq!(after.peers.get(key), Some(peer));
+            }
+            for (key, route) in &before.routes {
+                prop_assert_eq!(after.routes.get(key), Some(route), "{:?} on {}", key, me);
+            }
+            prop_assert!(before.rules.is_subset(&after.rules));
+        }
+    }
+
+    /// A newcomer in any region, under any name, whose Node is older than all others, takes nothing
+    /// from Ready nodes that recorded what they hold. It records what it claims as the admission policy
+    /// allows: not in the past.
+    #[test]
+    fn a_newcomer_with_an_old_object_takes_nothing_that_is_recorded(
+        mesh in mesh(),
+        newcomer in node(11),
+        name in prop_oneof![Just("aa"), Just("zz")],
+        leads in any::<bool>(),
+    ) {
+        let mut mesh = mesh;
+        for node in mesh.snapshot.nodes.values_mut() {
+            node.ready = true;
+        }
+        settle(&mut mesh);
+        let newcomer = newcomer.with(|node| {
+            node.created = -1;
+            node.name.0 = name.into();
+            // What only the control plane and the operator write.
+            node.pod_cidrs = vec![net("10.42.11.0/24")];
+            node.leader = false;
+            node.allowed_location_ips.clear();
+            node.discovered_endpoints.clear();
+            node.ledger = recorded(node, SETTLED + 1);
+            if leads {
+                let lead = Claim::Lead(SegmentName::Location(node.region.clone()));
+                let claims = node.ledger.iter().map(|(claim, _)| claim.clone());
+                let claims = claims.chain([lead]).collect::<Vec<_>>();
+                node.ledger = Ledger::default().renewed(claims, Some(SETTLED + 1));
+            }
+        });
+        let newcomer_ips = newcomer.internal_ips.clone();
+        let newcomer_name = newcomer.name.clone();
+        let mut larger = mesh.clone();
+        larger.snapshot.nodes.insert(newcomer.name.clone(), newcomer);
+        let (old, new) = (mesh.topology(), larger.topology());
+
+        for segment in &old.segments {
+            let now = new.segment_of(&segment.leader).map(|segment| (&segment.name, &segment.leader));
+            prop_assert_eq!(now, Some((&segment.name, &segment.leader)));
+            for member in &segment.nodes {
+                let now = new.member(&member.name).map(|member| &member.addresses);
+                prop_assert_eq!(now, Some(&member.addresses), "{}", member.name);
+            }
+        }
+        prop_assert_eq!(&old.peers, &new.peers);
+        for me in mesh.names() {
+            let (Some(before), Some(after)) = (mesh.plan(&old, me), larger.plan(&new, me)) else {
+                continue;
+            };
+            prop_assert_eq!(&before.addresses, &after.addresses);
+            // Where two regions share a subnet, an address in it is the own region's, and is not looked
+            // for elsewhere.
+            let group = |name: &NodeName| {
+                let outside = new.outsider(name).map(|outsider| &outsider.group);
+                new.segment_of(name).map(|segment| &segment.group).or(outside)
+            };
+            let near = group(me).is_some() && group(me) == group(&newcomer_name);
+            for (key, peer) in &before.peers {
+                let now = &after.peers[key];
+                let mut lost = peer.allowed_ips.difference(&now.allowed_ips);
+                let own = |net: &IpNet| near && newcomer_ips.contains(&net.addr());
+                prop_assert!(lost.all(own), "{} on {}", key, me);
+                let own = near && peer.endpoint.is_some_and(|at| newcomer_ips.contains(&at.ip()));
+                prop_assert!(own || peer.endpoint == now.endpoint, "{} on {}", key, me);
+            }
+        }
+    }
+}
+
+/// When the nodes of a settled mesh recorded their claims: after all objects were made.
+const SETTLED: i64 = 1 << 30;
+
+/// A mesh that has settled: leaders have published their addresses, and all claims are recorded.
+fn settle(mesh: &mut Mesh) {
+    for node in mesh.snapshot.nodes.values_mut() {
+        node.ledger = Ledger::default();
+    }
+    for segment in mesh.topology().segments {
+        let leader = mesh.node(&segment.leader.0);
+        leader.wireguard_ips = segment.wireguard_ips.into_iter().map(IpNet::from).collect();
+    }
+    for node in mesh.snapshot.nodes.values_mut() {
+        node.ledger = recorded(node, SETTLED);
+    }
+    for segment in mesh.topology().segments {
+        let leader = mesh.node(&segment.leader.0);
+        let claims = leader.ledger.iter().map(|(claim, _)| claim.clone());
+        let claims = claims
+            .chain([Claim::Lead(segment.name)])
+            .collect::<Vec<_>>();
+        leader.ledger = leader.ledger.renewed(claims, Some(SETTLED));
+    }
+}
+
+fn mesh_parts() -> impl Strategy<Value = (Vec<Node>, Vec<selvedge::topology::ExternalPeer>)> {
+    let nodes = crate::cluster_strategy::nodes()
+        .prop_map(Just)
+        .prop_flat_map(Strategy::prop_shuffle);
+    (nodes, crate::cluster_strategy::peers())
+}
+
+#[test]
+fn the_fake_kernel_is_strict() {
+    let mesh = Mesh::new([
+        crate::mesh::node("a", "a", 1, "192.168.1.1/24"),
+        crate::mesh::node("b", "b", 2, "192.168.2.1/24"),
+    ]);
+    let me = NodeName("a".into());
+    let desired = mesh.state("a");
+    let changes = diff(&State::default(), &desired);
+
+    // The other way round something that is needed is not there yet.
+    let mut kernel = FakeKernel::before_the_agent(&mesh, &me);
+    let backwards = changes.iter().rev().map(|change| kernel.apply(change));
+    assert!(backwards.filter(Result::is_err).count() > 5);
+
+    // What is there is not made again.
+    let mut kernel = FakeKernel::before_the_agent(&mesh, &me);
+    assert!(changes.iter().all(|change| kernel.apply(change).is_ok()));
+    assert!(changes.iter().all(|change| kernel.apply(change).is_err()));
+
+    // The last address takes the routes with it.
+    let link = selvedge::diff::Change::DeleteAddress {
+        dev: "kilo0".into(),
+        address: net("10.42.1.0/32"),
+    };
+    kernel.apply(&link).unwrap();
+    let wireguard = selvedge::diff::Change::DeleteAddress {
+        dev: "kilo0".into(),
+        address: net("10.4.0.1/32"),
+    };
+    kernel.apply(&wireguard).unwrap();
+    let left = kernel.observe().routes;
+    assert!(
+        left.values()
+            .all(|route| !matches!(route, Route::Unicast { .. }))
+    );
+}
