@@ -6,7 +6,8 @@
 //! module, names are resolved by another; none of them is ever waited for.
 
 pub mod address;
-pub mod checkin;
+pub mod kilo_clock;
+pub mod claim_clock;
 pub mod cleanup;
 pub mod control;
 pub mod endpoint_discovery;
@@ -14,45 +15,47 @@ pub mod flannel;
 pub mod forwarding;
 pub mod grace;
 pub mod keyfile;
-pub mod machine;
+pub mod host;
 pub mod mtu;
 pub mod obstacle;
 pub mod publication;
 pub mod readiness;
 pub mod reconcile;
-pub mod record;
+pub mod tenure;
 pub mod report;
-pub mod restless;
+pub mod flap_damping;
 pub mod schedule;
 mod start;
-pub mod state;
+pub mod saved_view;
 pub mod timestamps;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-use self::checkin::CheckIn;
+use self::kilo_clock::KiloClock;
 use self::endpoint_discovery::EndpointDiscovery;
 use self::forwarding::Firewall;
 use self::grace::Grace;
 use self::keyfile::Origin;
-use self::machine::Machine;
+use self::host::Host;
 use self::obstacle::Obstacle;
 use self::readiness::Readiness;
 use self::reconcile::{Decision, Facts};
-use self::record::{Stamp, Tenure};
+use self::claim_clock::ClaimClock;
+use self::tenure::Tenure;
 use self::report::Traffic;
-use self::restless::Restless;
+use self::flap_damping::FlapDamping;
 use self::schedule::{Outcome, Schedule};
-use self::state::Saved;
+use self::saved_view::SavedView;
 use crate::cluster::{self, Access, Cluster, View};
+use crate::clock::{now, unix_now};
 use crate::config::Config;
 use crate::diff::Change;
 use crate::flannel::{Files, Unready};
@@ -64,7 +67,7 @@ use crate::plan::Caveat;
 use crate::status::Report;
 use crate::telemetry;
 use crate::telemetry::metrics::{Event, Metrics};
-use crate::topology::{Mode, Topology};
+use crate::topology::{Mode, Resolved, Topology};
 use crate::wireguard::key::PublicKey;
 use crate::wireguard::uapi;
 use crate::{preflight, resolve};
@@ -117,23 +120,23 @@ pub fn run(config: Config) -> anyhow::Result<ExitCode> {
 struct Agent {
     config: Config,
     public_key: PublicKey,
-    machine: Machine,
+    host: Host,
     access: Access,
     cluster: Cluster,
     view: Option<Arc<View>>,
     /// Remembers the view for the next agent.
-    writer: state::Writer,
+    writer: saved_view::Writer,
     /// The last good address of each name.
-    resolved: resolve::Addresses,
+    resolved: Arc<Resolved>,
     facts: Facts,
     discovery: EndpointDiscovery,
-    /// Peers that keep moving.
-    restless: Restless,
-    check_in: CheckIn,
+    /// Limits how often a moving peer is published.
+    flap_damping: FlapDamping,
+    kilo_clock: KiloClock,
     /// How long this node has led.
     tenure: Tenure,
     /// The time that new claims are recorded with.
-    stamp: Stamp,
+    claim_clock: ClaimClock,
     decision: Decision,
     schedule: Schedule,
     /// What flannel keeps this node waiting for.
@@ -192,7 +195,7 @@ impl Agent {
                     changed.context("following the cluster")?;
                     self.wait_for_servers();
                     self.view = views.borrow_and_update().clone();
-                    self.schedule.handle_cause(now());
+                    self.schedule.handle_trigger(now());
                 }
                 changed = contact.changed() => {
                     changed.context("following the API server")?;
@@ -204,12 +207,12 @@ impl Agent {
                         self.firewall.handle_change();
                     }
                     if event.concerns_the_plan() {
-                        self.schedule.handle_cause(now());
+                        self.schedule.handle_trigger(now());
                     }
                 }
                 Some(addresses) = self.addresses.recv() => {
-                    self.resolved = addresses;
-                    self.schedule.handle_cause(now());
+                    self.resolved = Arc::new(addresses);
+                    self.schedule.handle_trigger(now());
                 }
                 _ = ticks.tick() => self.look_at_tunnel(),
                 () = tokio::time::sleep_until(self.schedule.poll_due().into()) => self.pass(),
@@ -247,13 +250,13 @@ impl Agent {
             self.writer.keep_guard(Guard::of(desired));
         }
         let mut pass = match &self.decision.desired {
-            Some(desired) => reconcile::pass(&mut self.machine, desired),
+            Some(desired) => reconcile::pass(&mut self.host, desired),
             None => reconcile::Pass::default(),
         };
         for repair in &self.forgotten {
             tracing::info!("for flannel: {repair}");
         }
-        let unhealed = self.machine.kernel().heal(&self.forgotten);
+        let unhealed = self.host.kernel().heal(&self.forgotten);
         pass.failed.extend(
             unhealed
                 .iter()
@@ -273,13 +276,13 @@ impl Agent {
             self.schedule.handle_deadline(at);
         }
         if let Mode::Kilo(_) = self.decision.topology.mode {
-            let due = checkin::due(unix_now(), self.own_last_seen());
+            let due = kilo_clock::due(unix_now(), self.own_last_seen());
             self.schedule
                 .handle_deadline(now() + Duration::from_secs(due));
         }
         self.shown
             .topology
-            .send_replace(Arc::new(self.decision.topology.clone()));
+            .send_replace(Arc::clone(&self.decision.topology));
         self.show();
     }
 
@@ -309,7 +312,7 @@ impl Agent {
         let Some(view) = self.view.as_ref().filter(|view| view.live) else {
             return;
         };
-        let mut saved = Saved::new(view, &self.resolved);
+        let mut saved = SavedView::new(view, Arc::clone(&self.resolved));
         self.grace.keep(&mut saved.snapshot);
         self.writer.save(saved);
         let (own, topology) = (&self.config.node, &self.decision.topology);
@@ -331,7 +334,7 @@ impl Agent {
 
     /// Reads what the kernel and flannel's files say, and takes what else has come in.
     fn gather(&mut self) {
-        let kernel = self.machine.kernel();
+        let kernel = self.host.kernel();
         match kernel.node_addresses() {
             Ok(addresses) => {
                 let offered = addresses.iter().filter(|found| found.offered);
@@ -353,28 +356,28 @@ impl Agent {
             Err(error) => tracing::warn!("reading the default route: {error:#}"),
         }
         if let Some(view) = &self.view {
-            self.facts.snapshot = view.snapshot.clone();
+            self.facts.snapshot = Arc::clone(&view.snapshot);
             match self.decision.topology.mode {
                 Mode::Native => self.grace.handle_snapshot(&mut self.facts.snapshot, now()),
                 // A `kg` follows a label at once, and all must follow it alike.
                 Mode::Kilo(_) => self.grace = Grace::default(),
             }
-            self.facts.snapshot.resolved = self.resolved.clone();
+            self.facts.resolved = Arc::clone(&self.resolved);
             self.facts.api_servers = view.servers.addresses.clone();
         }
         let server = self.access.server_time().unwrap_or_else(unix_now);
         let changed = self.view.as_ref().and_then(|view| view.own_changed);
-        self.facts.server_time = Some(self.stamp.handle_time(now(), server, changed));
+        self.facts.server_time = Some(self.claim_clock.handle_time(now(), server, changed));
         self.facts.lead = self.tenure.poll_proven(now());
         // As late as can be: whoever moves meanwhile is not to be called back to where it was.
         self.listen();
         let (now, own) = (unix_now(), self.own_last_seen());
-        self.facts.last_seen = checkin::last_seen(now, own);
-        self.facts.snapshot.now = self.check_in.handle_clock(now, own, self.is_live());
+        self.facts.last_seen = kilo_clock::last_seen(now, own);
+        self.facts.unix_now = self.kilo_clock.handle_clock(now, own, self.is_live());
         // What was last known of flannel stays in force while it restarts or makes its device anew.
         self.forgotten = Vec::new();
         let own = self.facts.snapshot.nodes.get(&self.config.node);
-        match flannel::look(&self.config, self.machine.kernel(), own) {
+        match flannel::look(&self.config, self.host.kernel(), own) {
             Ok(found) => {
                 self.awaited = None;
                 if found.without_ipv6 && !self.without_ipv6 {
@@ -397,11 +400,11 @@ impl Agent {
     /// Asks the tunnel where its peers are. One that moved, or came alive, is a cause for a pass.
     fn look_at_tunnel(&mut self) {
         if self.listen() {
-            self.schedule.handle_cause(now());
+            self.schedule.handle_trigger(now());
         }
         self.wait_for_servers();
         if self.look_for_obstacles() {
-            self.schedule.handle_cause(now());
+            self.schedule.handle_trigger(now());
         }
         if self.problems().is_empty() {
             self.readiness.handle_no_problems(now(), self.unheard());
@@ -420,7 +423,7 @@ impl Agent {
     /// Takes what the tunnel tells of its peers, and looks for those that may have moved. True if there is
     /// news.
     fn listen(&mut self) -> bool {
-        let stats = self.machine.stats();
+        let stats = self.host.stats();
         let (keys, candidates) = (&self.decision.keys, &self.decision.candidates);
         let moved = self.discovery.handle_own(self.decision.seen.clone());
         let mut alive = BTreeMap::new();
@@ -456,7 +459,7 @@ impl Agent {
                 callers.insert(*key);
             }
             if !tried.is_empty() {
-                self.machine.look_for(key, &tried);
+                self.host.look_for(key, &tried);
             }
             self.traffic.insert(
                 *key,
@@ -475,9 +478,9 @@ impl Agent {
             .iter()
             .map(|(reason, count)| (reason.label().to_owned(), *count))
             .collect();
-        let (heard, restless) = self.restless.handle_heard(&heard, now());
-        for peer in restless {
-            tracing::warn!(%peer, "a peer is seen elsewhere again and again, so a NAT before it does not keep its mapping: where it is seen is published more seldom");
+        let (heard, flapping) = self.flap_damping.handle_observed(&heard, now());
+        for peer in flapping {
+            tracing::warn!(%peer, "peer endpoint flapping: publishing rate-limited");
         }
         let news =
             self.facts.alive != alive || self.facts.heard != heard || self.facts.callers != callers;
@@ -569,7 +572,7 @@ impl Agent {
             problems: &problems,
             traffic: &self.traffic,
             drops: &self.drops,
-            counters: self.machine.kernel().counters().ok(),
+            counters: self.host.kernel().counters().ok(),
             cache_failures: self.writer.failures(),
         });
         let report = Arc::new(report);
@@ -586,7 +589,7 @@ impl Agent {
         // Or what is withdrawn would be published again.
         self.cluster.end();
         self.writer.keep_guard(Guard::default());
-        let (made, mut failures) = cleanup::remove_all(&mut self.machine, &self.config);
+        let (made, mut failures) = cleanup::remove_all(&mut self.host, &self.config);
         log_changes(&made);
         if let Err(error) = cleanup::withdraw(&self.access, &self.config).await {
             failures.push(format!("removing the annotations: {error:#}"));
@@ -614,18 +617,4 @@ fn log_changes(made: &[Change]) {
     if made.len() > LOGGED {
         tracing::info!("and {} more changes", made.len() - LOGGED);
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "the shell reads the clock")]
-fn now() -> Instant {
-    Instant::now()
-}
-
-/// The wall clock, which only Kilo's algorithm looks at.
-#[expect(clippy::disallowed_methods, reason = "the shell reads the clock")]
-fn unix_now() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |since| {
-        i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
-    })
 }

@@ -58,7 +58,7 @@ const REST: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct View {
     /// The objects that could be read; what only the agent knows is left empty.
-    pub snapshot: Snapshot,
+    pub snapshot: Arc<Snapshot>,
     /// What was refused of them.
     pub rejected: BTreeSet<Rejected>,
     /// The API servers.
@@ -132,7 +132,7 @@ impl Cluster {
         let knows_servers = !cached.servers.addresses.is_empty();
         let (servers, addresses) = watch::channel(cached.servers);
 
-        let store = Store::new(settings, own.clone(), cached.snapshot);
+        let store = Store::new(settings, own.clone(), &cached.snapshot);
         let (nodes, peers) = store.counts();
         // Small: the watch waits for the store, and not memory for both.
         let (node_events, of_nodes) = mpsc::channel(16);
@@ -381,7 +381,7 @@ impl ViewPublisher {
 
     fn show(&mut self) {
         let view = View {
-            snapshot: self.store.snapshot(),
+            snapshot: Arc::new(self.store.snapshot()),
             rejected: self.store.rejected(),
             servers: self.addresses.borrow_and_update().clone(),
             own_changed: self.store.own_changed(),

@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use kube::api::ListParams;
 use kube::{Api, Client};
 
+use crate::clock;
 use crate::cluster::node::{self, NodeObject, ParseSettings};
 use crate::cluster::peer::{self, PeerObject};
 use crate::cluster::{Rejected, annotation, kubeconfig};
@@ -149,10 +150,7 @@ pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
         Err(error) => return Err(describe(error)),
     };
 
-    let mut snapshot = Snapshot {
-        now: unix_seconds(),
-        ..Snapshot::default()
-    };
+    let mut snapshot = Snapshot::default();
     let mut rejected = Vec::new();
     for object in &nodes.items {
         let (node, refused) = node::parse(object, &parse);
@@ -168,7 +166,7 @@ pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
             .peers
             .extend(peer.map(|peer| (peer.name.clone(), peer)));
     }
-    snapshot.resolved = resolve_names(&snapshot).await;
+    let resolved = resolve_names(&snapshot).await;
 
     let settings = Settings {
         granularity: match args.mesh_granularity {
@@ -182,7 +180,7 @@ pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
         ..Settings::default()
     };
     Ok(Survey {
-        topology: Topology::new(&snapshot, &settings),
+        topology: Topology::new(&snapshot, &settings, &resolved, clock::unix_now()),
         rejected,
     })
 }
@@ -277,18 +275,6 @@ async fn resolve_names(snapshot: &Snapshot) -> BTreeMap<String, IpAddr> {
         Some((name.to_owned(), resolve::choose(&answer, None)?))
     });
     join_all(lookups).await.into_iter().flatten().collect()
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "Kilo's rule for who takes part compares wall clocks; the topology is told the time"
-)]
-fn unix_seconds() -> i64 {
-    let now = std::time::SystemTime::now();
-    let since = now
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap_or_default();
-    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
 /// Runs a command that asks the cluster.

@@ -158,11 +158,10 @@ pub struct Snapshot {
     pub nodes: BTreeMap<NodeName, Node>,
     /// All valid peers by name.
     pub peers: BTreeMap<String, ExternalPeer>,
-    /// The last good address of every name in an [`Endpoint::Dns`]; the shell keeps it.
-    pub resolved: BTreeMap<String, IpAddr>,
-    /// The shell's clock in Unix seconds. Only Kilo's algorithm looks at it.
-    pub now: i64,
 }
+
+/// The last good address of every name in an [`Endpoint::Dns`].
+pub type Resolved = BTreeMap<String, IpAddr>;
 
 /// What every agent of the cluster must be told alike, or they would disagree on the topology.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -344,12 +343,14 @@ pub struct Topology {
 impl Topology {
     /// Computes the topology: Kilo's where the operator allows it and a real `kg` is in the mesh, else
     /// ours. No node can choose the algorithm.
-    pub fn new(snapshot: &Snapshot, settings: &Settings) -> Self {
-        let foreign = kilo::foreign_nodes(snapshot);
+    ///
+    /// `now` is the reader's clock in Unix seconds. Only Kilo's algorithm looks at it.
+    pub fn new(snapshot: &Snapshot, settings: &Settings, resolved: &Resolved, now: i64) -> Self {
+        let foreign = kilo::foreign_nodes(snapshot, now);
         if settings.beside_kilo && !foreign.is_empty() {
-            kilo::topology(snapshot, settings, foreign)
+            kilo::topology(snapshot, settings, resolved, now, foreign)
         } else {
-            native::topology(snapshot, settings, foreign)
+            native::topology(snapshot, settings, resolved, foreign)
         }
     }
 
@@ -402,7 +403,7 @@ impl Topology {
 
 impl Endpoint {
     /// The address, if it is one or the name has been resolved.
-    pub fn resolve(&self, resolved: &BTreeMap<String, IpAddr>) -> Option<SocketAddr> {
+    pub fn resolve(&self, resolved: &Resolved) -> Option<SocketAddr> {
         match self {
             Self::Addr(address) => Some(*address),
             Self::Dns { host, port } => resolved

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 
-use super::machine::Machine;
+use super::host::Host;
 use super::reconcile::{self, Pass};
-use super::state;
+use super::saved_view;
 use crate::cluster::{self, Access, Sources};
 use crate::config::Config;
 use crate::diff::Change;
@@ -48,7 +48,7 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
             failures.push(format!("removing {}: {error}", socket.display()));
         }
     }
-    if let Err(error) = state::forget(&config.state_dir) {
+    if let Err(error) = saved_view::forget(&config.state_dir) {
         failures.push(format!("removing the cached state: {error}"));
     }
     failures.extend(install::uninstall(
@@ -81,18 +81,18 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
 
 /// Removes what a running agent installed, but for the link, which its tunnel still holds; returns the
 /// changes made and what could not be done.
-pub(super) fn remove_all(machine: &mut Machine, config: &Config) -> (Vec<Change>, Vec<String>) {
-    let observed = machine.kernel().observe().ok();
+pub(super) fn remove_all(host: &mut Host, config: &Config) -> (Vec<Change>, Vec<String>) {
+    let observed = host.kernel().observe().ok();
     let nothing = State {
         link: observed
             .and_then(|observed| observed.link)
             .map(|link| Link { up: false, ..link }),
         ..State::default()
     };
-    let Pass { made, mut failed } = reconcile::pass(machine, &nothing);
+    let Pass { made, mut failed } = reconcile::pass(host, &nothing);
     if config.clean_up_interface {
         // Then it goes with this process.
-        if let Err(error) = machine.let_link_go() {
+        if let Err(error) = host.let_link_go() {
             failed.push(format!("removing the link {}: {error}", config.interface));
         }
     }

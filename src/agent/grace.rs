@@ -9,6 +9,7 @@
 //! the time that a watch takes. An agent that is started meanwhile knows the last region from its cache.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::topology::{NodeName, RegionName, Snapshot};
@@ -35,10 +36,13 @@ struct Last {
 impl Grace {
     /// Puts the nodes of a snapshot that lost their region into their last one, for as long as the grace
     /// lasts.
-    pub fn handle_snapshot(&mut self, snapshot: &mut Snapshot, now: Instant) {
+    ///
+    /// The snapshot is copied only when a node lost its region.
+    pub fn handle_snapshot(&mut self, snapshot: &mut Arc<Snapshot>, now: Instant) {
         self.nodes
             .retain(|name, _| snapshot.nodes.contains_key(name));
-        for (name, node) in &mut snapshot.nodes {
+        let mut moved = Vec::new();
+        for (name, node) in &snapshot.nodes {
             if !node.region.0.is_empty() {
                 let last = Last {
                     region: node.region.clone(),
@@ -57,29 +61,40 @@ impl Grace {
             };
             let since = *last.missing.get_or_insert(now);
             if now.saturating_duration_since(since) < GRACE {
-                node.region = last.region.clone();
-                node.region_declared = last.declared;
+                moved.push((name.clone(), last.region.clone(), last.declared));
             } else {
                 self.nodes.remove(name);
             }
         }
+        put_back(snapshot, moved);
     }
 
     /// Puts the same nodes of what is remembered over a restart into their last region.
-    pub fn keep(&self, snapshot: &mut Snapshot) {
+    pub fn keep(&self, snapshot: &mut Arc<Snapshot>) {
         let kept = self.nodes.iter();
-        for (name, last) in kept.filter(|(_, last)| last.missing.is_some()) {
-            if let Some(node) = snapshot.nodes.get_mut(name) {
-                node.region = last.region.clone();
-                node.region_declared = last.declared;
-            }
-        }
+        let kept = kept.filter(|(_, last)| last.missing.is_some());
+        let kept = kept.map(|(name, last)| (name.clone(), last.region.clone(), last.declared));
+        put_back(snapshot, kept.collect());
     }
 
     /// When the next grace ends, so that the snapshot has to be looked at again.
     pub fn poll_deadline(&self) -> Option<Instant> {
         let missing = self.nodes.values().filter_map(|last| last.missing);
         missing.min().map(|since| since + GRACE)
+    }
+}
+
+/// Puts nodes into regions: the node, its region, and whether the operator placed it there.
+fn put_back(snapshot: &mut Arc<Snapshot>, nodes: Vec<(NodeName, RegionName, bool)>) {
+    if nodes.is_empty() {
+        return;
+    }
+    let snapshot = Arc::make_mut(snapshot);
+    for (name, region, declared) in nodes {
+        if let Some(node) = snapshot.nodes.get_mut(&name) {
+            node.region = region;
+            node.region_declared = declared;
+        }
     }
 }
 
@@ -97,7 +112,7 @@ mod tests {
         Duration::from_secs(count)
     }
 
-    fn snapshot(nodes: &[(&str, &str)]) -> Snapshot {
+    fn snapshot(nodes: &[(&str, &str)]) -> Arc<Snapshot> {
         let nodes = nodes.iter().map(|(name, region)| {
             let name = NodeName((*name).to_owned());
             let node = Node {
@@ -107,10 +122,10 @@ mod tests {
             };
             (name, node)
         });
-        Snapshot {
+        Arc::new(Snapshot {
             nodes: nodes.collect(),
             ..Snapshot::default()
-        }
+        })
     }
 
     fn node() -> Node {

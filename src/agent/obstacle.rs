@@ -96,7 +96,7 @@ impl Agent {
         let holder = holder_of_key(&self.facts.snapshot, own, self.public_key);
         let mut obstacles = Vec::new();
         obstacles.extend(key_taken(topology, holder, own, &self.key_files));
-        let sentence = self.machine.listen_on(port).err();
+        let sentence = self.host.listen_on(port).err();
         obstacles.extend(sentence.map(|sentence| Obstacle {
             field: "the tunnel's port".to_owned(),
             sentence,

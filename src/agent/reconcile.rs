@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -19,14 +20,18 @@ use crate::diff::{Change, diff};
 use crate::flannel::Flannel;
 use crate::plan::{self, Candidates, Caveat, candidates, plan, seen};
 use crate::state::{OtherRule, State};
-use crate::topology::{self, Endpoint, InterfaceAddr, SegmentName, Snapshot, Topology};
+use crate::topology::{self, Endpoint, InterfaceAddr, Resolved, SegmentName, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
 
 /// Everything a pass looks at, gathered by the event loop.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
     /// The cluster.
-    pub snapshot: Snapshot,
+    pub snapshot: Arc<Snapshot>,
+    /// The last good address of each name.
+    pub resolved: Arc<Resolved>,
+    /// The reader's clock in Unix seconds, which only Kilo's algorithm looks at.
+    pub unix_now: i64,
     /// flannel; `None` while it is awaited.
     pub flannel: Option<Flannel>,
     /// The addresses on this node's links.
@@ -60,7 +65,7 @@ pub struct Facts {
 #[derive(Clone, Debug, Default)]
 pub struct Decision {
     /// Who is where.
-    pub topology: Topology,
+    pub topology: Arc<Topology>,
     /// Whose each key is.
     pub keys: Keys,
     /// Where the peers may be.
@@ -95,6 +100,8 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             beside_kilo: config.beside_kilo,
             cluster_networks: networks,
         },
+        &facts.resolved,
+        facts.unix_now,
     );
     let settings = settings(facts, config);
     let inputs = facts.flannel.as_ref().map(|flannel| plan::Inputs {
@@ -136,7 +143,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             .segment_of(&config.node)
             .map(|own| seen(&own.candidates).collect())
             .unwrap_or_default(),
-        topology,
+        topology: Arc::new(topology),
         desired,
         caveats,
         annotations,

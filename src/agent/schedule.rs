@@ -58,7 +58,7 @@ impl Schedule {
     }
 
     /// Something may have changed.
-    pub fn handle_cause(&mut self, now: Instant) {
+    pub fn handle_trigger(&mut self, now: Instant) {
         let first = *self.first.get_or_insert(now);
         let wanted = (now + QUIET).min(first + PATIENCE);
         // A cause may put a debounced pass off a little, never a resync.
@@ -160,12 +160,12 @@ mod tests {
         let mut schedule = Schedule::new(t0, RESYNC);
         schedule.handle_outcome(t0, Outcome::Unchanged);
 
-        schedule.handle_cause(t0 + after(1000));
+        schedule.handle_trigger(t0 + after(1000));
         assert_eq!(schedule.poll_due(), t0 + after(1050));
-        schedule.handle_cause(t0 + after(1030));
+        schedule.handle_trigger(t0 + after(1030));
         assert_eq!(schedule.poll_due(), t0 + after(1080));
         for ms in [1070, 1110, 1150, 1190] {
-            schedule.handle_cause(t0 + after(ms));
+            schedule.handle_trigger(t0 + after(ms));
         }
         assert_eq!(schedule.poll_due(), t0 + after(1200));
     }
@@ -175,7 +175,7 @@ mod tests {
         let t0 = start();
         let mut schedule = Schedule::new(t0, RESYNC);
         schedule.handle_outcome(t0, Outcome::Unchanged);
-        schedule.handle_cause(t0 + RESYNC - after(300));
+        schedule.handle_trigger(t0 + RESYNC - after(300));
         assert!(schedule.poll_due() <= t0 + RESYNC);
     }
 
@@ -190,7 +190,7 @@ mod tests {
         }
         assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
 
-        schedule.handle_cause(t0 + after(10));
+        schedule.handle_trigger(t0 + after(10));
         assert_eq!(schedule.poll_due(), t0 + after(60));
         schedule.handle_outcome(t0, Outcome::Changed);
         schedule.handle_outcome(t0, Outcome::Failed);
@@ -207,7 +207,7 @@ mod tests {
             schedule.handle_outcome(now, Outcome::Changed);
             passes += 1;
             // Undone at once, each time.
-            schedule.handle_cause(now + after(1));
+            schedule.handle_trigger(now + after(1));
         }
         assert!(passes <= BURST + 130, "{passes} passes in a minute");
         // And a repair is still made within the second.

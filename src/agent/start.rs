@@ -7,18 +7,20 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 
-use super::checkin::CheckIn;
+use super::kilo_clock::KiloClock;
 use super::endpoint_discovery::EndpointDiscovery;
 use super::grace::Grace;
-use super::machine::Machine;
+use super::host::Host;
 use super::readiness::Readiness;
 use super::reconcile::{Decision, Facts};
-use super::record::{Stamp, Tenure};
-use super::restless::Restless;
+use super::claim_clock::ClaimClock;
+use super::tenure::Tenure;
+use super::flap_damping::FlapDamping;
 use super::schedule::Schedule;
-use super::state::{self, Saved};
+use super::saved_view::{self, SavedView};
 use super::timestamps;
-use super::{Agent, Shown, control, forwarding, keyfile, now};
+use super::{Agent, Shown, control, forwarding, keyfile};
+use crate::clock::now;
 use crate::cluster::{Access, Cluster, ParseSettings, Sources};
 use crate::config::Config;
 use crate::kernel::{Kernel, Monitor};
@@ -26,6 +28,7 @@ use crate::pages::{self, Pages};
 use crate::refusal::Refusal;
 use crate::resolve;
 use crate::status::Report;
+use crate::topology::Resolved;
 use crate::telemetry::metrics::Metrics;
 use crate::wireguard::key::PrivateKey;
 use crate::wireguard::{self, Device, StartError, uapi};
@@ -90,16 +93,16 @@ impl Agent {
             topology_label: config.topology_label.clone(),
         };
         // A node that starts while no API server answers is as it was when it stopped.
-        let saved = state::load(&config.state_dir);
+        let saved = saved_view::load(&config.state_dir);
         let resolved = saved
             .as_ref()
-            .map(|saved| saved.snapshot.resolved.clone())
+            .map(|saved| saved.resolved.clone())
             .unwrap_or_default();
-        let cached = saved.map(Saved::into_view);
+        let cached = saved.map(SavedView::into_view);
         let cluster = Cluster::start(access.clone(), config.node.clone(), settings, cached);
         let (names, wanted) = mpsc::channel(8);
         let (found, addresses) = mpsc::channel(8);
-        tokio::spawn(resolve::follow(wanted, found, resolved.clone()));
+        tokio::spawn(resolve::follow(wanted, found, Resolved::clone(&resolved)));
 
         tracing::info!(
             node = %config.node,
@@ -109,18 +112,18 @@ impl Agent {
         );
         Ok(Self {
             schedule: Schedule::new(now(), config.resync_period),
-            machine: Machine::new(kernel, device),
+            host: Host::new(kernel, device),
             access,
             cluster,
             view: None,
-            writer: state::Writer::start(config.state_dir.clone()).context("starting a thread")?,
+            writer: saved_view::Writer::start(config.state_dir.clone()).context("starting a thread")?,
             resolved,
             facts: Facts::default(),
             discovery: EndpointDiscovery::default(),
-            restless: Restless::default(),
-            check_in: CheckIn::default(),
+            flap_damping: FlapDamping::default(),
+            kilo_clock: KiloClock::default(),
             tenure: Tenure::default(),
-            stamp: Stamp::default(),
+            claim_clock: ClaimClock::default(),
             decision: Decision::default(),
             awaited: None,
             without_ipv6: false,

@@ -221,6 +221,8 @@ fn cut(message: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::cluster::Rejected;
     use crate::topology::{ExternalPeer, Snapshot};
@@ -249,7 +251,7 @@ mod tests {
             allowed_ips: vec![],
         };
         View {
-            snapshot: Snapshot {
+            snapshot: Arc::new(Snapshot {
                 nodes: node
                     .map(|node| (node.name.clone(), node))
                     .into_iter()
@@ -259,8 +261,7 @@ mod tests {
                     .map(peer)
                     .map(|peer| (peer.name.clone(), peer))
                     .collect(),
-                ..Snapshot::default()
-            },
+            }),
             ..View::default()
         }
     }
@@ -325,7 +326,7 @@ mod tests {
         let (_, _, since) = difference(&second, &there, &Sent::default()).unwrap();
         assert_eq!(since.as_deref(), Some("1970-01-01T00:00:00Z"));
 
-        view.snapshot.peers.clear();
+        Arc::make_mut(&mut view.snapshot).peers.clear();
         assert!(verdicts(&own(), &view, &BTreeSet::new()).is_empty());
     }
 

@@ -108,12 +108,14 @@ impl<T> Collection<T> {
 
 impl Store {
     /// Begins with what the cache held.
-    pub(super) fn new(settings: ParseSettings, own: NodeName, cached: Snapshot) -> Self {
+    pub(super) fn new(settings: ParseSettings, own: NodeName, cached: &Snapshot) -> Self {
         Self {
             settings,
             own,
-            nodes: Collection::of(cached.nodes.into_iter().map(|(name, node)| (name.0, node))),
-            peers: Collection::of(cached.peers),
+            nodes: Collection::of(
+                (cached.nodes.iter()).map(|(name, node)| (name.0.clone(), node.clone())),
+            ),
+            peers: Collection::of(cached.peers.clone()),
         }
     }
 
@@ -206,7 +208,6 @@ impl Store {
         Snapshot {
             nodes: nodes.map(|node| (node.name.clone(), node)).collect(),
             peers: peers.map(|peer| (peer.name.clone(), peer)).collect(),
-            ..Snapshot::default()
         }
     }
 
@@ -271,7 +272,7 @@ mod tests {
         Store::new(
             ParseSettings::default(),
             NodeName("a1".to_owned()),
-            Snapshot::default(),
+            &Snapshot::default(),
         )
     }
 

@@ -18,7 +18,7 @@ use nix::sys::socket::SockaddrStorage;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use zeroize::Zeroizing;
 
-use super::plan::{self, FWMARK, Wish};
+use super::plan::{self, FWMARK, Request};
 use super::registration::{Identity, Registration};
 use crate::config;
 use crate::diff::diff;
@@ -155,7 +155,7 @@ async fn connect(
     mut stop: Stop,
 ) -> anyhow::Result<()> {
     let client = &access.client;
-    let wish = Wish {
+    let request = Request {
         interface: args.interface.clone(),
         mtu: args.mtu,
         address: args.allowed_ip,
@@ -184,7 +184,7 @@ async fn connect(
     let mut machine = Machine {
         kernel: Kernel::open(&args.interface)?,
         device,
-        wish,
+        request,
         api_server: addresses(access).await,
         complaints: BTreeSet::new(),
     };
@@ -241,7 +241,7 @@ impl Stop {
 struct Machine {
     kernel: Kernel,
     device: Arc<Device>,
-    wish: Wish,
+    request: Request,
     api_server: BTreeSet<IpAddr>,
     /// What the user was told already.
     complaints: BTreeSet<String>,
@@ -252,14 +252,14 @@ impl Machine {
     fn follow(&mut self, survey: &Survey, registration: &Registration) -> anyhow::Result<()> {
         self.complain(survey, registration);
         let api_server = self.api_server.iter().copied().map(IpNet::from);
-        let around = networks_around(&self.wish.interface);
-        self.wish.direct = api_server.chain(around).collect();
+        let around = networks_around(&self.request.interface);
+        self.request.direct = api_server.chain(around).collect();
         let name = &registration.peer.name;
         let current = survey.topology.peers.iter().find(|peer| peer.name == *name);
         let own = current.unwrap_or(&registration.peer);
-        let peers = plan::peers(&survey.topology, own, &self.wish);
+        let peers = plan::peers(&survey.topology, own, &self.request);
         self.device.set_peers(&peers);
-        self.make(&plan::state(&peers, &self.wish))
+        self.make(&plan::state(&peers, &self.request))
     }
 
     fn make(&self, desired: &State) -> anyhow::Result<()> {

@@ -20,7 +20,7 @@ const METRIC_V6: u32 = 512;
 
 /// What the user asked for.
 #[derive(Clone, Debug)]
-pub(super) struct Wish {
+pub(super) struct Request {
     /// `--interface`.
     pub(super) interface: String,
     /// `--mtu` in bytes.
@@ -41,7 +41,7 @@ pub(super) struct Wish {
 pub(super) fn peers(
     topology: &Topology,
     own: &ExternalPeer,
-    wish: &Wish,
+    request: &Request,
 ) -> BTreeMap<PublicKey, PeerConfig> {
     let addresses = topology
         .segments
@@ -66,7 +66,7 @@ pub(super) fn peers(
     let configs = sections.into_iter().map(|section| {
         let mut allowed_ips: BTreeSet<_> = section.allowed_ips.into_iter().collect();
         if Some(section.public_key) == first {
-            allowed_ips.extend(wish.extra.iter().copied());
+            allowed_ips.extend(request.extra.iter().copied());
         }
         let config = PeerConfig {
             endpoint: addresses.get(&section.public_key).copied().flatten(),
@@ -83,10 +83,10 @@ pub(super) fn peers(
 ///
 /// The tunnel's own datagrams are marked and keep out of the mesh's table, so that an address may be both
 /// an endpoint and reached through the tunnel without a loop.
-pub(super) fn state(peers: &BTreeMap<PublicKey, PeerConfig>, wish: &Wish) -> State {
-    let own = wish.address.addr();
+pub(super) fn state(peers: &BTreeMap<PublicKey, PeerConfig>, request: &Request) -> State {
+    let own = request.address.addr();
     let reached = peers.values().flat_map(|peer| &peer.allowed_ips);
-    let reached: BTreeSet<_> = reached.filter(|net| !is_direct(net, wish)).collect();
+    let reached: BTreeSet<_> = reached.filter(|net| !is_direct(net, request)).collect();
     let routes: BTreeMap<_, _> = reached
         .into_iter()
         .map(|net| {
@@ -95,7 +95,7 @@ pub(super) fn state(peers: &BTreeMap<PublicKey, PeerConfig>, wish: &Wish) -> Sta
                 dst: *net,
                 metric: if net.addr().is_ipv6() { METRIC_V6 } else { 0 },
             };
-            (key, route(net, own, wish))
+            (key, route(net, own, request))
         })
         .collect();
     let families = routes.keys().map(|key| key.dst.addr().is_ipv6());
@@ -112,26 +112,26 @@ pub(super) fn state(peers: &BTreeMap<PublicKey, PeerConfig>, wish: &Wish) -> Sta
     });
     State {
         link: Some(Link {
-            name: wish.interface.clone(),
-            mtu: wish.mtu,
+            name: request.interface.clone(),
+            mtu: request.mtu,
             up: true,
         }),
-        addresses: [(wish.address, Scope::Global)].into(),
+        addresses: [(request.address, Scope::Global)].into(),
         rules: rules.collect(),
         routes,
         ..State::default()
     }
 }
 
-fn is_direct(net: &IpNet, wish: &Wish) -> bool {
+fn is_direct(net: &IpNet, request: &Request) -> bool {
     net.prefix_len() == net.max_prefix_len()
-        && wish.direct.iter().any(|direct| direct.contains(net))
+        && request.direct.iter().any(|direct| direct.contains(net))
 }
 
-fn route(net: &IpNet, own: IpAddr, wish: &Wish) -> Route {
+fn route(net: &IpNet, own: IpAddr, request: &Request) -> Route {
     let hop = NextHop {
         via: None,
-        dev: wish.interface.clone(),
+        dev: request.interface.clone(),
         onlink: false,
     };
     Route::Unicast {
@@ -147,8 +147,8 @@ mod tests {
     use crate::diff::diff;
     use crate::topology::{Endpoint, Member, NodeName, RegionName, Segment, SegmentName};
 
-    fn wish() -> Wish {
-        Wish {
+    fn request() -> Request {
+        Request {
             interface: "kilo0".into(),
             mtu: 1420,
             address: "10.5.0.1/32".parse().unwrap(),
@@ -231,8 +231,8 @@ mod tests {
 
     #[test]
     fn everything_of_the_cluster_is_routed_into_the_tunnel() {
-        let peers = peers(&two_regions(), &own(), &wish());
-        let changes = diff(&State::default(), &state(&peers, &wish()));
+        let peers = peers(&two_regions(), &own(), &request());
+        let changes = diff(&State::default(), &state(&peers, &request()));
         let changes: Vec<_> = changes.iter().map(ToString::to_string).collect();
         insta::assert_snapshot!(changes.join("\n"), @"
         ip tuntap add kilo0 mode tun; ip link set kilo0 mtu 1420
@@ -253,7 +253,7 @@ mod tests {
 
     #[test]
     fn a_node_without_an_endpoint_disturbs_no_other() {
-        let peers = peers(&two_regions(), &own(), &wish());
+        let peers = peers(&two_regions(), &own(), &request());
 
         assert_eq!(peers[&PublicKey([1; 32])].endpoint, None);
         assert!(peers[&PublicKey([2; 32])].endpoint.is_some());
@@ -264,8 +264,8 @@ mod tests {
 
     #[test]
     fn an_endpoint_that_is_a_nodes_address_makes_no_loop() {
-        let peers = peers(&two_regions(), &own(), &wish());
-        let state = state(&peers, &wish());
+        let peers = peers(&two_regions(), &own(), &request());
+        let state = state(&peers, &request());
 
         // The address is routed into the tunnel, the tunnel's own datagrams to it are not.
         assert!(
@@ -280,10 +280,10 @@ mod tests {
 
     #[test]
     fn hosts_of_the_own_network_are_not_looked_for_in_the_cluster() {
-        let mut wish = wish();
-        wish.direct.insert("192.168.1.0/24".parse().unwrap());
-        let peers = peers(&two_regions(), &own(), &wish);
-        let state = state(&peers, &wish);
+        let mut request = request();
+        request.direct.insert("192.168.1.0/24".parse().unwrap());
+        let peers = peers(&two_regions(), &own(), &request);
+        let state = state(&peers, &request);
 
         let routed = |net: &str| state.routes.keys().any(|key| key.dst.to_string() == net);
         assert!(!routed("192.168.1.1/32"));
@@ -292,7 +292,7 @@ mod tests {
 
     #[test]
     fn keepalives_are_this_peers_own() {
-        let peers = peers(&two_regions(), &own(), &wish());
+        let peers = peers(&two_regions(), &own(), &request());
         assert!(
             peers
                 .values()

@@ -203,7 +203,7 @@ fn distinct(candidates: impl Iterator<Item = Candidate>) -> Vec<Candidate> {
 mod tests {
     use serde_json::json;
 
-    use crate::topology::{Candidate, Origin, Settings, Snapshot, Topology};
+    use crate::topology::{Candidate, Origin, Resolved, Settings, Snapshot, Topology};
 
     /// Ready nodes that hold what their agents published, by name.
     fn snapshot(nodes: &[(&str, serde_json::Value)]) -> Snapshot {
@@ -250,7 +250,7 @@ mod tests {
             cluster_networks: vec!["10.42.0.0/16".parse().unwrap()],
             ..Settings::default()
         };
-        let topology = Topology::new(snapshot, &settings);
+        let topology = Topology::new(snapshot, &settings, &Resolved::new(), 0);
         let mut segments = topology.segments.iter();
         let segment = segments.find(|segment| segment.leader.0 == leader).unwrap();
         let word = |candidate: &Candidate| {

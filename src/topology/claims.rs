@@ -15,7 +15,8 @@ use super::address::{PrefixMap, is_public, is_unicast, overlap};
 use super::excluded::{Excluded, Field, Overlap, Reason, Subject};
 use super::region::Regions;
 use super::{
-    Claim, Endpoint, ExternalPeer, InterfaceAddr, Node, NodeName, SegmentName, Settings, Snapshot,
+    Claim, Endpoint, ExternalPeer, InterfaceAddr, Node, NodeName, Resolved, SegmentName, Settings,
+    Snapshot,
 };
 use crate::wireguard::key::PublicKey;
 
@@ -87,6 +88,7 @@ fn order_of_peer(peer: &ExternalPeer) -> Order {
 /// All beliefs, and what is not believed.
 pub(super) struct Claims<'a> {
     snapshot: &'a Snapshot,
+    resolved: &'a Resolved,
     /// Networks that nobody may claim: pods (as a whole), services, WireGuard addresses.
     reserved: Vec<IpNet>,
     cluster_networks: &'a [IpNet],
@@ -108,6 +110,7 @@ impl<'a> Claims<'a> {
     pub(super) fn new(
         snapshot: &'a Snapshot,
         settings: &'a Settings,
+        resolved: &'a Resolved,
         segment: impl Fn(&Node, &Belief) -> SegmentName,
     ) -> Self {
         let mut by_age = snapshot.nodes.values().collect::<Vec<_>>();
@@ -120,6 +123,7 @@ impl<'a> Claims<'a> {
 
         let mut claims = Self {
             snapshot,
+            resolved,
             reserved: reserved.copied().collect(),
             cluster_networks: &settings.cluster_networks,
             settings,
@@ -156,7 +160,7 @@ impl<'a> Claims<'a> {
         subject: &Subject,
         endpoint: &Endpoint,
     ) -> Option<SocketAddr> {
-        let address = endpoint.resolve(&self.snapshot.resolved)?;
+        let address = endpoint.resolve(self.resolved)?;
         let ip = address.ip();
         let reason = if is_unicast(ip) {
             let net = IpNet::from(ip);

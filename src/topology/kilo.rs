@@ -6,7 +6,7 @@
 //! route and nothing of what the agents must agree on.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use ipnet::IpNet;
 
@@ -14,8 +14,8 @@ use super::address::{is_public_to_kilo, nth, overlap};
 use super::claims::{Belief, Claims};
 use super::excluded::Field;
 use super::{
-    ExternalPeer, Granularity, Member, Mode, Node, NodeName, Outsider, Segment, SegmentName,
-    Settings, Snapshot, Topology, Whereabouts,
+    ExternalPeer, Granularity, Member, Mode, Node, NodeName, Outsider, Resolved, Segment,
+    SegmentName, Settings, Snapshot, Topology, Whereabouts,
 };
 use crate::wireguard::key::PublicKey;
 
@@ -25,11 +25,11 @@ const READY_WINDOW: i64 = 60;
 const MAX_AHEAD: i64 = 60;
 
 /// The nodes on which a real `kg` is alive.
-pub(super) fn foreign_nodes(snapshot: &Snapshot) -> Vec<NodeName> {
+pub(super) fn foreign_nodes(snapshot: &Snapshot, now: i64) -> Vec<NodeName> {
     snapshot
         .nodes
         .values()
-        .filter(|node| !node.ours && is_ready(node, snapshot.now))
+        .filter(|node| !node.ours && is_ready(node, now))
         .map(|node| node.name.clone())
         .collect()
 }
@@ -47,6 +47,8 @@ fn is_ready(node: &Node, now: i64) -> bool {
 pub(super) fn topology(
     snapshot: &Snapshot,
     settings: &Settings,
+    resolved: &Resolved,
+    now: i64,
     foreign: Vec<NodeName>,
 ) -> Topology {
     // Kilo knows no other: where ours would be `cross`, real agents can only be in `location`.
@@ -54,13 +56,13 @@ pub(super) fn topology(
         Granularity::Full => Granularity::Full,
         Granularity::Location | Granularity::Cross => Granularity::Location,
     };
-    let mut claims = Claims::new(snapshot, settings, |node, _| {
+    let mut claims = Claims::new(snapshot, settings, resolved, |node, _| {
         segment_name(node, granularity)
     });
     let (ready, others) = snapshot
         .nodes
         .values()
-        .partition::<Vec<_>, _>(|node| is_ready(node, snapshot.now));
+        .partition::<Vec<_>, _>(|node| is_ready(node, now));
     let mut by_segment = BTreeMap::<SegmentName, Vec<&Node>>::new();
     for node in ready {
         let name = segment_name(node, granularity);
@@ -74,7 +76,7 @@ pub(super) fn topology(
         .iter()
         .zip(1..)
         .filter_map(|((name, nodes), position)| {
-            let leader = leader(nodes, &snapshot.resolved);
+            let leader = leader(nodes, resolved);
             let public_key = leader.public_key?;
             let endpoint = leader.endpoint.clone()?;
             let keepalive = leader.persistent_keepalive.unwrap_or(0);
@@ -83,7 +85,7 @@ pub(super) fn topology(
                 group: name.clone(),
                 leader: leader.name.clone(),
                 public_key,
-                address: endpoint.resolve(&snapshot.resolved),
+                address: endpoint.resolve(resolved),
                 endpoint: Some(endpoint),
                 discovered: discovered
                     .get(&public_key)
@@ -111,7 +113,7 @@ pub(super) fn topology(
         let endpoint = peer.endpoint.as_ref();
         let discovered = discovered.get(&peer.public_key).copied();
         let whereabouts = Whereabouts {
-            address: endpoint.and_then(|endpoint| endpoint.resolve(&snapshot.resolved)),
+            address: endpoint.and_then(|endpoint| endpoint.resolve(resolved)),
             discovered: discovered.filter(|_| peer.persistent_keepalive != 0),
             candidates: Vec::new(),
         };
@@ -155,7 +157,7 @@ fn segment_name(node: &Node, granularity: Granularity) -> SegmentName {
 }
 
 /// The annotated one, a public one, the first; the nodes are sorted by name.
-fn leader<'a>(nodes: &[&'a Node], resolved: &BTreeMap<String, IpAddr>) -> &'a Node {
+fn leader<'a>(nodes: &[&'a Node], resolved: &Resolved) -> &'a Node {
     let is_public = |node: &&&Node| {
         let address = node.endpoint.as_ref().and_then(|e| e.resolve(resolved));
         address.is_some_and(|address| is_public_to_kilo(address.ip()))

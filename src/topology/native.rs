@@ -11,7 +11,7 @@ use super::excluded::{Field, Reason, Subject};
 use super::region::{Regions, place};
 use super::{
     Candidate, Claim, Endpoint, Granularity, InterfaceAddr, Member, Node, NodeName, Origin,
-    Outsider, Segment, SegmentName, Settings, Snapshot, Topology, Whereabouts,
+    Outsider, Resolved, Segment, SegmentName, Settings, Snapshot, Topology, Whereabouts,
 };
 use crate::wireguard::key::PublicKey;
 
@@ -28,10 +28,11 @@ const SETTLING: i64 = 60;
 pub(super) fn topology(
     snapshot: &Snapshot,
     settings: &Settings,
+    resolved: &Resolved,
     foreign: Vec<NodeName>,
 ) -> Topology {
     let granularity = settings.granularity;
-    let mut claims = Claims::new(snapshot, settings, |node, belief| {
+    let mut claims = Claims::new(snapshot, settings, resolved, |node, belief| {
         segment_name(node, belief, granularity)
     });
     for name in &foreign {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net};
-use selvedge::agent::state;
+use selvedge::agent::saved_view;
 use selvedge::cluster::annotation;
 use selvedge::cluster::node::{self, NodeObject, ParseSettings};
 use selvedge::cluster::peer::{self, PeerObject};
@@ -278,7 +278,6 @@ pub(crate) fn topology(data: &[u8]) {
     let nodes = nodes.filter_map(|(n, piece)| Some(any_node(n, piece.first_chunk()?)));
     let snapshot = Snapshot {
         nodes: nodes.map(|node| (node.name.clone(), node)).collect(),
-        now: 1000,
         ..Snapshot::default()
     };
     let granularity = [Granularity::Location, Granularity::Full, Granularity::Cross];
@@ -296,7 +295,7 @@ pub(crate) fn topology(data: &[u8]) {
         beside_kilo: how & 32 != 0,
         cluster_networks: vec![net([10, 42, 0, 0], 16)],
     };
-    let topology = Topology::new(&snapshot, &settings);
+    let topology = Topology::new(&snapshot, &settings, &BTreeMap::new(), 1000);
     let mut owners = BTreeMap::new();
     for segment in &topology.segments {
         assert!(segment.nodes.iter().any(|node| node.name == segment.leader));
@@ -389,12 +388,12 @@ pub(crate) fn state_cache(data: &[u8]) {
     let Ok(text) = str::from_utf8(data) else {
         return;
     };
-    let _ = state::decode(text);
+    let _ = saved_view::decode(text);
     let sha256: String = Sha256::digest(data)
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    let _ = state::decode(&format!(
+    let _ = saved_view::decode(&format!(
         "{{\"format\":1,\"sha256\":\"{sha256}\",\"state\":{text}}}"
     ));
 }

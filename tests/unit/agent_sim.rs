@@ -137,7 +137,7 @@ impl Sim {
             self.schedule.handle_outcome(self.now, outcome);
             if outcome != Outcome::Unchanged {
                 // The kernel reports the agent's own changes too.
-                self.schedule.handle_cause(self.now);
+                self.schedule.handle_trigger(self.now);
             }
             self.passes += 1;
             assert!(self.passes < 10_000, "the loop does not rest");
@@ -165,7 +165,7 @@ impl Sim {
                 }
             }
         }
-        self.schedule.handle_cause(self.now);
+        self.schedule.handle_trigger(self.now);
     }
 
     fn is_as_desired(&self) -> bool {

@@ -194,7 +194,7 @@ pub(crate) fn any_mesh() -> impl Strategy<Value = Mesh> {
             let name = NodeName(format!("node-{number}"));
             if let Some(node) = mesh.snapshot.nodes.get_mut(&name) {
                 node.ours = false;
-                node.last_seen = Some(mesh.snapshot.now);
+                node.last_seen = Some(mesh.now);
             }
         }
         mesh
@@ -232,8 +232,8 @@ pub(crate) fn mesh() -> impl Strategy<Value = Mesh> {
                     node.pod_cidrs.retain(|pods| pods.addr().is_ipv4());
                 }
             }
-            mesh.snapshot.resolved = [("a.example".to_owned(), ip("203.0.113.4"))].into();
-            mesh.snapshot.now = 1_000_000;
+            mesh.resolved = [("a.example".to_owned(), ip("203.0.113.4"))].into();
+            mesh.now = 1_000_000;
             mesh
         },
     )

@@ -156,11 +156,11 @@ fn resolve(endpoint: &Endpoint, names: &BTreeMap<String, IpAddr>) -> Option<Sock
 
 /// Kilo's `NewTopology` and what it is made of.
 fn model(mesh: &Mesh, hits: &Hits) -> Vec<ModelSegment> {
-    let names = &mesh.snapshot.resolved;
+    let names = &mesh.resolved;
     // Which addresses are whose is not Kilo's to decide; what it makes of them is.
     let judged = mesh.topology();
     let ready = mesh.snapshot.nodes.values();
-    let ready = ready.filter(|node| is_ready(node, mesh.snapshot.now, hits));
+    let ready = ready.filter(|node| is_ready(node, mesh.now, hits));
 
     // Segments by name; nodes in them by name.
     let mut segments = BTreeMap::<String, Vec<&Node>>::new();
@@ -409,7 +409,7 @@ fn model_whereabouts(
         let mut place = peer
             .endpoint
             .as_ref()
-            .and_then(|endpoint| resolve(endpoint, &mesh.snapshot.resolved));
+            .and_then(|endpoint| resolve(endpoint, &mesh.resolved));
         let mut seen = None;
         for node in segments.iter().flat_map(|segment| &segment.nodes) {
             let node = &mesh.snapshot.nodes[&NodeName(node.clone())];
@@ -476,8 +476,8 @@ fn mixed() -> impl Strategy<Value = Mesh> {
         if full {
             mesh.agreed.granularity = Granularity::Full;
         }
-        mesh.snapshot.now = 1_000_000;
-        mesh.snapshot.resolved = [("a.example".to_owned(), ip("203.0.113.4"))].into();
+        mesh.now = 1_000_000;
+        mesh.resolved = [("a.example".to_owned(), ip("203.0.113.4"))].into();
         for ((node, ours), age) in mesh.snapshot.nodes.values_mut().zip(ours).zip(ages) {
             node.ours = ours;
             node.last_seen = Some(1_000_000 - age);
@@ -586,7 +586,7 @@ fn two_nodes() -> Mesh {
         node("b", "b", 2, "192.168.2.1/24"),
     ])
     .with(|mesh| {
-        mesh.snapshot.now = 1_000;
+        mesh.now = 1_000;
         for node in mesh.snapshot.nodes.values_mut() {
             node.last_seen = Some(1_000);
         }
@@ -598,7 +598,7 @@ fn kilos_algorithm_holds_until_the_last_real_kilo_has_been_silent_for_a_minute()
     let mut mesh = two_nodes();
     let kilo = Mode::Kilo(vec![NodeName("a".into())]);
     for (now, expected) in [(1_000, kilo.clone()), (1_059, kilo), (1_060, Mode::Native)] {
-        mesh.snapshot.now = now;
+        mesh.now = now;
         assert_eq!(mesh.topology().mode, expected, "at {now}");
     }
 }
@@ -634,7 +634,7 @@ fn followers_empty_their_wireguard_ip_beside_kilo_and_keep_it_otherwise() {
     mesh.snapshot.nodes.insert(follower.name.clone(), follower);
 
     let annotation = |mesh: &Mesh, name: &str| {
-        let topology = Topology::new(&mesh.snapshot, &mesh.agreed);
+        let topology = Topology::new(&mesh.snapshot, &mesh.agreed, &mesh.resolved, mesh.now);
         topology.wireguard_annotation(&NodeName(name.into()))
     };
     assert_eq!(annotation(&mesh, "b"), Some(vec![net("10.4.0.2/16")]));
@@ -668,6 +668,6 @@ fn a_name_that_nobody_could_resolve_is_not_public_to_kilo() {
     let leader = |mesh: &Mesh| mesh.topology().segments[1].leader.0.clone();
     assert_eq!(leader(&mesh), "b2");
 
-    mesh.snapshot.resolved = [("b.example".to_owned(), ip("203.0.113.2"))].into();
+    mesh.resolved = [("b.example".to_owned(), ip("203.0.113.2"))].into();
     assert_eq!(leader(&mesh), "b");
 }

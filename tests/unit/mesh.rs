@@ -15,7 +15,7 @@ use selvedge::policy::{Encapsulation, OnTunnelDown};
 use selvedge::state::{NextHop, State};
 use selvedge::topology::{
     self, Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName,
-    SegmentName, Snapshot, Topology,
+    Resolved, SegmentName, Snapshot, Topology,
 };
 use selvedge::wireguard::key::PublicKey;
 use serde::Deserialize;
@@ -24,6 +24,8 @@ use serde::Deserialize;
 #[derive(Clone, Debug)]
 pub(crate) struct Mesh {
     pub(crate) snapshot: Snapshot,
+    pub(crate) resolved: Resolved,
+    pub(crate) now: i64,
     pub(crate) agreed: topology::Settings,
     pub(crate) local: plan::Settings,
     pub(crate) backend: Backend,
@@ -44,6 +46,8 @@ impl Mesh {
                 nodes: nodes.map(|node| (node.name.clone(), node)).collect(),
                 ..Snapshot::default()
             },
+            resolved: Resolved::new(),
+            now: 0,
             agreed: topology::Settings {
                 granularity: Granularity::Location,
                 subnets: vec![net("10.4.0.0/16")],
@@ -114,7 +118,7 @@ impl Mesh {
     }
 
     pub(crate) fn topology(&self) -> Topology {
-        Topology::new(&self.snapshot, &self.agreed)
+        Topology::new(&self.snapshot, &self.agreed, &self.resolved, self.now)
     }
 
     /// flannel on a node, everything in place.

@@ -48,7 +48,7 @@ fn lab() -> Mesh {
         }
         node.ledger = Ledger::new(claims);
     }
-    mesh.snapshot.now = SETTLED + 1000;
+    mesh.now = SETTLED + 1000;
     mesh.agreed.beside_kilo = false;
     mesh
 }
@@ -117,7 +117,7 @@ fn expect_nothing_taken(before: &Mesh, after: &Mesh, liar: &str) {
 #[test]
 fn a_node_that_looks_like_kilo_does_not_choose_the_algorithm() {
     let liar = |mesh: &mut Mesh| {
-        let now = mesh.snapshot.now;
+        let now = mesh.now;
         let a2 = mesh.node("a2");
         a2.ours = false;
         a2.last_seen = Some(now);
@@ -150,7 +150,7 @@ fn a_node_that_looks_like_kilo_does_not_choose_the_algorithm() {
 fn a_last_seen_from_the_future_counts_as_none() {
     let mut mesh = lab();
     mesh.agreed.beside_kilo = true;
-    let now = mesh.snapshot.now;
+    let now = mesh.now;
     for (last_seen, kilo) in [(9_999_999_999, false), (now + 61, false), (now + 60, true)] {
         let a2 = mesh.node("a2");
         a2.ours = false;
@@ -164,7 +164,7 @@ fn a_last_seen_from_the_future_counts_as_none() {
 fn beside_kilo_a_node_gets_no_address_that_is_not_its_own() {
     let mut mesh = lab();
     mesh.agreed.beside_kilo = true;
-    let now = mesh.snapshot.now;
+    let now = mesh.now;
     for node in mesh.snapshot.nodes.values_mut() {
         node.last_seen = Some(now);
     }

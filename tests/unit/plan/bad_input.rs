@@ -147,7 +147,7 @@ fn a_name_that_resolves_to_an_inner_address_costs_the_endpoint() {
     let key = "kilo.squat.ai/endpoint";
     for inner in ["10.42.3.3", "10.4.0.2", "127.0.0.1", "10.43.0.1"] {
         let (mut mesh_with, _) = mesh(&annotated(key, "trap.example:51820"));
-        mesh_with.snapshot.resolved = [("trap.example".to_owned(), ip(inner))].into();
+        mesh_with.resolved = [("trap.example".to_owned(), ip(inner))].into();
         assert_eq!(
             states(&mesh_with),
             states(&mesh(&without(key)).0),

@@ -258,7 +258,7 @@ pub(crate) fn annotations(
 
 /// The same cluster with a real `kg` on one node: Kilo's algorithm to the letter.
 pub(crate) fn with_a_real_kilo(mut mesh: Mesh, node: &str) -> Mesh {
-    mesh.snapshot.now = 1_000;
+    mesh.now = 1_000;
     for node in mesh.snapshot.nodes.values_mut() {
         node.last_seen = Some(990);
     }

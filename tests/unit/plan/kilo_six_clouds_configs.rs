@@ -217,7 +217,7 @@ fn annotations_are_the_scenarios() {
         "10.4.0.3", "10.4.0.4", "10.4.0.5", "10.4.0.1", "10.4.0.2", "",
     ];
     for mesh in [six_clouds(), with_a_real_kilo()] {
-        let beside_kilo = mesh.snapshot.now != 0;
+        let beside_kilo = mesh.now != 0;
         for ((name, _, private, pods, public), address) in NODES.into_iter().zip(addresses) {
             let mut mesh = mesh.clone();
             for node in mesh.snapshot.nodes.values_mut() {

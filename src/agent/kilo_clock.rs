@@ -16,7 +16,7 @@ const CATCHING_UP: i64 = 35;
 
 /// The reader's clock.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct CheckIn {
+pub struct KiloClock {
     /// Whether a check-in of this agent's has come back from the API.
     taken: bool,
     /// The time at which it stands still.
@@ -25,7 +25,7 @@ pub struct CheckIn {
     resumes: Option<i64>,
 }
 
-impl CheckIn {
+impl KiloClock {
     /// The time, in Unix seconds, at which to judge the others: `now`, or earlier.
     ///
     /// `own` is this node's `last-seen` as the API shows it, and `live` whether what is known of the
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn time_stands_still_while_the_api_takes_no_check_ins_and_until_all_have_caught_up() {
-        let mut clock = CheckIn::default();
+        let mut clock = KiloClock::default();
         assert_eq!(clock.handle_clock(1_000, None, true), 1_000);
         assert_eq!(clock.handle_clock(1_001, Some(1_000), true), 1_001);
         assert_eq!(clock.handle_clock(1_040, Some(1_000), true), 1_040);
@@ -103,21 +103,21 @@ mod tests {
 
     #[test]
     fn what_a_kilo_left_behind_long_ago_does_not_stop_the_clock() {
-        let mut clock = CheckIn::default();
+        let mut clock = KiloClock::default();
         assert_eq!(clock.handle_clock(9_000, Some(1_000), true), 9_000);
         assert_eq!(clock.handle_clock(9_001, Some(9_000), true), 9_001);
     }
 
     #[test]
     fn an_agent_that_starts_without_an_api_judges_the_cache_as_of_its_own_time() {
-        let mut clock = CheckIn::default();
+        let mut clock = KiloClock::default();
         assert_eq!(clock.handle_clock(9_000, Some(1_000), false), 1_000);
         assert_eq!(clock.handle_clock(9_000, None, false), 9_000);
     }
 
     #[test]
     fn without_a_kilo_the_clock_is_the_clock() {
-        let mut clock = CheckIn::default();
+        let mut clock = KiloClock::default();
         clock.handle_clock(1_000, Some(1_000), true);
         clock.handle_clock(1_100, Some(1_000), true);
         assert_eq!(clock.handle_clock(1_200, None, true), 1_200);

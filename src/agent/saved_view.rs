@@ -24,7 +24,7 @@ use crate::cluster::{Servers, View};
 use crate::envelope::Envelope;
 use crate::guard::{self, Guard};
 use crate::secure_file;
-use crate::topology::{Endpoint, ExternalPeer, Node, NodeName, Snapshot};
+use crate::topology::{Endpoint, ExternalPeer, Node, NodeName, Resolved, Snapshot};
 use crate::wireguard::key::PublicKey;
 
 /// The cluster's file below `--state-dir`.
@@ -39,22 +39,21 @@ const INTERVAL: Duration = Duration::from_secs(5);
 
 /// What is remembered of the cluster.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Saved {
-    /// Nodes and Peers, with the addresses that names resolved to. Its `now` is not kept.
-    pub snapshot: Snapshot,
+pub struct SavedView {
+    /// Nodes and Peers.
+    pub snapshot: Arc<Snapshot>,
+    /// The addresses that names resolved to.
+    pub resolved: Arc<Resolved>,
     /// The addresses of the API servers.
     pub servers: BTreeSet<IpAddr>,
 }
 
-impl Saved {
+impl SavedView {
     /// What is worth remembering of a view.
-    pub fn new(view: &View, resolved: &BTreeMap<String, IpAddr>) -> Self {
+    pub fn new(view: &View, resolved: Arc<Resolved>) -> Self {
         Self {
-            snapshot: Snapshot {
-                resolved: resolved.clone(),
-                now: 0,
-                ..view.snapshot.clone()
-            },
+            snapshot: Arc::clone(&view.snapshot),
+            resolved,
             servers: view.servers.addresses.clone(),
         }
     }
@@ -143,7 +142,7 @@ impl TryFrom<Peer> for ExternalPeer {
 }
 
 /// Reads what was remembered below `state_dir`; none where there is nothing of use.
-pub fn load(state_dir: &Path) -> Option<Saved> {
+pub fn load(state_dir: &Path) -> Option<SavedView> {
     let path = state_dir.join(STATE);
     let read = secure_file::read(&path, MAX_SIZE)
         .and_then(|text| text.map(|text| decode(&text)).transpose());
@@ -183,7 +182,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Next {
-    saved: Option<Saved>,
+    saved: Option<SavedView>,
     guard: Option<Guard>,
     end: bool,
 }
@@ -210,7 +209,7 @@ impl Writer {
     }
 
     /// Has `saved` be written; returns at once.
-    pub fn save(&self, saved: Saved) {
+    pub fn save(&self, saved: SavedView) {
         self.shared.next().saved = Some(saved);
         self.shared.wake.notify_one();
     }
@@ -327,17 +326,17 @@ impl<T: PartialEq> Kept<T> {
     }
 }
 
-fn save(state_dir: &Path, saved: &Saved) -> anyhow::Result<()> {
+fn save(state_dir: &Path, saved: &SavedView) -> anyhow::Result<()> {
     let text = encode(saved)?;
     Ok(secure_file::replace(state_dir, STATE, text.as_bytes())?)
 }
 
-fn encode(saved: &Saved) -> anyhow::Result<Zeroizing<String>> {
-    let Saved { snapshot, servers } = saved;
+fn encode(saved: &SavedView) -> anyhow::Result<Zeroizing<String>> {
+    let SavedView { snapshot, resolved, servers } = saved;
     let state = State {
         nodes: snapshot.nodes.clone(),
         peers: snapshot.peers.values().map(Peer::from).collect(),
-        resolved: snapshot.resolved.clone(),
+        resolved: Resolved::clone(resolved),
         servers: servers.clone(),
     };
     let state = RawValue::from_string(serde_json::to_string(&state)?)?;
@@ -350,7 +349,7 @@ fn encode(saved: &Saved) -> anyhow::Result<Zeroizing<String>> {
 /// # Errors
 /// When it is damaged, or of another version; no error repeats any of it, for there may be preshared
 /// keys in it.
-pub fn decode(text: &str) -> anyhow::Result<Saved> {
+pub fn decode(text: &str) -> anyhow::Result<SavedView> {
     let state = Envelope::open(text, FORMAT)?;
     let state: State = serde_json::from_str(state.get())
         .ok()
@@ -360,13 +359,12 @@ pub fn decode(text: &str) -> anyhow::Result<Saved> {
         let peer = ExternalPeer::try_from(peer).context("a preshared key in it is damaged")?;
         peers.insert(peer.name.clone(), peer);
     }
-    Ok(Saved {
-        snapshot: Snapshot {
+    Ok(SavedView {
+        snapshot: Arc::new(Snapshot {
             nodes: state.nodes,
             peers,
-            resolved: state.resolved,
-            ..Snapshot::default()
-        },
+        }),
+        resolved: Arc::new(state.resolved),
         servers: state.servers,
     })
 }
@@ -379,7 +377,7 @@ mod tests {
     use super::*;
     use crate::cluster::{ParseSettings, node, peer};
 
-    fn saved() -> Saved {
+    fn saved() -> SavedView {
         let node = serde_json::from_value(serde_json::json!({
             "metadata": {
                 "name": "a1",
@@ -419,21 +417,20 @@ mod tests {
         let (peer, rejected) = peer::parse(&peer.unwrap());
         assert!(rejected.is_empty(), "{rejected:?}");
         let (node, peer) = (node.unwrap(), peer.unwrap());
-        Saved {
-            snapshot: Snapshot {
+        SavedView {
+            snapshot: Arc::new(Snapshot {
                 nodes: BTreeMap::from([(node.name.clone(), node)]),
                 peers: BTreeMap::from([(peer.name.clone(), peer)]),
-                resolved: BTreeMap::from([(
-                    "vpn.example.com".to_owned(),
-                    "203.0.113.7".parse().unwrap(),
-                )]),
-                ..Snapshot::default()
-            },
+            }),
+            resolved: Arc::new(BTreeMap::from([(
+                "vpn.example.com".to_owned(),
+                "203.0.113.7".parse().unwrap(),
+            )])),
             servers: BTreeSet::from(["203.0.113.10".parse().unwrap()]),
         }
     }
 
-    fn write(dir: &Path, saved: Saved) -> u64 {
+    fn write(dir: &Path, saved: SavedView) -> u64 {
         let writer = Writer::start(dir.to_owned()).unwrap();
         writer.save(saved);
         // The end of the thread is the end of writing.

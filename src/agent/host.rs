@@ -18,7 +18,7 @@ use crate::wireguard::uapi::Control as _;
 use crate::wireguard::{Device, PeerConfig, Stats};
 
 /// A node with a running tunnel.
-pub struct Machine {
+pub struct Host {
     kernel: Kernel,
     tunnel: Arc<Device>,
     /// What the peers were last asked to be. The tunnel itself only tells where a peer is now, and
@@ -28,7 +28,7 @@ pub struct Machine {
     port_taken: Option<(u16, Option<u64>, String)>,
 }
 
-impl Machine {
+impl Host {
     /// Puts the two together.
     pub fn new(kernel: Kernel, tunnel: Arc<Device>) -> Self {
         Self {
@@ -144,7 +144,7 @@ impl Machine {
     }
 }
 
-impl Platform for Machine {
+impl Platform for Host {
     fn observe(&mut self) -> anyhow::Result<State> {
         let peers = self.peers();
         // Peers that somebody removed are forgotten, so that they are set anew.
