@@ -58,7 +58,8 @@ fn recompute(criterion: &mut Criterion) {
         for (role, me) in [("leader", leader), ("follower", follower)] {
             let flannel = mesh.flannel(&me);
             let run = |observed: &State| {
-                let topology = Topology::new(&mesh.snapshot, &mesh.agreed, &mesh.resolved, mesh.now);
+                let topology =
+                    Topology::new(&mesh.snapshot, &mesh.agreed, &mesh.resolved, mesh.now);
                 let desired = plan(&Inputs {
                     topology: &topology,
                     me: &me,

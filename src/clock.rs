@@ -12,5 +12,7 @@ pub(crate) fn now() -> Instant {
 #[expect(clippy::disallowed_methods, reason = "the shell reads the clock")]
 pub(crate) fn unix_now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+    since.map_or(0, |since| {
+        i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+    })
 }

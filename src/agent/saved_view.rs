@@ -332,7 +332,11 @@ fn save(state_dir: &Path, saved: &SavedView) -> anyhow::Result<()> {
 }
 
 fn encode(saved: &SavedView) -> anyhow::Result<Zeroizing<String>> {
-    let SavedView { snapshot, resolved, servers } = saved;
+    let SavedView {
+        snapshot,
+        resolved,
+        servers,
+    } = saved;
     let state = State {
         nodes: snapshot.nodes.clone(),
         peers: snapshot.peers.values().map(Peer::from).collect(),

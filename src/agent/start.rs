@@ -7,17 +7,17 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 
-use super::kilo_clock::KiloClock;
+use super::claim_clock::ClaimClock;
 use super::endpoint_discovery::EndpointDiscovery;
+use super::flap_damping::FlapDamping;
 use super::grace::Grace;
 use super::host::Host;
+use super::kilo_clock::KiloClock;
 use super::readiness::Readiness;
 use super::reconcile::{Decision, Facts};
-use super::claim_clock::ClaimClock;
-use super::tenure::Tenure;
-use super::flap_damping::FlapDamping;
-use super::schedule::Schedule;
 use super::saved_view::{self, SavedView};
+use super::schedule::Schedule;
+use super::tenure::Tenure;
 use super::timestamps;
 use super::{Agent, Shown, control, forwarding, keyfile};
 use crate::clock::now;
@@ -28,8 +28,8 @@ use crate::pages::{self, Pages};
 use crate::refusal::Refusal;
 use crate::resolve;
 use crate::status::Report;
-use crate::topology::Resolved;
 use crate::telemetry::metrics::Metrics;
+use crate::topology::Resolved;
 use crate::wireguard::key::PrivateKey;
 use crate::wireguard::{self, Device, StartError, uapi};
 
@@ -116,7 +116,8 @@ impl Agent {
             access,
             cluster,
             view: None,
-            writer: saved_view::Writer::start(config.state_dir.clone()).context("starting a thread")?,
+            writer: saved_view::Writer::start(config.state_dir.clone())
+                .context("starting a thread")?,
             resolved,
             facts: Facts::default(),
             discovery: EndpointDiscovery::default(),

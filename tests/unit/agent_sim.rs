@@ -2,6 +2,7 @@
 //! that fits in a test, with a clock that the test turns, and with faults.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
@@ -109,15 +110,16 @@ impl Sim {
 
     fn desired(&self) -> Option<State> {
         let mut facts = Facts {
-            snapshot: self.mesh.snapshot.clone(),
+            snapshot: Arc::new(self.mesh.snapshot.clone()),
+            resolved: Arc::new(self.mesh.resolved.clone()),
+            unix_now: self.mesh.now,
             flannel: Some(self.mesh.flannel(&self.me)),
             underlay_mtu: Some(1500),
             api_servers: self.mesh.api_servers.clone(),
             alive: self.mesh.observed.clone(),
             ..Facts::default()
         };
-        facts
-            .snapshot
+        Arc::make_mut(&mut facts.snapshot)
             .nodes
             .retain(|name, _| !self.absent.contains(name));
         let decision = reconcile::decide(&facts, &self.config, crate::mesh::key(1));

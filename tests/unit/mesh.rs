@@ -14,8 +14,8 @@ use selvedge::plan::{self, Inputs, plan};
 use selvedge::policy::{Encapsulation, OnTunnelDown};
 use selvedge::state::{NextHop, State};
 use selvedge::topology::{
-    self, Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName,
-    Resolved, SegmentName, Snapshot, Topology,
+    self, Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName, Resolved,
+    SegmentName, Snapshot, Topology,
 };
 use selvedge::wireguard::key::PublicKey;
 use serde::Deserialize;
