@@ -61,7 +61,7 @@ use crate::diff::Change;
 use crate::flannel::{Files, Unready};
 use crate::guard::{Guard, boots};
 use crate::kernel::Monitor;
-use crate::kernel::heal::Repair;
+use crate::kernel::flannel_repair::Repair;
 use crate::node_lock::NodeLock;
 use crate::plan::Caveat;
 use crate::status::Report;
@@ -256,9 +256,9 @@ impl Agent {
         for repair in &self.forgotten {
             tracing::info!("for flannel: {repair}");
         }
-        let unhealed = self.host.kernel().heal(&self.forgotten);
+        let unrepaired = self.host.kernel().rtnetlink.repair(&self.forgotten);
         pass.failed.extend(
-            unhealed
+            unrepaired
                 .iter()
                 .map(|(repair, error)| format!("{repair}: {error:#}")),
         );
@@ -335,7 +335,7 @@ impl Agent {
     /// Reads what the kernel and flannel's files say, and takes what else has come in.
     fn gather(&mut self) {
         let kernel = self.host.kernel();
-        match kernel.node_addresses() {
+        match kernel.rtnetlink.node_addresses() {
             Ok(addresses) => {
                 let offered = addresses.iter().filter(|found| found.offered);
                 self.facts.offered = offered.map(|found| found.net.addr()).collect();
@@ -343,15 +343,15 @@ impl Agent {
             }
             Err(error) => tracing::warn!("reading this node's addresses: {error:#}"),
         }
-        match kernel.connected() {
+        match kernel.rtnetlink.connected() {
             Ok(connected) => self.facts.connected = connected,
             Err(error) => tracing::warn!("reading the networks of this node: {error:#}"),
         }
-        match kernel.other_rules() {
+        match kernel.rtnetlink.other_rules() {
             Ok(rules) => self.facts.other_rules = rules,
             Err(error) => tracing::warn!("reading the rules of other programs: {error:#}"),
         }
-        match kernel.uplink() {
+        match kernel.rtnetlink.uplink() {
             Ok(uplink) => self.facts.underlay_mtu = uplink.map(|uplink| uplink.mtu),
             Err(error) => tracing::warn!("reading the default route: {error:#}"),
         }
@@ -572,7 +572,7 @@ impl Agent {
             problems: &problems,
             traffic: &self.traffic,
             drops: &self.drops,
-            counters: self.host.kernel().counters().ok(),
+            counters: self.host.kernel().nft.counters().ok(),
             cache_failures: self.writer.failures(),
         });
         let report = Arc::new(report);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::config::Config;
 use crate::flannel::{Files, Flannel, Unready};
-use crate::kernel::heal::{self, FlannelState, Repair};
+use crate::kernel::flannel_repair::{self, FlannelState, Repair};
 use crate::kernel::{Kernel, ipv6_is_off};
 use crate::topology::{Node, NodeName, Topology};
 
@@ -30,6 +30,7 @@ pub fn look(config: &Config, kernel: &Kernel, own: Option<&Node>) -> Result<Foun
     let lease = own.and_then(|node| node.lease.as_ref());
     let networks = files.env.as_ref().map(|env| env.networks.as_slice());
     let state = kernel
+        .rtnetlink
         .flannel(networks.unwrap_or_default())
         .map_err(|error| Unready::Waiting(format!("{error:#}")))?;
     let flannel = Flannel::assemble(&files, lease, state.vteps.clone(), state.next_hops.clone())?;
@@ -69,5 +70,5 @@ pub fn forgotten(
             Some((node.pod_cidrs.as_slice(), node.lease.as_ref()?))
         })
         .collect::<Vec<_>>();
-    heal::missing(&found.flannel, &others, &found.state)
+    flannel_repair::missing(&found.flannel, &others, &found.state)
 }

@@ -49,13 +49,17 @@ impl Agent {
         let access = Access::new(sources).await?;
         let kernel = Kernel::open(&config.interface)?;
         // A `kg` that is still there has the port of the pages, which comes first.
-        if kernel.take_over().context("taking Kilo's place")? {
+        if kernel
+            .rtnetlink
+            .take_over()
+            .context("taking Kilo's place")?
+        {
             tracing::info!(
                 link = config.interface,
                 "took the place of a WireGuard link of the kernel's, as Kilo leaves it"
             );
         }
-        kernel.check()?;
+        kernel.rtnetlink.check()?;
         // Before the first look, so that nothing is missed in between.
         let monitor = Monitor::open(&config.interface)?;
         let public_key = key.public_key();

@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 
 use super::{Finding, Severity};
-use crate::kernel::program::{self, Failure};
+use crate::kernel::subprocess::{self, Failure};
 use crate::text;
 
 /// The agent's own table.
@@ -79,7 +79,7 @@ fn at_forward(chains: &Value) -> BTreeSet<(String, String)> {
 fn list(what: &[&str]) -> anyhow::Result<Value> {
     let mut command = Command::new("nft");
     command.args(["-j", "list"]).args(what);
-    let output = match program::run(&mut command, b"", PATIENCE) {
+    let output = match subprocess::run(&mut command, b"", PATIENCE) {
         Ok(output) => output,
         Err(Failure::NotRun(error)) => return Err(error).context("running nft"),
         Err(Failure::Late(_)) => bail!(

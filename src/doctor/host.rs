@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::Finding;
 use crate::config::Config;
-use crate::kernel::Kernel;
+use crate::kernel::Rtnetlink;
 use crate::preflight;
 use crate::refusal::Refusal;
 use crate::status::Report;
@@ -52,7 +52,7 @@ pub(super) fn findings(config: &Config, report: Option<&Report>) -> Vec<Finding>
 
 /// A link, a rule or routes of somebody else's where the agent's belong.
 fn others(config: &Config) -> anyhow::Result<()> {
-    Kernel::open(&config.interface)?.check()
+    Rtnetlink::open(&config.interface)?.check()
 }
 
 /// Leaders forward, and so do nodes to their own pods.

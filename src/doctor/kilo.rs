@@ -2,11 +2,11 @@
 
 use super::Finding;
 use crate::config::Config;
-use crate::kernel::{Kernel, KilosRemains};
+use crate::kernel::{KilosRemains, Rtnetlink};
 
 /// What is to be known of it, and to be done about it.
 pub(super) fn findings(config: &Config) -> Vec<Finding> {
-    match Kernel::open(&config.interface).and_then(|kernel| kernel.left_by_kilo()) {
+    match Rtnetlink::open(&config.interface).and_then(|kernel| kernel.left_by_kilo()) {
         Ok(remains) => of(&remains, &config.interface),
         Err(error) => vec![Finding::warning(
             format!("Links, rules and routes could not be looked at: {error:#}."),

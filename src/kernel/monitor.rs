@@ -17,7 +17,7 @@ use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket
 
 use super::netlink::{Netlink, messages};
 use super::nfnetlink::NftMessage;
-use super::{link, list, nft, route};
+use super::{dump, link, nft, route};
 use crate::state::{MAIN, Table};
 
 /// `RTNLGRP_LINK`, `RTNLGRP_NEIGH`, `RTNLGRP_IPV4_IFADDR`, `…_ROUTE`, `…_RULE`,
@@ -105,7 +105,7 @@ impl Monitor {
             links: BTreeMap::new(),
         };
         let mut netlink = Netlink::open(NETLINK_ROUTE).context("opening a socket to rtnetlink")?;
-        for found in list::links(&mut netlink)? {
+        for found in dump::links(&mut netlink)? {
             classifier.remember(found);
         }
         Ok(Self {

@@ -143,16 +143,6 @@ impl Netlink {
         results
     }
 
-    /// Makes one change.
-    pub(super) fn change<M>(&mut self, request: M, flags: u16) -> Result<(), Refused>
-    where
-        M: NetlinkSerializable + NetlinkDeserializable,
-    {
-        self.change_all(vec![(request, flags)])
-            .pop()
-            .expect("one result a request")
-    }
-
     /// Sends `count` requests and reads their acknowledgements.
     fn exchange<M>(&self, bytes: &[u8], first: u32, count: usize) -> Vec<Result<(), Refused>>
     where
@@ -330,9 +320,11 @@ mod tests {
         // Nobody may do this, root or not: the family is missing.
         let mut message = RouteMessage::default();
         message.attributes.push(RouteAttribute::Table(5130));
-        let error = netlink
-            .change(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE)
-            .unwrap_err();
+        let request = RouteNetlinkMessage::NewRoute(message);
+        let results = netlink.change_all(vec![(request, NLM_F_CREATE)]);
+        let [Err(error)] = &results[..] else {
+            panic!("{results:?}");
+        };
 
         assert!(error.errno() > 0, "{error}");
     }

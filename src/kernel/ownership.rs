@@ -2,10 +2,10 @@
 //! own at the end.
 
 use super::link::Found;
-use super::{Kernel, list, route};
-use crate::diff::{Change, diff};
+use super::{Rtnetlink, dump, route};
+use crate::diff::Change;
 use crate::refusal::Refusal;
-use crate::state::{PROTOCOL, State, Table};
+use crate::state::{PROTOCOL, Table};
 
 /// The link of Kilo's `kg`, unless told otherwise. A WireGuard link of another name may be anybody's.
 const KILOS_LINK: &str = "kilo0";
@@ -23,7 +23,7 @@ pub struct KilosRemains {
     pub routes: usize,
 }
 
-impl Kernel {
+impl Rtnetlink {
     /// Deletes Kilo's WireGuard link where the tunnel has its name, and says whether there was one.
     ///
     /// Kilo's `kg` keeps its link at its end, unless told otherwise, with its UDP port and configuration. Who
@@ -50,15 +50,15 @@ impl Kernel {
     /// Looks for what Kilo's `kg` has on this node, or left here.
     pub fn left_by_kilo(&self) -> anyhow::Result<KilosRemains> {
         let mut netlink = self.netlink();
-        let link = list::links(&mut netlink)?
+        let link = dump::links(&mut netlink)?
             .iter()
             .any(|link| self.is_kilos(link));
-        let rules = list::rules(&mut netlink)?;
+        let rules = dump::rules(&mut netlink)?;
         let rules = rules.iter().filter(|rule| rule.table == KILOS_TABLE);
         let rules = rules.map(|rule| rule.priority).collect();
         let mut routes = 0;
         for v6 in [false, true] {
-            routes += list::routes(&mut netlink, v6, KILOS_TABLE)?.len();
+            routes += dump::routes(&mut netlink, v6, KILOS_TABLE)?.len();
         }
         Ok(KilosRemains {
             link,
@@ -71,7 +71,7 @@ impl Kernel {
     /// tunnel's link for one that is no tunnel, nor one that [`Self::take_over`] replaces.
     pub fn check(&self) -> anyhow::Result<()> {
         let mut netlink = self.netlink();
-        let links = list::links(&mut netlink)?;
+        let links = dump::links(&mut netlink)?;
         if let Some(link) = links.iter().find(|link| link.name == self.interface)
             && !link.is_tun()
             && !self.is_kilos(link)
@@ -84,7 +84,7 @@ impl Kernel {
             ))
             .into());
         }
-        let rules = list::rules(&mut netlink)?;
+        let rules = dump::rules(&mut netlink)?;
         for table in Table::ALL.map(Table::id) {
             if let Some(found) = rules
                 .iter()
@@ -97,7 +97,7 @@ impl Kernel {
                 .into());
             }
             for v6 in [false, true] {
-                let routes = list::routes(&mut netlink, v6, table)?;
+                let routes = dump::routes(&mut netlink, v6, table)?;
                 let foreign = routes
                     .iter()
                     .find(|message| u8::from(message.header.protocol) != PROTOCOL);
@@ -113,22 +113,5 @@ impl Kernel {
             }
         }
         Ok(())
-    }
-
-    /// Removes all of the agent's and nothing else, as far as it goes; returns what could not be
-    /// removed, each with the command that would.
-    pub fn cleanup(&self) -> Vec<anyhow::Error> {
-        let observed = match self.observe() {
-            Ok(observed) => observed,
-            Err(error) => return vec![error],
-        };
-        let changes = diff(&observed, &State::default());
-        for change in &changes {
-            tracing::info!("{change}");
-        }
-        self.apply_all(&changes)
-            .into_iter()
-            .map(|(change, error)| error.context(change.to_string()))
-            .collect()
     }
 }

@@ -652,7 +652,7 @@ fn a_change_of_prefixes_disturbs_no_packet() {
         };
         install(kernel, &gone);
         assert!(socket.send_to(b"vxlan", "192.168.50.12:8472").is_err());
-        assert_eq!(kernel.counters().unwrap().leak_drops, 1);
+        assert_eq!(kernel.nft.counters().unwrap().leak_drops, 1);
     });
 }
 
@@ -1155,7 +1155,7 @@ impl Mesh {
 
     fn counters(&self) -> Counters {
         self.leader
-            .within(|| Kernel::open("kilo0").unwrap().counters().unwrap())
+            .within(|| Kernel::open("kilo0").unwrap().nft.counters().unwrap())
     }
 
     /// Who has the address.

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use selvedge::flannel::{Backend, Flannel, Lease, Mac};
-use selvedge::kernel::heal::{self, FlannelState};
+use selvedge::kernel::flannel_repair::{self, FlannelState};
 
 use crate::fixture::{Node, hop, ip, net};
 
@@ -11,7 +11,7 @@ const NEIGHBOUR: Mac = Mac([0x8e, 0x4d, 0x2a, 0x67, 0xf4, 0xa5]);
 
 fn read(node: &Node) -> FlannelState {
     let networks = [net("10.42.0.0/16"), net("fd42::/56")];
-    node.with(|kernel| kernel.flannel(&networks).unwrap())
+    node.with(|kernel| kernel.rtnetlink.flannel(&networks).unwrap())
 }
 
 fn flannel(found: &FlannelState) -> Flannel {
@@ -94,8 +94,9 @@ fn a_device_made_anew_is_given_back_what_flannel_had_in_it() {
     let node = Node::new("heal");
     let before = node.sh(DUMP);
     let pods = [net("10.42.2.0/24"), net("fd42:0:0:2::/64")];
-    let missing =
-        |found: &FlannelState| heal::missing(&flannel(found), &[(&pods, &lease())], found);
+    let missing = |found: &FlannelState| {
+        flannel_repair::missing(&flannel(found), &[(&pods, &lease())], found)
+    };
     let v6 = missing(&read(&node));
     assert_eq!(
         v6.len(),
@@ -111,9 +112,9 @@ fn a_device_made_anew_is_given_back_what_flannel_had_in_it() {
     ");
     let repairs = missing(&read(&node));
     node.with(|kernel| {
-        assert!(kernel.heal(&repairs).is_empty());
+        assert!(kernel.rtnetlink.repair(&repairs).is_empty());
         // flannel may have been quicker.
-        assert!(kernel.heal(&repairs).is_empty());
+        assert!(kernel.rtnetlink.repair(&repairs).is_empty());
     });
 
     assert_eq!(node.sh(DUMP), before);
@@ -146,8 +147,8 @@ fn one_deleted_entry_is_given_back_also_while_traffic_asks_for_it() {
         assert_ne!(dump(), before, "{damage}");
 
         let found = read(&node);
-        let repairs = heal::missing(&flannel(&found), &[(&pods, &lease())], &found);
-        assert!(node.with(|kernel| kernel.heal(&repairs).is_empty()));
+        let repairs = flannel_repair::missing(&flannel(&found), &[(&pods, &lease())], &found);
+        assert!(node.with(|kernel| kernel.rtnetlink.repair(&repairs).is_empty()));
 
         assert_eq!(dump(), before, "{damage}");
     }
@@ -158,10 +159,10 @@ fn a_repair_that_comes_too_late_is_told() {
     let node = Node::new("late");
     let pods = [net("fd42:0:0:2::/64")];
     let found = read(&node);
-    let repairs = heal::missing(&flannel(&found), &[(&pods, &lease())], &found);
+    let repairs = flannel_repair::missing(&flannel(&found), &[(&pods, &lease())], &found);
     node.run("ip link del flannel-v6.1");
 
-    let failed = node.with(|kernel| kernel.heal(&repairs).len());
+    let failed = node.with(|kernel| kernel.rtnetlink.repair(&repairs).len());
 
     assert_eq!(failed, 3);
 }

@@ -261,8 +261,13 @@ fn a_host_gw_leader_without_rules_or_routes_lets_nothing_out_in_clear() {
 fn a_pod_that_no_node_has_is_unreachable_and_those_of_the_region_are_flannels() {
     let site = Site::new("a2", Backend::Vxlan);
     let path = |to: &str| {
-        site.node
-            .within(|| Kernel::open("kilo0").unwrap().path_to(ip(to), 0).unwrap())
+        site.node.within(|| {
+            Kernel::open("kilo0")
+                .unwrap()
+                .rtnetlink
+                .path_to(ip(to), 0)
+                .unwrap()
+        })
     };
     assert_eq!(path("10.42.77.5"), None);
     assert_eq!(path("10.42.1.5").unwrap().link, "flannel.1");

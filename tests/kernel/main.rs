@@ -8,7 +8,6 @@ mod firewall;
 mod fixture;
 mod flannel;
 mod guard;
-mod host;
 mod leaks;
 mod linux;
 #[expect(dead_code, reason = "every test binary uses its own part")]
@@ -16,4 +15,5 @@ mod linux;
 mod mesh;
 mod rules;
 mod state;
+mod underlay;
 mod watching;

@@ -47,7 +47,7 @@ fn mesh_rule(priority: u32) -> Rule {
 
 /// Adds the rule for the mesh's table where it belongs, and returns the priority of the first.
 fn settle(kernel: &Kernel) -> u32 {
-    let others = kernel.other_rules().unwrap();
+    let others = kernel.rtnetlink.other_rules().unwrap();
     let pods = net("10.42.0.0/16");
     let place = place(5190, &others, || std::iter::once(&pods));
     assert_eq!(place.obstacle, None);
@@ -56,7 +56,11 @@ fn settle(kernel: &Kernel) -> u32 {
 }
 
 fn link(kernel: &Kernel, to: &str, mark: u32) -> Option<String> {
-    kernel.path_to(ip(to), mark).unwrap().map(|path| path.link)
+    kernel
+        .rtnetlink
+        .path_to(ip(to), mark)
+        .unwrap()
+        .map(|path| path.link)
 }
 
 #[test]
@@ -79,7 +83,7 @@ fn a_vpns_rules_do_not_take_the_mesh_and_do_take_the_tunnels_datagrams() {
         assert_eq!(link(kernel, "203.0.113.10", 0).as_deref(), Some("vpn"));
 
         node.sh("ip rule del pref 100; ip rule del pref 110");
-        let others = kernel.other_rules().unwrap();
+        let others = kernel.rtnetlink.other_rules().unwrap();
         let pods = net("10.42.0.0/16");
         assert_eq!(place(5190, &others, || std::iter::once(&pods)).first, 5190);
     });
@@ -98,7 +102,7 @@ fn rules_of_every_kind_are_told_apart() {
         ip -6 rule add pref 600 to fd00::/8 lookup 7120
     ");
     node.with(|kernel| {
-        let others = kernel.other_rules().unwrap();
+        let others = kernel.rtnetlink.other_rules().unwrap();
         let actions: BTreeSet<_> = others
             .iter()
             .filter(|rule| !rule.v6)
@@ -147,7 +151,7 @@ fn a_rule_before_which_there_is_no_room_is_named() {
     let node = leader("noroom");
     node.run("ip rule add pref 0 lookup 7120");
     node.with(|kernel| {
-        let others = kernel.other_rules().unwrap();
+        let others = kernel.rtnetlink.other_rules().unwrap();
         let pods = net("10.42.0.0/16");
         let place = place(5190, &others, || std::iter::once(&pods));
         let obstacle = place.obstacle.unwrap().to_string();
@@ -158,7 +162,7 @@ fn a_rule_before_which_there_is_no_room_is_named() {
 #[test]
 fn connected_networks_are_those_of_real_links_and_routers_beside_single_addresses() {
     let node = leader("connect");
-    let connected = || node.with(|kernel| kernel.connected().unwrap());
+    let connected = || node.with(|kernel| kernel.rtnetlink.connected().unwrap());
     assert_eq!(
         connected(),
         ["192.168.50.0/24", "192.168.50.1/32", "2001:db8:50::/64"]

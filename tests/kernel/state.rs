@@ -179,7 +179,7 @@ fn a_link_that_is_no_tunnel_is_left_alone() {
     node.with(|kernel| {
         assert_eq!(kernel.observe().unwrap().link, None);
         assert!(kernel.cleanup().is_empty());
-        let error = kernel.check().unwrap_err();
+        let error = kernel.rtnetlink.check().unwrap_err();
         insta::assert_snapshot!(error, @"there is a link kilo0 already, of the kind bridge: delete it (ip link del kilo0), or choose another name with --interface");
         assert_eq!(selvedge::refusal::exit_code(&error), 78);
     });
@@ -197,7 +197,7 @@ fn what_others_use_is_refused_at_the_start() {
     ]
     .map(|command| {
         node.run(command);
-        let refusal = node.with(|kernel| kernel.check().unwrap_err());
+        let refusal = node.with(|kernel| kernel.rtnetlink.check().unwrap_err());
         node.run(&command.replace(" add ", " del "));
         assert_eq!(selvedge::refusal::exit_code(&refusal), 78);
         format!("{command}\n  {refusal}")
@@ -216,6 +216,6 @@ fn what_others_use_is_refused_at_the_start() {
     node.with(|kernel| {
         reach(kernel, &leader());
         // Its own are no reason: this is a restart.
-        kernel.check().unwrap();
+        kernel.rtnetlink.check().unwrap();
     });
 }

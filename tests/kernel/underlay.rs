@@ -24,7 +24,7 @@ fn the_uplink_is_the_link_of_the_best_default_route() {
         mtu: 1500,
         addresses: vec![net("192.168.50.11/24"), net("2001:db8:50::11/64")],
     };
-    let uplink = || node.with(|kernel| kernel.uplink().unwrap());
+    let uplink = || node.with(|kernel| kernel.rtnetlink.uplink().unwrap());
     assert_eq!(uplink(), Some(expected));
 
     node.run("ip route del default via 192.168.50.1");
@@ -49,7 +49,7 @@ fn the_nodes_addresses_are_those_of_its_own_links() {
             offered: true,
         };
         assert_eq!(
-            kernel.node_addresses().unwrap(),
+            kernel.rtnetlink.node_addresses().unwrap(),
             [of_eth0("192.168.50.11/24"), of_eth0("2001:db8:50::11/64")]
         );
         for (address, local) in [
@@ -57,7 +57,11 @@ fn the_nodes_addresses_are_those_of_its_own_links() {
             ("10.4.0.2", true),
             ("10.4.0.1", false),
         ] {
-            assert_eq!(kernel.is_local(ip(address)).unwrap(), local, "{address}");
+            assert_eq!(
+                kernel.rtnetlink.is_local(ip(address)).unwrap(),
+                local,
+                "{address}"
+            );
         }
     });
 }
@@ -67,7 +71,7 @@ fn the_way_to_an_address_depends_on_the_mark() {
     let node = Node::with_tunnel("path");
     node.with(|kernel| {
         reach(kernel, &leader());
-        let path = |address: &str, mark| kernel.path_to(ip(address), mark).unwrap();
+        let path = |address: &str, mark| kernel.rtnetlink.path_to(ip(address), mark).unwrap();
         let out = Path {
             link: "eth0".to_owned(),
             src: Some(ip("192.168.50.11")),
@@ -135,9 +139,9 @@ fn thousands_of_routes_are_quick_also_on_a_busy_router() {
         clock.lap("adding 10,000 routes");
         assert_eq!(kernel.observe().unwrap().routes, desired.routes);
         clock.lap("reading 10,000 routes");
-        kernel.flannel(&[net("10.42.0.0/16")]).unwrap();
+        kernel.rtnetlink.flannel(&[net("10.42.0.0/16")]).unwrap();
         clock.lap("reading flannel's state");
-        kernel.uplink().unwrap();
+        kernel.rtnetlink.uplink().unwrap();
         clock.lap("finding the uplink");
         assert!(kernel.cleanup().is_empty());
         let total = clock.lap("removing 10,000 routes");

@@ -8,15 +8,17 @@
 
 use std::io;
 use std::process::{Child, Command};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 
 use super::nfnetlink::Nfnetlink;
 use super::nft::{self, SEAL, TABLE, digest, frame, render, render_elements};
-use super::program::{self, Failure};
+use super::subprocess::{self, Failure};
+use crate::diff::Change;
 use crate::refusal::Refusal;
-use crate::state::{Firewall, FirewallId};
+use crate::state::{Firewall, FirewallId, Ruleset};
 
 /// How the comment that seals the table starts.
 const SEALED: &str = "installed";
@@ -31,7 +33,15 @@ const REST: Duration = PATIENCE;
 
 /// The agent's table in the kernel.
 #[derive(Debug)]
-pub(super) struct Rulesets {
+pub struct NftTable {
+    installer: Mutex<Installer>,
+    /// A socket of its own, so that the counters are read while `nft` hangs.
+    counters: Mutex<Nfnetlink>,
+}
+
+/// What needs the program `nft`.
+#[derive(Debug)]
+struct Installer {
     netlink: Nfnetlink,
     /// What was found last, and nf_tables' generation before that.
     last: Option<(u32, Option<Seal>)>,
@@ -74,20 +84,101 @@ pub struct Counters {
     pub stranger_drops: u64,
 }
 
-impl Rulesets {
-    pub(super) fn open() -> anyhow::Result<Self> {
-        Ok(Self {
-            netlink: Nfnetlink::open().context("opening a socket to nf_tables")?,
+impl NftTable {
+    /// Opens the sockets.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel gives no netlink socket.
+    pub fn open() -> anyhow::Result<Self> {
+        let open = || Nfnetlink::open().context("opening a socket to nf_tables");
+        let installer = Installer {
+            netlink: open()?,
             last: None,
             nft: Nft::default(),
+        };
+        Ok(Self {
+            installer: Mutex::new(installer),
+            counters: Mutex::new(open()?),
         })
     }
 
-    /// What the table is, if it is there.
-    pub(super) fn observe(&mut self) -> anyhow::Result<Option<FirewallId>> {
-        Ok(self.look()?.map(|seal| seal.asked))
+    /// What the table is, if it is there. Runs `nft` if nf_tables changed since the last call, so it may
+    /// take [`PATIENCE`].
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel does not answer. Without `nft` the table is unknown, which is no error.
+    pub fn observe(&self) -> anyhow::Result<Option<Ruleset>> {
+        let seal = self.installer().look()?;
+        Ok(seal.map(|seal| Ruleset::Installed(seal.asked)))
     }
 
+    /// Makes one change of a diff; see [`super::is_nft`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::replace`] and [`Self::delete`], and for any other change.
+    pub fn apply(&self, change: &Change) -> anyhow::Result<()> {
+        match change {
+            Change::ReplaceFirewall(firewall) => self.replace(firewall),
+            Change::DeleteFirewall => self.delete(),
+            other => Err(anyhow!("nft does not make this change: {other}")),
+        }
+    }
+
+    /// Makes the table this one, in one transaction. Where only the elements of its sets differ, the rules
+    /// stay where they are, and a packet sees either the old elements or the new. Takes [`PATIENCE`] at
+    /// most for each of three runs of `nft`.
+    ///
+    /// # Errors
+    ///
+    /// Where `nft` is missing, refuses the table, or takes too long.
+    pub fn replace(&self, firewall: &Firewall) -> anyhow::Result<()> {
+        self.installer().replace(firewall)
+    }
+
+    /// Deletes the table. It is no error if there is none.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::replace`].
+    pub fn delete(&self) -> anyhow::Result<()> {
+        self.installer().delete()
+    }
+
+    /// What the table has counted, in packets; all zero where it is not there. Never waits for `nft`.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel does not answer.
+    pub fn counters(&self) -> anyhow::Result<Counters> {
+        let mut netlink = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        if !exists(&mut netlink)? {
+            return Ok(Counters::default());
+        }
+        let mut packets = |name| {
+            netlink
+                .packets(TABLE, name)
+                .with_context(|| format!("reading the counter {name}"))
+        };
+        Ok(Counters {
+            leak_drops: packets(nft::LEAK_DROPS)?,
+            leaks: packets(nft::LEAKS)?,
+            pod_drops: packets(nft::POD_DROPS)?,
+            stranger_drops: packets(nft::STRANGER_DROPS)?,
+        })
+    }
+
+    fn installer(&self) -> MutexGuard<'_, Installer> {
+        // It stays usable whatever happened to the thread that held it.
+        self.installer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Installer {
     fn look(&mut self) -> anyhow::Result<Option<Seal>> {
         // Read before the listing: what changes in between makes the next call list again.
         let generation = self
@@ -99,7 +190,7 @@ impl Rulesets {
         {
             return Ok(seal);
         }
-        let seal = if self.exists()? {
+        let seal = if exists(&mut self.netlink)? {
             match self.nft.list() {
                 Ok(listing) => Some(sealed(&listing).unwrap_or(Seal::UNKNOWN)),
                 // Without `nft` nothing is known of the table; whoever replaces or deletes it is told
@@ -116,9 +207,7 @@ impl Rulesets {
         Ok(seal)
     }
 
-    /// Makes the table this one, in one transaction. Where only the elements of its sets differ, the rules
-    /// stay where they are, and no packet sees anything but the old elements or the new.
-    pub(super) fn replace(&mut self, firewall: &Firewall) -> anyhow::Result<()> {
+    fn replace(&mut self, firewall: &Firewall) -> anyhow::Result<()> {
         let names = firewall.vxlan.keys().chain(&firewall.region_devices);
         for name in names.chain([&firewall.tunnel]) {
             // The kernel allows nearly everything in a name, nft's language does not.
@@ -146,37 +235,18 @@ impl Rulesets {
         Ok(())
     }
 
-    /// Deletes the table. It is no error if there is none.
-    pub(super) fn delete(&mut self) -> anyhow::Result<()> {
-        if self.exists()? {
+    fn delete(&mut self) -> anyhow::Result<()> {
+        if exists(&mut self.netlink)? {
             self.nft.run(&["delete", "table", "inet", TABLE], "")?;
         }
         Ok(())
     }
+}
 
-    /// What the table has counted; all zero where it is not there.
-    pub(super) fn counters(&mut self) -> anyhow::Result<Counters> {
-        if !self.exists()? {
-            return Ok(Counters::default());
-        }
-        let mut packets = |name| {
-            self.netlink
-                .packets(TABLE, name)
-                .with_context(|| format!("reading the counter {name}"))
-        };
-        Ok(Counters {
-            leak_drops: packets(nft::LEAK_DROPS)?,
-            leaks: packets(nft::LEAKS)?,
-            pod_drops: packets(nft::POD_DROPS)?,
-            stranger_drops: packets(nft::STRANGER_DROPS)?,
-        })
-    }
-
-    fn exists(&mut self) -> anyhow::Result<bool> {
-        self.netlink
-            .has_table(TABLE)
-            .context("asking nf_tables for the table inet selvedge")
-    }
+fn exists(netlink: &mut Nfnetlink) -> anyhow::Result<bool> {
+    netlink
+        .has_table(TABLE)
+        .context("asking nf_tables for the table inet selvedge")
 }
 
 /// The comment that seals a table.
@@ -228,7 +298,7 @@ impl Nft {
     /// Runs `nft` and returns what it prints.
     fn run(&mut self, arguments: &[&str], input: &str) -> anyhow::Result<String> {
         self.look_after_late()?;
-        let output = match program::run(&mut nft(arguments), input.as_bytes(), PATIENCE) {
+        let output = match subprocess::run(&mut nft(arguments), input.as_bytes(), PATIENCE) {
             Ok(output) => output,
             Err(Failure::NotRun(error)) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(missing().into());

@@ -8,7 +8,7 @@ use netlink_packet_route::route::RouteMessage;
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::netlink::{Netlink, Refused};
-use super::{heal, link, route, rule};
+use super::{flannel_repair, link, route, rule};
 use crate::flannel::Mac;
 
 /// The index of a link, if there is one of this name.
@@ -134,7 +134,7 @@ fn neighbours_of(
     family: AddressFamily,
     index: u32,
 ) -> anyhow::Result<Vec<(u32, IpAddr, Mac)>> {
-    let request = RouteNetlinkMessage::GetNeighbour(heal::to_dump(family, index));
+    let request = RouteNetlinkMessage::GetNeighbour(flannel_repair::to_dump(family, index));
     let answers = match netlink.dump(request) {
         Ok(answers) => answers,
         Err(refused) if is_absent(&refused) => Vec::new(),
@@ -143,7 +143,7 @@ fn neighbours_of(
     Ok(answers
         .iter()
         .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewNeighbour(message) => heal::from_message(message),
+            RouteNetlinkMessage::NewNeighbour(message) => flannel_repair::from_message(message),
             _ => None,
         })
         .filter(|(of, _, _)| *of == index)

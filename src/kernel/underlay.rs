@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteType};
 
-use super::{Kernel, link, list, route};
+use super::{Rtnetlink, dump, link, route};
 use crate::state::{MAIN, Scope};
 
 /// The link the node reaches the internet through.
@@ -45,14 +45,14 @@ pub struct Path {
     pub via: Option<IpAddr>,
 }
 
-impl Kernel {
+impl Rtnetlink {
     /// The link of the best default route, IPv4 first; `None` where there is no default route.
     ///
     /// The tunnel's MTU follows from this link's.
     pub fn uplink(&self) -> anyhow::Result<Option<Uplink>> {
         let mut netlink = self.netlink();
         for v6 in [false, true] {
-            let routes = list::routes(&mut netlink, v6, MAIN)?;
+            let routes = dump::routes(&mut netlink, v6, MAIN)?;
             let best = routes
                 .iter()
                 .filter(|route| {
@@ -64,11 +64,11 @@ impl Kernel {
             let Some((_, index)) = best else {
                 continue;
             };
-            let links = list::links(&mut netlink)?;
+            let links = dump::links(&mut netlink)?;
             let Some(found) = links.into_iter().find(|link| link.index == index) else {
                 continue;
             };
-            let addresses = list::addresses(&mut netlink, index)?;
+            let addresses = dump::addresses(&mut netlink, index)?;
             return Ok(Some(Uplink {
                 name: found.name,
                 mtu: found.mtu,
@@ -87,8 +87,8 @@ impl Kernel {
     /// hold the node's own address.
     pub fn node_addresses(&self) -> anyhow::Result<Vec<LocalAddress>> {
         let mut netlink = self.netlink();
-        let links = list::links(&mut netlink)?;
-        let addresses = list::addresses(&mut netlink, 0)?;
+        let links = dump::links(&mut netlink)?;
+        let addresses = dump::addresses(&mut netlink, 0)?;
         let of = |address: &link::Address| {
             let link = links.iter().find(|link| link.index == address.index)?;
             let skipped = self.is_overlay(link);
@@ -111,14 +111,14 @@ impl Kernel {
     /// themselves.
     pub fn connected(&self) -> anyhow::Result<BTreeSet<IpNet>> {
         let mut netlink = self.netlink();
-        let links = list::links(&mut netlink)?;
+        let links = dump::links(&mut netlink)?;
         let real = links
             .iter()
             .filter(|link| link.ethernet && !self.is_overlay(link));
         let real = real.map(|link| link.index).collect::<BTreeSet<_>>();
         let mut connected = BTreeSet::new();
         for v6 in [false, true] {
-            for message in list::routes(&mut netlink, v6, MAIN)? {
+            for message in dump::routes(&mut netlink, v6, MAIN)? {
                 if message.header.kind != RouteType::Unicast {
                     continue;
                 }
@@ -149,7 +149,7 @@ impl Kernel {
 
     /// Whether the address is one of the node's own, on whatever link.
     pub fn is_local(&self, ip: IpAddr) -> anyhow::Result<bool> {
-        let addresses = list::addresses(&mut self.netlink(), 0)?;
+        let addresses = dump::addresses(&mut self.netlink(), 0)?;
         Ok(addresses.iter().any(|address| address.net.addr() == ip))
     }
 
@@ -181,7 +181,7 @@ impl Kernel {
             }
             Err(refused) => return Err(refused).with_context(|| format!("asking the way to {ip}")),
         };
-        let names = list::links(&mut netlink)?
+        let names = dump::links(&mut netlink)?
             .into_iter()
             .map(|link| (link.index, link.name))
             .collect();

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use netlink_packet_route::route::RouteType;
 
-use super::{Kernel, list};
+use super::{Rtnetlink, dump};
 use crate::state::{OtherAction, OtherRule};
 
 /// The kernel's last rules begin here: `main`, and behind it `default`.
 const LAST: u32 = 32_766;
 
-impl Kernel {
+impl Rtnetlink {
     /// The routing policy rules of other programs, of both families, in front of the kernel's own for
     /// the tables `main` and `default`.
     ///
@@ -20,7 +20,7 @@ impl Kernel {
         let mut netlink = self.netlink();
         let mut delivers = BTreeMap::new();
         let mut others = Vec::new();
-        for found in list::rules(&mut netlink)? {
+        for found in dump::rules(&mut netlink)? {
             if found.is_ours() || found.priority >= LAST {
                 continue;
             }
@@ -29,7 +29,7 @@ impl Kernel {
                 let local = match delivers.get(&(other.v6, table)) {
                     Some(local) => *local,
                     None => {
-                        let routes = list::routes(&mut netlink, other.v6, table)?;
+                        let routes = dump::routes(&mut netlink, other.v6, table)?;
                         let is_local =
                             |kind| matches!(kind, RouteType::Local | RouteType::Broadcast);
                         let local = !routes.is_empty()
