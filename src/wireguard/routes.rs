@@ -23,8 +23,6 @@ use netlink_sys::{Socket as Netlink, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
-use super::udp::Endpoint;
-
 /// The multicast groups of routes and rules (`RTMGRP_IPV4_ROUTE` and so on, linux/rtnetlink.h).
 const ROUTES_AND_RULES: u32 = 0x40 | 0x80 | 0x400 | 0x4_0000;
 
@@ -73,17 +71,15 @@ impl RouteQuery {
         Ok(Self(Mutex::new(query)))
     }
 
-    /// Whether datagrams from the local address of an endpoint still leave by the interface that
-    /// the peer came in by; `mark` is that of the datagrams.
-    pub(super) fn still_leads(&self, endpoint: &Endpoint, mark: u32) -> bool {
-        match endpoint.local {
-            None => true,
-            // A zone is an interface: there is no other way.
-            Some((IpAddr::V6(local), _)) if local.is_unicast_link_local() => true,
-            Some((local, interface)) => self
-                .interface_of(endpoint.remote.ip(), local, mark)
-                .is_ok_and(|found| found == Some(interface)),
-        }
+    /// Whether datagrams to `remote` from the address `local` leave by the interface of this index;
+    /// `mark` is that of the datagrams.
+    pub(super) fn leads(&self, remote: IpAddr, local: IpAddr, interface: u32, mark: u32) -> bool {
+        // The zone of a link-local address is its interface: there is no other way.
+        let is_bound = matches!(local, IpAddr::V6(local) if local.is_unicast_link_local());
+        is_bound
+            || self
+                .interface_of(remote, local, mark)
+                .is_ok_and(|found| found == Some(interface))
     }
 
     /// The interface of the route to an address from one of ours.

@@ -152,7 +152,10 @@ impl Sockets {
     /// in by.
     pub(super) fn leads(&self, endpoint: &Endpoint) -> bool {
         let mark = self.fwmark.load(Ordering::Relaxed);
-        self.routes.still_leads(endpoint, mark)
+        endpoint.local.is_none_or(|(local, interface)| {
+            self.routes
+                .leads(endpoint.remote.ip(), local, interface, mark)
+        })
     }
 
     /// Sends a run of datagrams of `stride` bytes, the last of which may be shorter.

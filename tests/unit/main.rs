@@ -12,6 +12,7 @@ mod documents;
 mod fake_kernel;
 mod fuzz_corpus;
 mod graph_and_showconf;
+mod imports;
 mod kilo_flags;
 mod kilo_model;
 mod manifests;
