@@ -13,6 +13,7 @@ use syn::visit::{self, Visit};
 /// The modules of the program, from the bottom to the top. Modules of one row don't import each other.
 const PROGRAM: &[&[&str]] = &[
     &[
+        "clock",
         "envelope",
         "policy",
         "refusal",
