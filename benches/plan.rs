@@ -53,7 +53,7 @@ fn recompute(criterion: &mut Criterion) {
         let mesh = cluster(nodes, regions);
         let topology = mesh.topology();
         // The first node leads the first region, the last follows.
-        let leader = topology.segments[0].leader.clone();
+        let leader = topology.segments[0].primary().node.clone();
         let follower = NodeName(format!("node-{:04}", nodes - 1));
         for (role, me) in [("leader", leader), ("follower", follower)] {
             let flannel = mesh.flannel(&me);

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::topology::{Member, Segment, SegmentName, Topology};
+use crate::topology::{Leader, Member, SegmentName, Topology};
 
 mod command;
 mod dot;
@@ -114,18 +114,16 @@ pub fn page(
 /// Nodes that reach each other without a tunnel: one box of the drawing.
 struct Group<'a> {
     name: &'a SegmentName,
-    /// Its nodes in order, each with the segment that it leads, if any.
-    nodes: Vec<(&'a Member, Option<&'a Segment>)>,
+    /// Its nodes in order, each as a leader too, if it leads.
+    nodes: Vec<(&'a Member, Option<&'a Leader>)>,
 }
 
 /// The boxes, in the order of the segments.
 fn groups(topology: &Topology) -> Vec<Group<'_>> {
     let mut groups: Vec<Group<'_>> = Vec::new();
     for segment in &topology.segments {
-        let nodes = segment.nodes.iter().map(|member| {
-            let leads = (member.name == segment.leader).then_some(segment);
-            (member, leads)
-        });
+        let nodes = segment.nodes.iter();
+        let nodes = nodes.map(|member| (member, segment.leader(&member.name)));
         match groups.iter_mut().find(|group| *group.name == segment.group) {
             Some(group) => group.nodes.extend(nodes),
             None => groups.push(Group {
@@ -138,14 +136,22 @@ fn groups(topology: &Topology) -> Vec<Group<'_>> {
 }
 
 /// The tunnels between leaders, each once.
-fn tunnels(topology: &Topology) -> impl Iterator<Item = (&Segment, &Segment)> {
-    let segments = &topology.segments;
-    segments.iter().enumerate().flat_map(|(i, one)| {
-        segments[i + 1..]
-            .iter()
-            .filter(move |other| other.group != one.group)
-            .map(move |other| (one, other))
+fn tunnels(topology: &Topology) -> impl Iterator<Item = (&Leader, &Leader)> {
+    let segments = topology.segments.iter().enumerate();
+    segments.flat_map(move |(position, segment)| {
+        let leaders = segment.leaders.iter();
+        leaders
+            .flat_map(move |one| later_leaders(topology, position).map(move |other| (one, other)))
     })
+}
+
+/// The leaders in other groups whose segments come after the one at this position.
+fn later_leaders(topology: &Topology, position: usize) -> impl Iterator<Item = &Leader> {
+    let group = &topology.segments[position].group;
+    let later = topology.segments[position + 1..].iter();
+    later
+        .filter(move |segment| segment.group != *group)
+        .flat_map(|segment| &segment.leaders)
 }
 
 fn joined<T: fmt::Display>(items: impl IntoIterator<Item = T>, separator: &str) -> String {

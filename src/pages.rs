@@ -300,23 +300,25 @@ mod tests {
 
     /// A mesh of one node.
     fn mesh() -> Topology {
-        use crate::topology::{Member, NodeName, Segment, SegmentName};
+        use crate::topology::{Leader, Member, NodeName, Segment, SegmentName};
 
         let name = SegmentName::Node(NodeName("a1".into()));
         Topology {
             segments: vec![Segment {
                 group: name.clone(),
                 name,
-                leader: NodeName("a1".into()),
-                public_key: crate::wireguard::key::PublicKey([1; 32]),
-                endpoint: None,
-                address: None,
-                discovered: None,
-                behind_nat: false,
-                candidates: vec![],
-                keepalive_forced: false,
-                persistent_keepalive: 0,
-                wireguard_ips: vec![],
+                leaders: vec![Leader {
+                    node: NodeName("a1".into()),
+                    keys: vec![crate::wireguard::key::PublicKey([1; 32])],
+                    endpoint: None,
+                    address: None,
+                    discovered: None,
+                    behind_nat: false,
+                    candidates: vec![],
+                    keepalive_forced: false,
+                    persistent_keepalive: 0,
+                    wireguard_ips: vec![],
+                }],
                 nodes: vec![Member {
                     name: NodeName("a1".into()),
                     endpoint: None,

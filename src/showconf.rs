@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::cluster::peer::{API_VERSION, DnsOrIp, PeerEndpoint, PeerSpec};
-use crate::topology::{Endpoint, ExternalPeer, NodeName, Segment, Topology};
+use crate::topology::{Endpoint, ExternalPeer, Leader, NodeName, Segment, Topology};
 use crate::wireguard::key::{PresharedKey, PublicKey};
 
 mod command;
@@ -107,10 +107,13 @@ pub fn showconf(
     }
     match subject {
         Subject::Node(name) => {
-            let segment = led_by(topology, name)?;
+            let (segment, leader) = led_by(topology, name)?;
             Ok(match shape.as_peer {
-                true => as_peer(&name.0, Section::of_segment_itself(segment), shape),
-                false => Configuration::of_leader(topology, segment, shape.listen_port).to_string(),
+                true => as_peer(&name.0, Section::of_leader_itself(segment, leader), shape),
+                false => {
+                    let port = shape.listen_port;
+                    Configuration::of_leader(topology, segment, leader, port).to_string()
+                }
             })
         }
         Subject::Peer(name) => {
@@ -124,7 +127,10 @@ pub fn showconf(
     }
 }
 
-fn led_by<'a>(topology: &'a Topology, name: &NodeName) -> Result<&'a Segment, NothingToShow> {
+fn led_by<'a>(
+    topology: &'a Topology,
+    name: &NodeName,
+) -> Result<(&'a Segment, &'a Leader), NothingToShow> {
     let Some(segment) = topology.segment_of(name) else {
         let known = topology.outsiders.iter().any(|node| node.name == *name);
         return Err(match known {
@@ -132,14 +138,14 @@ fn led_by<'a>(topology: &'a Topology, name: &NodeName) -> Result<&'a Segment, No
             false => NothingToShow::NoSuchNode(name.clone()),
         });
     };
-    if segment.leader != *name {
-        return Err(NothingToShow::NotALeader {
+    match segment.leader(name) {
+        Some(leader) => Ok((segment, leader)),
+        None => Err(NothingToShow::NotALeader {
             node: name.clone(),
-            leader: segment.leader.clone(),
+            leader: segment.primary().node.clone(),
             segment: segment.name.to_string(),
-        });
+        }),
     }
-    Ok(segment)
 }
 
 /// A whole configuration, displayed as `wg setconf` reads it. It holds no private key: that never
@@ -168,14 +174,18 @@ pub struct Section {
 }
 
 impl Configuration {
-    /// What a leader's device has: the other segments, then the external peers.
-    pub fn of_leader(topology: &Topology, own: &Segment, listen_port: Option<u16>) -> Self {
+    /// What a leader's device has: the leaders of the other groups, then the external peers.
+    pub fn of_leader(
+        topology: &Topology,
+        segment: &Segment,
+        own: &Leader,
+        listen_port: Option<u16>,
+    ) -> Self {
         let keepalive = own.persistent_keepalive;
-        let segments = topology
-            .segments
-            .iter()
-            .filter(|other| other.group != own.group)
-            .map(|other| Section::of_segment(other, keepalive));
+        let leaders = topology
+            .leaders()
+            .filter(|(other, _)| other.group != segment.group)
+            .map(|(other, leader)| Section::of_leader(other, leader, keepalive));
         let peers = topology.peers.iter().map(|peer| Section {
             persistent_keepalive: keepalive,
             ..Section::of_peer(topology, peer)
@@ -186,16 +196,16 @@ impl Configuration {
         });
         Self {
             listen_port: listen_port.or(own_port).or(Some(51820)),
-            peers: segments.chain(peers).collect(),
+            peers: leaders.chain(peers).collect(),
         }
     }
 
-    /// What an external peer must load: all segments, then the other peers.
+    /// What an external peer must load: all leaders, then the other peers.
     pub fn of_peer(topology: &Topology, own: &ExternalPeer) -> Self {
         let keepalive = own.persistent_keepalive;
-        let segments = topology.segments.iter().map(|segment| Section {
+        let leaders = topology.leaders().map(|(segment, leader)| Section {
             preshared_key: own.preshared_key.clone(),
-            ..Section::of_segment(segment, keepalive)
+            ..Section::of_leader(segment, leader, keepalive)
         });
         let others = topology
             .peers
@@ -209,36 +219,35 @@ impl Configuration {
             });
         Self {
             listen_port: None,
-            peers: segments.chain(others).collect(),
+            peers: leaders.chain(others).collect(),
         }
     }
 }
 
 impl Section {
-    /// A segment as others reach it at the moment.
-    fn of_segment(segment: &Segment, keepalive: u16) -> Self {
-        let seen = segment
+    /// A leader as others reach it at the moment.
+    fn of_leader(segment: &Segment, leader: &Leader, keepalive: u16) -> Self {
+        let seen = leader
             .discovered
-            .filter(|seen| segment.address != Some(*seen));
+            .filter(|seen| leader.address != Some(*seen));
         Self {
-            allowed_ips: segment.allowed_ips().collect(),
-            endpoint: seen
-                .map(Endpoint::Addr)
-                .or_else(|| segment.endpoint.clone()),
+            allowed_ips: segment.routes_to(leader).collect(),
+            endpoint: seen.map(Endpoint::Addr).or_else(|| leader.endpoint.clone()),
             persistent_keepalive: keepalive,
             preshared_key: None,
-            public_key: segment.public_key,
+            public_key: leader.public_key(),
         }
     }
 
-    /// A segment as it describes itself: where somebody saw it is not its own business.
-    fn of_segment_itself(segment: &Segment) -> Self {
+    /// A leader as it describes itself, without the address at which others observe it. All of its segment
+    /// is behind it.
+    fn of_leader_itself(segment: &Segment, leader: &Leader) -> Self {
         Self {
             allowed_ips: segment.node_allowed_ips().collect(),
-            endpoint: segment.endpoint.clone(),
+            endpoint: leader.endpoint.clone(),
             persistent_keepalive: 0,
             preshared_key: None,
-            public_key: segment.public_key,
+            public_key: leader.public_key(),
         }
     }
 

@@ -148,13 +148,13 @@ pub struct Api {
     pub missing_policies: Vec<String>,
 }
 
-/// A segment of the topology.
+/// A segment of the topology; one with several leaders stands once for each of them.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Segment {
     /// Its name, as Kilo has it.
     pub name: String,
-    /// Its leader.
+    /// The leader.
     pub leader: String,
     /// Where the others send.
     pub endpoint: Option<String>,

@@ -18,12 +18,14 @@ mod candidates;
 mod claims;
 mod excluded;
 mod kilo;
+mod leader;
 mod ledger;
 mod native;
 mod region;
 
 pub use address::{is_public, is_public_to_kilo, is_unicast, overlap};
 pub use excluded::{Excluded, Field, Overlap, Reason, Subject};
+pub use leader::{Candidate, Leader, Origin};
 pub use ledger::{Claim, Ledger, MAX_ENTRIES};
 
 /// The name of a Kubernetes Node.
@@ -214,7 +216,7 @@ pub struct Member {
     pub private_ip: Option<InterfaceAddr>,
 }
 
-/// What shares one leader and one WireGuard key.
+/// Nodes that share their leaders.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Segment {
     /// Its name.
@@ -222,69 +224,12 @@ pub struct Segment {
     /// Segments of one group reach each other without the tunnel. Differs from the name only with
     /// [`Granularity::Cross`].
     pub group: SegmentName,
-    /// The node that carries its traffic.
-    pub leader: NodeName,
-    /// The leader's key.
-    pub public_key: PublicKey,
-    /// The leader's endpoint as annotated.
-    pub endpoint: Option<Endpoint>,
-    /// [`Self::endpoint`], resolved.
-    pub address: Option<SocketAddr>,
-    /// Where the others send: the address, or for a leader behind NAT where somebody saw it.
-    pub discovered: Option<SocketAddr>,
-    /// Every address at which the leader may be reached, the likeliest first; each is tried.
-    pub candidates: Vec<Candidate>,
-    /// Whether others see the leader at an address that it does not have itself.
-    pub behind_nat: bool,
-    /// Seconds between the keepalives that the leader sends to each of its peers; 0 is off.
-    pub persistent_keepalive: u16,
-    /// Whether that is the operator's word. If not, the leader sends some to every peer that has not shown
-    /// that it can call this leader without them.
-    pub keepalive_forced: bool,
-    /// The leader's WireGuard addresses, at most one a family, IPv4 first.
-    pub wireguard_ips: Vec<IpAddr>,
-    /// Its nodes by name, the leader among them.
+    /// The nodes that carry its traffic, the primary first. Never empty.
+    pub leaders: Vec<Leader>,
+    /// Its nodes by name, the leaders among them.
     pub nodes: Vec<Member>,
     /// What of its nodes' `allowed-location-ips` is carried, in the order Kilo prints it.
     pub allowed_location_ips: Vec<IpNet>,
-}
-
-/// An address at which a peer may be reached.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub struct Candidate {
-    /// Where a handshake is sent.
-    pub address: SocketAddr,
-    /// Why.
-    pub origin: Origin,
-}
-
-/// Who says that a peer may be reached at an address. RFC 8445 calls the first three host candidates, the
-/// fourth server-reflexive and the last a predicted one.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub enum Origin {
-    /// The operator: `force-endpoint`, or a Peer's `spec.endpoint`.
-    Forced,
-    /// The node's agent: `endpoint`.
-    Endpoint,
-    /// The node's agent: `candidates`.
-    Announced,
-    /// Another leader, which heard it there.
-    Discovered,
-    /// The address is that of a [`Self::Discovered`] one, the port the leader's own: a NAT that had to give it
-    /// another port towards one observer keeps it towards others.
-    PortKept,
-}
-
-impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Forced => "set by the operator",
-            Self::Endpoint => "endpoint",
-            Self::Announced => "announced",
-            Self::Discovered => "discovered by a leader",
-            Self::PortKept => "discovered address, own port",
-        })
-    }
 }
 
 /// A node that takes no part: it has no key yet, or was excluded.
@@ -372,10 +317,21 @@ impl Topology {
         self.outsiders.iter().find(|other| other.name == *node)
     }
 
+    /// The node as a leader of its segment; `None` where it does not lead.
+    pub fn leader(&self, node: &NodeName) -> Option<&Leader> {
+        self.segment_of(node)?.leader(node)
+    }
+
     /// Whether a node leads its segment.
     pub fn is_leader(&self, node: &NodeName) -> bool {
-        self.segment_of(node)
-            .is_some_and(|segment| segment.leader == *node)
+        self.leader(node).is_some()
+    }
+
+    /// All leaders in the order of their segments, each with its segment.
+    pub fn leaders(&self) -> impl Iterator<Item = (&Segment, &Leader)> {
+        self.segments
+            .iter()
+            .flat_map(|segment| segment.leaders.iter().map(move |leader| (segment, leader)))
     }
 
     /// What a node's agent should have in its `wireguard-ip` annotation; `None` to leave it alone.
@@ -384,20 +340,15 @@ impl Topology {
     /// leads again; Kilo empties it.
     pub fn wireguard_annotation(&self, node: &NodeName) -> Option<Vec<InterfaceAddr>> {
         let segment = self.segment_of(node)?;
-        if segment.leader != *node {
+        let Some(leader) = segment.leader(node) else {
             return matches!(self.mode, Mode::Kilo(_)).then(Vec::new);
-        }
+        };
         let with_mesh_mask = |ip: &IpAddr| {
             let pool = self.subnets.iter().find(|pool| pool.contains(ip))?;
             IpNet::new(*ip, pool.prefix_len()).ok()
         };
-        Some(
-            segment
-                .wireguard_ips
-                .iter()
-                .filter_map(with_mesh_mask)
-                .collect(),
-        )
+        let ips = leader.wireguard_ips.iter();
+        Some(ips.filter_map(with_mesh_mask).collect())
     }
 }
 
@@ -422,9 +373,26 @@ impl Endpoint {
 }
 
 impl Segment {
-    /// What may come from this segment and is sent to it, in the order Kilo prints it:
-    /// by node its pod CIDRs and addresses, then the WireGuard addresses, then the
-    /// `allowed-location-ips`.
+    /// The first of the leaders: the one that Kilo's formats name, which hold one leader of a segment.
+    pub fn primary(&self) -> &Leader {
+        let primary = self.leaders.first();
+        primary.expect("a segment has a leader, or it would not have been made")
+    }
+
+    /// A node as a leader of this segment; `None` where it does not lead.
+    pub fn leader(&self, node: &NodeName) -> Option<&Leader> {
+        self.leaders.iter().find(|leader| leader.node == *node)
+    }
+
+    /// A node as a member of this segment.
+    pub fn member(&self, node: &NodeName) -> Option<&Member> {
+        self.nodes.iter().find(|member| member.name == *node)
+    }
+
+    /// All destinations inside the segment, in the order Kilo prints them: by node its pod CIDRs and
+    /// addresses, then the WireGuard addresses, then the `allowed-location-ips`.
+    ///
+    /// Packets with these sources may come from each of the leaders.
     pub fn allowed_ips(&self) -> impl Iterator<Item = IpNet> + '_ {
         self.node_allowed_ips()
             .chain(self.allowed_location_ips.iter().copied())
@@ -432,13 +400,43 @@ impl Segment {
 
     /// [`Self::allowed_ips`] without the `allowed-location-ips`, as `showconf --as-peer` has it.
     pub fn node_allowed_ips(&self) -> impl Iterator<Item = IpNet> + '_ {
+        let wireguard_ips = self.leaders.iter().flat_map(Leader::wireguard_nets);
         self.nodes
             .iter()
-            .flat_map(|node| {
-                let pods = node.pod_cidrs.iter().copied();
-                pods.chain(node.addresses.iter().copied().map(IpNet::from))
-            })
-            .chain(self.wireguard_ips.iter().copied().map(IpNet::from))
+            .flat_map(Member::allowed_ips)
+            .chain(wireguard_ips)
+    }
+
+    /// The destinations that other segments send to one of the leaders, in the same order.
+    ///
+    /// WireGuard has one peer for a destination, so the leaders share the members: each leader gets what
+    /// is for itself, and the other nodes in turn. The `allowed-location-ips` go to the primary.
+    pub fn routes_to<'s>(&'s self, leader: &'s Leader) -> impl Iterator<Item = IpNet> + 's {
+        let is_only = self.leaders.len() == 1;
+        let is_primary = self.primary().node == leader.node;
+        let nodes = self.nodes.iter().enumerate();
+        let nodes = nodes.filter(move |(position, node)| {
+            is_only || self.leader_for(*position, node).node == leader.node
+        });
+        let offers = self.allowed_location_ips.iter().filter(move |_| is_primary);
+        nodes
+            .flat_map(|(_, node)| node.allowed_ips())
+            .chain(leader.wireguard_nets())
+            .chain(offers.copied())
+    }
+
+    /// The leader that receives what is for the member at this position in [`Self::nodes`].
+    fn leader_for(&self, position: usize, node: &Member) -> &Leader {
+        self.leader(&node.name)
+            .unwrap_or_else(|| &self.leaders[position % self.leaders.len()])
+    }
+}
+
+impl Member {
+    /// The pod CIDRs and addresses that are carried for the node.
+    fn allowed_ips(&self) -> impl Iterator<Item = IpNet> + '_ {
+        let pods = self.pod_cidrs.iter().copied();
+        pods.chain(self.addresses.iter().copied().map(IpNet::from))
     }
 }
 

@@ -55,11 +55,13 @@ impl Keys {
     /// The leaders' keys and those of VPN peers.
     pub fn new(topology: &Topology) -> Self {
         let mut keys = BTreeMap::new();
-        for segment in &topology.segments {
-            keys.entry(segment.public_key).or_insert(Known {
-                keepalive: segment.persistent_keepalive,
-                is_leader: true,
-            });
+        for (_, leader) in topology.leaders() {
+            for key in &leader.keys {
+                keys.entry(*key).or_insert(Known {
+                    keepalive: leader.persistent_keepalive,
+                    is_leader: true,
+                });
+            }
         }
         for peer in &topology.peers {
             keys.entry(peer.public_key).or_insert_with(|| Known {

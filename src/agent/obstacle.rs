@@ -101,10 +101,7 @@ impl Agent {
             field: "the tunnel's port".to_owned(),
             sentence,
         }));
-        let leads = topology
-            .segment_of(own)
-            .is_some_and(|segment| segment.leader == *own);
-        if leads && desired.is_some_and(|desired| !desired.peers.is_empty()) {
+        if topology.is_leader(own) && desired.is_some_and(|desired| !desired.peers.is_empty()) {
             obstacles.extend(self.settings());
             obstacles.extend(self.firewall.problem().map(|sentence| Obstacle {
                 field: "the host's firewall".to_owned(),

@@ -147,7 +147,7 @@ fn claims(
 /// The segment of several nodes that a node leads.
 pub fn lead<'a>(topology: &'a Topology, node: &NodeName) -> Option<&'a SegmentName> {
     let segment = topology.segment_of(node)?;
-    let leads = segment.leader == *node && is_location(&segment.name);
+    let leads = segment.leader(node).is_some() && is_location(&segment.name);
     leads.then_some(&segment.name)
 }
 
@@ -206,10 +206,9 @@ fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
         return BTreeMap::new();
     }
     let sought = topology
-        .segments
-        .iter()
-        .filter(|segment| segment.behind_nat || topology.mode == Mode::Native)
-        .map(|segment| (segment.public_key, &segment.candidates[..]))
+        .leaders()
+        .filter(|(_, leader)| leader.behind_nat || topology.mode == Mode::Native)
+        .map(|(_, leader)| (leader.public_key(), &leader.candidates[..]))
         .chain(topology.peers.iter().map(|peer| (peer.public_key, &[][..])))
         .filter(|(key, _)| *key != inputs.public_key);
     sought
@@ -240,7 +239,7 @@ fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::topology::{Ledger, Member, RegionName, Segment};
+    use crate::topology::{Leader, Ledger, Member, RegionName, Segment};
     use crate::wireguard::key::PrivateKey;
 
     fn node(name: &str) -> Node {
@@ -265,16 +264,18 @@ mod tests {
         Segment {
             name: SegmentName::Node(NodeName(leader.into())),
             group: SegmentName::Node(NodeName(leader.into())),
-            leader: NodeName(leader.into()),
-            public_key: key,
-            endpoint: None,
-            address: None,
-            discovered: None,
-            candidates: vec![],
-            behind_nat,
-            persistent_keepalive: 0,
-            keepalive_forced: false,
-            wireguard_ips: vec!["10.4.0.2".parse().unwrap()],
+            leaders: vec![Leader {
+                node: NodeName(leader.into()),
+                keys: vec![key],
+                endpoint: None,
+                address: None,
+                discovered: None,
+                candidates: vec![],
+                behind_nat,
+                persistent_keepalive: 0,
+                keepalive_forced: false,
+                wireguard_ips: vec!["10.4.0.2".parse().unwrap()],
+            }],
             nodes: vec![Member {
                 name: NodeName(leader.into()),
                 endpoint: None,
@@ -406,7 +407,7 @@ mod tests {
         let seen: SocketAddr = "198.51.100.7:24276".parse().unwrap();
         world.node.discovered_endpoints = [(world.other, seen)].into();
         world.node.wireguard_ips = vec!["10.4.0.9/16".parse().unwrap()];
-        world.topology.segments[0].leader = NodeName("a0".into());
+        world.topology.segments[0].leaders[0].node = NodeName("a0".into());
 
         let published = world.annotations();
 
@@ -474,7 +475,7 @@ mod tests {
         world.lead = None;
         assert!(ledger(&mut world).since(&lead).is_some());
 
-        world.topology.segments[0].leader = NodeName("a0".into());
+        world.topology.segments[0].leaders[0].node = NodeName("a0".into());
         assert_eq!(ledger(&mut world).since(&lead), None);
     }
 

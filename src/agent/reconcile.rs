@@ -141,8 +141,10 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
         candidates: candidates(&topology, &config.node),
         seen: topology
             .segment_of(&config.node)
-            .map(|own| seen(&own.candidates).collect())
-            .unwrap_or_default(),
+            .into_iter()
+            .flat_map(|own| &own.leaders)
+            .flat_map(|leader| seen(&leader.candidates))
+            .collect(),
         topology: Arc::new(topology),
         desired,
         caveats,

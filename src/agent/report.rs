@@ -86,12 +86,12 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
         ready: inputs.problems.is_empty(),
         problems: inputs.problems.to_vec(),
         role: match segment {
-            Some(segment) if segment.leader == config.node => Role::Leader,
+            Some(segment) if segment.leader(&config.node).is_some() => Role::Leader,
             Some(_) => Role::Follower,
             None => Role::Outside,
         },
         segment: segment.map(|segment| segment.name.to_string()),
-        leader: segment.map(|segment| segment.leader.to_string()),
+        leader: segment.map(|segment| segment.primary().node.to_string()),
         mode: topology.mode.to_string(),
         kilo_nodes: match &topology.mode {
             Mode::Native => Vec::new(),
@@ -128,16 +128,15 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
             missing_policies: inputs.contact.missing_policies.clone(),
         },
         segments: topology
-            .segments
-            .iter()
-            .map(|segment| Segment {
+            .leaders()
+            .map(|(segment, leader)| Segment {
                 name: segment.name.to_string(),
-                leader: segment.leader.to_string(),
-                endpoint: segment
+                leader: leader.node.to_string(),
+                endpoint: leader
                     .discovered
                     .map(|address| address.to_string())
-                    .or_else(|| segment.endpoint.as_ref().map(ToString::to_string)),
-                wireguard_ips: strings(&segment.wireguard_ips),
+                    .or_else(|| leader.endpoint.as_ref().map(ToString::to_string)),
+                wireguard_ips: strings(&leader.wireguard_ips),
                 nodes: segment
                     .nodes
                     .iter()
@@ -171,8 +170,8 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
 fn peers(inputs: &Inputs<'_>, desired: &State) -> Vec<Peer> {
     let topology = &inputs.decision.topology;
     let is_behind_nat = |key: &PublicKey| {
-        let mut segments = topology.segments.iter();
-        segments.any(|segment| segment.public_key == *key && segment.behind_nat)
+        let mut leaders = topology.leaders();
+        leaders.any(|(_, leader)| leader.keys.contains(key) && leader.behind_nat)
     };
     let mut peers = desired
         .peers
@@ -214,10 +213,9 @@ fn candidate(outcome: &Outcome) -> Candidate {
 
 fn name(topology: &Topology, key: &PublicKey) -> String {
     let segment = topology
-        .segments
-        .iter()
-        .find(|segment| segment.public_key == *key)
-        .map(|segment| segment.name.to_string());
+        .leaders()
+        .find(|(_, leader)| leader.keys.contains(key))
+        .map(|(segment, _)| segment.name.to_string());
     let external = || {
         topology
             .peers

@@ -34,9 +34,9 @@ pub(super) struct Request {
     pub(super) direct: BTreeSet<IpNet>,
 }
 
-/// The peers of the tunnel: the segments, then the other external peers.
+/// The peers of the tunnel: the leaders, then the other external peers.
 ///
-/// Further networks belong to the first segment that has an endpoint; whoever has none cannot be
+/// Further networks belong to the first leader that has an endpoint; whoever has none cannot be
 /// called, and no other suffers from it.
 pub(super) fn peers(
     topology: &Topology,
@@ -44,23 +44,17 @@ pub(super) fn peers(
     request: &Request,
 ) -> BTreeMap<PublicKey, PeerConfig> {
     let addresses = topology
-        .segments
-        .iter()
-        .map(|segment| (segment.public_key, segment.discovered.or(segment.address)));
+        .leaders()
+        .map(|(_, leader)| (leader.public_key(), leader.discovered.or(leader.address)));
     let of_peers = topology
         .whereabouts
         .iter()
         .map(|(key, place)| (*key, place.discovered.or(place.address)));
     let addresses: BTreeMap<_, _> = addresses.chain(of_peers).collect();
     let first = topology
-        .segments
-        .iter()
-        .find(|segment| {
-            addresses
-                .get(&segment.public_key)
-                .is_some_and(Option::is_some)
-        })
-        .map(|segment| segment.public_key);
+        .leaders()
+        .map(|(_, leader)| leader.public_key())
+        .find(|key| addresses.get(key).is_some_and(Option::is_some));
 
     let sections = Configuration::of_peer(topology, own).peers;
     let configs = sections.into_iter().map(|section| {
@@ -145,7 +139,7 @@ fn route(net: &IpNet, own: IpAddr, request: &Request) -> Route {
 mod tests {
     use super::*;
     use crate::diff::diff;
-    use crate::topology::{Endpoint, Member, NodeName, RegionName, Segment, SegmentName};
+    use crate::topology::{Endpoint, Leader, Member, NodeName, RegionName, Segment, SegmentName};
 
     fn request() -> Request {
         Request {
@@ -170,16 +164,18 @@ mod tests {
         Segment {
             group: name.clone(),
             name,
-            leader: leader.clone(),
-            public_key: PublicKey([key; 32]),
-            endpoint: at.map(Endpoint::Addr),
-            address: at,
-            discovered: at,
-            behind_nat: false,
-            candidates: vec![],
-            keepalive_forced: false,
-            persistent_keepalive: 0,
-            wireguard_ips: vec![[10, 4, 0, key].into()],
+            leaders: vec![Leader {
+                node: leader.clone(),
+                keys: vec![PublicKey([key; 32])],
+                endpoint: at.map(Endpoint::Addr),
+                address: at,
+                discovered: at,
+                behind_nat: false,
+                candidates: vec![],
+                keepalive_forced: false,
+                persistent_keepalive: 0,
+                wireguard_ips: vec![[10, 4, 0, key].into()],
+            }],
             nodes: vec![Member {
                 name: leader,
                 endpoint: at.map(Endpoint::Addr),

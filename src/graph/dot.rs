@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use super::{Group, groups, joined, tunnels};
 use crate::text::is_unsafe;
-use crate::topology::{ExternalPeer, Member, Segment, SegmentName, Topology};
+use crate::topology::{ExternalPeer, Leader, Member, SegmentName, Topology};
 
 /// Draws the mesh in DOT.
 pub fn dot(topology: &Topology) -> String {
@@ -40,17 +40,20 @@ fn edges(out: &mut String, topology: &Topology) {
         );
     };
     for segment in &topology.segments {
-        let leader = &segment.leader;
-        for member in segment.nodes.iter().filter(|node| node.name != *leader) {
-            edge(&leader.0, &member.name.0, "dir=both");
+        let followers = segment.nodes.iter();
+        let followers = followers.filter(|node| segment.leader(&node.name).is_none());
+        for leader in &segment.leaders {
+            for member in followers.clone() {
+                edge(&leader.node.0, &member.name.0, "dir=both");
+            }
         }
     }
     for (one, other) in tunnels(topology) {
-        edge(&one.leader.0, &other.leader.0, "dir=both");
+        edge(&one.node.0, &other.node.0, "dir=both");
     }
-    for segment in &topology.segments {
+    for (_, leader) in topology.leaders() {
         for peer in &topology.peers {
-            edge(&segment.leader.0, &peer.name, "dir=both, style=dashed");
+            edge(&leader.node.0, &peer.name, "dir=both, style=dashed");
         }
     }
 }
@@ -98,13 +101,13 @@ fn subgraph(name: String, label: &str, nodes: impl Iterator<Item = String>) -> (
     (name, out)
 }
 
-fn node_label(group: &SegmentName, member: &Member, leads: Option<&Segment>) -> String {
+fn node_label(group: &SegmentName, member: &Member, leads: Option<&Leader>) -> String {
     let mut lines = vec![group.to_string(), member.name.to_string()];
     lines.extend(member.pod_cidrs.iter().map(ToString::to_string));
     lines.extend(member.private_ip.map(|net| net.addr().to_string()));
-    if let Some(segment) = leads {
-        lines.extend(segment.wireguard_ips.iter().map(ToString::to_string));
-        lines.extend(segment.endpoint.as_ref().map(ToString::to_string));
+    if let Some(leader) = leads {
+        lines.extend(leader.wireguard_ips.iter().map(ToString::to_string));
+        lines.extend(leader.endpoint.as_ref().map(ToString::to_string));
     }
     lines.join("\n")
 }

@@ -87,11 +87,11 @@ fn edges(out: &mut String, topology: &Topology, cards: &[Card]) {
         }
     };
     for (one, other) in tunnels(topology) {
-        edge(at(&one.leader), at(&other.leader), "e");
+        edge(at(&one.node), at(&other.node), "e");
     }
     if let Some(peers) = cards.iter().find(|card| card.peers) {
-        for segment in &topology.segments {
-            edge(at(&segment.leader), Some(peers.center()), "e p");
+        for (_, leader) in topology.leaders() {
+            edge(at(&leader.node), Some(peers.center()), "e p");
         }
     }
 }
@@ -120,9 +120,9 @@ impl Card {
         let entries = group.nodes.iter().map(|(member, leads)| {
             let mut details = vec![joined(&member.pod_cidrs, ", ")];
             details.extend(member.private_ip.map(|net| net.addr().to_string()));
-            if let Some(segment) = leads {
-                details.push(joined(&segment.wireguard_ips, ", "));
-                details.extend(segment.endpoint.as_ref().map(ToString::to_string));
+            if let Some(leader) = leads {
+                details.push(joined(&leader.wireguard_ips, ", "));
+                details.extend(leader.endpoint.as_ref().map(ToString::to_string));
             }
             Entry {
                 name: member.name.to_string(),

@@ -1,7 +1,7 @@
 //! The drawings of the main scenario, whose DOT is Kilo's own output.
 
 use super::*;
-use crate::topology::{ExternalPeer, Granularity, NodeName, RegionName};
+use crate::topology::{ExternalPeer, Granularity, NodeName, RegionName, Segment};
 use crate::wireguard::key::PublicKey;
 
 fn member(name: &str, pods: &str, address: &str) -> Member {
@@ -23,16 +23,18 @@ fn segment(region: &str, wireguard_ip: &str, endpoint: &str, nodes: Vec<Member>)
     Segment {
         group: name.clone(),
         name,
-        leader: nodes[0].name.clone(),
-        public_key: PublicKey([1; 32]),
-        endpoint: Some(crate::topology::Endpoint::Addr(address)),
-        address: Some(address),
-        discovered: None,
-        behind_nat: false,
-        candidates: vec![],
-        keepalive_forced: false,
-        persistent_keepalive: 0,
-        wireguard_ips: vec![wireguard_ip.parse().unwrap()],
+        leaders: vec![Leader {
+            node: nodes[0].name.clone(),
+            keys: vec![PublicKey([1; 32])],
+            endpoint: Some(crate::topology::Endpoint::Addr(address)),
+            address: Some(address),
+            discovered: None,
+            behind_nat: false,
+            candidates: vec![],
+            keepalive_forced: false,
+            persistent_keepalive: 0,
+            wireguard_ips: vec![wireguard_ip.parse().unwrap()],
+        }],
         nodes,
         allowed_location_ips: vec![],
     }
@@ -58,7 +60,7 @@ fn scenario() -> Topology {
         member("node-agent-03", "10.42.3.0/24", "192.168.50.13/24"),
     ];
     let mut nd = segment("nd", "10.4.0.2", "192.168.50.11:51820", lan);
-    nd.discovered = Some("198.51.100.7:24276".parse().unwrap());
+    nd.leaders[0].discovered = Some("198.51.100.7:24276".parse().unwrap());
     Topology {
         subnets: vec!["10.4.0.0/16".parse().unwrap()],
         segments: vec![

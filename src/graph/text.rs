@@ -2,10 +2,10 @@
 
 use std::fmt::Write as _;
 
-use super::{groups, joined, tunnels};
+use super::{groups, joined, later_leaders};
 use crate::cluster::annotation::format_granularity;
 use crate::text::line as shown;
-use crate::topology::{Mode, Segment, Topology};
+use crate::topology::{Leader, Mode, Topology};
 
 /// Draws the mesh as aligned columns: regions with their nodes, peers, tunnels, and who is left out.
 pub fn text(topology: &Topology) -> String {
@@ -41,7 +41,7 @@ fn nodes(out: &mut String, topology: &Topology) {
             };
             table.row([
                 format!("{mark} {}", member.name),
-                leads.map_or_else(String::new, |segment| joined(&segment.wireguard_ips, ",")),
+                leads.map_or_else(String::new, |leader| joined(&leader.wireguard_ips, ",")),
                 joined(&member.pod_cidrs, ","),
                 member
                     .private_ip
@@ -60,10 +60,10 @@ fn nodes(out: &mut String, topology: &Topology) {
     }
 }
 
-fn endpoint(segment: &Segment) -> String {
-    let annotated = segment.endpoint.as_ref().map(ToString::to_string);
-    match segment.discovered {
-        Some(seen) if segment.address != Some(seen) => format!("{seen} (seen there, behind NAT)"),
+fn endpoint(leader: &Leader) -> String {
+    let annotated = leader.endpoint.as_ref().map(ToString::to_string);
+    match leader.discovered {
+        Some(seen) if leader.address != Some(seen) => format!("{seen} (seen there, behind NAT)"),
         Some(_) | None => annotated.unwrap_or_else(|| "no endpoint".into()),
     }
 }
@@ -92,16 +92,16 @@ fn links(out: &mut String, topology: &Topology) {
     let peers = topology.peers.iter().map(|peer| shown(&peer.name));
     let peers = joined(peers, ", ");
     let mut lines = Vec::new();
-    for segment in &topology.segments {
-        let others = tunnels(topology)
-            .filter(|(one, _)| one.name == segment.name)
-            .map(|(_, other)| &other.leader);
+    for (position, segment) in topology.segments.iter().enumerate() {
+        let others = later_leaders(topology, position).map(|other| &other.node);
         let others = joined(others, ", ");
-        if !others.is_empty() {
-            lines.push(format!("{} ══ {others}", segment.leader));
-        }
-        if !peers.is_empty() {
-            lines.push(format!("{} ┄┄ {peers}", segment.leader));
+        for leader in &segment.leaders {
+            if !others.is_empty() {
+                lines.push(format!("{} ══ {others}", leader.node));
+            }
+            if !peers.is_empty() {
+                lines.push(format!("{} ┄┄ {peers}", leader.node));
+            }
         }
     }
     if !lines.is_empty() {

@@ -15,7 +15,10 @@ pub type Candidates = BTreeMap<PublicKey, Vec<Candidate>>;
 /// subnet. Two regions that others see at one address are behind one router, which need not let a packet out
 /// and in again: they meet at their private addresses.
 pub fn candidates(topology: &Topology, me: &NodeName) -> Candidates {
-    let Some(own) = topology.segment_of(me).filter(|own| own.leader == *me) else {
+    let Some(own) = topology.segment_of(me) else {
+        return Candidates::new();
+    };
+    let Some(leader) = own.leader(me) else {
         return Candidates::new();
     };
     let near = topology.segments.iter();
@@ -24,18 +27,18 @@ pub fn candidates(topology: &Topology, me: &NodeName) -> Candidates {
         .flat_map(|segment| &segment.nodes)
         .flat_map(|node| &node.underlay)
         .collect();
-    let router: BTreeSet<_> = seen(&own.candidates).map(|at| at.ip()).collect();
-    let remote = topology.segments.iter();
-    let mut candidates: Candidates = remote
-        .filter(|segment| segment.group != own.group)
-        .map(|segment| {
-            let candidates = segment.candidates.iter().copied();
+    let router: BTreeSet<_> = seen(&leader.candidates).map(|at| at.ip()).collect();
+    let mut candidates: Candidates = topology
+        .leaders()
+        .filter(|(segment, _)| segment.group != own.group)
+        .map(|(_, leader)| {
+            let candidates = leader.candidates.iter().copied();
             let useful = candidates.filter(|candidate| {
                 let ip = candidate.address.ip();
                 let is_beside_us = is_outside(candidate) && router.contains(&ip);
                 !(region.contains(&ip) || is_beside_us)
             });
-            (segment.public_key, useful.collect())
+            (leader.public_key(), useful.collect())
         })
         .collect();
     for peer in &topology.peers {
@@ -69,7 +72,7 @@ fn is_outside(candidate: &Candidate) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::topology::{Member, RegionName, Segment, SegmentName};
+    use crate::topology::{Leader, Member, RegionName, Segment, SegmentName};
 
     fn at(text: &str) -> SocketAddr {
         text.parse().unwrap()
@@ -85,16 +88,18 @@ mod tests {
         Segment {
             name: group.clone(),
             group,
-            leader: NodeName(name.into()),
-            public_key: PublicKey([key; 32]),
-            endpoint: None,
-            address: None,
-            discovered: None,
-            candidates: candidates.iter().map(candidate).collect(),
-            behind_nat: true,
-            persistent_keepalive: 25,
-            keepalive_forced: false,
-            wireguard_ips: vec![],
+            leaders: vec![Leader {
+                node: NodeName(name.into()),
+                keys: vec![PublicKey([key; 32])],
+                endpoint: None,
+                address: None,
+                discovered: None,
+                candidates: candidates.iter().map(candidate).collect(),
+                behind_nat: true,
+                persistent_keepalive: 25,
+                keepalive_forced: false,
+                wireguard_ips: vec![],
+            }],
             nodes: vec![Member {
                 name: NodeName(name.into()),
                 endpoint: None,

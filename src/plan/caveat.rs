@@ -57,15 +57,15 @@ fn add_connected(site: &Site<'_>, caveats: &mut Vec<Caveat>) {
             }
         }
         for net in &segment.allowed_location_ips {
-            add(*net, node(&segment.leader), site.connected_to(net));
+            add(*net, node(&segment.primary().node), site.connected_to(net));
         }
     }
     for segment in site.remotes().chain(site.neighbours()) {
-        if segment.leader == *site.inputs.me {
-            continue;
-        }
-        for net in segment.wireguard_ips.iter().copied().map(IpNet::from) {
-            add(net, node(&segment.leader), site.connected_to(&net));
+        let leaders = segment.leaders.iter();
+        for leader in leaders.filter(|leader| leader.node != *site.inputs.me) {
+            for net in leader.wireguard_ips.iter().copied().map(IpNet::from) {
+                add(net, node(&leader.node), site.connected_to(&net));
+            }
         }
     }
     for peer in &site.inputs.topology.peers {

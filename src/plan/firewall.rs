@@ -18,7 +18,9 @@ pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> F
     let remote_nodes = site.remotes().flat_map(|segment| {
         let nodes = segment.nodes.iter();
         let addresses = nodes.flat_map(move |node| site.carried_addresses(segment, node));
-        let addresses = addresses.chain(site.carried_wireguard_ips(segment));
+        let leaders = segment.leaders.iter();
+        let addresses =
+            addresses.chain(leaders.flat_map(|leader| site.carried_wireguard_ips(leader)));
         addresses
             .map(IpNet::from)
             .chain(site.carried_offers(segment))
@@ -80,7 +82,7 @@ pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> F
             .map(IpNet::from)
             .collect(),
         local_pods,
-        leader: matches!(site.role, Role::Leader),
+        leader: matches!(site.role, Role::Leader(_)),
         fail_closed: settings.on_tunnel_down == OnTunnelDown::Closed,
         masquerade_sources,
         masquerade_destinations,
@@ -142,7 +144,7 @@ fn guard(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Guard {
                 guard.far_from_pods.insert(dst);
             }
             (Table::Mesh, Route::Unicast { next_hops, .. })
-                if site.led().is_some() && next_hops.iter().all(|hop| hop.dev != *tunnel) =>
+                if site.own_lead().is_some() && next_hops.iter().all(|hop| hop.dev != *tunnel) =>
             {
                 guard.beside.insert(dst);
             }

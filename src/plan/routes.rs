@@ -103,7 +103,7 @@ pub(super) fn rules(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> BTre
 struct Routes<'a> {
     site: &'a Site<'a>,
     /// Prefixes in `Mesh` that may hold addresses which are not for them, with their next hops.
-    wide: BTreeMap<IpNet, Option<NextHop>>,
+    wide: BTreeMap<IpNet, BTreeSet<NextHop>>,
     routes: BTreeMap<RouteKey, Route>,
 }
 
@@ -114,38 +114,39 @@ impl Routes<'_> {
                 continue;
             }
             for segment in self.site.remotes() {
-                let hop = self.site.next_hop(segment, v6);
+                let hops = self.site.next_hops(segment, v6);
                 let of_family = |net: &IpNet| is_v6(net) == v6;
                 for node in &segment.nodes {
                     for net in node.pod_cidrs.iter().filter(|net| of_family(net)) {
-                        self.add(Table::Mesh, *net, hop.as_ref());
+                        self.add(Table::Mesh, *net, &hops);
                     }
                     let addresses = self.site.carried_addresses(segment, node);
                     for ip in addresses.filter(|ip| ip.is_ipv6() == v6) {
-                        self.add_node_address(ip, hop.as_ref());
+                        self.add_node_address(ip, &hops);
                     }
                 }
-                for ip in self.site.carried_wireguard_ips(segment) {
-                    if ip.is_ipv6() == v6 {
-                        let hop = self.site.tunnel_hop(v6);
-                        self.add(Table::Mesh, IpNet::from(ip), hop.as_ref());
+                for leader in &segment.leaders {
+                    let ips = self.site.carried_wireguard_ips(leader);
+                    for ip in ips.filter(|ip| ip.is_ipv6() == v6) {
+                        let hops = self.site.tunnel_hops(v6);
+                        self.add(Table::Mesh, IpNet::from(ip), &hops);
                     }
                 }
                 for net in self.site.carried_offers(segment).filter(of_family) {
-                    self.add_wide(net, hop.clone());
+                    self.add_wide(net, hops.clone());
                 }
             }
         }
     }
 
     /// Where this host itself goes directly, only what comes from pods takes the tunnel.
-    fn add_node_address(&mut self, ip: IpAddr, hop: Option<&NextHop>) {
+    fn add_node_address(&mut self, ip: IpAddr, hops: &BTreeSet<NextHop>) {
         let table = if self.site.is_direct(ip) {
             Table::Pods
         } else {
             Table::Mesh
         };
-        self.add(table, ip.into(), hop);
+        self.add(table, ip.into(), hops);
     }
 
     /// Nobody carries what is sent to their pods, and flannel must not send it in clear.
@@ -153,7 +154,7 @@ impl Routes<'_> {
         for node in self.site.remote_outsiders() {
             for net in &node.pod_cidrs {
                 if self.site.has_family(is_v6(net)) {
-                    self.add(Table::Mesh, *net, None);
+                    self.refuse(Table::Mesh, *net);
                 }
             }
         }
@@ -164,8 +165,8 @@ impl Routes<'_> {
             for net in self.site.carried_allowed_ips(peer) {
                 let v6 = is_v6(&net);
                 if self.site.has_family(v6) {
-                    let hop = self.site.tunnel_hop(v6);
-                    self.add_wide(net, hop);
+                    let hops = self.site.tunnel_hops(v6);
+                    self.add_wide(net, hops);
                 }
             }
         }
@@ -179,7 +180,7 @@ impl Routes<'_> {
         }
         for network in &self.site.inputs.flannel.networks {
             if self.site.has_family(is_v6(network)) {
-                self.add(Table::Mesh, *network, None);
+                self.refuse(Table::Mesh, *network);
             }
         }
         for net in self.site.region_pods() {
@@ -191,17 +192,19 @@ impl Routes<'_> {
 
     /// The WireGuard addresses of the own region, by flannel's way to their nodes.
     fn add_neighbours(&mut self) {
+        if matches!(self.site.role, Role::Outsider) {
+            return;
+        }
         for segment in self.site.neighbours() {
-            let Some(leader) = segment.nodes.iter().find(|n| n.name == segment.leader) else {
-                continue;
-            };
-            if leader.name == *self.site.inputs.me || matches!(self.site.role, Role::Outsider) {
-                continue;
-            }
-            for ip in self.site.carried_wireguard_ips(segment) {
-                if self.site.has_family(ip.is_ipv6()) {
-                    let hop = self.site.hop_to(leader, ip.is_ipv6());
-                    self.add(Table::Mesh, IpNet::from(ip), hop.as_ref());
+            let others = segment.leaders.iter();
+            for leader in others.filter(|leader| leader.node != *self.site.inputs.me) {
+                let Some(node) = segment.member(&leader.node) else {
+                    continue;
+                };
+                let ips = self.site.carried_wireguard_ips(leader);
+                for ip in ips.filter(|ip| self.site.has_family(ip.is_ipv6())) {
+                    let hop = self.site.hop_to(node, ip.is_ipv6());
+                    self.add(Table::Mesh, IpNet::from(ip), &hop.into_iter().collect());
                 }
             }
         }
@@ -263,12 +266,12 @@ impl Routes<'_> {
         for ip in all {
             let dst = IpNet::from(ip);
             // The longest prefix comes last.
-            let Some((_, hop)) = wide.iter().rev().find(|(net, _)| net.contains(&dst)) else {
+            let Some((_, hops)) = wide.iter().rev().find(|(net, _)| net.contains(&dst)) else {
                 continue;
             };
             self.throw(dst);
             if !self.is_routed(Table::Pods, ip) && !self.site.region_underlay.contains(&ip) {
-                self.add(Table::Pods, dst, hop.as_ref());
+                self.add(Table::Pods, dst, hops);
             }
         }
     }
@@ -279,24 +282,29 @@ impl Routes<'_> {
     }
 
     /// Adds a prefix that is not a node's own, so that it may hold what is near.
-    fn add_wide(&mut self, net: IpNet, hop: Option<NextHop>) {
-        self.add(Table::Mesh, net, hop.as_ref());
-        self.wide.insert(net, hop);
+    fn add_wide(&mut self, net: IpNet, hops: BTreeSet<NextHop>) {
+        self.add(Table::Mesh, net, &hops);
+        self.wide.insert(net, hops);
     }
 
     /// Adds the way to a prefix, and behind it the backstop: whatever goes down, what is meant for
     /// another region never falls through to flannel's route in main.
-    fn add(&mut self, table: Table, dst: IpNet, hop: Option<&NextHop>) {
+    fn add(&mut self, table: Table, dst: IpNet, hops: &BTreeSet<NextHop>) {
         let v6 = is_v6(&dst);
-        if let Some(hop) = hop {
+        if !hops.is_empty() {
             let route = Route::Unicast {
-                next_hops: [hop.clone()].into(),
+                next_hops: hops.clone(),
                 src: self.site.source(v6),
                 mtu: Some(self.site.inputs.settings.mtu),
             };
             let metric = metric(v6);
             self.routes.insert(RouteKey { table, dst, metric }, route);
         }
+        self.refuse(table, dst);
+    }
+
+    /// Adds the backstop alone: the last route of a prefix refuses what the ones before it did not take.
+    fn refuse(&mut self, table: Table, dst: IpNet) {
         if self.site.inputs.settings.on_tunnel_down == OnTunnelDown::Closed {
             let metric = BACKSTOP_METRIC;
             let key = RouteKey { table, dst, metric };

@@ -11,16 +11,16 @@ use crate::flannel::{Backend, Flannel, Vtep};
 use crate::policy::Encapsulation;
 use crate::state::NextHop;
 use crate::topology::{
-    Endpoint, ExternalPeer, Member, Mode, Outsider, Segment, SegmentName, is_public,
+    Endpoint, ExternalPeer, Leader, Member, Mode, Outsider, Segment, SegmentName, is_public,
 };
 
 /// What a node does for its region.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Role<'a> {
     /// It carries its segment's traffic through its own tunnel.
-    Leader,
-    /// It sends what goes elsewhere to its leader.
-    Follower(&'a Member),
+    Leader(&'a Leader),
+    /// It sends what goes elsewhere to the leaders of its segment.
+    Follower,
     /// It takes no part: it sends nothing elsewhere.
     Outsider,
 }
@@ -54,15 +54,10 @@ impl<'a> Site<'a> {
         let (topology, me) = (inputs.topology, inputs.me);
         let mut site = match topology.segment_of(me) {
             Some(segment) => {
-                let member = topology.member(me)?;
-                let leader = topology.member(&segment.leader)?;
+                let member = segment.member(me)?;
                 Self {
                     inputs,
-                    role: if segment.leader == *me {
-                        Role::Leader
-                    } else {
-                        Role::Follower(leader)
-                    },
+                    role: segment.leader(me).map_or(Role::Follower, Role::Leader),
                     group: &segment.group,
                     segment: Some(segment),
                     subnets: subnets(inputs.flannel, &member.pod_cidrs),
@@ -109,14 +104,18 @@ impl<'a> Site<'a> {
             .filter_map(|node| node.private_ip)
             .map(|address| address.trunc())
             .collect();
-        if site.led().is_some() {
+        if site.own_lead().is_some() {
             // A leader's endpoint makes no difference to the addresses of other nodes.
-            let own_address = |segment: &Segment| {
-                let ip = site.endpoint_of(segment)?.ip();
+            let own_address = |segment: &Segment, leader: &Leader| {
+                let ip = site.endpoint_of(leader)?.ip();
                 let mut nodes = segment.nodes.iter();
                 nodes.any(|node| node.addresses.contains(&ip)).then_some(ip)
             };
-            let endpoints = site.remotes().filter_map(own_address).collect::<Vec<_>>();
+            let endpoints = site.remotes().flat_map(|segment| {
+                let leaders = segment.leaders.iter();
+                leaders.filter_map(move |leader| own_address(segment, leader))
+            });
+            let endpoints = endpoints.collect::<Vec<_>>();
             site.direct.extend(endpoints);
         }
         Some(site)
@@ -126,9 +125,9 @@ impl<'a> Site<'a> {
     /// that this node is connected to. One that is a remote leader's endpoint is not among them, or an
     /// annotation would cut this node off from that leader.
     fn connected_flannel_ips(&self) -> Vec<IpAddr> {
-        let endpoints = self.remotes().filter_map(|segment| segment.address);
-        let endpoints = endpoints
-            .map(|address| address.ip())
+        let leaders = self.remotes().flat_map(|segment| &segment.leaders);
+        let endpoints = leaders
+            .filter_map(|leader| Some(leader.address?.ip()))
             .collect::<BTreeSet<_>>();
         let connected = |ip: &IpAddr| {
             let mut networks = self.inputs.connected.iter();
@@ -200,12 +199,12 @@ impl<'a> Site<'a> {
         })
     }
 
-    /// The WireGuard addresses of a segment that this node carries.
+    /// The WireGuard addresses of a leader that this node carries.
     pub(super) fn carried_wireguard_ips<'s>(
         &'s self,
-        segment: &'s Segment,
+        leader: &'s Leader,
     ) -> impl Iterator<Item = IpAddr> + 's {
-        let ips = segment.wireguard_ips.iter().copied();
+        let ips = leader.wireguard_ips.iter().copied();
         ips.filter(|ip| self.connected_to(&IpNet::from(*ip)).is_none())
     }
 
@@ -240,8 +239,11 @@ impl<'a> Site<'a> {
     /// The network this node is connected to, if any, that the address of a node elsewhere lies in. An
     /// address that the tunnel hears that node's leader from is the node's: its handshake proves it.
     pub(super) fn connected_for(&self, segment: &Segment, ip: IpAddr) -> Option<IpNet> {
-        let heard = self.inputs.observed.get(&segment.public_key);
-        if heard.is_some_and(|heard| heard.ip() == ip) {
+        let is_heard_there = |leader: &Leader| {
+            let heard = self.inputs.observed.get(&leader.public_key());
+            heard.is_some_and(|heard| heard.ip() == ip)
+        };
+        if segment.leaders.iter().any(is_heard_there) {
             return None;
         }
         self.connected_to(&IpNet::from(ip))
@@ -250,15 +252,17 @@ impl<'a> Site<'a> {
     /// The other nodes this node forwards for.
     pub(super) fn followers(&self) -> impl Iterator<Item = &'a Member> + use<'a> {
         let me = self.inputs.me;
-        let segment = self.segment.filter(|segment| segment.leader == *me);
+        let segment = self.segment.filter(|_| self.own_lead().is_some());
         let nodes = segment.into_iter().flat_map(|segment| &segment.nodes);
         nodes.filter(move |node| node.name != *me)
     }
 
-    /// This node's segment, if it leads it.
-    pub(super) fn led(&self) -> Option<&'a Segment> {
-        self.segment
-            .filter(|segment| segment.leader == *self.inputs.me)
+    /// This node as a leader of its segment, if it is one.
+    pub(super) fn own_lead(&self) -> Option<&'a Leader> {
+        match self.role {
+            Role::Leader(own) => Some(own),
+            Role::Follower | Role::Outsider => None,
+        }
     }
 
     /// Whether an address elsewhere has to be reached by this host's own processes without the
@@ -275,14 +279,15 @@ impl<'a> Site<'a> {
 
     /// Where this node's tunnel sends to another leader: where it hears it, else at the likeliest of the
     /// candidates, all of which are tried ([`super::candidates()`]).
-    pub(super) fn endpoint_of(&self, segment: &Segment) -> Option<SocketAddr> {
-        let observed = self.inputs.observed.get(&segment.public_key).copied();
+    pub(super) fn endpoint_of(&self, leader: &Leader) -> Option<SocketAddr> {
+        let key = leader.public_key();
+        let observed = self.inputs.observed.get(&key).copied();
         let endpoint = match self.inputs.topology.mode {
             Mode::Native => observed.or_else(|| {
-                let candidates = self.candidates.get(&segment.public_key)?;
+                let candidates = self.candidates.get(&key)?;
                 Some(candidates.first()?.address)
             }),
-            Mode::Kilo(_) => self.kilos_endpoint_of(segment, observed),
+            Mode::Kilo(_) => self.kilos_endpoint_of(leader, observed),
         };
         endpoint.filter(|address| !self.region_underlay.contains(&address.ip()))
     }
@@ -290,13 +295,13 @@ impl<'a> Site<'a> {
     /// Kilo's rule: a leader whose operator set a keepalive is where it was seen, others are where they say.
     fn kilos_endpoint_of(
         &self,
-        segment: &Segment,
+        leader: &Leader,
         observed: Option<SocketAddr>,
     ) -> Option<SocketAddr> {
-        let own = self.led().and_then(|own| own.discovered);
+        let own = self.own_lead().and_then(|own| own.discovered);
         let beside_us = |seen: &SocketAddr| own.is_some_and(|own| own.ip() == seen.ip());
-        let seen = observed.or_else(|| segment.discovered.filter(|seen| !beside_us(seen)));
-        seen.filter(|_| segment.behind_nat).or(segment.address)
+        let seen = observed.or_else(|| leader.discovered.filter(|seen| !beside_us(seen)));
+        seen.filter(|_| leader.behind_nat).or(leader.address)
     }
 
     /// Where it sends to an external peer. One without an endpoint of its own roams: while this node
@@ -329,35 +334,55 @@ impl<'a> Site<'a> {
             .find(|address| address.is_ipv6() == v6)
     }
 
-    /// How to reach the leader of another region, for a family.
-    pub(super) fn next_hop(&self, remote: &Segment, v6: bool) -> Option<NextHop> {
-        match self.role {
-            Role::Leader => {
-                // With a gateway flannel's DirectRouting never takes what is behind the tunnel for
-                // directly connected: it asks the kernel for the route and looks whether that has one.
-                let via = remote
-                    .wireguard_ips
-                    .iter()
-                    .copied()
-                    .find(|ip| ip.is_ipv6() == v6);
-                Some(NextHop {
-                    onlink: via.is_some(),
-                    via,
-                    ..self.tunnel()
-                })
-            }
-            Role::Follower(leader) => self.hop_to(leader, v6),
-            Role::Outsider => None,
+    /// How to reach what is in a remote segment, for a family: by each of its leaders on a leader, by each
+    /// leader of the own segment on a follower.
+    ///
+    /// On a leader all of these next hops are behind the tunnel, which looks at a packet's destination
+    /// alone: the peers' allowed IPs say which leader receives it.
+    pub(super) fn next_hops(&self, remote: &Segment, v6: bool) -> BTreeSet<NextHop> {
+        if self.own_lead().is_none() {
+            return self.tunnel_hops(v6);
+        }
+        // With a gateway flannel's DirectRouting never takes what is behind the tunnel for
+        // directly connected: it asks the kernel for the route and looks whether that has one.
+        let ips = remote
+            .leaders
+            .iter()
+            .flat_map(|leader| &leader.wireguard_ips);
+        let gateways = ips.copied().filter(|ip| ip.is_ipv6() == v6);
+        let hops: BTreeSet<_> = gateways
+            .map(|via| NextHop {
+                onlink: true,
+                via: Some(via),
+                ..self.tunnel()
+            })
+            .collect();
+        if hops.is_empty() {
+            self.tunnel_hops(v6)
+        } else {
+            hops
         }
     }
 
     /// How to reach what is behind the tunnel but has no gateway: external peers.
-    pub(super) fn tunnel_hop(&self, v6: bool) -> Option<NextHop> {
+    pub(super) fn tunnel_hops(&self, v6: bool) -> BTreeSet<NextHop> {
         match self.role {
-            Role::Leader => Some(self.tunnel()),
-            Role::Follower(leader) => self.hop_to(leader, v6),
-            Role::Outsider => None,
+            Role::Leader(_) => [self.tunnel()].into(),
+            Role::Follower => self.hops_to_leaders(v6),
+            Role::Outsider => BTreeSet::new(),
         }
+    }
+
+    /// How to reach the leaders of the own segment.
+    fn hops_to_leaders(&self, v6: bool) -> BTreeSet<NextHop> {
+        let segment = self.segment.into_iter();
+        let leaders = segment.flat_map(|segment| {
+            let leaders = segment.leaders.iter();
+            leaders.filter_map(|leader| segment.member(&leader.node))
+        });
+        leaders
+            .filter_map(|leader| self.hop_to(leader, v6))
+            .collect()
     }
 
     fn tunnel(&self) -> NextHop {

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::site::{Role, Site};
 use crate::flannel::Backend;
 use crate::state::{Link, Peer, Scope};
-use crate::topology::{ExternalPeer, Segment};
+use crate::topology::{ExternalPeer, Leader, Segment};
 use crate::wireguard::key::PublicKey;
 
 /// Seconds between keepalives: less than the 30 seconds after which common NATs forget a UDP mapping.
@@ -29,8 +29,8 @@ pub(super) fn link(site: &Site<'_>) -> Link {
 
 fn holds_addresses(site: &Site<'_>) -> bool {
     match site.role {
-        Role::Leader => true,
-        Role::Follower(_) => site.inputs.flannel.backend == Backend::HostGw,
+        Role::Leader(_) => true,
+        Role::Follower => site.inputs.flannel.backend == Backend::HostGw,
         Role::Outsider => false,
     }
 }
@@ -41,7 +41,10 @@ pub(super) fn addresses(site: &Site<'_>) -> BTreeMap<IpNet, Scope> {
         return BTreeMap::new();
     }
     let sources = [false, true].into_iter().filter_map(|v6| site.source(v6));
-    let wireguard = site.led().into_iter().flat_map(|s| &s.wireguard_ips);
+    let wireguard = site
+        .own_lead()
+        .into_iter()
+        .flat_map(|own| &own.wireguard_ips);
     let wireguard = wireguard.filter(|ip| site.has_family(ip.is_ipv6()));
     let link = wireguard.map(|ip| (IpNet::from(*ip), Scope::of_wireguard_ip(*ip)));
     sources
@@ -70,24 +73,27 @@ pub(super) fn sysctls(site: &Site<'_>) -> BTreeMap<String, String> {
 
 /// The peers of a leader: the leaders elsewhere and the external peers.
 pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
-    let Some(own) = site.led() else {
+    let Some(own) = site.own_lead() else {
         return BTreeMap::new();
     };
     // Native topologies are disjoint already; in Kilo's, of two equal claims the first stays.
     let mut taken = BTreeSet::new();
     let mut peers = BTreeMap::new();
     for segment in site.remotes() {
-        let allowed_ips = segment
-            .allowed_ips()
-            .filter(|net| !is_near(site, segment, net) && taken.insert(*net))
-            .collect();
-        let peer = Peer {
-            endpoint: site.endpoint_of(segment),
-            preshared_key: None,
-            persistent_keepalive: keepalive(site, own, &segment.public_key, None),
-            allowed_ips,
-        };
-        peers.insert(segment.public_key, peer);
+        for leader in &segment.leaders {
+            let allowed_ips = segment
+                .routes_to(leader)
+                .filter(|net| !is_near(site, segment, net) && taken.insert(*net))
+                .collect();
+            let key = leader.public_key();
+            let peer = Peer {
+                endpoint: site.endpoint_of(leader),
+                preshared_key: None,
+                persistent_keepalive: keepalive(site, own, &key, None),
+                allowed_ips,
+            };
+            peers.insert(key, peer);
+        }
     }
     for vpn in &site.inputs.topology.peers {
         let nets = site.carried_allowed_ips(vpn);
@@ -109,7 +115,7 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
 /// translate a public one, and filter IPv6.
 fn keepalive(
     site: &Site<'_>,
-    own: &Segment,
+    own: &Leader,
     key: &PublicKey,
     vpn: Option<&ExternalPeer>,
 ) -> Option<NonZeroU16> {

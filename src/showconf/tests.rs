@@ -38,16 +38,18 @@ fn segment(
     Segment {
         group: name.clone(),
         name,
-        leader: nodes[0].name.clone(),
-        public_key: key.parse().unwrap(),
-        endpoint: Some(endpoint),
-        address,
-        discovered: address,
-        behind_nat: false,
-        candidates: vec![],
-        keepalive_forced: false,
-        persistent_keepalive: 0,
-        wireguard_ips: vec![wireguard_ip.parse().unwrap()],
+        leaders: vec![Leader {
+            node: nodes[0].name.clone(),
+            keys: vec![key.parse().unwrap()],
+            endpoint: Some(endpoint),
+            address,
+            discovered: address,
+            behind_nat: false,
+            candidates: vec![],
+            keepalive_forced: false,
+            persistent_keepalive: 0,
+            wireguard_ips: vec![wireguard_ip.parse().unwrap()],
+        }],
         nodes,
         allowed_location_ips: vec![],
     }
@@ -74,9 +76,9 @@ fn scenario() -> Topology {
         member("node-agent-03", "10.42.3.0/24", "192.168.50.13/24"),
     ];
     let mut nd = segment("nd", AGENT_KEY, "10.4.0.2", "192.168.50.11:51820", lan);
-    nd.persistent_keepalive = 25;
-    nd.behind_nat = true;
-    nd.discovered = Some("198.51.100.7:24276".parse().unwrap());
+    nd.leaders[0].persistent_keepalive = 25;
+    nd.leaders[0].behind_nat = true;
+    nd.leaders[0].discovered = Some("198.51.100.7:24276".parse().unwrap());
     let mut office = peer(
         "office",
         OFFICE_KEY,
@@ -293,7 +295,7 @@ fn a_node_that_does_not_lead_is_an_error_that_names_the_leader() {
 #[test]
 fn the_listening_port_is_the_nodes_own() {
     let mut topology = scenario();
-    topology.segments[0].endpoint =
+    topology.segments[0].leaders[0].endpoint =
         Some(crate::cluster::annotation::endpoint("vpn.example.com:4500").unwrap());
     let subject = Subject::Node(NodeName("node-master".into()));
     let shown = |shape: &Shape| showconf(&topology, &subject, shape).unwrap();

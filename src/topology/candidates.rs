@@ -203,7 +203,7 @@ fn distinct(candidates: impl Iterator<Item = Candidate>) -> Vec<Candidate> {
 mod tests {
     use serde_json::json;
 
-    use crate::topology::{Candidate, Origin, Resolved, Settings, Snapshot, Topology};
+    use crate::topology::{Candidate, NodeName, Origin, Resolved, Settings, Snapshot, Topology};
 
     /// Ready nodes that hold what their agents published, by name.
     fn snapshot(nodes: &[(&str, serde_json::Value)]) -> Snapshot {
@@ -251,8 +251,7 @@ mod tests {
             ..Settings::default()
         };
         let topology = Topology::new(snapshot, &settings, &Resolved::new(), 0);
-        let mut segments = topology.segments.iter();
-        let segment = segments.find(|segment| segment.leader.0 == leader).unwrap();
+        let leader = topology.leader(&NodeName(leader.into())).unwrap();
         let word = |candidate: &Candidate| {
             let origin = match candidate.origin {
                 Origin::Forced => "forced",
@@ -263,7 +262,7 @@ mod tests {
             };
             format!("{} {origin}", candidate.address)
         };
-        segment.candidates.iter().map(word).collect()
+        leader.candidates.iter().map(word).collect()
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::address::{is_public_to_kilo, nth, overlap};
 use super::claims::{Belief, Claims};
 use super::excluded::Field;
 use super::{
-    ExternalPeer, Granularity, Member, Mode, Node, NodeName, Outsider, Resolved, Segment,
+    ExternalPeer, Granularity, Leader, Member, Mode, Node, NodeName, Outsider, Resolved, Segment,
     SegmentName, Settings, Snapshot, Topology, Whereabouts,
 };
 use crate::wireguard::key::PublicKey;
@@ -80,18 +80,16 @@ pub(super) fn topology(
             let public_key = leader.public_key?;
             let endpoint = leader.endpoint.clone()?;
             let keepalive = leader.persistent_keepalive.unwrap_or(0);
-            Some(Segment {
-                name: name.clone(),
-                group: name.clone(),
-                leader: leader.name.clone(),
-                public_key,
+            let leader = Leader {
+                node: leader.name.clone(),
+                keys: vec![public_key],
                 address: endpoint.resolve(resolved),
                 endpoint: Some(endpoint),
                 discovered: discovered
                     .get(&public_key)
                     .copied()
                     .filter(|_| keepalive != 0),
-                // Kilo tries no other place than its one endpoint.
+                // Kilo tries its one endpoint alone.
                 candidates: Vec::new(),
                 behind_nat: keepalive != 0,
                 persistent_keepalive: keepalive,
@@ -100,6 +98,11 @@ pub(super) fn topology(
                     .and_then(|pool| nth(pool, position))
                     .into_iter()
                     .collect(),
+            };
+            Some(Segment {
+                name: name.clone(),
+                group: name.clone(),
+                leaders: vec![leader],
                 nodes: nodes
                     .iter()
                     .map(|node| member(node, &claims.nodes[&node.name]))
@@ -264,10 +267,9 @@ fn filter_allowed_location_ips(segments: &mut [Segment], peers: &[ExternalPeer])
                     // WireGuard addresses are given on the way: later segments have none yet.
                     .chain(
                         segment
-                            .wireguard_ips
+                            .leaders
                             .iter()
-                            .copied()
-                            .map(IpNet::from)
+                            .flat_map(Leader::wireguard_nets)
                             .filter(|_| at <= index),
                     )
                     .any(|allowed| allowed.contains(&net.network()))

@@ -10,7 +10,7 @@ use super::claims::{Belief, Claims, dedup};
 use super::excluded::{Field, Reason, Subject};
 use super::region::{Regions, place};
 use super::{
-    Candidate, Claim, Endpoint, Granularity, InterfaceAddr, Member, Node, NodeName, Origin,
+    Candidate, Claim, Endpoint, Granularity, InterfaceAddr, Leader, Member, Node, NodeName, Origin,
     Outsider, Resolved, Segment, SegmentName, Settings, Snapshot, Topology, Whereabouts,
 };
 use crate::wireguard::key::PublicKey;
@@ -54,38 +54,49 @@ pub(super) fn topology(
             expected.entry(name).or_default().push(&node.name);
         }
     }
-    let leaders = members
+    let elected = members
         .iter()
-        .map(|(name, nodes)| (name, leader(name, nodes)))
+        .map(|(name, nodes)| (name, elect(name, nodes)))
         .collect::<BTreeMap<_, _>>();
-    let mut wireguard_ips = wireguard_ips(&mut claims, settings, &leaders, &expected);
-    let observers = observers(&leaders);
+    let mut wireguard_ips = wireguard_ips(&mut claims, settings, &elected, &expected);
+    let observers = observers(&elected);
     let discovered = discovered_endpoints(&observers);
     let offers = Offers::new(snapshot, &claims, observers);
 
-    let segments = members.iter().filter_map(|(name, nodes)| {
-        let leader = leaders[name];
-        let public_key = leader.public_key?;
-        let subject = Subject::Node(leader.name.clone());
-        let address = leader
+    let mut leader = |node: &Node| {
+        let subject = Subject::Node(node.name.clone());
+        let public_key = node.public_key?;
+        let address = node
             .endpoint
             .as_ref()
             .and_then(|endpoint| claims.endpoint_address(&subject, endpoint));
-        let candidates = offers.of_leader(leader, public_key, address, &claims);
-        let behind_nat = is_behind_nat(leader, &candidates);
-        Some(Segment {
-            name: name.clone(),
-            group: group_name(leader, &claims.nodes[&leader.name], granularity),
-            leader: leader.name.clone(),
-            public_key,
-            endpoint: leader.endpoint.clone(),
+        let candidates = offers.of_leader(node, public_key, address, &claims);
+        let behind_nat = is_behind_nat(node, &candidates);
+        Some(Leader {
+            node: node.name.clone(),
+            keys: vec![public_key],
+            endpoint: node.endpoint.clone(),
             address,
             discovered: discovered.get(&public_key).copied().filter(|_| behind_nat),
             candidates,
             behind_nat,
-            persistent_keepalive: keepalive(leader, behind_nat),
-            keepalive_forced: leader.persistent_keepalive.is_some(),
-            wireguard_ips: wireguard_ips.remove(&leader.name).unwrap_or_default(),
+            persistent_keepalive: keepalive(node, behind_nat),
+            keepalive_forced: node.persistent_keepalive.is_some(),
+            wireguard_ips: wireguard_ips.remove(&node.name).unwrap_or_default(),
+        })
+    };
+    let leaders = elected.values().map(|nodes| {
+        let leaders = nodes.iter().filter_map(|node| leader(node));
+        leaders.collect::<Vec<_>>()
+    });
+    let leaders = leaders.collect::<Vec<_>>();
+    let segments = members.iter().zip(leaders);
+    let segments = segments.filter_map(|((name, nodes), leaders)| {
+        let first = nodes.first().filter(|_| !leaders.is_empty())?;
+        Some(Segment {
+            name: name.clone(),
+            group: group_name(first, &claims.nodes[&first.name], granularity),
+            leaders,
             allowed_location_ips: allowed_location_ips(nodes, &claims.nodes),
             nodes: nodes
                 .iter()
@@ -191,12 +202,12 @@ fn member(node: &Node, belief: &Belief) -> Member {
     }
 }
 
-/// Elects among nodes sorted by name. What the operator annotated comes first, then who leads already:
+/// Elects the leaders of a segment, at present one, among its nodes sorted by name. What the operator annotated comes first, then who leads already:
 /// no statement of a newcomer takes the lead from it. Then come an endpoint that others can reach, a
 /// longer stay in the region, and the name, which makes the order total.
 ///
 /// Only Ready nodes are eligible; where there is none, the API server may be what cannot reach them.
-fn leader<'a>(name: &SegmentName, nodes: &[&'a Node]) -> &'a Node {
+fn elect<'a>(name: &SegmentName, nodes: &[&'a Node]) -> Vec<&'a Node> {
     let lead = Claim::Lead(name.clone());
     let since = |node: &Node| node.ledger.rank(&place(node));
     let eldest = nodes.iter().map(|node| since(node)).min();
@@ -214,10 +225,8 @@ fn leader<'a>(name: &SegmentName, nodes: &[&'a Node]) -> &'a Node {
             (unrecorded, since.max(settled)),
         )
     };
-    nodes
-        .iter()
-        .min_by_key(rank)
-        .expect("a segment has a node, or it would not have been made")
+    let primary = nodes.iter().min_by_key(rank);
+    primary.copied().into_iter().collect()
 }
 
 /// Whether others can speak to a node first. A name counts, resolved or not: agents that resolve it
@@ -278,7 +287,7 @@ fn expected_segment_name(
 fn wireguard_ips(
     claims: &mut Claims<'_>,
     settings: &Settings,
-    leaders: &BTreeMap<&SegmentName, &Node>,
+    leaders: &BTreeMap<&SegmentName, Vec<&Node>>,
     expected: &BTreeMap<SegmentName, Vec<&NodeName>>,
 ) -> BTreeMap<NodeName, Vec<IpAddr>> {
     let mut given = BTreeMap::<NodeName, Vec<IpAddr>>::new();
@@ -320,18 +329,20 @@ fn wireguard_ips(
             .filter(|ip| is_host_of(pool, *ip) && !holders.contains_key(ip));
         let names = leaders.keys().copied().chain(expected.keys());
         for name in names.collect::<BTreeSet<_>>() {
-            let Some(leader) = leaders.get(name) else {
+            let Some(leaders) = leaders.get(name) else {
                 if !expected[name].iter().any(|node| kept.contains_key(node)) {
                     free.next();
                 }
                 continue;
             };
-            match kept.get(&leader.name).copied().or_else(|| free.next()) {
-                Some(ip) => given.entry(leader.name.clone()).or_default().push(ip),
-                None => {
-                    let subject = Subject::Node(leader.name.clone());
-                    let field = Field::WireguardIp(pool.network());
-                    claims.exclude(subject, field, Reason::SubnetExhausted);
+            for leader in leaders {
+                match kept.get(&leader.name).copied().or_else(|| free.next()) {
+                    Some(ip) => given.entry(leader.name.clone()).or_default().push(ip),
+                    None => {
+                        let subject = Subject::Node(leader.name.clone());
+                        let field = Field::WireguardIp(pool.network());
+                        claims.exclude(subject, field, Reason::SubnetExhausted);
+                    }
                 }
             }
         }
@@ -346,8 +357,8 @@ fn wireguard_ips(
 ///
 /// A public leader is always reached, so it is the first to see that somebody moved; one behind NAT may
 /// never hear it. Who is no leader has no tunnels and saw nobody.
-fn observers<'a>(leaders: &BTreeMap<&SegmentName, &'a Node>) -> Vec<&'a Node> {
-    let mut leaders = leaders.values().copied().collect::<Vec<_>>();
+fn observers<'a>(leaders: &BTreeMap<&SegmentName, Vec<&'a Node>>) -> Vec<&'a Node> {
+    let mut leaders = leaders.values().flatten().copied().collect::<Vec<_>>();
     leaders.sort_by_key(|leader| (!has_public_endpoint(leader), leader.created, &leader.name));
     leaders
 }

@@ -298,7 +298,11 @@ pub(crate) fn topology(data: &[u8]) {
     let topology = Topology::new(&snapshot, &settings, &BTreeMap::new(), 1000);
     let mut owners = BTreeMap::new();
     for segment in &topology.segments {
-        assert!(segment.nodes.iter().any(|node| node.name == segment.leader));
+        assert!(!segment.leaders.is_empty());
+        for leader in &segment.leaders {
+            assert!(!leader.keys.is_empty());
+            assert!(segment.member(&leader.node).is_some());
+        }
         for prefix in segment.allowed_ips() {
             let other = owners.insert(prefix, &segment.name);
             assert!(

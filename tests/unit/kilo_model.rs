@@ -430,16 +430,19 @@ fn model_whereabouts(
 
 /// Ours, in the model's terms.
 fn told(segment: &Segment) -> ModelSegment {
-    let seen = segment.discovered.filter(|_| segment.behind_nat);
+    let [leader] = &segment.leaders[..] else {
+        panic!("Kilo has one leader of a segment: {segment:?}");
+    };
+    let seen = leader.discovered.filter(|_| leader.behind_nat);
     ModelSegment {
         name: segment.name.to_string(),
-        leader: segment.leader.0.clone(),
+        leader: leader.node.0.clone(),
         nodes: segment
             .nodes
             .iter()
             .map(|node| node.name.0.clone())
             .collect(),
-        wireguard_ip: segment.wireguard_ips[0].to_string(),
+        wireguard_ip: leader.wireguard_ips[0].to_string(),
         allowed_ips: segment
             .node_allowed_ips()
             .map(|net| net.to_string())
@@ -449,8 +452,8 @@ fn told(segment: &Segment) -> ModelSegment {
             .iter()
             .map(ToString::to_string)
             .collect(),
-        keepalive: segment.persistent_keepalive,
-        endpoint: seen.or(segment.address),
+        keepalive: leader.persistent_keepalive,
+        endpoint: seen.or(leader.address),
     }
 }
 
@@ -608,9 +611,9 @@ fn changing_over_moves_no_address_and_interrupts_no_tunnel() {
     let mut mesh = two_nodes();
     let before = mesh.topology();
     // The agents have published what Kilo gave them.
-    for segment in &before.segments {
-        let ip = segment.wireguard_ips[0];
-        mesh.node(&segment.leader.0).wireguard_ips = vec![net(&format!("{ip}/16"))];
+    for (_, leader) in before.leaders() {
+        let ip = leader.wireguard_ips[0];
+        mesh.node(&leader.node.0).wireguard_ips = vec![net(&format!("{ip}/16"))];
     }
     let old = mesh.state("b");
     mesh.node("a").ours = true;
@@ -665,7 +668,7 @@ fn a_name_that_nobody_could_resolve_is_not_public_to_kilo() {
         host: "b.example".into(),
         port: 51820,
     });
-    let leader = |mesh: &Mesh| mesh.topology().segments[1].leader.0.clone();
+    let leader = |mesh: &Mesh| mesh.topology().segments[1].primary().node.0.clone();
     assert_eq!(leader(&mesh), "b2");
 
     mesh.resolved = [("b.example".to_owned(), ip("203.0.113.2"))].into();

@@ -24,6 +24,7 @@ mod leaders;
 mod locations;
 mod peers;
 mod regions;
+mod several_leaders;
 mod two_regions_behind_nat;
 mod wireguard_addresses;
 

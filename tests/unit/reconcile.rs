@@ -169,7 +169,8 @@ proptest! {
             let (Some(state), Some(own)) = (mesh.plan(&topology, me), topology.segment_of(me)) else {
                 continue;
             };
-            let leader = topology.member(&own.leader).unwrap();
+            let leaders = own.leaders.iter().map(|leader| own.member(&leader.node).unwrap());
+            let leaders: Vec<_> = leaders.collect();
             for segment in elsewhere(&topology, me) {
                 for pods in segment.nodes.iter().flat_map(|node| &node.pod_cidrs) {
                     let same_family = |net: &&IpNet| is_v6(net) == is_v6(pods);
@@ -181,8 +182,8 @@ proptest! {
                     prop_assert_eq!(state.routes.get(&backstop), Some(&Route::Unreachable));
 
                     // flannel itself has a way to the leader of this node, if it is another one.
-                    let reachable = own.leader == *me
-                        || leader.pod_cidrs.iter().filter(same_family).any(|net| {
+                    let reachable = own.leader(me).is_some()
+                        || leaders.iter().flat_map(|node| &node.pod_cidrs).filter(same_family).any(|net| {
                             let flannel = mesh.flannel(me);
                             flannel.next_hops.contains_key(net)
                         });
@@ -221,15 +222,15 @@ proptest! {
     #[test]
     fn leaders_agree_about_each_other(mesh in mesh()) {
         let topology = mesh.topology();
-        for segment in &topology.segments {
-            let state = mesh.plan(&topology, &segment.leader).unwrap();
-            for other in elsewhere(&topology, &segment.leader) {
-                let peer = &state.peers[&other.public_key];
+        for (_, leader) in topology.leaders() {
+            let state = mesh.plan(&topology, &leader.node).unwrap();
+            for other in elsewhere(&topology, &leader.node) {
+                let peer = &state.peers[&other.primary().public_key()];
                 let mut pods = other.nodes.iter().flat_map(|node| &node.pod_cidrs);
                 prop_assert!(pods.all(|net| peer.allowed_ips.contains(net)));
             }
-            let external = topology.peers.len();
-            prop_assert_eq!(state.peers.len(), elsewhere(&topology, &segment.leader).count() + external);
+            let leaders = elsewhere(&topology, &leader.node).flat_map(|segment| &segment.leaders);
+            prop_assert_eq!(state.peers.len(), leaders.count() + topology.peers.len());
         }
     }
 
@@ -304,8 +305,9 @@ proptest! {
         let (old, new) = (mesh.topology(), larger.topology());
 
         for segment in &old.segments {
-            let now = new.segment_of(&segment.leader).map(|segment| (&segment.name, &segment.leader));
-            prop_assert_eq!(now, Some((&segment.name, &segment.leader)));
+            let leader = &segment.primary().node;
+            let now = new.segment_of(leader).map(|segment| (&segment.name, &segment.primary().node));
+            prop_assert_eq!(now, Some((&segment.name, leader)));
             for member in &segment.nodes {
                 let now = new.member(&member.name).map(|member| &member.addresses);
                 prop_assert_eq!(now, Some(&member.addresses), "{}", member.name);
@@ -344,15 +346,15 @@ fn settle(mesh: &mut Mesh) {
     for node in mesh.snapshot.nodes.values_mut() {
         node.ledger = Ledger::default();
     }
-    for segment in mesh.topology().segments {
-        let leader = mesh.node(&segment.leader.0);
-        leader.wireguard_ips = segment.wireguard_ips.into_iter().map(IpNet::from).collect();
+    for (_, leader) in mesh.topology().leaders() {
+        let ips = leader.wireguard_ips.iter().copied();
+        mesh.node(&leader.node.0).wireguard_ips = ips.map(IpNet::from).collect();
     }
     for node in mesh.snapshot.nodes.values_mut() {
         node.ledger = recorded(node, SETTLED);
     }
     for segment in mesh.topology().segments {
-        let leader = mesh.node(&segment.leader.0);
+        let leader = mesh.node(&segment.primary().node.0);
         let claims = leader.ledger.iter().map(|(claim, _)| claim.clone());
         let claims = claims
             .chain([Claim::Lead(segment.name)])

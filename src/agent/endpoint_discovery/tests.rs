@@ -5,7 +5,7 @@
 )]
 
 use super::*;
-use crate::topology::{ExternalPeer, Member, RegionName, Segment, SegmentName};
+use crate::topology::{ExternalPeer, Leader, Member, RegionName, Segment, SegmentName};
 
 const KEY: PublicKey = PublicKey([7; 32]);
 
@@ -24,21 +24,23 @@ fn discovered(last: u8) -> Candidate {
     candidate(last, Origin::Discovered)
 }
 
-fn segment(persistent_keepalive: u16) -> Segment {
+fn segment(key: PublicKey, persistent_keepalive: u16) -> Segment {
     let name = SegmentName::Location(RegionName("elsewhere".into()));
     Segment {
         name: name.clone(),
         group: name,
-        leader: crate::topology::NodeName("leader".into()),
-        public_key: KEY,
-        endpoint: None,
-        address: None,
-        discovered: None,
-        candidates: vec![],
-        behind_nat: persistent_keepalive > 0,
-        persistent_keepalive,
-        keepalive_forced: false,
-        wireguard_ips: vec![],
+        leaders: vec![Leader {
+            node: crate::topology::NodeName("leader".into()),
+            keys: vec![key],
+            endpoint: None,
+            address: None,
+            discovered: None,
+            candidates: vec![],
+            behind_nat: persistent_keepalive > 0,
+            persistent_keepalive,
+            keepalive_forced: false,
+            wireguard_ips: vec![],
+        }],
         nodes: Vec::<Member>::new(),
         allowed_location_ips: vec![],
     }
@@ -58,7 +60,7 @@ fn laptop(persistent_keepalive: u16) -> ExternalPeer {
 
 fn of_leader(keepalive: u16) -> Keys {
     Keys::new(&Topology {
-        segments: vec![segment(keepalive)],
+        segments: vec![segment(KEY, keepalive)],
         ..Topology::default()
     })
 }
@@ -339,7 +341,7 @@ fn a_node_learns_from_others_that_it_has_moved() {
 fn a_key_is_known_for_what_its_first_holder_is() {
     // A peer of a leader's key is left out of the mesh; should one be there, it changes nothing.
     let keys = Keys::new(&Topology {
-        segments: vec![segment(25)],
+        segments: vec![segment(KEY, 25)],
         peers: vec![laptop(10)],
         ..Topology::default()
     });
@@ -353,10 +355,7 @@ fn a_key_is_known_for_what_its_first_holder_is() {
 fn five_thousand_leaders_are_looked_at_in_a_moment() {
     const LEADERS: u16 = 5000;
     let key = |n: u16| PublicKey([n.to_be_bytes(); 16].concat().try_into().unwrap());
-    let segments = (1..=LEADERS).map(|n| Segment {
-        public_key: key(n),
-        ..segment(25)
-    });
+    let segments = (1..=LEADERS).map(|n| segment(key(n), 25));
     let keys = Keys::new(&Topology {
         segments: segments.collect(),
         ..Topology::default()

@@ -342,7 +342,7 @@ fn a_node_with_anothers_region_label_gets_a_tunnel_and_no_clear_vxlan() {
 
     let own = segment(&mesh, "a0");
     assert_eq!(own.name, SegmentName::Node(NodeName("a0".into())));
-    assert_eq!(segment(&mesh, "a1").leader.0, "a1");
+    assert_eq!(segment(&mesh, "a1").primary().node.0, "a1");
     for me in ["a1", "a2"] {
         assert!(!near(&mesh, me).contains(&ip("10.99.0.7")), "{me}");
         let pods = mesh.state(me).routes.into_iter().find(|(key, route)| {
@@ -454,14 +454,14 @@ fn a_newcomer_whose_name_sorts_first_does_not_take_the_lead() {
     let newcomer = inside(stranger("a0"));
     let mesh = with_node(&before, newcomer.clone());
     assert_eq!(segment(&mesh, "a0").name, location("nd"));
-    assert_eq!(segment(&mesh, "a0").leader.0, "a1");
+    assert_eq!(segment(&mesh, "a0").primary().node.0, "a1");
 
     // Nor when it publishes an endpoint that all can reach, or says that it led before.
     let public = newcomer
         .clone()
         .with(|node| node.endpoint = addr("198.51.100.9:51820"));
     let mut mesh = with_node(&before, public);
-    assert_eq!(segment(&mesh, "a0").leader.0, "a1");
+    assert_eq!(segment(&mesh, "a0").primary().node.0, "a1");
     let a0 = mesh.node("a0");
     let claims = a0
         .ledger
@@ -470,28 +470,28 @@ fn a_newcomer_whose_name_sorts_first_does_not_take_the_lead() {
         .collect::<Vec<_>>();
     let lead = (Claim::Lead(location("nd")), SETTLED + 500);
     a0.ledger = Ledger::new(claims.into_iter().chain([lead]));
-    assert_eq!(segment(&mesh, "a0").leader.0, "a1");
+    assert_eq!(segment(&mesh, "a0").primary().node.0, "a1");
 
     // Nor when the leader is gone and another of the region's own is there.
     mesh.node("a1").ready = false;
     mesh.node("a0").endpoint = None;
     mesh.node("a0").ledger = newcomer.ledger.clone();
-    assert_eq!(segment(&mesh, "a0").leader.0, "a2");
+    assert_eq!(segment(&mesh, "a0").primary().node.0, "a2");
 
     // The operator's word counts at once.
     let mut mesh = with_node(&before, newcomer.clone());
     mesh.node("a0").leader = true;
-    assert_eq!(segment(&mesh, "a0").leader.0, "a0");
+    assert_eq!(segment(&mesh, "a0").primary().node.0, "a0");
     let mut mesh = with_node(&before, newcomer.clone());
     mesh.node("a0").endpoint_forced = true;
-    assert_eq!(segment(&mesh, "a0").leader.0, "a0");
+    assert_eq!(segment(&mesh, "a0").primary().node.0, "a0");
 
     // The control: where nothing is recorded, the name decides.
     let mut mesh = with_node(&before, newcomer);
     for node in mesh.snapshot.nodes.values_mut() {
         node.ledger = Ledger::default();
     }
-    assert_eq!(segment(&mesh, "a0").leader.0, "a0");
+    assert_eq!(segment(&mesh, "a0").primary().node.0, "a0");
 }
 
 #[test]
@@ -501,11 +501,11 @@ fn a_region_that_starts_as_a_whole_settles_by_name() {
         let node = mesh.node(name);
         node.ledger = recorded(node, since);
     }
-    assert_eq!(segment(&mesh, "a1").leader.0, "a1");
+    assert_eq!(segment(&mesh, "a1").primary().node.0, "a1");
     // A minute later it is a newcomer.
     let a1 = mesh.node("a1");
     a1.ledger = recorded(a1, SETTLED + 61);
-    assert_eq!(segment(&mesh, "a1").leader.0, "a2");
+    assert_eq!(segment(&mesh, "a1").primary().node.0, "a2");
 }
 
 #[test]
@@ -523,8 +523,8 @@ fn the_token_of_an_older_node_takes_no_key() {
     let stolen = (Claim::Key(key(4)), SETTLED + 500);
     a2.ledger = Ledger::new(rest.into_iter().chain([stolen]));
 
-    assert_eq!(segment(&mesh, "b1").public_key, key(4));
-    assert_eq!(segment(&mesh, "b1").leader.0, "b1");
+    assert_eq!(segment(&mesh, "b1").primary().public_key(), key(4));
+    assert_eq!(segment(&mesh, "b1").primary().node.0, "b1");
     assert!(mesh.topology().outsider(&NodeName("a2".into())).is_some());
     assert!(
         said(&mesh, "a2").contains("node b1"),
@@ -547,12 +547,21 @@ fn an_older_node_takes_no_wireguard_address_from_a_leader() {
     let a2 = mesh.node("a2");
     a2.region = RegionName("other".into());
     a2.wireguard_ips = vec![net("10.4.0.2/16")];
-    assert_eq!(segment(&mesh, "b1").wireguard_ips, [ip("10.4.0.2")]);
+    assert_eq!(
+        segment(&mesh, "b1").primary().wireguard_ips,
+        [ip("10.4.0.2")]
+    );
 
     // The control: without records the older object renumbers b1.
     for node in mesh.snapshot.nodes.values_mut() {
         node.ledger = Ledger::default();
     }
-    assert_eq!(segment(&mesh, "a2").wireguard_ips, [ip("10.4.0.2")]);
-    assert_ne!(segment(&mesh, "b1").wireguard_ips, [ip("10.4.0.2")]);
+    assert_eq!(
+        segment(&mesh, "a2").primary().wireguard_ips,
+        [ip("10.4.0.2")]
+    );
+    assert_ne!(
+        segment(&mesh, "b1").primary().wireguard_ips,
+        [ip("10.4.0.2")]
+    );
 }

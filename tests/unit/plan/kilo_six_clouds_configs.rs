@@ -259,7 +259,7 @@ fn peers_are_kilos() {
         let ours = topology.segments.iter().map(|segment| {
             let nets = segment.allowed_ips().map(|net| net.to_string());
             (
-                segment.leader.0.as_str(),
+                segment.primary().node.0.as_str(),
                 nets.collect::<Vec<_>>().join(", "),
             )
         });
@@ -283,7 +283,7 @@ fn in_a_full_mesh_every_node_is_numbered_by_name() {
     for mesh in [six_clouds(), with_a_real_kilo()] {
         let mesh = mesh.with(|mesh| mesh.agreed.granularity = Granularity::Full);
         let names = mesh.topology().segments.into_iter();
-        let names = names.map(|s| format!("{}={}", s.name, s.wireguard_ips[0]));
+        let names = names.map(|s| format!("{}={}", s.name, s.primary().wireguard_ips[0]));
         let expected = [
             "node:ali1.k3s=10.4.0.1",
             "node:bd1.k3s=10.4.0.2",

@@ -24,7 +24,12 @@ fn segments(mesh: &Mesh) -> String {
             .allowed_ips()
             .map(|net| net.to_string())
             .collect::<Vec<_>>();
-        format!("{} led by {}: {}\n", s.name, s.leader, nets.join(", "))
+        format!(
+            "{} led by {}: {}\n",
+            s.name,
+            s.primary().node,
+            nets.join(", ")
+        )
     });
     lines.collect()
 }

@@ -6,7 +6,7 @@ fn leader_of(mesh: &Mesh, region: &str) -> String {
     let topology = mesh.topology();
     let mut segments = topology.segments.iter();
     let segment = segments.find(|s| s.name.to_string() == format!("location:{region}"));
-    segment.unwrap().leader.0.clone()
+    segment.unwrap().primary().node.0.clone()
 }
 
 #[test]

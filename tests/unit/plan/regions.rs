@@ -203,7 +203,8 @@ fn an_address_of_a_network_this_node_is_connected_to_is_left_to_that_network() {
         .topology()
         .segment_of(&NodeName("b2".into()))
         .unwrap()
-        .public_key;
+        .primary()
+        .public_key();
     mesh.observed = [(leader, "192.168.50.77:51820".parse().unwrap())].into();
     assert!(about(&mesh, "192.168.50.77") > 0);
 }

@@ -99,10 +99,13 @@ fn it_works_the_same_without_any_annotation_of_the_operator() {
     }
 
     // A node with a public address alone is its own segment, sorted after all locations.
-    let names = bare.topology().segments;
-    let names = names
-        .iter()
-        .map(|s| format!("{} {} {:?}\n", s.name, s.leader, s.wireguard_ips));
+    let topology = bare.topology();
+    let names = topology.leaders().map(|(segment, leader)| {
+        format!(
+            "{} {} {:?}\n",
+            segment.name, leader.node, leader.wireguard_ips
+        )
+    });
     insta::assert_snapshot!(names.collect::<String>(), @"
     location:nd node-agent-01 [10.4.0.1]
     node:node-master node-master [10.4.0.2]
@@ -407,7 +410,9 @@ fn before_it_has_a_key_a_node_refuses_what_is_meant_for_other_regions() {
 fn a_node_the_cluster_does_not_know_is_left_as_it_is() {
     let mesh = two_regions();
     let mut topology = mesh.topology();
-    topology.segments.retain(|s| s.leader.0 != "node-master");
+    topology
+        .segments
+        .retain(|s| s.primary().node.0 != "node-master");
 
     assert_eq!(mesh.plan(&topology, &NodeName("node-master".into())), None);
 }

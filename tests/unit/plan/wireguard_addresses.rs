@@ -4,9 +4,9 @@ use super::*;
 
 fn addresses(mesh: &Mesh) -> BTreeMap<String, String> {
     let topology = mesh.topology();
-    let segments = topology.segments.into_iter();
-    segments
-        .map(|s| (s.leader.0, s.wireguard_ips[0].to_string()))
+    let leaders = topology.leaders().map(|(_, leader)| leader);
+    leaders
+        .map(|leader| (leader.node.to_string(), leader.wireguard_ips[0].to_string()))
         .collect()
 }
 
@@ -110,7 +110,7 @@ fn without_one_a_leader_still_works() {
     mesh.agreed.subnets = vec![net("10.4.0.0/30")];
 
     let topology = mesh.topology();
-    assert!(topology.segments[2].wireguard_ips.is_empty());
+    assert!(topology.segments[2].primary().wireguard_ips.is_empty());
     insta::assert_snapshot!(topology.excluded[0], @"node c: left out WireGuard address 10.4.0.0: no address is left in --subnet; choose a larger one");
     insta::assert_snapshot!(routes(&mesh, "a"), @"
     ip route replace table 5130 throw 10.42.1.0/24
