@@ -576,7 +576,7 @@ impl Agent {
             cache_failures: self.writer.failures(),
         });
         let report = Arc::new(report);
-        self.shown.metrics.show(Arc::clone(&report));
+        self.shown.metrics.set_report(Arc::clone(&report));
         self.shown.report.send_replace(report);
     }
 

@@ -1,4 +1,4 @@
-//! The command line: which subcommand runs, and how its end is told.
+//! The command line: runs the subcommand and returns its exit code.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -13,10 +13,10 @@ use crate::refusal::{self, Refusal};
 use crate::status;
 use crate::text;
 
-/// Runs what the arguments ask for; says in one sentence on stderr why it could not.
+/// Runs the command in the arguments; an error gives one sentence on stderr.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    // Keys are in this process's memory: no core file of it, and nobody but root looks in. A kernel that
-    // refuses that is none that anybody runs.
+    // Keys are in this process's memory: forbid core files, and ptrace by users other than root. No kernel
+    // in use refuses this call.
     let _ = nix::sys::prctl::set_dumpable(false);
     let args = args.into_iter().collect::<Vec<_>>();
     match run(args) {
@@ -34,7 +34,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     let matches = match config::parse(command(), &with_subcommand(args), &environment)? {
         Ok(matches) => matches,
         Err(asked_for) => {
-            // A reader that closed the pipe has read enough.
+            // A reader may close the pipe early.
             let _ = write!(std::io::stdout(), "{}", asked_for.render());
             return Ok(ExitCode::SUCCESS);
         }
@@ -57,7 +57,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// The variables that may hold a flag's value. Others may hold what they like, and no text.
+/// The variables that may hold a flag's value. Other variables need not be valid UTF-8.
 fn environment(
     variables: impl Iterator<Item = (OsString, OsString)>,
 ) -> Result<BTreeMap<String, String>, Refusal> {
@@ -80,7 +80,7 @@ fn arguments<T: FromArgMatches>(matches: &ArgMatches) -> Result<T, Refusal> {
     T::from_arg_matches(matches).map_err(|error| Refusal::usage(config::sentence(&error)))
 }
 
-/// Said below the help of commands that take the agent's flags.
+/// The text below the help of commands with the agent's flags.
 const LAYERS: &str = "Each flag is also read from the environment (SELVEDGE_LOG_LEVEL for --log-level) \
 and from the file of --config (lines such as log-level: debug). A flag wins over the environment, \
 and the environment over the file.";
@@ -96,19 +96,19 @@ fn command() -> Command {
         .subcommand(agents_flags("agent", "Run this node's part of the mesh"))
         .subcommand(agents_flags(
             "cleanup",
-            "Remove all that the agent installed on this node, but for its key",
+            "Remove everything that the agent installed on this node, except its key",
         ))
         .subcommand(agents_flags(
             "doctor",
-            "Find what is wrong with this node's mesh, and say what to do",
+            "Find problems of this node's mesh, with remedies",
         ))
         .subcommand(subcommand::<status::Args>(
             "status",
-            "Show what this node's agent sees and does",
+            "Show the state of this node's agent",
         ))
         .subcommand(subcommand::<crate::connect::Args>(
             "connect",
-            "Make this machine an external peer of the mesh",
+            "Make this host an external peer of the mesh",
         ))
         .subcommand(subcommand::<crate::graph::Args>("graph", "Draw the mesh"))
         .subcommand(subcommand::<crate::showconf::Args>(
@@ -117,24 +117,24 @@ fn command() -> Command {
         ))
         .subcommand(subcommand::<crate::guard::Args>(
             "guard",
-            "Refuse what is meant for other regions until the agent runs",
+            "Refuse traffic for other regions until the agent runs",
         ))
         .subcommand(subcommand::<crate::tunnel::Args>(
             "tunnel",
-            "Run a plain WireGuard device, to be set up with wg",
+            "Run a plain WireGuard device, configured with wg",
         ))
 }
 
-/// A command with the arguments of `T`, whose documentation is for programmers.
+/// A command with the arguments of `T`, without `T`'s doc comment in the help.
 fn subcommand<T: clap::Args>(name: &'static str, about: &'static str) -> Command {
     T::augment_args(Command::new(name))
         .about(about)
         .long_about(None)
 }
 
-/// Flags without a command are the agent's, as with Kilo's `kg`; so an image can be swapped without
-/// touching its arguments. `kubectl selvedge …` calls the program `kubectl-selvedge`; called so, or
-/// `kgctl`, it is for people: there flags may stand before the command.
+/// Flags without a command are the agent's, as with Kilo's `kg`, so that the image can be replaced
+/// without a change of its arguments. `kubectl selvedge …` calls the program `kubectl-selvedge`. With this
+/// name, or `kgctl`, flags may stand before the command.
 fn with_subcommand(mut args: Vec<OsString>) -> Vec<OsString> {
     let program = args
         .first()
@@ -158,7 +158,7 @@ fn with_subcommand(mut args: Vec<OsString>) -> Vec<OsString> {
     args
 }
 
-/// How many arguments are flags, with their values, before the first that is not.
+/// The number of leading arguments that are flags or their values.
 fn leading_flags(args: &[OsString]) -> usize {
     let mut count = 0;
     while let Some(flag) = args.get(count).and_then(|arg| arg.to_str()) {
@@ -175,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn as_kgctl_flags_may_stand_before_the_command() {
+    fn kgctl_accepts_flags_before_the_command() {
         let sorted = |args: &[&str]| {
             let args = args.iter().map(OsString::from).collect::<Vec<_>>();
             let args = with_subcommand(args).into_iter();
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_in_a_variable_is_text() {
+    fn a_flag_in_a_variable_must_be_utf_8() {
         use std::os::unix::ffi::OsStringExt as _;
         let variable = |name: &str, value: &[u8]| {
             environment([(name.into(), OsString::from_vec(value.to_vec()))].into_iter())
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_alone_are_the_agents() {
+    fn flags_without_a_command_are_the_agents() {
         let args = |args: &[&str]| args.iter().map(OsString::from).collect::<Vec<_>>();
         assert_eq!(
             with_subcommand(args(&["kg", "--cni=false"])),

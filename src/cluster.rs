@@ -1,8 +1,8 @@
 //! Access to the Kubernetes API: finding a server, watching Nodes and Peers, publishing.
 //!
-//! What the objects mean together is not decided here ([`crate::topology`] does), and nothing the
-//! data plane does waits for the API. [`Cluster`] runs on tasks of its own; the agent reads
-//! [`View`]s and says what to publish and to report.
+//! [`crate::topology`] decides what the objects mean together. The data plane never waits for the
+//! API: [`Cluster`] runs on its own tasks, and the agent reads [`View`]s and sets what to publish
+//! and to report.
 
 mod access;
 pub mod annotation;
@@ -45,43 +45,43 @@ use store::Store;
 
 use crate::topology::{NodeName, Snapshot};
 
-/// Changes that come together are seen together: a list of changes ends when none came for this long.
-const QUIET: Duration = Duration::from_millis(50);
-/// A cluster that never rests is looked at this often all the same.
-const AT_MOST: Duration = Duration::from_millis(500);
-/// How long the first view waits for the Peers and the servers' addresses once the Nodes are there.
+/// Debounce: a view is sent when no change arrived for this long.
+const DEBOUNCE: Duration = Duration::from_millis(50);
+/// A view is sent at least this often while changes keep arriving.
+const MAX_DEBOUNCE: Duration = Duration::from_millis(500);
+/// How long the first view waits for the Peers and the servers' addresses once the Nodes are known.
 ///
-/// Without the addresses the plan could take the way to the API server away from this very node.
-const REST: Duration = Duration::from_secs(5);
+/// Without the addresses the plan could cut this node off from its API server.
+const FIRST_VIEW_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is known of the cluster at one moment.
+/// The cluster at one moment, as far as the agent knows it.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct View {
-    /// The objects that could be read; what only the agent knows is left empty.
+    /// The objects that could be parsed; fields that only the agent knows are empty.
     pub snapshot: Arc<Snapshot>,
-    /// What was refused of them.
+    /// The values of these objects that were refused.
     pub rejected: BTreeSet<Rejected>,
     /// The API servers.
     pub servers: Servers,
-    /// When the own Node was last changed by anyone, in Unix seconds of the API server, as far as the
-    /// API tells.
+    /// The last change of the own Node, in Unix seconds of the API server; `None` where the API does
+    /// not say.
     pub own_changed: Option<i64>,
-    /// Whether this comes from the API; else it is what the cache held.
+    /// Whether the view comes from the API; otherwise it comes from the cache on disk.
     pub live: bool,
 }
 
-/// How the API is reached, for people and probes.
+/// The state of the connection to the API, for people and probes.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct ApiStatus {
     /// The server in use.
     pub origin: Option<Origin>,
-    /// Why there is none, or none yet.
+    /// The last error; `None` while the connection works.
     pub error: Option<String>,
-    /// Which admission policies are not in force, in sentences, as far as this agent has looked.
+    /// Admission policies that are not in force, one sentence each, as of this agent's last check.
     pub missing_policies: Vec<String>,
 }
 
-/// The agent's dealings with the API. They end when this is dropped.
+/// The agent's tasks that talk to the API. Dropping it ends them.
 #[derive(Debug)]
 pub struct Cluster {
     views: watch::Receiver<Option<Arc<View>>>,
@@ -93,10 +93,10 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Begins to look for a server and to follow the cluster, for the agent of the Node `own`.
+    /// Starts to connect to a server and to watch the cluster, for the agent of the Node `own`.
     ///
-    /// With a `cached` view, that is the first to be seen; else the first is seen when the lists are
-    /// complete.
+    /// A `cached` view becomes the first view. Without one, the first view is sent when the lists
+    /// are complete.
     pub fn start(
         access: Access,
         own: NodeName,
@@ -106,7 +106,7 @@ impl Cluster {
         Self::start_with(access, own, settings, cached, &Timeouts::default())
     }
 
-    /// [`Self::start`] with another timeouts, for tests that have little.
+    /// [`Self::start`] with other timeouts, for tests.
     pub fn start_with(
         access: Access,
         own: NodeName,
@@ -120,13 +120,13 @@ impl Cluster {
         });
         let (views, seen) = watch::channel(cached.clone().map(Arc::new));
         let (desired, to_publish) = watch::channel(None);
-        let (notices, new_notices) = watch::channel(BTreeSet::new());
+        let (notices, notices_to_report) = watch::channel(BTreeSet::new());
         let (verdicts, to_judge) = watch::channel(Verdicts::new());
-        let (conditions, told) = watch::channel(conditions::Conditions::new());
+        let (conditions, observed) = watch::channel(conditions::Conditions::new());
         let (connections, connection) = watch::channel(None);
         let (statuses, api_status) = watch::channel(ApiStatus::default());
         let (switch_requests, switch_request) = mpsc::channel(8);
-        let (shown, to_compare) = watch::channel(None);
+        let (own_annotations, to_compare) = watch::channel(None);
         let (pending_events, to_send) = mpsc::channel(events::QUEUE);
         let cached = cached.unwrap_or_default();
         let knows_servers = !cached.servers.addresses.is_empty();
@@ -134,7 +134,7 @@ impl Cluster {
 
         let store = Store::new(settings, own.clone(), &cached.snapshot);
         let (nodes, peers) = store.counts();
-        // Small: the watch waits for the store, and not memory for both.
+        // Small, so that the watch waits for the store instead of filling memory.
         let (node_events, of_nodes) = mpsc::channel(16);
         let (peer_events, of_peers) = mpsc::channel(16);
         let known = |known, never_empty| Expectation { known, never_empty };
@@ -164,19 +164,19 @@ impl Cluster {
             to_publish,
             to_compare,
         ));
-        tasks.spawn(conditions::run(connection.clone(), to_judge, told));
+        tasks.spawn(conditions::run(connection.clone(), to_judge, observed));
         tasks.spawn(events::run(own.clone(), connection, to_send));
         let publisher = ViewPublisher {
             own,
             store,
             notice_filter: events::NoticeFilter::default(),
             views,
-            shown,
+            own_annotations,
             conditions,
             pending_events,
             addresses,
             knows_servers,
-            notices: new_notices,
+            notices: notices_to_report,
             api_status: api_status.clone(),
         };
         tasks.spawn(publisher.run(of_nodes, of_peers));
@@ -191,22 +191,22 @@ impl Cluster {
         }
     }
 
-    /// Ends all dealings: nothing is published any more.
+    /// Ends all tasks: nothing is published after this.
     pub fn end(&mut self) {
         self.tasks.abort_all();
     }
 
-    /// The cluster as it is known; none until anything is. Only changes wake who waits for them.
+    /// The latest view; `None` before the first. The receiver wakes on changes only.
     pub fn views(&self) -> watch::Receiver<Option<Arc<View>>> {
         self.views.clone()
     }
 
-    /// How the API is reached.
+    /// The state of the connection to the API.
     pub fn api_status(&self) -> watch::Receiver<ApiStatus> {
         self.api_status.clone()
     }
 
-    /// Says what the own Node is to carry. Written in the background, and again whenever it differs.
+    /// Sets the annotations of the own Node. A task writes them, and again whenever the Node differs.
     pub fn publish(&self, annotations: Annotations) {
         self.desired.send_if_modified(|desired| {
             let changed = desired.as_ref() != Some(&annotations);
@@ -215,7 +215,7 @@ impl Cluster {
         });
     }
 
-    /// Says what became of the Peers. Told to them in the background, where it is news.
+    /// Sets the verdict on each Peer. A task writes them as conditions where they changed.
     pub fn judge(&self, verdicts: Verdicts) {
         self.verdicts.send_if_modified(|current| {
             let changed = *current != verdicts;
@@ -224,7 +224,7 @@ impl Cluster {
         });
     }
 
-    /// Says all that is to be reported beside what was refused while reading.
+    /// Sets all notices, except those about values refused by the parser, which the cluster adds.
     pub fn report(&self, notices: BTreeSet<Notice>) {
         self.notices.send_if_modified(|current| {
             let changed = *current != notices;
@@ -234,14 +234,14 @@ impl Cluster {
     }
 }
 
-/// Looks for a server at the start and whenever the one in use is complained of.
+/// Connects to a server at the start and after each request to switch.
 async fn connect(
     access: Access,
     connections: watch::Sender<Option<Connection>>,
     statuses: watch::Sender<ApiStatus>,
     mut switch_requests: mpsc::Receiver<SwitchRequest>,
 ) {
-    // Short: the data plane waits for no server, but people wait for their changes.
+    // Short: the data plane does not wait for a server, but operators wait for their changes.
     let mut backoff = backoff::Backoff::up_to(Duration::from_secs(5));
     let mut avoid = None;
     let mut last = None;
@@ -250,7 +250,7 @@ async fn connect(
             Ok(connection) => {
                 let origin = connection.origin.clone();
                 if last.as_ref() != Some(&origin) || backoff.failures() > 0 {
-                    tracing::info!(server = %origin, "connected to the API");
+                    tracing::info!(server = %origin, "API server connected");
                 }
                 last = Some(origin.clone());
                 statuses.send_modify(|api_status| {
@@ -260,7 +260,7 @@ async fn connect(
                 if connections.send(Some(connection)).is_err() {
                     return;
                 }
-                // Complaints of what was given up before are not about this one.
+                // Requests about earlier connections do not concern this one.
                 let switch_request = loop {
                     match switch_requests.recv().await {
                         None => return,
@@ -270,7 +270,7 @@ async fn connect(
                         Some(_) => {}
                     }
                 };
-                tracing::debug!(server = %origin, failure = %switch_request.failure, "looking for a server");
+                tracing::debug!(server = %origin, error = %switch_request.failure, "API server given up");
                 statuses.send_modify(|api_status| {
                     api_status.error = Some(switch_request.failure.to_string())
                 });
@@ -278,16 +278,15 @@ async fn connect(
                     avoid = Some(origin);
                 }
                 backoff.reset();
-                // A server that accepts a connection and then fails must not be asked in a loop.
+                // A server that accepts a connection and then fails must not be retried in a loop.
                 tokio::time::sleep(backoff::jitter(Duration::from_secs(1))).await;
             }
             Err(error) => {
                 let pause = backoff.pause(None);
-                // Said again when it is news, not at every attempt.
+                // Logged when the error changes, not at every attempt.
                 let error = error.to_string();
-                let news = statuses.borrow().error.as_ref() != Some(&error);
-                if news {
-                    tracing::warn!("{error}");
+                if statuses.borrow().error.as_ref() != Some(&error) {
+                    tracing::warn!(%error, "no API server reached");
                 }
                 statuses.send_modify(|api_status| {
                     api_status.origin = None;
@@ -299,13 +298,13 @@ async fn connect(
     }
 }
 
-/// Owns what is known, and shows it.
+/// Owns the store and publishes a [`View`] of it after each burst of changes.
 struct ViewPublisher {
     own: NodeName,
     store: Store,
     notice_filter: events::NoticeFilter,
     views: watch::Sender<Option<Arc<View>>>,
-    shown: watch::Sender<publish::Shown>,
+    own_annotations: watch::Sender<publish::Observed>,
     conditions: watch::Sender<conditions::Conditions>,
     pending_events: mpsc::Sender<events::PendingEvent>,
     addresses: watch::Receiver<Servers>,
@@ -320,23 +319,25 @@ impl ViewPublisher {
         mut nodes: mpsc::Receiver<Event<node::NodeObject>>,
         mut peers: mpsc::Receiver<Event<peer::PeerObject>>,
     ) {
-        // When the first and the last change came that were not shown yet.
+        // Times of the first and the last change since the last view.
         let mut changed: Option<(Instant, Instant)> = None;
-        let mut rest_by: Option<Instant> = None;
+        let mut first_view_by: Option<Instant> = None;
         loop {
             let now = Instant::now();
             let all = self.store.knows_peers() && self.knows_servers;
-            if self.store.knows_nodes() && rest_by.is_none() {
-                rest_by = Some(now + REST);
+            if self.store.knows_nodes() && first_view_by.is_none() {
+                first_view_by = Some(now + FIRST_VIEW_TIMEOUT);
             }
-            let complete = self.store.knows_nodes() && (all || rest_by.is_some_and(|by| now >= by));
-            let show_at = changed.map(|(first, last)| (last + QUIET).min(first + AT_MOST));
-            let show_at = match (complete, show_at) {
+            let complete =
+                self.store.knows_nodes() && (all || first_view_by.is_some_and(|by| now >= by));
+            let publish_at =
+                changed.map(|(first, last)| (last + DEBOUNCE).min(first + MAX_DEBOUNCE));
+            let publish_at = match (complete, publish_at) {
                 (true, at) => at,
-                (false, _) => rest_by,
+                (false, _) => first_view_by,
             };
 
-            let news = tokio::select! {
+            let changed_view = tokio::select! {
                 event = nodes.recv() => match event {
                     Some(event) => {
                         log_event("Nodes", &event);
@@ -366,20 +367,20 @@ impl ViewPublisher {
                     Ok(()) => true,
                     Err(_) => return,
                 },
-                () = sleep_until(show_at) => {
+                () = sleep_until(publish_at) => {
                     changed = None;
-                    self.show();
+                    self.publish();
                     continue;
                 }
             };
-            if news {
+            if changed_view {
                 let now = Instant::now();
                 changed = Some((changed.map_or(now, |(first, _)| first), now));
             }
         }
     }
 
-    fn show(&mut self) {
+    fn publish(&mut self) {
         let view = View {
             snapshot: Arc::new(self.store.snapshot()),
             rejected: self.store.rejected(),
@@ -389,16 +390,16 @@ impl ViewPublisher {
         };
 
         let published = self.store.published().cloned();
-        self.shown.send_if_modified(|shown| {
-            let changed = *shown != published;
-            *shown = published;
+        self.own_annotations.send_if_modified(|observed| {
+            let changed = *observed != published;
+            *observed = published;
             changed
         });
 
-        let told = self.store.conditions();
+        let observed = self.store.conditions();
         self.conditions.send_if_modified(|conditions| {
-            let changed = *conditions != told;
-            *conditions = told;
+            let changed = *conditions != observed;
+            *conditions = observed;
             changed
         });
 
@@ -406,39 +407,39 @@ impl ViewPublisher {
         notices.extend(self.notices.borrow_and_update().iter().cloned());
         let missing = &self.api_status.borrow_and_update().missing_policies;
         notices.extend(policies::notice(&self.own, missing));
-        for notice in self.notice_filter.news(notices, Instant::now()) {
-            tracing::warn!("{}", notice.note);
+        for notice in self.notice_filter.new_notices(notices, Instant::now()) {
+            tracing::warn!(object = %notice.object, reason = notice.reason, notice = %notice.note, "object problem found");
             if events::is_reporter(&self.own, &notice.object, &view.snapshot) {
                 let uid = match &notice.object {
                     Object::Node(_) => String::new(),
                     Object::Peer(name) => self.store.peer_uid(name).to_owned(),
                 };
-                // A full queue drops the Event; the log has the notice.
+                // A full queue drops the Event; the log holds the notice.
                 let _ = self
                     .pending_events
                     .try_send(events::PendingEvent { notice, uid });
             }
         }
 
-        self.views.send_if_modified(|shown| {
-            let changed = shown.as_deref() != Some(&view);
+        self.views.send_if_modified(|latest| {
+            let changed = latest.as_deref() != Some(&view);
             if changed {
-                *shown = Some(Arc::new(view));
+                *latest = Some(Arc::new(view));
             }
             changed
         });
     }
 }
 
-/// Logs what the store does not keep.
-fn log_event<K>(what: &str, event: &Event<K>) {
+/// Logs events that the store does not record.
+fn log_event<K>(resource: &str, event: &Event<K>) {
     match event {
         Event::Forbidden(reason) => {
-            tracing::warn!(%reason, "the agent may not read {what}: check its ClusterRole");
+            tracing::warn!(resource, error = %reason, "reading objects refused: check the ClusterRole");
         }
-        Event::Absent => tracing::debug!("there is no definition of {what}"),
+        Event::Absent => tracing::debug!(resource, "resource not defined"),
         Event::Undecodable(reason) => {
-            tracing::warn!(%reason, "one of the {what} cannot be decoded")
+            tracing::warn!(resource, error = %reason, "decoding an object failed");
         }
         Event::Listing
         | Event::Listed(_)

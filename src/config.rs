@@ -1,7 +1,7 @@
 //! Flags, environment and `--config` file → one validated [`Config`].
 //!
-//! Reads the command line and the named file and nothing else; what the node, flannel and the
-//! cluster are like is found out later.
+//! Only the command line, the environment and the named file are read. The state of the node, of
+//! flannel and of the cluster is checked later.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -42,10 +42,10 @@ impl FromStr for Compatibility {
     }
 }
 
-/// What the operator asked of this agent; every value is valid on its own and beside the others.
+/// The operator's configuration of this agent; every value is valid, alone and together with the others.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// `--hostname`: this machine's Node.
+    /// `--hostname`: this host's Node.
     pub node: NodeName,
     /// `--kubeconfig`.
     pub kubeconfig: Option<PathBuf>,
@@ -63,7 +63,7 @@ pub struct Config {
     pub service_cidrs: Vec<IpNet>,
     /// `--region-cidr`, truncated: the networks of the regions that it names.
     pub region_networks: BTreeMap<RegionName, Vec<IpNet>>,
-    /// `--beside-kilo`: whether a real `kg` in the mesh brings Kilo's algorithm into force.
+    /// `--beside-kilo`: whether a real `kg` in the mesh puts Kilo's algorithm into force.
     pub beside_kilo: bool,
     /// `--on-tunnel-down`.
     pub on_tunnel_down: OnTunnelDown,
@@ -71,27 +71,27 @@ pub struct Config {
     pub peer_internet: bool,
     /// `--interface`: the name of the tunnel's link.
     pub interface: String,
-    /// `--port`: of the endpoint this node finds for itself.
+    /// `--port`: the port of the endpoint that the agent detects.
     pub port: u16,
     /// `--mtu`.
     pub mtu: Mtu,
-    /// `--internal-cidr`, truncated; where given, only these hold private addresses.
+    /// `--internal-cidr`, truncated; if set, only addresses in these networks count as private.
     pub internal_cidrs: Vec<IpNet>,
     /// `--prioritise-private-addresses`.
     pub prioritise_private_addresses: bool,
     /// `--resync-period`.
     pub resync_period: Duration,
-    /// `--rule-priority`: where the agent's rules begin, unless a rule of another program is in the way.
+    /// `--rule-priority`: the first priority of the agent's rules, unless another program's rule precedes it.
     pub rule_priority: u32,
-    /// `--fwmark`: of the tunnel's own datagrams, compared whole.
+    /// `--fwmark`: the mark of the tunnel's own datagrams, compared whole.
     pub fwmark: u32,
     /// `--state-dir`.
     pub state_dir: PathBuf,
     /// `--control-socket`.
     pub control_socket: PathBuf,
-    /// `--clean-up`: whether being told to stop removes what the agent installed.
+    /// `--clean-up`: whether a stop signal removes all that the agent installed.
     pub clean_up: bool,
-    /// `--clean-up-interface`: and the tunnel's link.
+    /// `--clean-up-interface`: whether that includes the tunnel's link.
     pub clean_up_interface: bool,
     /// `--flannel-conf`.
     pub flannel_conf: Option<PathBuf>,
@@ -103,12 +103,12 @@ pub struct Config {
     pub log_level: LogLevel,
     /// `--log-format`.
     pub log_format: LogFormat,
-    /// What to tell the user once about flags that were given and change nothing here.
+    /// Notes, logged once, on flags that were set and have no effect.
     pub notes: Vec<String>,
 }
 
 impl Config {
-    /// What `selvedge agent` with these flags, and nothing in the environment, would run with.
+    /// The configuration of `selvedge agent` with these flags and an empty environment.
     pub fn from_args<'a>(args: impl IntoIterator<Item = &'a str>) -> Result<Self, Refusal> {
         let args = ["agent"]
             .into_iter()
@@ -117,7 +117,7 @@ impl Config {
             .collect::<Vec<_>>();
         let command = Flags::augment_args(Command::new("agent").args_override_self(true));
         let matches = parse(command, &args, &BTreeMap::new())?
-            .map_err(|_| Refusal::usage("--help is no configuration"))?;
+            .map_err(|_| Refusal::usage("--help is not a configuration"))?;
         let flags =
             Flags::from_arg_matches(&matches).map_err(|error| Refusal::usage(sentence(&error)))?;
         Self::new(flags)
@@ -196,7 +196,7 @@ impl Config {
     }
 }
 
-/// The Node this machine is, where nobody said: the downward API's usual variable, else the host.
+/// The default of `--hostname`: the variable NODE_NAME of the downward API, else the host's name.
 fn own_name() -> Result<String, Refusal> {
     let name = match std::env::var("NODE_NAME") {
         Ok(name) if !name.is_empty() => name,
@@ -208,12 +208,12 @@ fn own_name() -> Result<String, Refusal> {
     };
     values::node_name(&name).map_err(|_| {
         Refusal::usage(format!(
-            "this host is called {name:?}, which is no Node's name: give --hostname"
+            "the host's name {name:?} is not a valid Node name: set --hostname"
         ))
     })
 }
 
-/// Sentences on flags that were given and mean nothing beside flannel.
+/// Notes on flags that were set and have no effect with flannel.
 fn notes(flags: &Flags) -> Vec<String> {
     let mut notes = Vec::new();
     let mut note = |given: bool, sentence: &str| {
@@ -223,19 +223,19 @@ fn notes(flags: &Flags) -> Vec<String> {
     };
     note(
         flags.cni == Some(true) || flags.cni_path.is_some(),
-        "--cni and --cni-path change nothing: flannel manages the CNI configuration",
+        "--cni and --cni-path have no effect: flannel manages the CNI configuration",
     );
     note(
         flags.local.is_some(),
-        "--local changes nothing: inside a region flannel does the routing",
+        "--local has no effect: inside a region flannel does the routing",
     );
     note(
         flags.create_interface == Some(false),
-        "--create-interface=false changes nothing: the agent carries its own data path and makes its link; remove a userspace WireGuard sidecar",
+        "--create-interface=false has no effect: the agent has its own data path and creates its link; remove a userspace WireGuard sidecar",
     );
     note(
         flags.iptables_forward_rules.is_some(),
-        "--iptables-forward-rules changes nothing: no rule of another table can undo a drop; selvedge doctor names the chain that stands in the way",
+        "--iptables-forward-rules has no effect: no rule of another table can undo a drop; selvedge doctor names the chain that drops",
     );
     notes
 }

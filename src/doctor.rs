@@ -1,7 +1,7 @@
-//! `selvedge doctor`: what is wrong with this node's mesh, and what to do.
+//! `selvedge doctor`: finds problems of this node's mesh, with remedies.
 //!
-//! Looks and changes nothing. What the agent itself reports comes first; then what it cannot know
-//! or cannot mend: other programs' firewalls, the host's settings.
+//! It changes nothing. It shows the agent's own report, and checks what the agent does not know or
+//! cannot repair: other programs' firewalls and the host's settings.
 
 use std::fmt;
 use std::io::{self, Write as _};
@@ -21,25 +21,25 @@ mod kilo;
 mod leaders;
 mod port;
 
-/// One thing that is not as it should be.
+/// One result of a check.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Finding {
-    /// Whether traffic suffers.
+    /// Its severity.
     pub severity: Severity,
-    /// What was found: a sentence.
+    /// The fact: a sentence.
     pub found: String,
-    /// What to do about it: a sentence; empty where there is nothing to do.
+    /// The remedy: a sentence; empty where there is nothing to do.
     pub remedy: String,
 }
 
-/// How bad a [`Finding`] is.
+/// The severity of a [`Finding`].
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Severity {
     /// Something does not work.
     Problem,
-    /// Something may not work, or not for everybody.
+    /// Something may not work, or not for all nodes.
     Warning,
-    /// Nothing is wrong; it helps to know.
+    /// Useful information.
     Note,
 }
 
@@ -84,9 +84,9 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Looks at this node and prints what was found. The exit code is 1 where there is a problem.
+/// Checks this node and prints the findings. The exit code is 1 where there is a problem.
 ///
-/// The flags are the agent's own, so that files and names are looked for where it looks.
+/// The flags are the agent's, so that `doctor` reads the same files and names as the agent.
 pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
     let config = Config::new(flags)?;
     let report = status::ask(&config.control_socket);
@@ -103,8 +103,8 @@ pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
         }
         Err(error) => {
             findings.push(Finding::problem(
-                format!("The agent cannot be asked: {error:#}."),
-                "Start the agent, or look into its log if it keeps ending.",
+                format!("The agent does not answer: {error:#}."),
+                "Start the agent, or read its log if it keeps ending.",
             ));
             findings.extend(port::finding(port));
         }
@@ -113,14 +113,14 @@ pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
     match firewall::ruleset() {
         Ok(ruleset) => findings.extend(firewall::findings(&ruleset, port, &config.interface)),
         Err(error) => findings.push(Finding::warning(
-            format!("The firewall could not be looked at: {error:#}."),
+            format!("The firewall could not be read: {error:#}."),
             "Run this as root.",
         )),
     }
     findings.extend(firewall::legacy());
     findings.sort_by_key(|finding| finding.severity);
 
-    let mut told = findings
+    let mut text = findings
         .iter()
         .map(|finding| format!("{finding}\n"))
         .collect::<String>();
@@ -128,10 +128,10 @@ pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
         .iter()
         .all(|finding| finding.severity == Severity::Note)
     {
-        told.push_str("Nothing is wrong with this node, as far as it can tell.\n");
+        text.push_str("No problem was found on this node.\n");
     }
-    // A reader that closed the pipe has read enough.
-    let _ = io::stdout().write_all(text::lines(&told).as_bytes());
+    // A reader may close the pipe early.
+    let _ = io::stdout().write_all(text::lines(&text).as_bytes());
     let bad = findings
         .iter()
         .any(|finding| finding.severity == Severity::Problem);
@@ -142,67 +142,71 @@ pub fn run(flags: Flags) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Whether flannel has come up here in a way that can be worked beside.
+/// Whether flannel is up here, with a configuration that the agent supports.
 fn flannel(config: &Config) -> Vec<Finding> {
     match Files::read(config.flannel_conf.as_deref(), &config.subnet_file) {
         Err(Refusal { sentence, .. }) => vec![Finding::problem(
             format!("An agent would refuse to run: {sentence}."),
-            "Mend flannel's configuration; the agent does not start until then.",
+            "Correct flannel's configuration; the agent does not start until then.",
         )],
         Ok(Files { env: None, .. }) => vec![Finding::problem(
             format!(
-                "{} does not exist: flannel has not come up on this node since it was booted.",
+                "{} does not exist: flannel has not come up on this node since the last boot.",
                 config.subnet_file.display()
             ),
-            "Look into flannel's log (of k3s, where that runs it), or name the file with --subnet-file.",
+            "Read flannel's log (that of k3s, if k3s runs flannel), or set the file's path with --subnet-file.",
         )],
         Ok(_) => Vec::new(),
     }
 }
 
-/// Whether the guard was there at this boot before flannel.
+/// Whether the boot guard ran at this boot.
 fn boot_guard(verdict: boots::Verdict) -> Option<Finding> {
     match verdict {
         boots::Verdict::NotInstalled => Some(Finding::note(
             "No boot guard is installed on this host: after a reboot traffic for other regions can leave in clear until the agent's first pass. Run selvedge guard --install on the host, or use the manifests of this version.",
         )),
         boots::Verdict::DidNotRun => Some(Finding::warning(
-            "The boot guard is installed and did not run at this boot: until the agent's first pass traffic for other regions could leave in clear.",
+            "The boot guard is installed but did not run at this boot: until the agent's first pass traffic for other regions could leave in clear.",
             "See systemctl status of the unit that starts the kubelet (k3s, k3s-agent or kubelet). Under SELinux, systemd must be allowed to run /var/lib/selvedge/bin/selvedge.",
         )),
         boots::Verdict::NotBootedSince | boots::Verdict::Ran => None,
     }
 }
 
-/// What the agent's own report tells.
+/// Findings from the agent's report.
 fn of_report(report: &Report) -> Vec<Finding> {
     let mut findings = report
         .problems
         .iter()
         .map(|problem| {
             Finding::problem(
-                format!("The agent is not done: {problem}."),
-                "It tries again by itself; look into its log if that lasts.",
+                format!("The node is not ready: {problem}."),
+                "The agent retries; read its log if this lasts.",
             )
         })
         .collect::<Vec<_>>();
     if report.role == Role::Outside {
         findings.push(Finding::problem(
-            format!("The mesh does not know node {}.", report.node),
-            "Compare --hostname with kubectl get nodes, and see whether the node has a pod CIDR and is Ready.",
+            format!("The node {} is not in the mesh.", report.node),
+            "Compare --hostname with kubectl get nodes, and check that the node has a pod CIDR and is Ready.",
         ));
     }
     if report.api.cached {
-        let error = report.api.error.as_deref().unwrap_or("none was found yet");
+        let error = report
+            .api
+            .error
+            .as_deref()
+            .unwrap_or("no server was found yet");
         findings.push(Finding::warning(
-            format!("The agent works from its cache, because no API server answers: {error}."),
-            "Tunnels stay up; name a server with --kubeconfig or --master if it cannot find one.",
+            format!("The agent uses its cache, because no API server answers: {error}."),
+            "Tunnels stay up; set a server with --kubeconfig or --master if the agent finds none.",
         ));
     }
     if report.fail_open {
         findings.push(Finding::warning(
-            "Traffic for a region whose tunnel is down leaves in clear, because of --on-tunnel-down=open.",
-            "Leave the flag out unless that is meant.",
+            "Traffic to a region whose tunnel is down leaves in clear, because of --on-tunnel-down=open.",
+            "Remove the flag unless this is intended.",
         ));
     }
     findings.extend(report.excluded.iter().map(|excluded| {
@@ -214,13 +218,13 @@ fn of_report(report: &Report) -> Vec<Finding> {
     findings.extend(report.connected.iter().map(|connected| {
         Finding::warning(
             format!("Left to a connected network: {connected}."),
-            "Give one of the two another address, if this node should reach what is elsewhere.",
+            "Change one of the two addresses, if this node should reach the one in the mesh.",
         )
     }));
     if let Some(drops @ 1..) = report.leak_drops {
         findings.push(Finding::warning(
             format!("{drops} VXLAN packets to other regions were dropped by the firewall: they would have left in clear."),
-            "None should be sent while the agent's routes are in place; see whether another program removes them.",
+            "No such packet should be sent while the agent's routes are in place; check whether another program removes them.",
         ));
     }
     findings.extend(report.peers.iter().filter_map(silent));
@@ -239,18 +243,19 @@ fn silent(peer: &status::Peer) -> Option<Finding> {
     let (remedy, severity) = match &peer.endpoint {
         Some(endpoint) if peer.both_behind_nat => (
             format!(
-                "This node and {endpoint} are both behind NAT. If one of the NATs gives each destination another port (symmetric), they cannot meet: give one region a leader with a public address, or forward a port to its leader and annotate it with force-endpoint."
+                "This node and {endpoint} are both behind NAT. If one of the NATs maps each destination to another port (symmetric NAT), they cannot connect: give one region a leader with a public address, or forward a port to its leader and annotate it with force-endpoint."
             ),
             Severity::Problem,
         ),
         Some(endpoint) => (
             format!(
-                "See whether UDP to {endpoint} gets through: firewalls and NAT on both sides, and the endpoint annotation."
+                "Check that UDP to {endpoint} gets through: firewalls and NAT on both sides, and the endpoint annotation."
             ),
             Severity::Problem,
         ),
         None => (
-            "It has no endpoint, so it must connect by itself: see whether it runs.".to_owned(),
+            "The peer has no endpoint, so it must start the handshake: check that it runs."
+                .to_owned(),
             Severity::Warning,
         ),
     };
@@ -261,10 +266,10 @@ fn silent(peer: &status::Peer) -> Option<Finding> {
     })
 }
 
-/// The tunnel must fit into what it leaves by, where the pods' packets are told of it.
+/// The tunnel's datagrams must fit into the underlay's MTU, so that pods learn the right path MTU.
 fn mtu(report: &Report) -> Option<Finding> {
     let (tunnel, flannel) = (report.tunnel.mtu?, report.flannel.as_ref()?);
-    // flannel takes off 50 bytes for VXLAN: what its device has and 50 is the underlay's.
+    // flannel subtracts 50 bytes for VXLAN: its device's MTU plus 50 is the underlay's.
     let underlay = flannel.mtu + 50;
     let v6 = report.peers.iter().any(|peer| {
         peer.endpoint
@@ -275,16 +280,16 @@ fn mtu(report: &Report) -> Option<Finding> {
     if tunnel > 1420 && tunnel + overhead <= underlay {
         return Some(Finding::warning(
             format!(
-                "--mtu gives the tunnel {tunnel} bytes: its full datagrams have {} and are fragmented wherever the way to another region carries less.",
+                "--mtu sets the tunnel's MTU to {tunnel} bytes: its full datagrams have {} and are fragmented where the path to another region carries less.",
                 tunnel + overhead
             ),
-            "Leave --mtu at auto, unless the whole way to every other region carries that much.",
+            "Leave --mtu at auto, unless the whole path to every other region carries that much.",
         ));
     }
     (flannel.backend == "vxlan" && tunnel + overhead > underlay).then(|| {
         Finding::warning(
             format!("The tunnel's MTU {tunnel} and its overhead of {overhead} exceed {underlay}, the MTU of flannel's underlay."),
-            "Leave --mtu at auto, unless tunnels leave by another link than flannel's packets.",
+            "Leave --mtu at auto, unless tunnels use another link than flannel's packets.",
         )
     })
 }
@@ -348,11 +353,11 @@ mod tests {
         report.peers[0].handshake_age = Some(200);
         assert!(found(&report).contains("for 200 s"));
         report.peers[0].persistent_keepalive = 0;
-        assert_eq!(found(&report), "", "nothing was to be sent");
+        assert_eq!(found(&report), "", "no traffic was expected");
     }
 
     #[test]
-    fn leaks_and_open_failing_are_told() {
+    fn leaks_and_fail_open_are_reported() {
         let mut report = healthy();
         report.leak_drops = Some(3);
         report.fail_open = true;
@@ -362,14 +367,14 @@ mod tests {
     }
 
     #[test]
-    fn a_tunnel_that_does_not_fit_its_underlay_is_told() {
+    fn a_tunnel_mtu_above_the_underlays_is_reported() {
         let mut report = healthy();
         report.tunnel.mtu = Some(1500);
         assert!(found(&report).contains("exceed 1500"));
     }
 
     #[test]
-    fn a_tunnel_of_jumbo_frames_is_told() {
+    fn a_tunnel_mtu_of_jumbo_frames_is_reported() {
         let mut report = healthy();
         report.flannel.as_mut().unwrap().mtu = 8950;
         assert_eq!(found(&report), "");

@@ -1,7 +1,7 @@
-//! What flannel does on this node and says of others: its files, its annotations, its links.
+//! flannel's state on this node, and its annotations on others, from its files, annotations and links.
 //!
-//! Read only. Nothing of flannel's is ever written, except to restore what flannel itself forgot
-//! when its device was recreated (the kernel module does that).
+//! This module only reads. The agent never changes flannel's state, except that [`crate::kernel`] restores
+//! entries that flannel lost when its device was recreated.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -22,7 +22,7 @@ pub use netconf::{NetConf, NetConfError};
 
 mod lease;
 
-/// A flannel backend that Selvedge works beside.
+/// A flannel backend that Selvedge supports.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Backend {
     /// VXLAN, with or without `DirectRouting`.
@@ -35,7 +35,7 @@ pub enum Backend {
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Mac(pub [u8; 6]);
 
-/// What flannel's annotations on a Node say.
+/// flannel's annotations on a Node.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Lease {
     /// `backend-type`; `None` for one that is not in [`Backend`].
@@ -46,13 +46,13 @@ pub struct Lease {
     pub vtep_mac: Option<Mac>,
     /// `backend-v6-data`: `VtepMAC` of `flannel-v6.<VNI>`.
     pub vtep_mac_v6: Option<Mac>,
-    /// `public-ip`: where others send VXLAN for this node.
+    /// `public-ip`: the destination of other nodes' VXLAN packets for this node.
     pub public_ip: Option<Ipv4Addr>,
     /// `public-ipv6`.
     pub public_ipv6: Option<Ipv6Addr>,
 }
 
-/// A vxlan device of flannel's, as the kernel shows it.
+/// A vxlan device of flannel, as observed in the kernel.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Vtep {
     /// `flannel.<VNI>` or `flannel-v6.<VNI>`.
@@ -90,26 +90,26 @@ pub struct Flannel {
     pub mtu: u32,
     /// The vxlan devices, IPv4 first; empty for host-gw.
     pub vteps: Vec<Vtep>,
-    /// The next hops flannel itself uses for pod CIDRs of other nodes, read from table main.
+    /// The next hops that flannel uses for pod CIDRs of other nodes, read from table main.
     pub next_hops: BTreeMap<IpNet, NextHop>,
 }
 
-/// Why there is no [`Flannel`] to work beside.
+/// Why there is no [`Flannel`] yet.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Unready {
-    /// flannel is not up yet; the text says what is awaited.
+    /// flannel is not up yet; the text names what the agent waits for.
     #[error("waiting for flannel: {0}")]
     Waiting(String),
-    /// It is set up in a way that cannot work.
+    /// flannel has a configuration that Selvedge does not support.
     #[error(transparent)]
     Refused(#[from] Refusal),
 }
 
 impl Flannel {
-    /// Puts together what the files, this node's annotations and the kernel say.
+    /// Combines the files, this node's annotations and the kernel's state.
     ///
-    /// The live system wins over `net-conf.json`, which may be stale where k3s was given another.
-    /// `vteps` and `next_hops` are what the kernel has, of whatever VNI.
+    /// The live system wins over `net-conf.json`, which is stale if k3s was given another file. `vteps`
+    /// and `next_hops` are observed in the kernel, with any VNI.
     pub fn assemble(
         files: &Files,
         lease: Option<&Lease>,
@@ -125,7 +125,7 @@ impl Flannel {
         let backend = match (lease, &files.conf) {
             (Some(lease), _) => lease.backend.ok_or_else(|| {
                 Refusal::configuration(
-                    "flannel runs a backend on this node beside which Selvedge cannot work: set its Backend.Type to \"vxlan\" or \"host-gw\"",
+                    "flannel runs a backend on this node that Selvedge does not support: set its Backend.Type to \"vxlan\" or \"host-gw\"",
                 )
             })?,
             (None, Some(conf)) => conf.backend,
@@ -156,7 +156,7 @@ impl Flannel {
                 .iter()
                 .find(|vtep| vtep.name == name)
                 .ok_or_else(|| Unready::Waiting(format!("the link {name} does not exist yet")))?;
-            // flannel's own test of its device: the subnet's first address, alone.
+            // flannel's own check of its device: the subnet's first address with a full prefix.
             let address = IpNet::from(subnet.network());
             if !vtep.addresses.contains(&address) {
                 return Err(Unready::Waiting(format!(
@@ -176,7 +176,7 @@ impl Flannel {
     }
 }
 
-/// The name flannel gives to its vxlan device.
+/// The name of flannel's vxlan device.
 pub fn device_name(vni: u32, v6: bool) -> String {
     if v6 {
         format!("flannel-v6.{vni}")
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn it_says_what_it_waits_for() {
+    fn an_unready_flannel_names_what_is_missing() {
         let mut early = files(None);
         early.env = None;
         let none = BTreeMap::new();
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_configuration_file_the_device_tells() {
+    fn without_a_configuration_file_the_device_decides() {
         let flannel = Flannel::assemble(
             &files(None),
             None,
@@ -285,13 +285,13 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_in_the_annotations_that_cannot_work_is_refused() {
+    fn an_unsupported_backend_in_the_annotations_is_refused() {
         let result = Flannel::assemble(&files(None), Some(&lease(None)), vec![], BTreeMap::new());
         assert!(matches!(result, Err(Unready::Refused(_))));
     }
 
     #[test]
-    fn direct_routing_shows_in_the_routes() {
+    fn direct_routing_is_read_from_the_routes() {
         let hop = NextHop {
             via: Some([192, 168, 50, 12].into()),
             dev: "eth0".into(),

@@ -1,9 +1,8 @@
 //! Selvedge: joins the regions of a flannel cluster through WireGuard tunnels between leaders.
 //!
 //! `Snapshot → Topology → State → Vec<Change>` ([`topology`], [`plan`], [`diff`]) is pure: no clock,
-//! no I/O. Around it stands a thin shell that reads the cluster ([`cluster`], [`flannel`]) and the
-//! kernel ([`kernel`]) and applies changes ([`agent`]); packets run on threads of their own
-//! ([`wireguard`]).
+//! no I/O. A thin shell reads the cluster ([`cluster`], [`flannel`]) and the kernel ([`kernel`]) and
+//! applies changes ([`agent`]). Packets run on their own threads ([`wireguard`]).
 
 pub mod agent;
 pub mod cli;

@@ -1,8 +1,8 @@
-//! The pages on `--listen`: probes, metrics and the picture of the mesh.
+//! The HTTP pages on `--listen`: probes, metrics and the graph of the mesh.
 //!
-//! No TLS and no passwords, so the default address is the node's own; nothing here changes anything. On an
-//! address of the loopback a request must name a local host: a web page whose name was made to resolve to
-//! 127.0.0.1 (DNS rebinding) would read the mesh through a browser on the node otherwise.
+//! The pages are read-only. They have no TLS and no passwords, so the default address is a loopback one. On
+//! a loopback address a request must name a local host. Otherwise a web page whose name resolves to
+//! 127.0.0.1 (DNS rebinding) could read the mesh through a browser on the node.
 
 mod connection_limit;
 
@@ -29,23 +29,23 @@ use crate::telemetry::metrics::Metrics;
 use crate::text;
 use crate::topology::Topology;
 
-/// How long a probe waits before it calls the event loop stuck: several resync periods.
+/// The event loop counts as stuck after this long without a turn: several resync periods.
 const STUCK: Duration = Duration::from_secs(300);
 
-/// What the pages show.
+/// The data of the pages.
 #[derive(Clone, Debug)]
 pub struct Pages {
     /// The metrics.
     pub metrics: Arc<Metrics>,
     /// The agent's latest report.
     pub report: watch::Receiver<Arc<Report>>,
-    /// The mesh, as the agent last saw it.
+    /// The agent's latest topology.
     pub topology: watch::Receiver<Arc<Topology>>,
-    /// When the event loop last came round.
+    /// The time of the event loop's last turn.
     pub alive: watch::Receiver<tokio::time::Instant>,
 }
 
-/// Binds the first of the addresses that can be.
+/// Binds the first address that is free.
 pub async fn bind(listen: Listen) -> Result<Option<TcpListener>, Refusal> {
     let mut failure: Option<(SocketAddr, io::Error)> = None;
     for address in listen.addresses() {
@@ -57,7 +57,7 @@ pub async fn bind(listen: Listen) -> Result<Option<TcpListener>, Refusal> {
     match failure {
         None => Ok(None),
         Some((address, error)) => Err(Refusal::configuration(format!(
-            "cannot serve pages on {address}: {error}: stop what has it (Kilo's kg has port 1107, and never run both on a node), or choose another --listen address, or an empty one"
+            "cannot serve pages on {address}: {error}: stop the program that uses it (Kilo's kg uses port 1107; never run both on a node), or choose another --listen address, or an empty one"
         ))),
     }
 }
@@ -78,11 +78,11 @@ pub async fn serve(listener: TcpListener, pages: Pages) {
         router = router.layer(middleware::from_fn(refuse_foreign_hosts));
     }
     if let Err(error) = axum::serve(ConnectionLimit::new(listener), router).await {
-        tracing::warn!(%error, "pages");
+        tracing::warn!(%error, "serving pages failed");
     }
 }
 
-/// Answers only to requests for a local host. One that names no host comes from no browser.
+/// Answers only requests for a local host. A request without a host is not from a browser.
 async fn refuse_foreign_hosts(request: Request, next: Next) -> Response {
     let named = request.uri().host().map(str::as_bytes);
     let headers = request.headers().get_all(header::HOST);
@@ -92,11 +92,11 @@ async fn refuse_foreign_hosts(request: Request, next: Next) -> Response {
     if hosts.all(is_local_host) {
         return next.run(request).await;
     }
-    let what = "these pages answer to localhost and loopback addresses alone: call them so, or give the agent a wider --listen\n";
+    let what = "these pages answer only for localhost and loopback addresses: use one of them, or give the agent a wider --listen\n";
     (StatusCode::MISDIRECTED_REQUEST, what).into_response()
 }
 
-/// Whether `Host` (RFC 9110, section 7.2) is `localhost` or a loopback address, with a port or without.
+/// Whether `Host` (RFC 9110, section 7.2) is `localhost` or a loopback address, with or without a port.
 fn is_local_host(host: &[u8]) -> bool {
     let Ok(host) = std::str::from_utf8(host) else {
         return false;
@@ -125,9 +125,9 @@ async fn index() -> Html<&'static str> {
     Html(
         "<!DOCTYPE html><title>Selvedge</title><h1>Selvedge</h1><ul>\
          <li><a href=\"/health\">/health</a>: whether the agent is alive\
-         <li><a href=\"/ready\">/ready</a>: whether this node is as it should be\
+         <li><a href=\"/ready\">/ready</a>: whether this node is in the desired state\
          <li><a href=\"/metrics\">/metrics</a>: for Prometheus\
-         <li><a href=\"/status\">/status</a>: what the agent sees and does, as JSON\
+         <li><a href=\"/status\">/status</a>: the state of the agent, as JSON\
          <li><a href=\"/graph\">/graph</a>: the mesh (?format=svg, dot or text)</ul>\n",
     )
 }
@@ -163,7 +163,7 @@ async fn status(State(pages): State<Pages>) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], json).into_response()
 }
 
-/// The query of `/graph`, as Kilo has it.
+/// The query of `/graph`, with Kilo's parameters.
 #[derive(Debug, Deserialize)]
 struct Picture {
     format: Option<String>,
@@ -172,14 +172,14 @@ struct Picture {
 
 async fn graph(State(pages): State<Pages>, Query(picture): Query<Picture>) -> Response {
     let topology = Arc::clone(&pages.topology.borrow());
-    // Beside the event loop: a full mesh of a thousand nodes is half a million lines.
+    // Not on the event loop: a full mesh of a thousand nodes gives half a million lines.
     let page = tokio::task::spawn_blocking(move || {
         let Picture { format, layout } = picture;
         crate::graph::page(&topology, format.as_deref(), layout.as_deref())
     });
     match page.await.expect("a panic ends the process") {
         Ok(page) => ([(header::CONTENT_TYPE, page.content_type)], page.body).into_response(),
-        // Kilo's status for whatever is wrong.
+        // Kilo's status code for every error.
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
 }
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_web_page_that_resolves_to_the_loopback_reads_nothing() {
+    async fn dns_rebinding_to_the_loopback_reads_nothing() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let server = tokio::spawn(serve(listener, pages()));
@@ -252,8 +252,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pages_for_other_machines_answer_to_any_name() {
-        // As --listen=:1107 has it.
+    async fn pages_on_a_wider_address_answer_any_host_name() {
+        // The address of --listen=:1107.
         let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let server = tokio::spawn(serve(listener, pages()));
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn probes_see_the_agents_state() {
+    async fn probes_report_the_agents_state() {
         let (report, seen) = watch::channel(Arc::new(Report {
             problems: vec!["waiting for flannel".into()],
             ..Report::default()
@@ -334,7 +334,7 @@ mod tests {
         }
     }
 
-    /// What is asked for, the status, the type of what comes (empty for any), and how it begins.
+    /// The path, the expected status, content type (empty for any) and start of the body.
     type Row<'a> = (&'a str, u16, &'a str, &'a str);
 
     #[tokio::test]
@@ -353,17 +353,17 @@ mod tests {
         let server = tokio::spawn(serve(listener, pages));
         let check = async |(path, status, kind, body): Row<'_>| {
             let answer = fetch(address, path).await;
-            let (head, told) = answer.split_once("\r\n\r\n").unwrap();
+            let (head, content) = answer.split_once("\r\n\r\n").unwrap();
             assert!(
                 head.starts_with(&format!("HTTP/1.1 {status} ")),
                 "{path}: {answer}"
             );
             assert!(head.contains(kind), "{path}: {head}");
-            assert!(told.starts_with(body), "{path}: {told}");
+            assert!(content.starts_with(body), "{path}: {content}");
         };
 
-        let nobody = "did not find any valid Kilo nodes in the cluster";
-        check(("/graph", 500, "", nobody)).await;
+        let no_nodes = "did not find any valid Kilo nodes in the cluster";
+        check(("/graph", 500, "", no_nodes)).await;
         topology.send_replace(Arc::new(mesh()));
         let (svg, dot) = ("<svg ", "digraph kilo {\n");
         let (text, html) = ("text/plain", "text/html");
@@ -386,7 +386,7 @@ mod tests {
         for row in rows {
             check(row).await;
         }
-        // Kilo has graphviz make these.
+        // Kilo makes these formats with graphviz.
         for format in ["png", "bmp", "fig", "gif", "json", "ps"] {
             let path = format!("/graph?format={format}");
             check((&path, 500, "", "unsupported format")).await;
@@ -395,7 +395,7 @@ mod tests {
         for page in ["/health", "/metrics", "/graph"] {
             assert!(index.contains(page), "{index}");
         }
-        // Whoever reaches the page could read keys out of the memory.
+        // Profiling pages would expose keys in the process's memory.
         for page in ["", "heap", "profile", "goroutine", "cmdline"] {
             check((&format!("/debug/pprof/{page}"), 404, "", "")).await;
         }
@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_connects_and_says_nothing_keeps_nobody_out() {
+    async fn idle_connections_do_not_block_others() {
         let (_report, report) = watch::channel(Arc::default());
         let (_alive, alive) = watch::channel(tokio::time::Instant::now());
         let (_topology, topology) = watch::channel(Arc::default());
@@ -423,7 +423,7 @@ mod tests {
 
         assert!(fetch(address, "/health").await.starts_with("HTTP/1.1 200"));
 
-        // The first ones were sent away, so they cost no descriptor any more.
+        // The oldest connections were closed, so their file descriptors are free.
         let mut byte = [0];
         let end = tokio::time::timeout(Duration::from_secs(5), idle[0].read(&mut byte)).await;
         assert!(matches!(end, Ok(Ok(0) | Err(_))), "{end:?}");
@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_address_in_use_is_named() {
+    async fn an_address_in_use_is_named_in_the_error() {
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = taken.local_addr().unwrap();
         let error = bind(Listen::Address(address)).await.unwrap_err();

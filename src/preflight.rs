@@ -1,4 +1,4 @@
-//! What must be so before anything is touched: rights, the TUN device, the nft program.
+//! Checks before the agent changes anything: capabilities, the TUN device, the nft program.
 
 use std::fs;
 use std::io;
@@ -7,12 +7,12 @@ use std::path::Path;
 
 use crate::refusal::Refusal;
 
-/// Where the kernel hands out TUN devices.
+/// The device node that creates TUN devices.
 const TUN: &str = "/dev/net/tun";
-/// `CAP_NET_ADMIN`, the one right the agent needs.
+/// `CAP_NET_ADMIN`, the only capability that the agent needs.
 const NET_ADMIN: u32 = 12;
 
-/// Refuses a machine or a container on which the agent could not do its work.
+/// Refuses a host or a container on which the agent cannot work.
 pub fn check() -> Result<(), Refusal> {
     check_rights()?;
     tun(Path::new(TUN))?;
@@ -24,8 +24,8 @@ pub fn check_rights() -> Result<(), Refusal> {
     rights(&fs::read_to_string("/proc/self/status").unwrap_or_default())
 }
 
-/// Finds the right in the text of `/proc/self/status`; where that cannot be read, the kernel will
-/// say.
+/// Finds the capability in the text of `/proc/self/status`. Without that text the check passes, and the
+/// kernel refuses later.
 fn rights(status: &str) -> Result<(), Refusal> {
     let effective = status
         .lines()
@@ -53,7 +53,7 @@ fn tun(path: &Path) -> Result<(), Refusal> {
     }
     match fs::OpenOptions::new().read(true).write(true).open(path) {
         Ok(_) => Ok(()),
-        // The node is there and the kernel has no driver behind it.
+        // The device node exists, but the kernel has no driver for it.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)) => {
             refuse("has no driver")
         }
@@ -61,7 +61,7 @@ fn tun(path: &Path) -> Result<(), Refusal> {
     }
 }
 
-/// Looks for a program as the shell does.
+/// Searches PATH for a program, as the shell does.
 fn program(name: &str, path: impl AsRef<std::ffi::OsStr>) -> Result<(), Refusal> {
     let found = std::env::split_paths(&path).any(|dir| {
         fs::metadata(dir.join(name))
@@ -85,11 +85,11 @@ mod tests {
         assert!(rights("Name:\tx\nCapEff:\t0000000000001000\n").is_ok());
         let error = rights("CapEff:\t00000000000000ff\n").unwrap_err();
         assert!(error.sentence.contains("NET_ADMIN"), "{error}");
-        assert!(rights("").is_ok(), "the kernel will say");
+        assert!(rights("").is_ok(), "the kernel refuses later");
     }
 
     #[test]
-    fn a_tun_device_that_is_none_is_named() {
+    fn a_path_that_is_not_a_tun_device_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tun");
         let error = tun(&path).unwrap_err();

@@ -1,15 +1,15 @@
-//! Reasons not to start, told to the user in one sentence and by the exit code.
+//! Errors that the user can fix: one sentence and an exit code.
 
 use std::fmt;
 
 /// The command line is wrong (`EX_USAGE` of sysexits.h).
 pub const USAGE: u8 = 64;
-/// A file, a right, a port or a link this machine should have is not as it must be (`EX_CONFIG`).
+/// A file, a permission, a port or a link on this host is missing or wrong (`EX_CONFIG`).
 pub const CONFIGURATION: u8 = 78;
 
-/// An error that the user can mend: what is wrong, where, and what to do.
+/// An error that the user can fix: what is wrong, where, and what to do.
 ///
-/// Everything else that ends the program is reported with exit code 1.
+/// Any other error that ends the program gives exit code 1.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Refusal {
     /// The exit code, [`USAGE`] or [`CONFIGURATION`].
@@ -27,7 +27,7 @@ impl Refusal {
         }
     }
 
-    /// Refuses what was found on this machine or in the cluster.
+    /// Refuses the state of this host or of the cluster.
     pub fn configuration(sentence: impl Into<String>) -> Self {
         Self {
             code: CONFIGURATION,
@@ -44,7 +44,7 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// The exit code for an error: a [`Refusal`]'s own wherever it stands in the chain, else 1.
+/// The exit code for an error: that of a [`Refusal`] anywhere in its chain, else 1.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     error
         .chain()

@@ -1,7 +1,7 @@
-//! Names in endpoints, resolved in the background.
+//! Resolves the names in endpoints, in the background.
 //!
-//! No name holds anything up: the mesh works with the last good address of each, and a name that
-//! never resolves costs its own peer alone.
+//! A slow name delays nothing: the mesh uses the last good address of each name, and a name that never
+//! resolves affects only its own peer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -13,31 +13,30 @@ use tokio::time::Instant;
 
 use crate::topology::is_unicast;
 
-/// How long an answer is taken for good. Names of home connections change; their TTL is not told by
-/// the system's resolver.
-const AGAIN: Duration = Duration::from_secs(30);
-/// Names looked up at once. Each blocks a thread for as long as the system's resolver takes, which
-/// for a name whose servers do not answer is half a minute; there have to be threads left for the
-/// name of the API server.
-const AT_ONCE: usize = 2;
+/// How long an answer is used before the next lookup. Names of home connections change, and the system's
+/// resolver does not report their TTL.
+const REFRESH: Duration = Duration::from_secs(30);
+/// Most concurrent lookups. Each blocks a thread for as long as the system's resolver takes: half a
+/// minute for a name whose servers do not answer. Threads must be left for the name of the API server.
+const MAX_LOOKUPS: usize = 2;
 
 /// Last good addresses, by name.
 pub type Addresses = BTreeMap<String, IpAddr>;
 
-/// Follows `names` and sends all last good addresses whenever one of them has changed.
+/// Resolves `names` periodically, and sends all last good addresses when one of them changes.
 ///
-/// Ends when nobody listens any more.
+/// Ends when a channel is closed.
 pub async fn follow(
     names: mpsc::Receiver<BTreeSet<String>>,
     addresses: mpsc::Sender<Addresses>,
     known: Addresses,
 ) {
-    follow_with(look_up, AGAIN, names, addresses, known).await;
+    follow_with(look_up, REFRESH, names, addresses, known).await;
 }
 
 async fn follow_with<L>(
     look_up: impl Fn(String) -> L,
-    again: Duration,
+    refresh: Duration,
     mut names: mpsc::Receiver<BTreeSet<String>>,
     addresses: mpsc::Sender<Addresses>,
     mut known: Addresses,
@@ -45,17 +44,17 @@ async fn follow_with<L>(
     L: Future<Output = (String, Vec<IpAddr>)> + Send + 'static,
 {
     let mut due = BTreeMap::<String, Instant>::new();
-    let mut look_ups = JoinSet::new();
-    let mut under_way = BTreeSet::new();
+    let mut lookups = JoinSet::new();
+    let mut pending = BTreeSet::new();
     loop {
         let next = due
             .iter()
-            .filter(|(name, _)| !under_way.contains(*name))
+            .filter(|(name, _)| !pending.contains(*name))
             .min_by_key(|(_, at)| **at)
             .map(|(name, at)| (name.clone(), *at));
         let wait = async {
             match next {
-                Some((name, at)) if under_way.len() < AT_ONCE => {
+                Some((name, at)) if pending.len() < MAX_LOOKUPS => {
                     tokio::time::sleep_until(at).await;
                     name
                 }
@@ -76,15 +75,15 @@ async fn follow_with<L>(
                 }
             }
             name = wait => {
-                under_way.insert(name.clone());
-                look_ups.spawn(look_up(name));
+                pending.insert(name.clone());
+                lookups.spawn(look_up(name));
             }
-            Some(Ok((name, answer))) = look_ups.join_next() => {
-                under_way.remove(&name);
+            Some(Ok((name, answer))) = lookups.join_next() => {
+                pending.remove(&name);
                 let Some(at) = due.get_mut(&name) else { continue };
-                *at = Instant::now() + again;
+                *at = Instant::now() + refresh;
                 let Some(address) = choose(&answer, known.get(&name)) else {
-                    tracing::debug!(name = %crate::text::quote(&name), "does not resolve");
+                    tracing::debug!(name = %crate::text::quote(&name), "name does not resolve");
                     continue;
                 };
                 if known.insert(name, address) != Some(address)
@@ -98,7 +97,7 @@ async fn follow_with<L>(
 }
 
 async fn look_up(name: String) -> (String, Vec<IpAddr>) {
-    // Without a deadline of its own: the thread stays blocked however soon one gives up.
+    // Without a timeout: the resolver's thread would stay blocked anyway.
     let answer = match tokio::net::lookup_host((name.as_str(), 0)).await {
         Ok(addresses) => addresses.map(|address| address.ip()).collect(),
         Err(_) => Vec::new(),
@@ -106,8 +105,8 @@ async fn look_up(name: String) -> (String, Vec<IpAddr>) {
     (name, answer)
 }
 
-/// The address in use where it is still among the answers, so that a name with several does not make
-/// a peer jump; else the lowest, IPv4 first. An address no other host can have is not an answer.
+/// The address in use if it is still among the answers, so that a peer with several addresses keeps its
+/// endpoint; else the lowest, IPv4 first. Addresses that no other host can have are ignored.
 pub(crate) fn choose(answer: &[IpAddr], current: Option<&IpAddr>) -> Option<IpAddr> {
     let usable = answer.iter().copied().filter(|ip| is_unicast(*ip));
     usable
@@ -129,14 +128,14 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_leads_back_to_this_host_is_none() {
+    fn addresses_of_this_host_are_ignored() {
         let ips =
             ["127.0.0.1", "0.0.0.0", "169.254.1.1", "::1", "fe80::1"].map(|ip| ip.parse().unwrap());
         assert_eq!(choose(&ips, None), None);
     }
 
     #[tokio::test]
-    async fn names_that_are_never_answered_leave_threads_for_others() {
+    async fn unanswered_names_leave_threads_for_others() {
         let (names, wanted) = mpsc::channel(1);
         let (sender, _addresses) = mpsc::channel(1);
         let (begun, mut count) = mpsc::unbounded_channel();
@@ -146,7 +145,7 @@ mod tests {
         };
         let task = tokio::spawn(follow_with(
             look_up,
-            AGAIN,
+            REFRESH,
             wanted,
             sender,
             Addresses::new(),
@@ -160,17 +159,17 @@ mod tests {
         while count.try_recv().is_ok() {
             blocked += 1;
         }
-        assert_eq!(blocked, AT_ONCE);
+        assert_eq!(blocked, MAX_LOOKUPS);
         task.abort();
     }
 
     #[tokio::test]
-    async fn a_name_that_moves_is_followed_and_one_that_vanishes_keeps_its_address() {
+    async fn a_changed_address_is_used_and_a_vanished_name_keeps_its_address() {
         let (names, wanted) = mpsc::channel(1);
         let (sender, mut addresses) = mpsc::channel(1);
         let asked = std::sync::atomic::AtomicUsize::new(0);
         let look_up = move |name: String| {
-            // Found, found elsewhere, and then no more.
+            // Two answers with different addresses, then none.
             let turn = asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let answer = [[203, 0, 113, 1], [203, 0, 113, 2]].get(turn).copied();
             std::future::ready((name, answer.map(IpAddr::from).into_iter().collect()))
@@ -191,7 +190,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn names_that_are_no_longer_wanted_are_forgotten() {
+    async fn unwanted_names_are_dropped() {
         let (names, wanted) = mpsc::channel(1);
         let (sender, mut addresses) = mpsc::channel(1);
         let known = [("vpn.example.com".to_owned(), [203, 0, 113, 9].into())].into();

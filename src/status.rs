@@ -1,7 +1,7 @@
-//! `selvedge status`: what this node's agent sees and does.
+//! `selvedge status`: the state of this node's agent.
 //!
-//! The agent answers with a [`Report`] on its control socket; everything that people or programs
-//! look at (this command, `doctor`, `/metrics`) is made from one.
+//! The agent sends a [`Report`] on its control socket. This command, `doctor` and `/metrics` all show
+//! parts of such a report.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -17,13 +17,13 @@ use serde::{Deserialize, Serialize};
 use crate::refusal::Refusal;
 use crate::text;
 
-/// Where the agent answers `selvedge status`, `doctor` and `graph`.
+/// The agent's control socket, for `selvedge status`, `doctor` and `graph`.
 pub const CONTROL_SOCKET: &str = "/run/selvedge/selvedge.sock";
 
-/// How long an agent may take to answer; it answers from memory.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Timeout of the agent's answer, which comes from memory.
+const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What an agent knows of itself and the mesh.
+/// The state of an agent and its view of the mesh.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Report {
@@ -31,17 +31,17 @@ pub struct Report {
     pub version: String,
     /// This node.
     pub node: String,
-    /// Whether the last pass left the node as it should be.
+    /// Whether the node is in the desired state after the last pass.
     pub ready: bool,
-    /// What keeps it from being so, in sentences.
+    /// Why the node is not ready, in sentences.
     pub problems: Vec<String>,
-    /// What the node does in the mesh.
+    /// The node's role in the mesh.
     pub role: Role,
     /// The node's segment, as Kilo names it.
     pub segment: Option<String>,
-    /// Who leads that.
+    /// The leader of that segment.
     pub leader: Option<String>,
-    /// Whose algorithm is in force, and why.
+    /// The algorithm in force, and why.
     pub mode: String,
     /// The nodes on which a real `kg` runs; while there are any, Kilo's algorithm is in force.
     pub kilo_nodes: Vec<String>,
@@ -52,7 +52,7 @@ pub struct Report {
     pub granularity: String,
     /// The tunnel's link.
     pub tunnel: Tunnel,
-    /// flannel on this node; `None` while it is awaited.
+    /// flannel on this node; `None` while the agent waits for it.
     pub flannel: Option<Flannel>,
     /// The API server.
     pub api: Api,
@@ -60,45 +60,45 @@ pub struct Report {
     pub segments: Vec<Segment>,
     /// The peers of the tunnel.
     pub peers: Vec<Peer>,
-    /// Nodes that take no part, by name.
+    /// Nodes outside the mesh, by name.
     pub outsiders: Vec<String>,
-    /// What was left out of the mesh, and why.
+    /// What is left out of the mesh, and why.
     pub excluded: Vec<String>,
-    /// What this node does not reach through the tunnel because it is connected to its network.
+    /// Addresses that this node does not reach through the tunnel, because it is connected to their network.
     pub connected: Vec<String>,
-    /// Nodes known to be Ready for the mesh (Kilo's `kilo_nodes`).
+    /// Number of nodes that are Ready for the mesh (Kilo's `kilo_nodes`).
     pub ready_nodes: usize,
-    /// External peers in force.
+    /// Number of external peers in force.
     pub external_peers: usize,
-    /// Routes that should be there.
+    /// Number of desired routes.
     pub routes: usize,
     /// Whether `--on-tunnel-down=open` lets traffic between regions leave in clear.
     pub fail_open: bool,
-    /// Packets the tunnel dropped since it was started, by reason.
+    /// Packets that the tunnel dropped since it started, by reason.
     pub drops: BTreeMap<String, u64>,
-    /// VXLAN packets to other regions that the firewall dropped; `None` where it could not be asked.
+    /// VXLAN packets to other regions that the firewall dropped; `None` where the counter could not be read.
     pub leak_drops: Option<u64>,
-    /// Packets of strangers for the mesh, or out of the tunnel for somewhere else, that the firewall
-    /// dropped; `None` where it could not be asked.
+    /// Packets from outside to the mesh, or from the tunnel to other destinations, that the firewall
+    /// dropped; `None` where the counter could not be read.
     pub stranger_drops: Option<u64>,
-    /// How often the cluster's state could not be written to disk since the agent was started.
+    /// Failed writes of the cluster's state to disk since the agent started.
     pub cache_failures: u64,
 }
 
-/// What a node does in the mesh.
+/// The role of a node in the mesh.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Nothing: the cluster does not know it, or it has no key there yet.
+    /// None: the node is not in the cluster, or has no key there yet.
     #[default]
     Outside,
-    /// Sends what is for other regions to its leader.
+    /// Sends traffic for other regions to its leader.
     Follower,
     /// Has tunnels.
     Leader,
 }
 
-/// The tunnel's link, as it should be.
+/// The tunnel's link, as desired.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Tunnel {
@@ -112,7 +112,7 @@ pub struct Tunnel {
     pub mtu: Option<u32>,
     /// Its addresses.
     pub addresses: Vec<String>,
-    /// Where others are told to send.
+    /// The endpoint published for other nodes.
     pub endpoint: Option<String>,
 }
 
@@ -138,13 +138,13 @@ pub struct Flannel {
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Api {
-    /// Where it is reached; `None` while it is not.
+    /// The server in use; `None` without a connection.
     pub server: Option<String>,
-    /// Whether what is known comes from the cache on disk.
+    /// Whether the cluster's state comes from the cache on disk.
     pub cached: bool,
-    /// What went wrong last; `None` while all is well.
+    /// The last error; `None` while the connection works.
     pub error: Option<String>,
-    /// Which admission policies are not in force, in sentences. One agent of the cluster looks.
+    /// Admission policies that are not in force, in sentences. One agent of the cluster checks.
     pub missing_policies: Vec<String>,
 }
 
@@ -152,11 +152,11 @@ pub struct Api {
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Segment {
-    /// Its name, as Kilo has it.
+    /// Its name, in Kilo's form.
     pub name: String,
     /// The leader.
     pub leader: String,
-    /// Where the others send.
+    /// The leader's endpoint.
     pub endpoint: Option<String>,
     /// The leader's WireGuard addresses.
     pub wireguard_ips: Vec<String>,
@@ -172,11 +172,11 @@ pub struct Peer {
     pub name: String,
     /// Its public key.
     pub public_key: String,
-    /// Where the tunnel sends.
+    /// The endpoint in use.
     pub endpoint: Option<String>,
-    /// What may come from it.
+    /// The sources that the tunnel accepts from the peer.
     pub allowed_ips: Vec<String>,
-    /// Seconds since the last handshake; `None` where there was none.
+    /// Seconds since the last handshake; `None` before the first.
     pub handshake_age: Option<u64>,
     /// Bytes received.
     pub received: u64,
@@ -184,9 +184,9 @@ pub struct Peer {
     pub sent: u64,
     /// Seconds between keepalives; 0 is off.
     pub persistent_keepalive: u16,
-    /// Whether its leader and this node are both behind NAT, so that neither can simply call the other.
+    /// Whether its leader and this node are both behind NAT, so that neither reaches the other directly.
     pub both_behind_nat: bool,
-    /// Where it may be reached, the likeliest first, and what came of trying.
+    /// Its candidate endpoints, the likeliest first, with the results of trying them.
     pub candidates: Vec<Candidate>,
 }
 
@@ -196,20 +196,20 @@ pub struct Peer {
 pub struct Candidate {
     /// Its address and port.
     pub address: String,
-    /// Who says so.
+    /// Its source.
     pub origin: String,
     /// Whether the tunnel sends there.
     pub in_use: bool,
-    /// Milliseconds that its last answer took; `None` where it never answered.
+    /// Milliseconds of its last answer; `None` if it never answered.
     pub answered_in: Option<u64>,
     /// Seconds since that answer.
     pub answered: Option<u64>,
-    /// Seconds since it was last tried; `None` where it never was.
+    /// Seconds since it was last tried; `None` if it never was.
     pub tried: Option<u64>,
 }
 
 impl Candidate {
-    /// What came of it: a clause.
+    /// The result of trying it: a clause.
     pub fn outcome(&self) -> String {
         let used = if self.in_use { "in use, " } else { "" };
         let outcome = match (self.answered_in, self.answered, self.tried) {
@@ -228,8 +228,8 @@ impl Candidate {
 }
 
 impl Peer {
-    /// Whether nothing comes through: handshakes are renewed every two minutes while there is traffic, and
-    /// keepalives are (WireGuard paper, 6.1).
+    /// Whether the peer counts as silent. Handshakes are renewed every two minutes while there is traffic,
+    /// and keepalives are traffic (WireGuard paper, 6.1).
     pub fn is_silent(&self) -> bool {
         match self.handshake_age {
             Some(age) => age > 180 && self.persistent_keepalive > 0,
@@ -248,7 +248,7 @@ impl fmt::Display for Role {
     }
 }
 
-/// How `selvedge status` prints.
+/// The output format of `selvedge status`.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
 pub enum Output {
     /// For people.
@@ -264,19 +264,19 @@ pub struct Args {
     /// The agent's control socket
     #[arg(long, value_name = "PATH", default_value = CONTROL_SOCKET)]
     control_socket: PathBuf,
-    /// How to print
+    /// The output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
 }
 
-/// Prints what the agent of this node reports. The exit code is 0 where it is ready, else 1.
+/// Prints the report of this node's agent. The exit code is 0 if the node is ready, else 1.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let report = ask(&args.control_socket)?;
     let shown = match args.output {
         Output::Text => render(&report),
         Output::Json => text::json(&serde_json::to_string_pretty(&report)?).into_owned() + "\n",
     };
-    // A reader that closed the pipe has read enough.
+    // A reader may close the pipe early.
     let _ = io::stdout().write_all(shown.as_bytes());
     Ok(if report.ready {
         ExitCode::SUCCESS
@@ -285,7 +285,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Asks the agent behind a control socket.
+/// Reads the report of the agent behind a control socket.
 pub fn ask(socket: &Path) -> anyhow::Result<Report> {
     let shown = socket.display();
     let mut stream = UnixStream::connect(socket).map_err(|error| {
@@ -298,17 +298,16 @@ pub fn ask(socket: &Path) -> anyhow::Result<Report> {
             format!("cannot ask the agent on {shown}: {error}")
         })
     })?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     let mut answer = Vec::new();
     stream
         .read_to_end(&mut answer)
         .map_err(|error| anyhow::anyhow!("the agent on {shown} does not answer: {error}"))?;
-    serde_json::from_slice(&answer).map_err(|error| {
-        anyhow::anyhow!("the agent on {shown} answers in another language: {error}")
-    })
+    serde_json::from_slice(&answer)
+        .map_err(|error| anyhow::anyhow!("the agent on {shown} sent a malformed report: {error}"))
 }
 
-/// The report for a terminal, in the manner of `wg show`.
+/// Formats the report for a terminal, in the style of `wg show`.
 pub fn render(report: &Report) -> String {
     let mut out = String::new();
     write_report(&mut out, report).expect("a String takes all that is written to it");
@@ -327,7 +326,7 @@ fn write_report(out: &mut String, report: &Report) -> fmt::Result {
         writeln!(
             out,
             "  segment: {segment}, led by {}",
-            report.leader.as_deref().unwrap_or("nobody")
+            report.leader.as_deref().unwrap_or("no leader")
         )?;
     }
     writeln!(
@@ -370,7 +369,7 @@ fn write_report(out: &mut String, report: &Report) -> fmt::Result {
                 },
             )?;
         }
-        None => writeln!(out, "  flannel: awaited")?,
+        None => writeln!(out, "  flannel: not up yet")?,
     }
     if report.fail_open {
         writeln!(
@@ -420,7 +419,7 @@ fn write_report(out: &mut String, report: &Report) -> fmt::Result {
         if peer.both_behind_nat && peer.is_silent() {
             writeln!(
                 out,
-                "  no way to it: both behind NAT, and one that gives each destination another port keeps them apart"
+                "  not reachable: both behind NAT, and at least one NAT maps each destination to another port"
             )?;
         }
         writeln!(
@@ -532,7 +531,7 @@ mod tests {
           segment: location:default, led by node-master
           mesh: granularity location, Selvedge's own algorithm
           api server: https://127.0.0.1:6444
-          flannel: awaited
+          flannel: not up yet
 
         interface: kilo0
           public key: K=
@@ -553,7 +552,7 @@ mod tests {
     }
 
     #[test]
-    fn a_region_that_turns_text_around_is_escaped() {
+    fn a_region_with_bidirectional_marks_is_escaped() {
         let report = Report {
             segment: Some("location:n\u{202e}d".into()),
             problems: vec!["one\u{1b}[2Jline".into()],
@@ -565,13 +564,13 @@ mod tests {
     }
 
     #[test]
-    fn a_report_of_another_version_is_read_as_far_as_it_goes() {
+    fn a_report_of_another_version_is_read() {
         let report = serde_json::from_str::<Report>(r#"{"node":"a","future":1}"#).unwrap();
         assert_eq!(report.node, "a");
     }
 
     #[test]
-    fn no_agent_is_said_in_a_sentence() {
+    fn a_missing_agent_is_reported_in_a_sentence() {
         let error = ask(Path::new("/nonexistent/selvedge.sock")).unwrap_err();
         assert_eq!(
             crate::refusal::exit_code(&error),

@@ -1,7 +1,7 @@
-//! One look at the cluster, for the commands that people run on their own machines.
+//! Reads the cluster once, for the commands that people run on their own computers.
 //!
-//! Reads Nodes and Peers with the user's own kubeconfig, as `kubectl` would, and computes the topology
-//! that the agents compute. Watching and writing are the agent's business ([`crate::cluster`]).
+//! Nodes and Peers are read with the user's kubeconfig, as `kubectl` does, and give the same topology as in
+//! the agents. [`crate::cluster`] watches and writes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -23,33 +23,33 @@ use crate::refusal::Refusal;
 use crate::resolve;
 use crate::topology::{Endpoint, Granularity, Node, Settings, Snapshot, Topology};
 
-/// How long a name of an endpoint may take to resolve before it counts as unresolvable.
+/// Timeout for resolving the name of an endpoint.
 const RESOLVE: Duration = Duration::from_secs(2);
-/// How long the API server may take to answer.
-const ANSWER: Duration = Duration::from_secs(15);
+/// Timeout of the API server.
+const TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Flags that say where the cluster is and how to read it.
+/// Flags about the cluster and how to read it.
 #[derive(Clone, Debug, clap::Args)]
 #[group(skip)]
 pub struct Args {
-    /// Kubeconfig to reach the API server with [default: KUBECONFIG, else ~/.kube/config, else the
+    /// Kubeconfig for the API server [default: KUBECONFIG, else ~/.kube/config, else the
     /// pod's own service account]
     #[arg(long, value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
     /// Context of the kubeconfig [default: its current one]
     #[arg(long, value_name = "NAME")]
     pub context: Option<String>,
-    /// What gets tunnels: location, full, cross, or auto: what the agents publish
+    /// Which nodes have tunnels: location, full, cross, or auto: the value that the agents publish
     #[arg(long, value_name = "GRANULARITY", default_value = "auto", value_parser = granularity)]
     pub mesh_granularity: Auto,
     /// Node label that names the region
     #[arg(long, value_name = "LABEL", default_value = "topology.kubernetes.io/region",
           value_parser = config::label_key)]
     pub topology_label: String,
-    /// The agents' --internal-cidr, where they have one (comma separated)
+    /// The agents' --internal-cidr, if they have one (comma separated)
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = cidr)]
     pub internal_cidr: Vec<IpNet>,
-    /// The agents' --region-cidr, where they have one: `REGION=CIDR,CIDR` (repeatable)
+    /// The agents' --region-cidr, if they have one: `REGION=CIDR,CIDR` (repeatable)
     #[arg(long, value_name = "REGION=CIDR")]
     pub region_cidr: Vec<RegionCidrs>,
     /// Only `kubernetes`
@@ -57,7 +57,7 @@ pub struct Args {
     pub backend: String,
 }
 
-/// A granularity, or none: what the agents publish.
+/// A granularity, or `None` for the one that the agents publish.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Auto(Option<Granularity>);
 
@@ -78,19 +78,19 @@ pub(crate) fn cidr(text: &str) -> Result<IpNet, String> {
         .map_err(|_| "is not a CIDR such as 10.43.0.0/16".into())
 }
 
-/// What was found.
+/// The cluster at one moment.
 #[derive(Clone, Debug)]
 pub struct Survey {
     /// The topology, as the agents compute it.
     pub topology: Topology,
-    /// What of the objects could not be read.
+    /// The refused values of the objects.
     pub rejected: Vec<Rejected>,
 }
 
 /// A connection to the API server.
 #[derive(Clone)]
 pub struct Access {
-    /// For requests.
+    /// The client for requests.
     pub client: Client,
     /// The server's name or address.
     pub host: String,
@@ -102,13 +102,13 @@ pub struct Access {
 ///
 /// # Errors
 ///
-/// When no kubeconfig is found or it is of no use.
+/// No kubeconfig is found, or it is invalid.
 pub async fn access(args: &Args) -> anyhow::Result<Access> {
     let mut config = match (&args.kubeconfig, &args.context) {
         (None, None) => kube::Config::infer().await.map_err(|error| {
-            Refusal::configuration(match kubeconfig::explain_usual(&error) {
-                Some(reason) => format!("the kubeconfig is of no use: {reason}"),
-                None => "found no kubeconfig: give --kubeconfig FILE, or set KUBECONFIG".to_owned(),
+            Refusal::configuration(match kubeconfig::explain_default(&error) {
+                Some(reason) => format!("the kubeconfig is invalid: {reason}"),
+                None => "found no kubeconfig: set --kubeconfig FILE or KUBECONFIG".to_owned(),
             })
         })?,
         (path, context) => kubeconfig::load(path.as_deref(), context.as_deref())
@@ -116,12 +116,12 @@ pub async fn access(args: &Args) -> anyhow::Result<Access> {
             .map_err(|reason| {
                 Refusal::configuration(match path {
                     Some(path) => format!("--kubeconfig {}: {reason}", path.display()),
-                    None => format!("the kubeconfig is of no use: {reason}"),
+                    None => format!("the kubeconfig is invalid: {reason}"),
                 })
             })?,
     };
-    config.connect_timeout = Some(ANSWER);
-    config.read_timeout = Some(ANSWER);
+    config.connect_timeout = Some(TIMEOUT);
+    config.read_timeout = Some(TIMEOUT);
     let host = config.cluster_url.host().unwrap_or_default();
     Ok(Access {
         host: host.trim_matches(['[', ']']).to_owned(),
@@ -134,7 +134,7 @@ pub async fn access(args: &Args) -> anyhow::Result<Access> {
 ///
 /// # Errors
 ///
-/// When the API server does not answer, or the agents disagree on the granularity.
+/// The API server does not answer, or the agents disagree on the granularity.
 pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
     let parse = ParseSettings {
         topology_label: args.topology_label.clone(),
@@ -145,7 +145,7 @@ pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
     let peers: Api<PeerObject> = Api::all(client.clone());
     let peers = match peers.list(&all).await {
         Ok(peers) => peers.items,
-        // Without the resource's definition there are no peers.
+        // Without the CRD there are no peers.
         Err(kube::Error::Api(status)) if status.code == 404 => Vec::new(),
         Err(error) => return Err(describe(error)),
     };
@@ -185,7 +185,7 @@ pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
     })
 }
 
-/// The server's own sentence, or why there is none.
+/// The server's own message, or the reason why there is none.
 pub(crate) fn describe(error: kube::Error) -> anyhow::Error {
     let root = |error: &dyn std::error::Error| {
         let (mut text, mut cause) = (error.to_string(), error.source());
@@ -196,7 +196,7 @@ pub(crate) fn describe(error: kube::Error) -> anyhow::Error {
     };
     #[expect(
         clippy::wildcard_enum_match_arm,
-        reason = "all but two kinds of errors speak for themselves"
+        reason = "all other errors have a clear message"
     )]
     match error {
         kube::Error::Api(status) if status.code == 401 => Refusal::configuration(
@@ -214,7 +214,7 @@ pub(crate) fn describe(error: kube::Error) -> anyhow::Error {
     }
 }
 
-/// What all agents publish; `location` while none does.
+/// The granularity that all agents publish; `location` while none does.
 fn published_granularity(snapshot: &Snapshot) -> anyhow::Result<Granularity> {
     let published = snapshot.nodes.values().filter_map(|node| node.granularity);
     let published: BTreeSet<_> = published.collect();
@@ -222,7 +222,7 @@ fn published_granularity(snapshot: &Snapshot) -> anyhow::Result<Granularity> {
         let names = published.into_iter().map(annotation::format_granularity);
         let names: Vec<_> = names.collect();
         return Err(Refusal::configuration(format!(
-            "the agents publish different granularities ({}): give --mesh-granularity",
+            "the agents publish different granularities ({}): set --mesh-granularity",
             names.join(", ")
         ))
         .into());
@@ -230,15 +230,15 @@ fn published_granularity(snapshot: &Snapshot) -> anyhow::Result<Granularity> {
     Ok(published.into_iter().next().unwrap_or_default())
 }
 
-/// Whether Kilo's algorithm is in force where a real `kg` is: no agent of ours is there to have been
-/// told otherwise, or one tells its time, which it only does beside Kilo.
+/// Whether Kilo's algorithm is in force next to a real `kg`: there is no agent of Selvedge, or one writes
+/// `last-seen`, which it does only with `--beside-kilo`.
 fn follows_kilo(snapshot: &Snapshot) -> bool {
     let mut ours = snapshot.nodes.values().filter(|node| node.ours);
     let beside_kilo = ours.clone().any(|node| node.last_seen.is_some());
     beside_kilo || ours.next().is_none()
 }
 
-/// The pools that most published WireGuard addresses are of; Kilo's default while there is none.
+/// The pools of most published WireGuard addresses; Kilo's default while there are none.
 fn published_subnets(snapshot: &Snapshot) -> Vec<IpNet> {
     let mut subnets = Vec::new();
     for v6 in [false, true] {
@@ -256,8 +256,8 @@ fn published_subnets(snapshot: &Snapshot) -> Vec<IpNet> {
     subnets
 }
 
-/// Looks all names up at once, and takes of each the address that an agent would take; one that does
-/// not resolve is left out and disturbs no other.
+/// Resolves all names at once, and chooses for each the address that an agent would choose. A name that
+/// does not resolve is left out.
 async fn resolve_names(snapshot: &Snapshot) -> BTreeMap<String, IpAddr> {
     let of_nodes = snapshot.nodes.values().map(|node: &Node| &node.endpoint);
     let of_peers = snapshot.peers.values().map(|peer| &peer.endpoint);
@@ -277,7 +277,7 @@ async fn resolve_names(snapshot: &Snapshot) -> BTreeMap<String, IpAddr> {
     join_all(lookups).await.into_iter().flatten().collect()
 }
 
-/// Runs a command that asks the cluster.
+/// Runs a command that reads the cluster.
 ///
 /// # Errors
 ///
@@ -309,9 +309,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_names_address_is_the_one_that_agents_take_and_an_unknown_one_disturbs_no_other() {
+    async fn names_resolve_as_in_agents_and_unknown_names_are_left_out() {
         let mut snapshot = snapshot(&[("a", None, ""), ("b", None, ""), ("c", None, "")]);
-        // Numbers resolve without a server. No agent takes an address that no other host can have.
+        // Literal addresses resolve without a server. Agents ignore loopback addresses.
         let hosts = ["203.0.113.9", "127.0.0.1", "unknown.invalid"];
         for (node, host) in snapshot.nodes.values_mut().zip(hosts) {
             node.endpoint = Some(Endpoint::Dns {
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn the_granularity_is_what_the_agents_publish() {
+    fn the_granularity_is_the_agents_published_one() {
         let full = Some(Granularity::Full);
         let agree = snapshot(&[("a", full, ""), ("b", None, ""), ("c", full, "")]);
         assert_eq!(published_granularity(&agree).unwrap(), Granularity::Full);
@@ -339,7 +339,7 @@ mod tests {
         assert_eq!(crate::refusal::exit_code(&error), 78);
         assert_eq!(
             error.to_string(),
-            "the agents publish different granularities (location, full): give --mesh-granularity"
+            "the agents publish different granularities (location, full): set --mesh-granularity"
         );
     }
 

@@ -1,4 +1,4 @@
-//! Logs, metrics and the HTTP pages for probes and people.
+//! Logs and metrics.
 
 pub mod metrics;
 
@@ -16,14 +16,14 @@ use crate::text;
 pub enum LogLevel {
     /// Everything, packets included.
     All,
-    /// What helps to find a fault.
+    /// Details that help to find a fault.
     Debug,
-    /// Changes: one line each, none while nothing happens.
+    /// Changes, one line each; no lines while nothing happens.
     #[default]
     Info,
-    /// What someone should look at.
+    /// What an operator should look at.
     Warn,
-    /// What failed.
+    /// Failures.
     Error,
     /// Nothing.
     None,
@@ -77,18 +77,18 @@ pub fn start_logging(level: LogLevel, format: LogFormat) {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::None => LevelFilter::OFF,
     };
-    // Libraries speak up only when something is wrong with them.
+    // Libraries log warnings and errors only.
     let others = level.min(LevelFilter::WARN);
-    // kube's client logs every request that fails as an error, and hands the error on as well.
+    // kube's client logs every failed request as an error, and returns the error too.
     let filter = Targets::new()
         .with_default(others)
         .with_target("selvedge", level)
         .with_target("kube_client", LevelFilter::OFF);
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(LevelFilter::TRACE)
-        .with_writer(move || Fit::new(io::stderr(), format))
+        .with_writer(move || EscapingWriter::new(io::stderr(), format))
         .with_target(false);
-    // An error means that a subscriber is there already, as in tests.
+    // An error means that a subscriber is already installed, as in tests.
     let _ = match format {
         LogFormat::Text => subscriber.with_ansi(false).finish().with(filter).try_init(),
         LogFormat::Json => {
@@ -98,21 +98,20 @@ pub fn start_logging(level: LogLevel, format: LogFormat) {
     };
 }
 
-/// Writes lines of the log fit to be shown: whatever a field holds, a line stays one line and drives no
-/// terminal.
-struct Fit<W> {
+/// Escapes log lines: a field cannot add a line or control a terminal.
+struct EscapingWriter<W> {
     out: W,
     format: LogFormat,
 }
 
-impl<W: Write> Fit<W> {
+impl<W: Write> EscapingWriter<W> {
     fn new(out: W, format: LogFormat) -> Self {
         Self { out, format }
     }
 }
 
-impl<W: Write> Write for Fit<W> {
-    /// Takes all of it: the subscriber writes each line with one call.
+impl<W: Write> Write for EscapingWriter<W> {
+    /// Writes all bytes: the subscriber writes each line in one call.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let line = String::from_utf8_lossy(bytes);
         let body = line.strip_suffix('\n');
@@ -137,13 +136,13 @@ mod tests {
 
     fn written(text: &str, format: LogFormat) -> String {
         let mut out = Vec::new();
-        let mut fit = Fit::new(&mut out, format);
-        fit.write_all(text.as_bytes()).unwrap();
+        let mut writer = EscapingWriter::new(&mut out, format);
+        writer.write_all(text.as_bytes()).unwrap();
         String::from_utf8(out).unwrap()
     }
 
     #[test]
-    fn a_region_that_turns_text_around_turns_no_log_line() {
+    fn a_region_with_bidirectional_marks_is_escaped_in_the_log() {
         let line = "INFO region=n\u{202e}d\nWARN forged\n";
         assert_eq!(
             written(line, LogFormat::Text),

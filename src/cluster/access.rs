@@ -1,8 +1,8 @@
-//! Finds an API server: which addresses may lead to one, and which of them answers.
+//! Finds an API server: the addresses to try, and the first that answers.
 //!
-//! The API may be far away behind the very tunnel this agent builds, so the nearest way comes first
-//! and none is relied upon. A server counts when `/version` answers behind a certificate of the
-//! cluster's CA; nothing is sent to any other.
+//! The API server may be reachable only through the tunnel that this agent builds, so the nearest
+//! address is tried first and none is required. A server counts if `/version` answers with a certificate
+//! of the cluster's CA; the agent sends nothing to any other.
 
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -28,54 +28,54 @@ use super::call::{self, Failure};
 use super::kubeconfig;
 use crate::refusal::Refusal;
 
-/// Where a pod finds its service account.
+/// The directory of a pod's service account.
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
-/// Ports on this host behind which an API server may be: k3s agents balance on 6444, servers listen
+/// Ports on this host that may lead to an API server: k3s agents balance on 6444, servers listen
 /// on 6443, Talos balances on 7445.
 const LOCAL_PORTS: [u16; 3] = [6444, 6443, 7445];
 
-/// A name that every API server's certificate carries, whatever address it is reached by.
+/// A name in every API server's certificate, independent of the address.
 const SERVER_NAME: &str = "kubernetes.default.svc";
 
-/// TCP and TLS together; a server that needs longer is not the one to choose.
+/// Timeout of TCP and TLS together; a slower server should not be chosen.
 const CONNECT: Duration = Duration::from_secs(3);
-/// How long `/version` may take.
+/// Timeout of `/version`.
 const PROBE: Duration = Duration::from_secs(5);
-/// Nothing is heard for this long on a connection that should carry something: it is half-open.
-/// API servers send a bookmark every minute.
+/// A connection without expected data for this long is half-open. API servers send a bookmark every
+/// minute.
 pub(super) const SILENCE: Duration = Duration::from_secs(90);
 
-/// A connection on which nothing comes is probed after this long, as Go's programs do a little later.
+/// TCP keepalive: an idle connection is probed after this long, a little earlier than in Go programs.
 ///
-/// Watches are silent for a minute at a time. A router on the way that restarts knows nothing of them,
-/// and drops what the server sends; this host's next packet makes it known again, or the server refuses
-/// it and a new connection is made. Until then this node learns of nothing: a minute in which it does
-/// not speak to who wants to reach it through the NAT.
+/// Watches are silent for up to a minute. A router on the path that restarts has lost their state and
+/// drops the server's packets. This host's next packet restores the state, or the server refuses it and
+/// the agent opens a new connection. Until then this node receives no changes: for a minute it would not
+/// call a new peer that can reach it only through the NAT.
 const PROBE_IDLE: Duration = Duration::from_secs(10);
-/// Between probes that are not answered, and how many of them end the connection.
+/// Interval between unanswered probes, and the number of them that closes the connection.
 const PROBE_AGAIN: Duration = Duration::from_secs(5);
 const PROBES: u32 = 4;
 
-/// Where to look for an API server.
+/// Where an API server may be found.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Sources {
     /// `--kubeconfig`.
     pub kubeconfig: Option<PathBuf>,
-    /// `--master`: a URL that replaces the kubeconfig's, or goes with the service account.
+    /// `--master`: a URL that replaces the kubeconfig's, or is used with the service account.
     pub master: Option<String>,
     /// The directory with the service account's `token` and `ca.crt`.
     pub service_account: PathBuf,
-    /// Where an API server may listen on this host.
+    /// Addresses on this host where an API server may listen.
     pub local: Vec<SocketAddr>,
     /// The URL of the `kubernetes` service, from a pod's environment.
     pub service: Option<String>,
-    /// The tunnel's mark: connections that carry it tell which servers answer without the tunnel.
+    /// The tunnel's mark: connections that carry it show which servers answer without the tunnel.
     pub mark: Option<u32>,
 }
 
 impl Sources {
-    /// What the flags say, and what every pod is told.
+    /// The sources from the flags and from a pod's environment.
     pub fn new(kubeconfig: Option<PathBuf>, master: Option<String>) -> Self {
         let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         let service = variable("KUBERNETES_SERVICE_HOST").map(|host| {
@@ -98,7 +98,7 @@ impl Sources {
     }
 }
 
-/// One way to an API server.
+/// One address of an API server, by its source.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Origin {
     /// The server named in `--kubeconfig`.
@@ -125,17 +125,17 @@ impl fmt::Display for Origin {
 /// A server that answered.
 #[derive(Clone)]
 pub(super) struct Connection {
-    /// Tells connections apart.
+    /// Identifies the connection.
     pub(super) number: u64,
-    /// The way to it.
+    /// Its source.
     pub(super) origin: Origin,
     /// The host of its URL.
     pub(super) host: String,
-    /// Speaks to it.
+    /// The client.
     pub(super) client: Client,
 }
 
-/// No server answered: each way that was tried, and what came of it.
+/// No server answered: each candidate with its error.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("no API server answers: {}", Tried(.0))]
 pub(super) struct NoServer(Vec<(Origin, String)>);
@@ -152,16 +152,16 @@ impl fmt::Display for Tried<'_> {
     }
 }
 
-/// The ways to the cluster's API servers.
+/// The candidates for the cluster's API server.
 #[derive(Clone, Debug)]
 pub struct Access {
     sources: Sources,
     clock: ServerClock,
 }
 
-/// The API server's clock, as the `Date` of its last answer told it (RFC 9110, 6.6.1).
+/// The API server's clock, from the `Date` of its last response (RFC 9110, 6.6.1).
 ///
-/// What is recorded for all agents to compare must not depend on this node's clock.
+/// Times that all agents compare must not depend on this node's clock.
 #[derive(Clone, Debug, Default)]
 struct ServerClock(Arc<Mutex<Option<(i64, Instant)>>>);
 
@@ -185,11 +185,11 @@ impl ServerClock {
 }
 
 impl Access {
-    /// Checks what can be checked without a server.
+    /// Checks the sources, without contacting a server.
     ///
     /// # Errors
     ///
-    /// A kubeconfig that cannot be read, or neither a kubeconfig nor a service account to speak with.
+    /// The kubeconfig cannot be read, or there is neither a kubeconfig nor a service account.
     pub async fn new(sources: Sources) -> Result<Self, Refusal> {
         if let Some(path) = &sources.kubeconfig {
             from_kubeconfig(path, sources.master.as_deref())
@@ -202,29 +202,33 @@ impl Access {
             sources,
             clock: ServerClock::default(),
         };
-        if access.ways().await.is_empty() {
+        if access.candidates().await.is_empty() {
             return Err(Refusal::configuration(format!(
-                "there is no way to the API server: give --kubeconfig, or run in a pod whose service account is mounted at {}",
+                "no credentials for the API server: set --kubeconfig, or run in a pod whose service account is mounted at {}",
                 access.sources.service_account.display()
             )));
         }
         Ok(access)
     }
 
-    /// Asks at every way at once, in order of preference: for people who want to know which answer.
-    /// The outcome of one that does not is why: a clause.
+    /// Probes all candidates at once, for `doctor`. The results are in order of preference; an error is
+    /// a clause.
     pub async fn try_all(&self) -> Vec<(Origin, Result<(), String>)> {
-        let ways = self.ways().await.into_iter().map(async |(origin, config)| {
-            let outcome = match config {
-                Ok(config) => probe(0, &origin, config, &self.clock).await.map(drop),
-                Err(reason) => Err(reason),
-            };
-            (origin, outcome)
-        });
-        join_all(ways).await
+        let candidates = self
+            .candidates()
+            .await
+            .into_iter()
+            .map(async |(origin, config)| {
+                let outcome = match config {
+                    Ok(config) => probe(0, &origin, config, &self.clock).await.map(drop),
+                    Err(reason) => Err(reason),
+                };
+                (origin, outcome)
+            });
+        join_all(candidates).await
     }
 
-    /// The API server's time in Unix seconds; `None` before its first answer.
+    /// The API server's time in Unix seconds; `None` before its first response.
     pub fn server_time(&self) -> Option<i64> {
         self.clock.now()
     }
@@ -240,11 +244,11 @@ impl Access {
         number: u64,
         avoid: Option<&Origin>,
     ) -> Result<Connection, NoServer> {
-        let mut ways = self.ways().await;
-        ways.sort_by_key(|(origin, _)| Some(origin) == avoid);
+        let mut candidates = self.candidates().await;
+        candidates.sort_by_key(|(origin, _)| Some(origin) == avoid);
 
         let mut tried = Vec::new();
-        for (origin, config) in ways {
+        for (origin, config) in candidates {
             let outcome = match config {
                 Ok(config) => probe(number, &origin, config, &self.clock).await,
                 Err(reason) => Err(reason),
@@ -257,35 +261,35 @@ impl Access {
         Err(NoServer(tried))
     }
 
-    /// Every way in order of preference. Files are read anew each time: kubeconfigs are replaced,
-    /// service accounts appear.
-    async fn ways(&self) -> Vec<(Origin, Result<Config, String>)> {
+    /// All candidates in order of preference. Files are read again on each call, because kubeconfigs
+    /// are replaced and service accounts appear.
+    async fn candidates(&self) -> Vec<(Origin, Result<Config, String>)> {
         let sources = &self.sources;
         let account = self
             .service_account("https://service-account.invalid")
             .await;
-        let mut ways = Vec::new();
+        let mut candidates = Vec::new();
         let mut of_kubeconfig = None;
 
         if let Some(path) = &sources.kubeconfig {
             let config = from_kubeconfig(path, sources.master.as_deref()).await;
             of_kubeconfig = config.clone().ok();
-            ways.push((Origin::Kubeconfig(path.clone()), config));
+            candidates.push((Origin::Kubeconfig(path.clone()), config));
         } else if let Some(url) = &sources.master {
             let config = match &account {
-                // A plain port is `kubectl proxy`: it needs no token, and shall not see one.
+                // A plain HTTP port is `kubectl proxy`: it needs no token and must not receive one.
                 _ if url.starts_with("http://") => Some(
                     url.parse()
                         .map(Config::new)
-                        .map_err(|e| format!("{url:?} is no URL: {e}")),
+                        .map_err(|e| format!("{url:?} is not a URL: {e}")),
                 ),
                 Some(account) => Some(at(account, url)),
                 None => None,
             };
-            ways.extend(config.map(|config| (Origin::Master(url.clone()), config)));
+            candidates.extend(config.map(|config| (Origin::Master(url.clone()), config)));
         }
 
-        // Whoever listens there must show a certificate of the cluster's CA before it sees a token.
+        // A listener must present a certificate of the cluster's CA before it receives a token.
         let credentials = account.as_ref().or_else(|| {
             of_kubeconfig
                 .as_ref()
@@ -299,16 +303,16 @@ impl Access {
                 config.tls_server_name = Some(SERVER_NAME.to_owned());
                 config
             });
-            ways.push((Origin::Local(*addr), config));
+            candidates.push((Origin::Local(*addr), config));
         }
 
         if let (Some(account), Some(url)) = (&account, &sources.service) {
-            ways.push((Origin::Service(url.clone()), at(account, url)));
+            candidates.push((Origin::Service(url.clone()), at(account, url)));
         }
-        ways
+        candidates
     }
 
-    /// The service account's credentials; both files are read again while the agent runs, because
+    /// The service account's credentials. Both files are read again while the agent runs, because
     /// tokens expire within the hour and CAs are rotated.
     async fn service_account(&self, url: &str) -> Option<Config> {
         let directory = &self.sources.service_account;
@@ -355,10 +359,12 @@ impl Access {
     }
 }
 
-/// The same credentials at another server.
+/// The same credentials for another server.
 fn at(config: &Config, url: &str) -> Result<Config, String> {
     let mut config = config.clone();
-    config.cluster_url = url.parse().map_err(|e| format!("{url:?} is no URL: {e}"))?;
+    config.cluster_url = url
+        .parse()
+        .map_err(|e| format!("{url:?} is not a URL: {e}"))?;
     Ok(config)
 }
 
@@ -370,7 +376,7 @@ async fn from_kubeconfig(path: &Path, master: Option<&str>) -> Result<Config, St
         .any(|cluster| cluster.proxy_url.is_some());
     let mut config = kubeconfig::choose(kubeconfig).await?;
     if !names_proxy {
-        // A proxy in the environment is for the way out of the cluster.
+        // A proxy from the environment is for destinations outside the cluster.
         config.proxy_url = None;
     }
     master.map_or(Ok(config.clone()), |url| at(&config, url))
@@ -400,15 +406,15 @@ async fn probe(
     config.connect_timeout = Some(CONNECT);
     config.read_timeout = Some(SILENCE);
     config.write_timeout = Some(SILENCE);
-    // The time a connection waits in the pool is not the server's silence.
+    // The time a connection waits in the pool does not count as the server's silence.
     config.reset_reader_on_write = true;
-    // Retries are decided where it is known what the request is worth.
+    // The caller decides about retries, by the kind of request.
     config.default_retry = false;
 
     let host = config.cluster_url.host().unwrap_or_default().to_owned();
     let client = client(config, clock.clone()).map_err(|e| chain(&e))?;
     match tokio::time::timeout(PROBE, call::call(&client, call::get("/version"))).await {
-        // 403 comes from a server that knows us and guards even its version.
+        // 403 comes from a server that knows the agent and restricts even `/version`.
         Ok(Ok(_) | Err(Failure::Forbidden(_))) => Ok(Connection {
             number,
             origin: origin.clone(),
@@ -420,8 +426,8 @@ async fn probe(
     }
 }
 
-/// kube's client, but for the probes on its connections, which kube has no setting for, and the server's
-/// time.
+/// kube's client with two additions that kube has no setting for: TCP keepalive on its connections, and
+/// the server's time.
 fn client(config: Config, clock: ServerClock) -> kube::Result<Client> {
     if config.proxy_url.is_some() {
         return Client::try_from(config);

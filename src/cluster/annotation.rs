@@ -1,7 +1,7 @@
-//! The annotations on Nodes: their names, and the text forms of what they hold, read and written.
+//! The annotations on Nodes: their names, and parsers and formatters of their values.
 //!
-//! The forms are Kilo's, so that its agents and tools understand what is published.
-//! Nothing here knows a Node as a whole; [`super::node`] decides what a bad value costs.
+//! The text forms are Kilo's, so that its agents and tools understand the published values.
+//! [`super::node`] decides what a malformed value means for the Node.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -23,33 +23,33 @@ pub const FORCE_INTERNAL_IP: &str = "kilo.squat.ai/force-internal-ip";
 pub const INTERNAL_IP: &str = "kilo.squat.ai/internal-ip";
 /// The WireGuard public key, published by the node's agent.
 pub const KEY: &str = "kilo.squat.ai/key";
-/// Unix seconds of the agent's last sign of life; only Kilo's algorithm reads it.
+/// The agent's heartbeat in Unix seconds; only Kilo's algorithm reads it.
 pub const LAST_SEEN: &str = "kilo.squat.ai/last-seen";
 /// The WireGuard address with the mesh's prefix length; empty for none.
 pub const WIREGUARD_IP: &str = "kilo.squat.ai/wireguard-ip";
-/// Where the node's agent saw its peers.
+/// The endpoints at which the node's agent observed its peers.
 pub const DISCOVERED_ENDPOINTS: &str = "kilo.squat.ai/discovered-endpoints";
 /// The agent's granularity.
 pub const GRANULARITY: &str = "kilo.squat.ai/granularity";
 /// Kilo's Cilium mode only; published empty.
 pub const CNI_COMPATIBILITY_IP: &str = "kilo.squat.ai/cni-compatibility-ip";
-/// The operator's wish that the node lead its region; presence counts, not the value.
+/// The operator's request that the node lead its region; presence counts, not the value.
 pub const LEADER: &str = "kilo.squat.ai/leader";
 /// The operator's region; wins over the topology label, even when empty.
 pub const LOCATION: &str = "kilo.squat.ai/location";
 /// Seconds between keepalives that the node sends to every peer.
 pub const PERSISTENT_KEEPALIVE: &str = "kilo.squat.ai/persistent-keepalive";
-/// Further prefixes that are reached through the node's region.
+/// Additional prefixes that are reached through the node's region.
 pub const ALLOWED_LOCATION_IPS: &str = "kilo.squat.ai/allowed-location-ips";
-/// The mark of this product's agents: their version, and beside Kilo's the time of [`LAST_SEEN`].
+/// The mark of this product's agents: their version and, next to Kilo's agents, the time of [`LAST_SEEN`].
 pub const AGENT: &str = "selvedge.dev/agent";
-/// Since when the node has claimed what it claims, in the form of [`super::since`].
+/// Since when the node has held each of its claims, in the form of [`super::since`].
 pub const SINCE: &str = "selvedge.dev/since";
 
-/// The addresses at which the node's agent offers its tunnel, beside [`ENDPOINT`].
+/// The candidate endpoints of the node's tunnel, in addition to [`ENDPOINT`].
 pub const CANDIDATES: &str = "selvedge.dev/candidates";
 
-/// What an agent writes on its own Node, and what clean-up removes. Never one of the operator's.
+/// The annotations that an agent writes on its own Node, and that clean-up removes. None is the operator's.
 pub const PUBLISHED: [&str; 11] = [
     AGENT,
     CANDIDATES,
@@ -66,17 +66,17 @@ pub const PUBLISHED: [&str; 11] = [
 
 /// Allowed location IPs beyond this many are refused: they become routes on every node.
 pub const MAX_ALLOWED_LOCATION_IPS: usize = 256;
-/// A longer list of discovered endpoints than any mesh of leaders needs is not read at all.
+/// A list of more discovered endpoints than this, more than any mesh has leaders, is refused whole.
 pub const MAX_DISCOVERED_ENDPOINTS: usize = 4096;
 /// Candidates of one node beyond this many are refused: each is sent a handshake by every leader.
 pub const MAX_CANDIDATES: usize = 8;
-/// Longest name of a region in characters: what a label's value may have.
+/// Longest name of a region in characters: the limit of a label's value.
 const MAX_REGION: usize = 63;
 
-/// Between the version and the time in [`AGENT`].
+/// Separates the version and the time in [`AGENT`].
 const SEEN: &str = " last-seen=";
 
-/// Writes [`AGENT`], with the time that goes into [`LAST_SEEN`] at once with it, if any.
+/// Formats [`AGENT`], with the time written to [`LAST_SEEN`] in the same patch, if any.
 pub fn format_agent(last_seen: Option<i64>) -> String {
     let version = env!("CARGO_PKG_VERSION");
     match last_seen {
@@ -85,16 +85,16 @@ pub fn format_agent(last_seen: Option<i64>) -> String {
     }
 }
 
-/// Whether an agent of ours is the last that wrote on a Node with this [`AGENT`] and [`LAST_SEEN`].
+/// Whether an agent of this product was the last to write on a Node with this [`AGENT`] and [`LAST_SEEN`].
 ///
-/// A real `kg` that follows an agent which could not clean up knows nothing of the mark and leaves it.
-/// But it tells the time, which ours do only beside a `kg`, and then the mark tells the same.
+/// A real `kg` that follows an agent without clean-up ignores the mark and leaves it. But `kg` writes the
+/// time. Agents of this product write it only next to a `kg`, and then the mark holds the same time.
 pub fn is_ours(mark: Option<&str>, last_seen: Option<i64>) -> bool {
-    let told = |mark: &str| mark.split_once(SEEN)?.1.parse::<i64>().ok();
-    mark.is_some_and(|mark| last_seen.is_none() || last_seen == told(mark))
+    let time_of = |mark: &str| mark.split_once(SEEN)?.1.parse::<i64>().ok();
+    mark.is_some_and(|mark| last_seen.is_none() || last_seen == time_of(mark))
 }
 
-/// Why a text does not have the form it should: a clause that follows "is refused:".
+/// Why a text is malformed: a clause that follows "is refused:".
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("{0}")]
 pub struct Malformed(pub &'static str);
@@ -107,7 +107,7 @@ pub fn endpoint(text: &str) -> Result<Endpoint, Malformed> {
     endpoint_of(host, parse_port(port)?)
 }
 
-/// Joins a host, as [`endpoint`] takes it, and a port that is known to be valid.
+/// Joins a host, in the form of [`endpoint`], and a valid port.
 pub(super) fn endpoint_of(host: &str, port: u16) -> Result<Endpoint, Malformed> {
     if let Some(inner) = host.strip_prefix('[') {
         let inner = inner
@@ -133,7 +133,7 @@ pub(super) fn endpoint_of(host: &str, port: u16) -> Result<Endpoint, Malformed> 
     })
 }
 
-/// Writes an endpoint as [`endpoint`] reads it.
+/// Formats an endpoint as [`endpoint`] reads it.
 pub fn format_endpoint(endpoint: &Endpoint) -> String {
     match endpoint {
         Endpoint::Addr(addr) => addr.to_string(),
@@ -156,7 +156,7 @@ fn parse_port(text: &str) -> Result<u16, Malformed> {
 pub fn address(text: &str) -> Result<IpAddr, Malformed> {
     if text.contains('%') {
         return Err(Malformed(
-            "an address with a zone means something on one host only",
+            "an address with a zone is valid on one host only",
         ));
     }
     let ip = IpAddr::from_str(text).map_err(|_| Malformed("this is not an IP address"))?;
@@ -257,7 +257,7 @@ pub fn prefix(text: &str) -> Result<IpNet, Malformed> {
     let net = IpNet::from_str(text)
         .map_err(|_| Malformed("write a prefix with its length, as in 10.6.0.0/24"))?
         .trunc();
-    // The shortest prefixes that anybody is given: an IPv4 /8, an IPv6 /16.
+    // The shortest prefixes that are ever assigned: an IPv4 /8, an IPv6 /16.
     let shortest = if net.addr().is_ipv4() { 8 } else { 16 };
     if net.prefix_len() < shortest {
         return Err(Malformed("the prefix is too wide to belong to one place"));
@@ -308,8 +308,8 @@ pub const fn format_granularity(granularity: Granularity) -> &'static str {
     }
 }
 
-/// Reads `candidates`: at most [`MAX_CANDIDATES`] addresses with ports and commas between them; empty means
-/// none. A name is not among them: only what was found on the node is.
+/// Reads `candidates`: at most [`MAX_CANDIDATES`] comma-separated addresses with ports; empty means none.
+/// Names are refused: candidates are addresses found on the node.
 pub fn candidates(text: &str) -> Result<Vec<SocketAddr>, Malformed> {
     let mut read = Vec::new();
     for item in text
@@ -347,12 +347,12 @@ struct UdpAddr {
     zone: String,
 }
 
-/// What `discovered-endpoints` holds, and how many of its entries make no sense.
+/// The value of `discovered-endpoints`, and the number of its malformed entries.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Discovered {
-    /// The entries that could be read.
+    /// The valid entries.
     pub endpoints: BTreeMap<PublicKey, SocketAddr>,
-    /// How many could not.
+    /// The number of malformed entries.
     pub skipped: usize,
 }
 
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_that_no_node_can_have_are_refused() {
+    fn malformed_and_unroutable_endpoints_are_refused() {
         let label = format!("{}.example:1", "a".repeat(64));
         let name = format!("{}com:1", "abcdefghi.".repeat(26));
         for text in [
@@ -582,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_entry_of_discovered_endpoints_costs_that_entry() {
+    fn a_malformed_entry_of_discovered_endpoints_is_skipped() {
         let read = discovered(
             r#"{"jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w=":{"IP":"198.51.100.7","Port":24276,"Zone":""},
                 "short":{"IP":"198.51.100.7","Port":1,"Zone":""},
@@ -594,7 +594,7 @@ mod tests {
     }
 
     #[test]
-    fn discovered_endpoints_that_are_no_object_are_refused() {
+    fn discovered_endpoints_other_than_an_object_are_refused() {
         assert_eq!(discovered(""), Ok(Discovered::default()));
         assert_eq!(discovered("null"), Ok(Discovered::default()));
         assert_eq!(discovered("{}"), Ok(Discovered::default()));

@@ -1,29 +1,29 @@
-//! How often the API server is asked: back-off after failures, and a budget for what costs much.
+//! Limits of requests to the API server: back-off after failures, and a budget for expensive requests.
 //!
-//! Every pause is jittered, or a thousand agents that lost the same server would return together.
+//! Every pause is jittered. Otherwise a thousand agents that lost the same server would return together.
 
 use std::time::Duration;
 
 use rand::Rng as _;
 use tokio::time::Instant;
 
-/// How long things may take before something is done about them.
+/// The timeouts and intervals of requests to the API.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Timeouts {
-    /// Nothing is heard for this long on a watch: the connection is half-open. API servers send a
-    /// bookmark every minute.
+    /// A watch without data for this long has a half-open connection. API servers send a bookmark
+    /// every minute.
     pub silence: Duration,
-    /// The objects of a streamed list may take this long. Servers before Kubernetes 1.27 do not know
-    /// the request and never say that the list is complete.
+    /// Longest wait for the objects of a streamed list. Servers before Kubernetes 1.27 do not know
+    /// the request and never mark the list as complete.
     pub streamed_list: Duration,
-    /// A list of suspicious size is asked for again after this long.
+    /// Pause before a list of suspicious size is requested again.
     pub second_look: Duration,
-    /// A resource that is not there is asked for again after this long.
+    /// Pause before an absent resource is requested again.
     pub absent: Duration,
-    /// Lists beyond the first few are this far apart.
+    /// Interval between lists after the first few.
     pub between_lists: Duration,
-    /// The one agent that looks for the admission policies begins this long after its start, past the
-    /// rush in which all agents of a cluster start, and looks again after ten times as long.
+    /// The agent that checks the admission policies starts this long after its own start, when the rush
+    /// of all agents' starts is over. It checks again after ten times as long.
     pub policies: Duration,
 }
 
@@ -40,7 +40,7 @@ impl Default for Timeouts {
     }
 }
 
-/// Pauses that double from 0.8 s on, each between half and all of its length.
+/// Exponential back-off: pauses double from 0.8 s, each jittered to between half and all of its length.
 #[derive(Debug)]
 pub(super) struct Backoff {
     longest: Duration,
@@ -50,7 +50,7 @@ pub(super) struct Backoff {
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(800);
 
-    /// Pauses that grow up to `longest`.
+    /// A back-off whose pauses grow up to `longest`.
     pub(super) const fn up_to(longest: Duration) -> Self {
         Self {
             longest,
@@ -58,7 +58,7 @@ impl Backoff {
         }
     }
 
-    /// The pause after one more failure; at least what the server asked for.
+    /// The pause after one more failure; at least `asked`, the server's `Retry-After`.
     pub(super) fn pause(&mut self, asked: Option<Duration>) -> Duration {
         let doubled = Self::FIRST.saturating_mul(1 << self.failures.min(10));
         self.failures = self.failures.saturating_add(1);
@@ -71,23 +71,23 @@ impl Backoff {
         self.failures
     }
 
-    /// Begins again at the shortest pause.
+    /// Starts again at the shortest pause.
     pub(super) const fn reset(&mut self) {
         self.failures = 0;
     }
 }
 
-/// Between half and all of `duration`.
+/// A random duration between half and all of `duration`.
 pub(super) fn jitter(duration: Duration) -> Duration {
     duration.mul_f64(rand::rng().random_range(0.5..=1.0))
 }
 
-/// A budget that fills up by one each `interval` up to `capacity`.
+/// A token bucket: gains one token per `interval`, up to `capacity`.
 #[derive(Debug)]
 pub(super) struct Budget {
     capacity: u32,
     interval: Duration,
-    /// When the budget was, or will be, full.
+    /// When the budget was or will be full; `None` before the first use.
     full_at: Option<Instant>,
 }
 
@@ -101,11 +101,11 @@ impl Budget {
         }
     }
 
-    /// Takes one, and says how long to wait until it was there to be taken.
+    /// Takes one token; returns how long to wait until it is available.
     pub(super) fn take(&mut self, now: Instant) -> Duration {
         let full_at = self.full_at.map_or(now, |at| at.max(now));
-        // With everything taken the budget is full again after capacity × interval; what exceeds
-        // that is a debt to wait for.
+        // An empty budget is full again after capacity × interval; any excess
+        // over that is the wait.
         let debt = (full_at + self.interval)
             .saturating_duration_since(now + self.interval * self.capacity);
         self.full_at = Some(full_at + self.interval);
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_grow_to_half_a_minute_and_begin_again_after_success() {
+    fn pauses_grow_to_half_a_minute_and_start_again_after_success() {
         let mut backoff = Backoff::up_to(Duration::from_secs(30));
         let pauses: Vec<_> = (0..20).map(|_| backoff.pause(None)).collect();
         assert!(pauses[0] <= Duration::from_millis(800), "{pauses:?}");
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn no_pause_is_shorter_than_the_server_asks() {
+    fn no_pause_is_shorter_than_retry_after() {
         let mut backoff = Backoff::up_to(Duration::from_secs(30));
         for _ in 0..20 {
             let pause = backoff.pause(Some(Duration::from_secs(7)));

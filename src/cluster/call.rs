@@ -1,5 +1,5 @@
-//! One request to the API server: with a deadline, an answer of bounded size, and errors sorted by
-//! what can be done about them.
+//! One request to the API server: with a timeout, a response of bounded size, and errors classified by
+//! how to handle them.
 
 use std::error::Error as StdError;
 use std::time::Duration;
@@ -11,22 +11,22 @@ use kube::Client;
 use kube::client::Body;
 use serde::Deserialize;
 
-/// Longest wait for an answer's head, and between two pieces of its body. A server under load sheds
-/// requests after a minute, so what takes longer is lost.
-const ANSWER: Duration = Duration::from_secs(30);
-/// Largest answer that is read whole. A page of a hundred Nodes is some two megabytes.
-const MAX_ANSWER: usize = 64 << 20;
-/// Longest pause a server can ask for; a proxy's maintenance page must not silence an agent for a day.
+/// Longest wait for a response's head, and between two pieces of its body. A server under load sheds
+/// requests after a minute, so a slower response is lost.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// Largest response body that is read. A page of a hundred Nodes is some two megabytes.
+const MAX_BODY: usize = 64 << 20;
+/// Longest `Retry-After` that is honoured; a proxy's maintenance page must not stop an agent for a day.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(600);
 
-/// What came of a request instead of the answer.
+/// Why a request failed.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub(super) enum Failure {
-    /// No connection, or it broke.
+    /// No connection, or a broken one.
     #[error("{0}")]
     Unreachable(String),
-    /// A connection on which nothing comes.
-    #[error("nothing was heard for {} s", .0.as_secs())]
+    /// A connection without data.
+    #[error("no data for {} s", .0.as_secs())]
     Silent(Duration),
     /// 401.
     #[error("the server does not accept the token or certificate")]
@@ -37,10 +37,10 @@ pub(super) enum Failure {
     /// 404.
     #[error("there is no such object or resource")]
     Absent,
-    /// 410: the resource version is not kept any more.
-    #[error("the server does not keep changes since the last one seen")]
+    /// 410: the server no longer keeps this resource version.
+    #[error("the server no longer keeps the requested resource version")]
     Gone,
-    /// 429 and what else passes by waiting, with the pause the server asks for.
+    /// 429 and other temporary errors, with the pause from `Retry-After`.
     #[error("the server cannot answer now ({code})")]
     Busy {
         /// The HTTP status.
@@ -53,15 +53,15 @@ pub(super) enum Failure {
     Refused {
         /// The HTTP status.
         code: u16,
-        /// The server's words, cut.
+        /// The server's message, cut.
         message: String,
     },
-    /// An answer that is not what was asked for.
-    #[error("the answer makes no sense: {0}")]
+    /// A response that cannot be parsed.
+    #[error("the response is malformed: {0}")]
     Unreadable(String),
 }
 
-/// The parts of a `Status` object that are looked at.
+/// The parts of a `Status` object that are read.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Status {
     #[serde(default)]
@@ -80,7 +80,7 @@ struct StatusDetails {
 }
 
 impl Failure {
-    /// Sorts an answer that is no success.
+    /// Classifies an error response.
     pub(super) fn of(status: Status, pause: Option<Duration>) -> Self {
         let asked = status.details.unwrap_or_default().retry_after_seconds;
         let pause = pause
@@ -98,7 +98,7 @@ impl Failure {
     }
 
     fn unreachable(error: &dyn StdError) -> Self {
-        // The cause is what a reader needs: "Connection refused", "invalid peer certificate".
+        // The root cause is the useful part: "Connection refused", "invalid peer certificate".
         let mut cause = error;
         while let Some(source) = cause.source() {
             cause = source;
@@ -106,7 +106,7 @@ impl Failure {
         Self::Unreachable(crate::text::message(&cause.to_string()))
     }
 
-    /// The pause that the server asks for.
+    /// The pause from `Retry-After`.
     pub(super) const fn pause(&self) -> Option<Duration> {
         if let Self::Busy { pause, .. } = self {
             *pause
@@ -115,7 +115,7 @@ impl Failure {
         }
     }
 
-    /// Whether another server, or another connection to the same, may do better.
+    /// Whether another server, or a new connection to this one, may succeed.
     pub(super) const fn is_of_connection(&self) -> bool {
         matches!(self, Self::Unreachable(_) | Self::Silent(_))
     }
@@ -126,7 +126,7 @@ pub(super) fn get(path_and_query: &str) -> Request<Body> {
     let request = Request::get(path_and_query).header(header::ACCEPT, "application/json");
     request
         .body(Body::empty())
-        .expect("paths are made of constants and names that the API server gave")
+        .expect("paths consist of constants and of names from the API server")
 }
 
 /// Makes a request that carries JSON of the media type `content_type`.
@@ -143,16 +143,16 @@ pub(super) fn send_json(
         .header(header::CONTENT_TYPE, content_type);
     request
         .body(Body::from(json.to_string().into_bytes()))
-        .expect("paths are made of constants and names that the API server gave")
+        .expect("paths consist of constants and of names from the API server")
 }
 
-/// Sends a request and reads the head of the answer; what is no success becomes a [`Failure`].
+/// Sends a request and reads the head of the response; an error status becomes a [`Failure`].
 pub(super) async fn open(
     client: &Client,
     request: Request<Body>,
 ) -> Result<Response<Body>, Failure> {
-    let response = match tokio::time::timeout(ANSWER, client.send(request)).await {
-        Err(_) => return Err(Failure::Silent(ANSWER)),
+    let response = match tokio::time::timeout(TIMEOUT, client.send(request)).await {
+        Err(_) => return Err(Failure::Silent(TIMEOUT)),
         Ok(Err(error)) => return Err(Failure::unreachable(&error)),
         Ok(Ok(response)) => response,
     };
@@ -162,7 +162,7 @@ pub(super) async fn open(
 
     let code = response.status().as_u16();
     let pause = retry_after(&response);
-    let body = read(response, MAX_ANSWER).await.unwrap_or_default();
+    let body = read(response, MAX_BODY).await.unwrap_or_default();
     let mut status: Status = serde_json::from_slice(&body).unwrap_or_else(|_| Status {
         message: String::from_utf8_lossy(&body).into_owned(),
         ..Status::default()
@@ -171,22 +171,22 @@ pub(super) async fn open(
     Err(Failure::of(status, pause))
 }
 
-/// Sends a request and reads the whole answer.
+/// Sends a request and reads the whole response body.
 pub(super) async fn call(client: &Client, request: Request<Body>) -> Result<Vec<u8>, Failure> {
-    read(open(client, request).await?, MAX_ANSWER).await
+    read(open(client, request).await?, MAX_BODY).await
 }
 
-/// The next piece of an answer's body; none at its end.
+/// The next piece of a response's body; `None` at its end.
 pub(super) async fn next_piece(
     body: &mut Body,
-    timeouts: Duration,
+    timeout: Duration,
 ) -> Result<Option<Bytes>, Failure> {
     loop {
-        match tokio::time::timeout(timeouts, body.frame()).await {
-            Err(_) => return Err(Failure::Silent(timeouts)),
+        match tokio::time::timeout(timeout, body.frame()).await {
+            Err(_) => return Err(Failure::Silent(timeout)),
             Ok(None) => return Ok(None),
             Ok(Some(Err(error))) => return Err(Failure::unreachable(&error)),
-            // Trailers carry nothing for us.
+            // Trailers carry nothing of interest.
             Ok(Some(Ok(frame))) => {
                 if let Ok(data) = frame.into_data() {
                     return Ok(Some(data));
@@ -199,7 +199,7 @@ pub(super) async fn next_piece(
 async fn read(response: Response<Body>, limit: usize) -> Result<Vec<u8>, Failure> {
     let mut body = response.into_body();
     let mut answer = Vec::new();
-    while let Some(piece) = next_piece(&mut body, ANSWER).await? {
+    while let Some(piece) = next_piece(&mut body, TIMEOUT).await? {
         if answer.len() + piece.len() > limit {
             return Err(Failure::Unreadable("it is too large".to_owned()));
         }
@@ -208,13 +208,13 @@ async fn read(response: Response<Body>, limit: usize) -> Result<Vec<u8>, Failure
     Ok(answer)
 }
 
-/// `Retry-After` in seconds; the form with a date is not used between API servers and clients.
+/// `Retry-After` in seconds; API servers do not use the form with a date.
 fn retry_after(response: &Response<Body>) -> Option<Duration> {
     let text = response.headers().get(header::RETRY_AFTER)?.to_str().ok()?;
     text.trim().parse().ok().map(Duration::from_secs)
 }
 
-/// Whether the status says that the request itself was understood and refused for its content.
+/// Whether the server understood the request and refused its content.
 pub(super) fn is_invalid(failure: &Failure) -> bool {
     let invalid = [StatusCode::BAD_REQUEST, StatusCode::UNPROCESSABLE_ENTITY];
     matches!(failure, Failure::Refused { code, .. } if invalid.iter().any(|i| i.as_u16() == *code))

@@ -1,7 +1,7 @@
-//! Tells each Peer whether the mesh carries it: the condition `Accepted` of its status.
+//! Writes the condition `Accepted` of each Peer: whether the mesh carries it.
 //!
-//! Written by the one agent that speaks for Peers, and only when it differs from what is there. Without
-//! the right to, or with a definition of the resource that has no status, nothing is written at all.
+//! Only the reporter agent for Peers writes it, and only when it differs from the observed condition.
+//! Without the right to write it, or where the CRD has no status subresource, it writes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -24,24 +24,24 @@ const MERGE: &str = "application/merge-patch+json";
 const ACCEPTED: &str = "Accepted";
 /// The API refuses a longer message.
 const MAX_MESSAGE: usize = 32_768;
-/// How long the watch may take to show what was written.
+/// Longest wait until the watch shows the written condition.
 const OBSERVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What became of a Peer.
+/// The verdict on a Peer.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Verdict {
-    /// Whether all of it is carried.
+    /// Whether the mesh carries the whole Peer.
     accepted: bool,
-    /// In one word of Kubernetes' style.
+    /// One word in Kubernetes' style.
     reason: &'static str,
-    /// What is not carried, and why.
+    /// What the mesh does not carry, and why.
     message: String,
 }
 
-/// What became of the Peers, by name; empty for an agent that does not speak for them.
+/// The verdicts on the Peers, by name; empty for an agent that is not their reporter.
 pub type Verdicts = BTreeMap<String, Verdict>;
 
-/// The condition that a Peer has; none where it has none.
+/// The condition of a Peer.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
 #[serde(default)]
 pub(super) struct Condition {
@@ -54,10 +54,10 @@ pub(super) struct Condition {
     since: String,
 }
 
-/// The conditions that Peers have, by the Peer's name.
+/// The conditions of the Peers, by name; `None` for a Peer without the condition.
 pub(super) type Conditions = BTreeMap<String, Option<Condition>>;
 
-/// Judges the Peers of a view by what is reported of them.
+/// Derives the verdicts on the Peers of a view from its refused values and the notices.
 pub fn verdicts(own: &NodeName, view: &View, notices: &BTreeSet<Notice>) -> Verdicts {
     let of_peers = Object::Peer(String::new());
     if !events::is_reporter(own, &of_peers, &view.snapshot) {
@@ -95,28 +95,28 @@ pub(super) fn read(status: &serde_json::Value) -> Option<Condition> {
     read.find(|condition| condition.kind == ACCEPTED)
 }
 
-/// Writes conditions until nobody judges any more, or until it turns out that they cannot be written.
+/// Writes conditions until the sender of verdicts is dropped, or until the API server forbids it.
 pub(super) async fn run(
     mut connections: watch::Receiver<Option<Connection>>,
     mut verdicts: watch::Receiver<Verdicts>,
-    mut shown: watch::Receiver<Conditions>,
+    mut observed: watch::Receiver<Conditions>,
 ) {
     let mut backoff = backoff::Backoff::up_to(Duration::from_secs(60));
-    // A burst of new Peers; then two a minute, whoever else writes conditions.
+    // Enough for a burst of new Peers; then two a minute, even if another program writes conditions too.
     let mut writes = backoff::Budget::new(20, Duration::from_secs(30));
     let mut sent = Sent::default();
     loop {
         let now = Instant::now();
         let next = {
-            let (verdicts, shown) = (verdicts.borrow_and_update(), shown.borrow_and_update());
-            sent.forget(&shown, now);
-            difference(&verdicts, &shown, &sent)
+            let (verdicts, observed) = (verdicts.borrow_and_update(), observed.borrow_and_update());
+            sent.forget(&observed, now);
+            difference(&verdicts, &observed, &sent)
         };
         let connection = connections.borrow_and_update().clone();
         let (Some((name, verdict, since)), Some(connection)) = (next, connection) else {
             let changed = tokio::select! {
                 changed = verdicts.changed() => changed,
-                changed = shown.changed() => changed,
+                changed = observed.changed() => changed,
                 changed = connections.changed() => changed,
                 () = tokio::time::sleep(OBSERVE_TIMEOUT), if !sent.written.is_empty() => Ok(()),
             };
@@ -137,65 +137,66 @@ pub(super) async fn run(
                 sent.written.insert(name, (verdict, Instant::now()));
             }
             Err(Failure::Forbidden(reason)) => {
-                tracing::info!(%reason, "the agent may not write conditions of Peers");
+                tracing::info!(error = %reason, "writing conditions of Peers refused: check the ClusterRole");
                 return;
             }
-            // The Peer is gone, or Kilo's definition is in place, which has no status.
+            // The Peer was deleted, or the CRD is Kilo's, which has no status subresource.
             Err(Failure::Absent) => {
-                sent.untold.insert(name, verdict);
+                sent.unwritable.insert(name, verdict);
                 tokio::time::sleep(backoff.pause(None)).await;
             }
             Err(failure) => {
-                tracing::debug!(%failure, "a condition could not be written");
+                tracing::debug!(error = %failure, "writing a condition failed");
                 tokio::time::sleep(backoff.pause(failure.pause())).await;
             }
         }
     }
 }
 
-/// What was sent and need not be sent again.
+/// Verdicts that were sent and need not be sent again.
 #[derive(Debug, Default)]
 struct Sent {
-    /// What the watch should show soon.
+    /// Written; the watch should show them soon.
     written: BTreeMap<String, (Verdict, Instant)>,
-    /// What could not be told, because there is nowhere to write it.
-    untold: BTreeMap<String, Verdict>,
+    /// Not written, because the Peer has no status to write to.
+    unwritable: BTreeMap<String, Verdict>,
 }
 
 impl Sent {
-    /// Forgets what the watch has had time to show, and Peers that are gone.
-    fn forget(&mut self, shown: &Conditions, now: Instant) {
+    /// Forgets entries that the watch had time to show, and deleted Peers.
+    fn forget(&mut self, observed: &Conditions, now: Instant) {
         self.written
             .retain(|_, (_, at)| now.saturating_duration_since(*at) < OBSERVE_TIMEOUT);
-        self.untold.retain(|name, _| shown.contains_key(name));
+        self.unwritable
+            .retain(|name, _| observed.contains_key(name));
     }
 
     fn has(&self, name: &str, verdict: &Verdict) -> bool {
         let written = self.written.get(name).map(|(sent, _)| sent);
-        [written, self.untold.get(name)].contains(&Some(verdict))
+        [written, self.unwritable.get(name)].contains(&Some(verdict))
     }
 }
 
-/// The first Peer whose condition is not as it should be, and since when the present one holds if its
-/// status stays.
+/// The first Peer whose observed condition differs from its verdict, with the verdict, and the present
+/// condition's transition time if the status stays.
 fn difference(
     verdicts: &Verdicts,
-    shown: &Conditions,
+    observed: &Conditions,
     sent: &Sent,
 ) -> Option<(String, Verdict, Option<String>)> {
     verdicts.iter().find_map(|(name, verdict)| {
-        let shown = shown.get(name)?.as_ref();
+        let observed = observed.get(name)?.as_ref();
         let status = status(verdict);
-        let same = shown.is_some_and(|shown| {
-            shown.status == status
-                && shown.reason == verdict.reason
-                && shown.message == cut(&verdict.message)
+        let same = observed.is_some_and(|observed| {
+            observed.status == status
+                && observed.reason == verdict.reason
+                && observed.message == cut(&verdict.message)
         });
         if same || sent.has(name, verdict) {
             return None;
         }
-        let since = shown.filter(|shown| shown.status == status);
-        let since = since.map(|shown| shown.since.clone());
+        let since = observed.filter(|observed| observed.status == status);
+        let since = since.map(|observed| observed.since.clone());
         Some((name.clone(), verdict.clone(), since))
     })
 }
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_is_told_all_that_is_wrong_with_it() {
+    fn a_verdict_lists_every_problem_of_the_peer() {
         let mut view = view(&["good", "bad"]);
         let unreadable = Object::Peer("unreadable".into());
         let rejected = Rejected::new(unreadable, "spec.publicKey", "x", "this is no key");
@@ -294,13 +295,13 @@ mod tests {
     }
 
     #[test]
-    fn one_agent_alone_speaks() {
+    fn only_the_reporter_agent_has_verdicts() {
         let other = NodeName("b".into());
         assert!(verdicts(&other, &view(&["good"]), &BTreeSet::new()).is_empty());
     }
 
     #[test]
-    fn what_is_there_already_is_not_written() {
+    fn an_unchanged_condition_is_not_written() {
         let view = view(&["good"]);
         let verdicts = verdicts(&own(), &view, &BTreeSet::new());
         let written = Sent::default();
@@ -311,12 +312,12 @@ mod tests {
         let status = condition(&verdict, None, Timestamp::UNIX_EPOCH);
         let there = [("good".to_owned(), read(&status["status"]))].into();
         assert_eq!(difference(&verdicts, &there, &written), None);
-        // A Peer that is gone meanwhile is nobody's business.
+        // A Peer that was deleted meanwhile gets no condition.
         assert_eq!(difference(&verdicts, &Conditions::new(), &written), None);
     }
 
     #[test]
-    fn a_change_of_the_reason_is_no_transition() {
+    fn a_changed_reason_keeps_the_transition_time() {
         let mut view = view(&["bad"]);
         let first = verdicts(&own(), &view, &[notice("bad", "one")].into());
         let status = condition(&first["bad"], None, Timestamp::UNIX_EPOCH);
@@ -331,25 +332,26 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_has_no_status_is_asked_once_for_each_verdict() {
+    fn a_peer_without_status_gets_one_attempt_per_verdict() {
         let view = view(&["good"]);
         let first = verdicts(&own(), &view, &BTreeSet::new());
         let there: Conditions = [("good".to_owned(), None)].into();
         let (now, mut sent) = (Instant::now(), Sent::default());
-        sent.untold.insert("good".to_owned(), first["good"].clone());
+        sent.unwritable
+            .insert("good".to_owned(), first["good"].clone());
 
         sent.forget(&there, now + 100 * OBSERVE_TIMEOUT);
         assert_eq!(difference(&first, &there, &sent), None);
         let second = verdicts(&own(), &view, &[notice("good", "bad")].into());
         assert!(difference(&second, &there, &sent).is_some());
 
-        // Another object of the name may have one.
+        // A new object of the same name may have one.
         sent.forget(&Conditions::new(), now);
         assert!(difference(&first, &there, &sent).is_some());
     }
 
     #[test]
-    fn strange_conditions_are_none() {
+    fn malformed_conditions_are_ignored() {
         for status in [
             json!(null),
             json!({}),

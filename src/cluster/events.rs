@@ -1,5 +1,5 @@
-//! Tells the operator what is refused or left out: once in the log of every agent, once as an Event
-//! from the one agent that speaks for the object.
+//! Reports to the operator what is refused or left out: once in the log of every agent, and once as
+//! an Event from the one agent that is the reporter of the object.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -17,9 +17,9 @@ use crate::plan::Caveat;
 use crate::text;
 use crate::topology::{Excluded, NodeName, Overlap, Snapshot, Subject};
 
-/// One notice of a field in this time, however often its value changes.
-const QUIET: Duration = Duration::from_secs(600);
-/// Events in flight; more than these say nothing that the first did not.
+/// At most one notice per field in this time, even if its value keeps changing.
+const REPEAT_AFTER: Duration = Duration::from_secs(600);
+/// Most Events in flight; further ones add nothing to the first.
 pub(super) const QUEUE: usize = 64;
 /// The API refuses a longer note (events.k8s.io/v1).
 const MAX_NOTE: usize = 1024;
@@ -30,14 +30,14 @@ const MAX_NAME: usize = 200;
 
 const PATH: &str = "/apis/events.k8s.io/v1/namespaces/default/events?fieldManager=selvedge";
 
-/// Something the operator should know of an object.
+/// Something about an object that the operator should know.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Notice {
     /// The object.
     pub object: Object,
-    /// What of it; notices of one field are rationed together.
+    /// The part of the object; notices of one field share one rate limit.
     pub field: String,
-    /// In one word of Kubernetes' style that begins with `Selvedge`, such as `SelvedgeExcluded`.
+    /// The reason, one word in Kubernetes' style that starts with `Selvedge`, such as `SelvedgeExcluded`.
     pub reason: &'static str,
     /// One sentence, fit for a log.
     pub note: String,
@@ -81,7 +81,7 @@ impl From<&Overlap> for Notice {
 }
 
 impl Notice {
-    /// What the operator should know of the plan of a node, as a notice about that node.
+    /// A caveat of a node's plan, as a notice about that node.
     pub(crate) fn of_caveat(node: &NodeName, caveat: &Caveat) -> Self {
         let (field, reason) = match caveat {
             Caveat::RuleInTheWay(_) => ("routing rules".to_owned(), "SelvedgeRuleInTheWay"),
@@ -107,35 +107,35 @@ impl From<&Subject> for Object {
     }
 }
 
-/// Finds what is new among all that is to be reported. Pure.
+/// Finds the new notices among all current ones. Pure.
 #[derive(Debug, Default)]
 pub(super) struct NoticeFilter {
     current: BTreeSet<Notice>,
-    said: BTreeMap<(Object, String), Instant>,
+    reported: BTreeMap<(Object, String), Instant>,
 }
 
 impl NoticeFilter {
-    /// The notices to make now that `all` of them hold.
-    pub(super) fn news(&mut self, all: BTreeSet<Notice>, now: Instant) -> Vec<Notice> {
-        self.said
-            .retain(|_, at| now.saturating_duration_since(*at) < QUIET);
-        let mut news = Vec::new();
+    /// The notices to report now, given `all` current ones.
+    pub(super) fn new_notices(&mut self, all: BTreeSet<Notice>, now: Instant) -> Vec<Notice> {
+        self.reported
+            .retain(|_, at| now.saturating_duration_since(*at) < REPEAT_AFTER);
+        let mut new = Vec::new();
         for notice in all.difference(&self.current) {
             let key = (notice.object.clone(), notice.field.clone());
-            if let std::collections::btree_map::Entry::Vacant(entry) = self.said.entry(key) {
+            if let std::collections::btree_map::Entry::Vacant(entry) = self.reported.entry(key) {
                 entry.insert(now);
-                news.push(notice.clone());
+                new.push(notice.clone());
             }
         }
         self.current = all;
-        news
+        new
     }
 }
 
-/// Whether the agent of `own` speaks for an object: a thousand agents that all saw the same mistake
-/// shall not all say so.
+/// Whether the agent of `own` is the reporter of an object: of a thousand agents that see the same
+/// mistake, one writes the Event.
 pub(super) fn is_reporter(own: &NodeName, object: &Object, snapshot: &Snapshot) -> bool {
-    let speaks = |name: &NodeName| {
+    let can_report = |name: &NodeName| {
         snapshot
             .nodes
             .get(name)
@@ -143,25 +143,25 @@ pub(super) fn is_reporter(own: &NodeName, object: &Object, snapshot: &Snapshot) 
     };
     let first = || snapshot.nodes.values().find(|node| node.ours && node.ready);
     match object {
-        Object::Node(name) if speaks(name) => own == name,
+        Object::Node(name) if can_report(name) => own == name,
         Object::Node(_) | Object::Peer(_) => first().is_some_and(|node| node.name == *own),
     }
 }
 
-/// A notice on its way to the API.
+/// A notice to be written to the API as an Event.
 #[derive(Debug)]
 pub(super) struct PendingEvent {
     pub(super) notice: Notice,
     pub(super) uid: String,
 }
 
-/// Writes Events. What cannot be written is dropped: the log has it.
+/// Writes Events. An Event that cannot be written is dropped: the log holds its notice.
 pub(super) async fn run(
     own: NodeName,
     connections: watch::Receiver<Option<Connection>>,
     mut pending_events: mpsc::Receiver<PendingEvent>,
 ) {
-    let mut may = true;
+    let mut allowed = true;
     while let Some(pending) = pending_events.recv().await {
         let Some(connection) = connections.borrow().clone() else {
             continue;
@@ -169,14 +169,12 @@ pub(super) async fn run(
         let body = event(&own, &pending, Timestamp::now(), rand::random());
         let request = call::send_json(Method::POST, PATH, "application/json", &body);
         match call::call(&connection.client, request).await {
-            Ok(_) => may = true,
-            Err(Failure::Forbidden(_)) if may => {
-                may = false;
-                tracing::info!(
-                    "the agent may not write Events: its log alone tells what is refused"
-                );
+            Ok(_) => allowed = true,
+            Err(Failure::Forbidden(_)) if allowed => {
+                allowed = false;
+                tracing::info!("writing Events refused: notices stand in the log only");
             }
-            Err(failure) => tracing::debug!(%failure, "an Event could not be written"),
+            Err(failure) => tracing::debug!(error = %failure, "writing an Event failed"),
         }
     }
 }
@@ -188,10 +186,10 @@ fn event(
     random: u64,
 ) -> serde_json::Value {
     let PendingEvent { notice, uid } = pending;
-    // The admission policy selvedge-events lets no other reason through.
+    // The admission policy selvedge-events admits no other reason.
     debug_assert!(notice.reason.starts_with("Selvedge"), "{}", notice.reason);
     let (kind, api_version, name, uid) = match &notice.object {
-        // As the kubelet does: `kubectl describe node` looks for Events by the name.
+        // As the kubelet does: `kubectl describe node` finds Events by the Node's name.
         Object::Node(NodeName(name)) => ("Node", "v1", name, name),
         Object::Peer(name) => ("Peer", peer::API_VERSION, name, uid),
     };
@@ -211,7 +209,7 @@ fn event(
     })
 }
 
-/// The beginning of a text that has at most `limit` bytes.
+/// The longest prefix of a text with at most `limit` bytes.
 pub(super) fn cut(text: &str, limit: usize) -> &str {
     let ends = |at: &usize| text.is_char_boundary(*at);
     let end = (0..=limit.min(text.len())).rev().find(ends).unwrap_or(0);
@@ -232,14 +230,14 @@ mod tests {
     }
 
     #[test]
-    fn what_stays_is_said_once() {
+    fn a_lasting_notice_is_reported_once() {
         let mut notice_filter = NoticeFilter::default();
         let now = Instant::now();
         let all = BTreeSet::from([notice("a1", "key", "x")]);
-        assert_eq!(notice_filter.news(all.clone(), now).len(), 1);
+        assert_eq!(notice_filter.new_notices(all.clone(), now).len(), 1);
         for minutes in 1..100 {
             let later = now + Duration::from_secs(60 * minutes);
-            assert_eq!(notice_filter.news(all.clone(), later), []);
+            assert_eq!(notice_filter.new_notices(all.clone(), later), []);
         }
     }
 
@@ -247,30 +245,30 @@ mod tests {
     fn a_field_that_keeps_changing_is_reported_once_in_ten_minutes() {
         let mut notice_filter = NoticeFilter::default();
         let now = Instant::now();
-        let said: usize = (0..1200)
+        let reported: usize = (0..1200)
             .map(|second| {
                 let all = BTreeSet::from([notice("a1", "key", &second.to_string())]);
                 notice_filter
-                    .news(all, now + Duration::from_secs(second))
+                    .new_notices(all, now + Duration::from_secs(second))
                     .len()
             })
             .sum();
-        assert_eq!(said, 2);
+        assert_eq!(reported, 2);
     }
 
     #[test]
-    fn fields_do_not_silence_each_other() {
+    fn fields_have_separate_rate_limits() {
         let mut notice_filter = NoticeFilter::default();
         let all = BTreeSet::from([
             notice("a1", "key", "x"),
             notice("a1", "endpoint", "x"),
             notice("a2", "key", "x"),
         ]);
-        assert_eq!(notice_filter.news(all, Instant::now()).len(), 3);
+        assert_eq!(notice_filter.new_notices(all, Instant::now()).len(), 3);
     }
 
     #[test]
-    fn a_note_that_turns_text_around_is_escaped() {
+    fn a_note_with_bidirectional_marks_is_escaped() {
         let pending = PendingEvent {
             notice: notice("a1", "key", "n\u{202e}d"),
             uid: String::new(),

@@ -1,7 +1,7 @@
-//! Reads kubeconfigs, and says in one clause what is wrong with one.
+//! Reads kubeconfigs, and describes an error in one clause.
 //!
-//! The parser's own messages quote the lines around a mistake, and in a kubeconfig there are tokens and
-//! keys on those lines.
+//! The parser's own messages quote the lines around a mistake, and in a kubeconfig those lines may hold
+//! tokens and keys.
 
 use std::error::Error as _;
 use std::path::Path;
@@ -12,17 +12,17 @@ use kube::config::{InferConfigError, KubeConfigOptions, Kubeconfig, KubeconfigEr
 ///
 /// # Errors
 ///
-/// A clause that names no secret.
+/// A clause without secrets.
 pub(super) fn read(path: &Path) -> Result<Kubeconfig, String> {
     Kubeconfig::read_from(path).map_err(|error| explain(&error))
 }
 
-/// Reads a file, else what `kubectl` reads: the files of `KUBECONFIG` taken together, else
-/// `~/.kube/config`; and takes a context by its name, else the current one.
+/// Reads a file; without a path, what `kubectl` reads: the merged files of `KUBECONFIG`, or
+/// `~/.kube/config`. Uses the named context, or the current one.
 ///
 /// # Errors
 ///
-/// A clause that names no secret.
+/// A clause without secrets.
 pub(crate) async fn load(
     path: Option<&Path>,
     context: Option<&str>,
@@ -40,11 +40,11 @@ pub(crate) async fn load(
         .map_err(|error| explain(&error))
 }
 
-/// Takes the current context.
+/// Uses the current context.
 ///
 /// # Errors
 ///
-/// A clause that names no secret.
+/// A clause without secrets.
 pub(super) async fn choose(kubeconfig: Kubeconfig) -> Result<kube::Config, String> {
     let options = KubeConfigOptions::default();
     kube::Config::from_custom_kubeconfig(kubeconfig, &options)
@@ -52,9 +52,9 @@ pub(super) async fn choose(kubeconfig: Kubeconfig) -> Result<kube::Config, Strin
         .map_err(|error| explain(&error))
 }
 
-/// What is wrong with the kubeconfig where `kubectl` would look for one; none where there is no such
+/// The error in the kubeconfig that `kubectl` would read by default; `None` where there is no such
 /// file.
-pub(crate) fn explain_usual(error: &InferConfigError) -> Option<String> {
+pub(crate) fn explain_default(error: &InferConfigError) -> Option<String> {
     let error: &KubeconfigError = error.source()?.downcast_ref()?;
     let is_missing = matches!(error, KubeconfigError::FindPath)
         || matches!(error, KubeconfigError::ReadConfig(error, _) if error.kind() == std::io::ErrorKind::NotFound);
@@ -63,17 +63,17 @@ pub(crate) fn explain_usual(error: &InferConfigError) -> Option<String> {
 
 #[expect(
     clippy::wildcard_enum_match_arm,
-    reason = "the others are about one field and quote nothing"
+    reason = "the other errors concern one field and quote nothing"
 )]
 fn explain(error: &KubeconfigError) -> String {
     match error {
         KubeconfigError::Parse(error) => match error.location() {
             Some(at) => format!(
-                "it cannot be understood at line {}, column {}",
+                "it cannot be parsed at line {}, column {}",
                 at.line(),
                 at.column()
             ),
-            None => "it is no kubeconfig".to_owned(),
+            None => "it is not a kubeconfig".to_owned(),
         },
         KubeconfigError::ReadConfig(error, _) => error.to_string(),
         KubeconfigError::CurrentContextNotSet => {
@@ -82,7 +82,7 @@ fn explain(error: &KubeconfigError) -> String {
         KubeconfigError::LoadContext(name) => format!("it has no context {name:?}"),
         KubeconfigError::LoadClusterOfContext(name) => format!("it has no cluster {name:?}"),
         KubeconfigError::MissingClusterUrl => "its cluster has no server".to_owned(),
-        KubeconfigError::ParseClusterUrl(error) => format!("its server is no URL: {error}"),
+        KubeconfigError::ParseClusterUrl(error) => format!("its server is not a URL: {error}"),
         other => super::access::chain(other),
     }
 }
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_mistake_is_told_without_what_stands_beside_it() {
+    async fn an_error_message_quotes_no_neighbouring_line() {
         for (text, expected) in [
             (
                 "users:\n- name: a\n  user: {token: hidden, client-key-data: [x]}\n",
@@ -116,7 +116,7 @@ mod tests {
             ),
             (
                 "current-context: x\ncontexts:\n- name: x\n  context: {cluster: c, user: a}\nclusters:\n- name: c\n  cluster: {server: '::'}\nusers:\n- name: a\n  user: {token: hidden}\n",
-                "no URL",
+                "not a URL",
             ),
             (
                 "current-context: x\ncontexts:\n- name: x\n  context: {cluster: c, user: a}\nclusters:\n- name: c\n  cluster: {server: 'https://127.0.0.1:1', certificate-authority-data: 'hidden!'}\nusers:\n- name: a\n  user: {token: hidden}\n",

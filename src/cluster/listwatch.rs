@@ -1,9 +1,9 @@
-//! Keeps in step with one collection of the API: a list, then a watch from where it ended.
+//! Follows one collection of the API: a list, then a watch from the list's resource version.
 //!
-//! Written out rather than taken from `kube::runtime` because an agent on every node must not be a
-//! burden when things go wrong: a watch that ends as soon as it begins is not repeated at once, 410
-//! to the request itself leads to a new list, `Retry-After` is kept, lists have a budget, a silent
-//! connection is given up, and one object that cannot be decoded costs that object only.
+//! This is not `kube::runtime`, because an agent on every node must not burden a failing API server:
+//! a watch that ends as soon as it starts is not reopened at once, 410 to the request itself leads to
+//! a new list, `Retry-After` is honoured up to a limit, lists have a budget, a silent connection is
+//! closed, and an object that cannot be decoded is skipped alone.
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -23,25 +23,25 @@ use super::access::Connection;
 use super::backoff::{Backoff, Budget, Timeouts, jitter};
 use super::call::{self, Failure, Status};
 
-/// Objects on a page of a list; a hundred Nodes are some two megabytes while they are decoded.
+/// Objects per page of a list; a hundred Nodes take some two megabytes while they are decoded.
 const PAGE: u32 = 100;
-/// The server ends a watch after this many seconds, so that servers share the load again.
+/// The server ends a watch after this many seconds, so that watches spread over the servers again.
 const WATCH_SECONDS: std::ops::RangeInclusive<u32> = 300..=600;
-/// A watch that ended sooner has failed, whatever the reason it gave.
+/// A watch that ended sooner counts as failed, even without an error.
 const SHORT_WATCH: Duration = Duration::from_secs(5);
 /// Longest line of a watch; an object is at most 1.5 MB (etcd's limit) and escapes add to that.
 const MAX_LINE: usize = 4 << 20;
-/// Failures in a row after which another server is looked for.
-const PATIENCE: u32 = 3;
+/// Consecutive failures after which the agent switches to another server.
+const MAX_FAILURES: u32 = 3;
 
-/// What happens to a collection, in the order to apply it.
+/// An event of a collection; to be applied in order.
 #[derive(Debug)]
 pub(super) enum Event<K> {
-    /// A list begins: what was collected of an unfinished one is to be forgotten.
+    /// A list starts: drop the objects of an unfinished one.
     Listing,
     /// An object of the list.
     Listed(K),
-    /// The list is complete and believed: it replaces all that was known.
+    /// The list is complete and trusted: it replaces all known objects.
     Complete,
     /// An object was added or changed.
     Applied(K),
@@ -49,44 +49,44 @@ pub(super) enum Event<K> {
     Deleted(K),
     /// The resource is not served at all: there are no objects of it.
     Absent,
-    /// The resource may not be read: nothing can be said of its objects.
+    /// Reading the resource is forbidden: the state of its objects is unknown.
     Forbidden(String),
-    /// An object could not be decoded and is passed over.
+    /// An object could not be decoded and is skipped.
     Undecodable(String),
 }
 
-/// How a list is asked for.
+/// How a list is requested.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Strategy {
-    /// As the beginning of a watch (Kubernetes 1.34, by default from 1.32): the server holds no
-    /// list in memory, and neither do we.
+    /// As the start of a watch (Kubernetes 1.34, by default from 1.32): the server holds no
+    /// list in memory, and neither does the agent.
     Streamed,
     /// In pages.
     Paged,
 }
 
-/// What is expected of a collection's size.
+/// The expected size of a collection.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Expectation {
-    /// How many objects are known from before, such as from the cache on disk.
+    /// The number of objects known before, for example from the cache on disk.
     pub(super) known: usize,
     /// Whether an empty list is always suspicious.
     pub(super) never_empty: bool,
 }
 
 impl Expectation {
-    /// Whether a list of `count` objects needs a second one to confirm it.
+    /// Whether a list of `count` objects needs a second list to confirm it.
     const fn doubts(self, count: usize) -> bool {
         count * 2 < self.known || (self.never_empty && count == 0)
     }
 }
 
-/// A request to look for another server.
+/// A request to switch to another server.
 #[derive(Clone, Debug)]
 pub(super) struct SwitchRequest {
-    /// The connection it is about.
+    /// The number of the failed connection.
     pub(super) number: u64,
-    /// What went wrong.
+    /// The failure.
     pub(super) failure: Failure,
 }
 
@@ -95,12 +95,12 @@ pub(super) struct ListWatch<K> {
     path: String,
     timeouts: Timeouts,
     strategy: Strategy,
-    /// Where the watch goes on; none until a list is complete.
+    /// The resource version to watch from; `None` until a list is complete.
     version: Option<String>,
     expectation: Expectation,
-    /// Whether the last list was doubted: the next is believed.
+    /// Whether the last list was doubted: the next is trusted.
     doubted: bool,
-    /// How often in a row the resource was not there. Servers that start answer so for a moment.
+    /// Consecutive 404 answers. A starting server gives some too.
     absences: u32,
     lists: Budget,
     backoff: Backoff,
@@ -110,11 +110,11 @@ pub(super) struct ListWatch<K> {
 
 /// How a session with a server ended.
 enum End {
-    /// The watch ended as watches do.
+    /// The server ended the watch.
     Watched,
-    /// The list is to be asked for once more before it is believed.
+    /// The list must be requested once more before it is trusted.
     Doubted,
-    /// The receiver of the events is gone.
+    /// The receiver of the events was dropped.
     Unwanted,
 }
 
@@ -173,7 +173,7 @@ where
             expectation,
             doubted: false,
             absences: 0,
-            // Enough for a start and a stumble.
+            // Enough for a start and one failure.
             lists: Budget::new(3, timeouts.between_lists),
             timeouts,
             backoff: Backoff::up_to(Duration::from_secs(30)),
@@ -182,7 +182,7 @@ where
         }
     }
 
-    /// Follows the collection until nobody wants its events any more.
+    /// Follows the collection until the receiver of its events is dropped.
     pub(super) async fn run(
         mut self,
         mut connections: watch::Receiver<Option<Connection>>,
@@ -208,7 +208,7 @@ where
                     if began.elapsed() >= SHORT_WATCH && failure == Failure::Gone {
                         self.backoff.reset();
                     }
-                    tracing::debug!(path = self.path, %failure, "the watch failed");
+                    tracing::debug!(resource = self.path, error = %failure, "watch failed");
                     match self.pause_after(&failure).await {
                         Some(pause) => {
                             self.request_switch(&connection, failure, &switch_requests);
@@ -218,7 +218,7 @@ where
                     }
                 }
             };
-            // A new connection is worth trying at once.
+            // A new connection is tried at once.
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 changed = connections.changed() => if changed.is_err() { return },
@@ -226,7 +226,7 @@ where
         }
     }
 
-    /// Says what to do about a failure: how long to wait; none when nobody listens any more.
+    /// Handles a failure; returns the pause before the next attempt, or `None` when the receiver is gone.
     async fn pause_after(&mut self, failure: &Failure) -> Option<Duration> {
         match failure {
             Failure::Gone => {
@@ -263,18 +263,18 @@ where
         }
     }
 
-    /// Asks for another server where this one was tried often enough.
+    /// Requests another server if this one failed often enough, or cannot be used.
     fn request_switch(
         &self,
         connection: &Connection,
         failure: Failure,
         switch_requests: &mpsc::Sender<SwitchRequest>,
     ) {
-        let hopeless = failure == Failure::Unauthorized;
-        let tired = failure.is_of_connection() && self.backoff.failures() >= PATIENCE;
-        if hopeless || tired || matches!(failure, Failure::Silent(_)) {
+        let unusable = failure == Failure::Unauthorized;
+        let exhausted = failure.is_of_connection() && self.backoff.failures() >= MAX_FAILURES;
+        if unusable || exhausted || matches!(failure, Failure::Silent(_)) {
             let number = connection.number;
-            // A full queue holds switch_requests of the same kind already.
+            // A full queue holds such requests already.
             let _ = switch_requests.try_send(SwitchRequest { number, failure });
         }
     }
@@ -312,7 +312,11 @@ where
     async fn spend_list(&mut self) {
         let wait = self.lists.take(Instant::now());
         if !wait.is_zero() {
-            tracing::debug!(path = self.path, ?wait, "lists are rationed");
+            tracing::debug!(
+                resource = self.path,
+                wait_seconds = wait.as_secs(),
+                "list rate-limited"
+            );
             tokio::time::sleep(wait + jitter(wait / 4)).await;
         }
     }
@@ -325,7 +329,7 @@ where
         call::open(client, call::get(&uri)).await
     }
 
-    /// Lists in pages. None means that the list is complete and a watch may begin.
+    /// Lists in pages. `None` means that the list is complete and a watch may start.
     async fn list(&mut self, client: &Client) -> Result<Option<End>, Failure> {
         if self.events.send(Event::Listing).await.is_err() {
             return Ok(Some(End::Unwanted));
@@ -350,7 +354,7 @@ where
         }
     }
 
-    /// Ends a list. None means that it is believed.
+    /// Ends a list. `None` means that it is trusted.
     async fn complete(&mut self, count: usize, version: String) -> Result<Option<End>, Failure> {
         if version.is_empty() {
             return Err(Failure::Unreadable(
@@ -359,10 +363,10 @@ where
         }
         if self.expectation.doubts(count) && !self.doubted {
             tracing::warn!(
-                path = self.path,
+                resource = self.path,
                 count,
                 known = self.expectation.known,
-                "the API server's list shrank by more than half; it is asked for again before it is believed"
+                "list shrank by more than half: requested again before use"
             );
             self.doubted = true;
             return Ok(Some(End::Doubted));
@@ -378,7 +382,7 @@ where
         }
     }
 
-    /// Reads a watch to its end, beginning with the streamed list where one was asked for.
+    /// Reads a watch to its end, including the streamed list at its start if one was requested.
     async fn follow(&mut self, response: Response<Body>) -> Result<End, Failure> {
         let mut body = response.into_body();
         let mut lines = Lines::default();
@@ -387,7 +391,7 @@ where
         loop {
             let listing = self.version.is_none();
             let timeouts = match listing {
-                // Bookmarks say nothing of the list, so only its objects are waited for.
+                // Bookmarks do not show progress of the list; only its objects reset the timeout.
                 true => self
                     .timeouts
                     .streamed_list
@@ -397,8 +401,8 @@ where
             let piece = match call::next_piece(&mut body, timeouts).await {
                 Err(Failure::Silent(_)) if listing => {
                     tracing::info!(
-                        path = self.path,
-                        "the API server does not stream lists; probing for pages"
+                        resource = self.path,
+                        "API server does not stream lists: using pages"
                     );
                     self.strategy = Strategy::Paged;
                     return Ok(End::Watched);
@@ -421,7 +425,7 @@ where
         }
     }
 
-    /// Takes one line of a watch. None means to read on.
+    /// Handles one line of a watch. `None` means to read on.
     async fn line(&mut self, line: &[u8], listed: &mut usize) -> Result<Option<End>, Failure> {
         let unreadable = |error: serde_json::Error| {
             Failure::Unreadable(crate::text::message(&error.to_string()))
@@ -462,7 +466,7 @@ where
                 let status: Status = serde_json::from_str(line.object.get()).map_err(unreadable)?;
                 return Err(Failure::of(status, None));
             }
-            // Kinds of events that later servers may have.
+            // Event types of later servers.
             _ => return Ok(None),
         };
         if !listing {
@@ -500,7 +504,7 @@ fn escape(token: &str) -> String {
 #[derive(Debug, Default)]
 struct Lines {
     buffer: Vec<u8>,
-    /// Where the bytes begin that were not handed out yet.
+    /// Start of the bytes that were not returned yet.
     begin: usize,
 }
 
@@ -509,7 +513,7 @@ impl Lines {
         self.buffer.drain(..self.begin);
         self.begin = 0;
         if self.buffer.is_empty() {
-            // One large object must not keep its memory for the life of the watch.
+            // One large object must not occupy memory for the life of the watch.
             self.buffer.shrink_to(64 << 10);
         }
         if self.buffer.len() + piece.len() > MAX_LINE {
@@ -539,7 +543,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_cut_wherever_the_pieces_end() {
+    fn lines_are_joined_across_pieces() {
         let mut lines = Lines::default();
         lines.push(b"one\ntw").unwrap();
         assert_eq!(lines.next().as_deref(), Some(b"one".as_slice()));
@@ -551,7 +555,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_without_end_is_given_up() {
+    fn a_line_without_end_is_an_error() {
         let mut lines = Lines::default();
         let piece = vec![b'x'; 1 << 20];
         let outcome = (0..5).try_for_each(|_| lines.push(&piece));

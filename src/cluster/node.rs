@@ -1,8 +1,8 @@
 //! A Node object → [`Node`] of the mesh: parse, don't validate.
 //!
-//! A value that makes no sense costs the field it stands in and is reported; it never costs another
-//! field, let alone another node. Whether claims of several nodes agree with each other is the
-//! topology's business: nothing here looks at more than one object.
+//! A malformed value is reported and its field is not used. Other fields and other nodes are not
+//! affected. Only one object is parsed at a time; [`crate::topology`] compares the claims of several
+//! nodes.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -31,7 +31,7 @@ const MAX_CONDITIONS: usize = 64;
 const MAX_INTERNAL_IPS: usize = 1;
 const MAX_EXTERNAL_IPS: usize = 4;
 
-/// What is read of a Node; images, capacities and all the rest are skipped while decoding.
+/// The parts of a Node that are read; all others, such as images and capacities, are skipped while decoding.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct NodeObject {
     /// `metadata`.
@@ -60,7 +60,7 @@ struct Status {
     conditions: Option<Bounded<Condition, MAX_CONDITIONS>>,
 }
 
-/// The first `MAX` items of a list. The rest is counted while it is decoded and takes no memory.
+/// The first `MAX` items of a list. Further items are counted while decoding and take no memory.
 #[derive(Clone, Debug)]
 struct Bounded<T, const MAX: usize> {
     items: Vec<T>,
@@ -118,7 +118,7 @@ struct Condition {
 
 super::object::cluster_scoped!(NodeObject, kind: "Node", group: "", version: "v1", plural: "nodes");
 
-/// What the operator's flags say about reading Nodes.
+/// The operator's settings for parsing Nodes.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ParseSettings {
     /// The label whose value is the region (`--topology-label`).
@@ -133,19 +133,15 @@ impl Default for ParseSettings {
     }
 }
 
-/// Reads a Node object.
+/// Parses a Node object.
 ///
-/// No node results only from an object without a name. A node that cannot take part yet, for want
-/// of a key or a pod CIDR, is a node all the same.
+/// The result is `None` only for an object without a name. A node without a key or a pod CIDR cannot
+/// take part yet, and is parsed too.
 pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Vec<Rejected>) {
     let name = NodeName(object.metadata.name.clone().unwrap_or_default());
     let mut refusals = Refusals::new(Object::Node(name.clone()));
     if name.0.is_empty() {
-        refusals.add(
-            "metadata.name",
-            "",
-            "a node without a name cannot be told from others",
-        );
+        refusals.add("metadata.name", "", "a node needs a name");
         return (None, refusals.into_rejected());
     }
 
@@ -192,7 +188,7 @@ pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Ve
     (Some(node), reader.refusals.into_rejected())
 }
 
-/// The annotations of one Node and what was refused of them.
+/// The annotations of one Node, and the refused values among them.
 struct Reader<'a> {
     annotations: &'a BTreeMap<String, String>,
     refusals: Refusals,
@@ -212,7 +208,7 @@ impl<'a> Reader<'a> {
         self.refusals.take(key, text, read(text))
     }
 
-    /// The annotation decides even when it is empty; one that is malformed counts as absent.
+    /// The annotation decides even if it is empty; a malformed one counts as absent.
     fn region(&mut self, metadata: &ObjectMeta, settings: &ParseSettings) -> RegionName {
         let label = metadata
             .labels
@@ -225,7 +221,7 @@ impl<'a> Reader<'a> {
         RegionName(name.to_owned())
     }
 
-    /// Whether the operator says where the node is.
+    /// Whether the operator declares the node's region.
     fn is_located(&self) -> bool {
         let location = self.text(annotation::LOCATION);
         location.is_some_and(|text| annotation::region(text).is_ok())
@@ -237,8 +233,8 @@ impl<'a> Reader<'a> {
             .take(annotation::KEY, text, text.parse::<PublicKey>())
     }
 
-    /// The endpoint, and whether it is the operator's. Both annotations are read, so that a mistake
-    /// in the one that is not used is reported too.
+    /// The endpoint, and whether it is the operator's. Both annotations are parsed, so that a mistake
+    /// in the unused one is reported too.
     fn endpoint(&mut self) -> (Option<Endpoint>, bool) {
         let forced = self.read(annotation::FORCE_ENDPOINT, annotation::endpoint);
         let published = self.read(annotation::ENDPOINT, annotation::endpoint);
@@ -246,8 +242,8 @@ impl<'a> Reader<'a> {
         (forced.or(published), is_forced)
     }
 
-    /// The private address, and whether it is the operator's. `force-internal-ip` wins where it can
-    /// be read; empty and `-` say that there is none.
+    /// The private address, and whether it is the operator's. A valid `force-internal-ip` wins; empty
+    /// and `-` mean that there is none.
     fn private_ip(&mut self) -> (Option<InterfaceAddr>, bool) {
         let published = match self.text(annotation::INTERNAL_IP) {
             Some("") => None,
@@ -263,8 +259,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The first addresses of a kind, at most `most` of each family. A node that has more is believed
-    /// the first, and the rest is reported once.
+    /// The first addresses of a kind, at most `most` of each family. Further addresses are reported
+    /// once.
     fn status_ips(&mut self, status: Option<&Status>, kind: &str, most: usize) -> Vec<IpAddr> {
         let mut ips = Vec::<IpAddr>::new();
         let Some(addresses) = status.and_then(|status| status.addresses.as_ref()) else {
@@ -290,12 +286,12 @@ impl<'a> Reader<'a> {
         }
         if let Some(first) = first {
             let reason = format!(
-                "{most} {kind} of each family counts, the first; {further} of this node's addresses are left out"
+                "only the first {most} {kind} of each family counts; {further} of this node's addresses are ignored"
             );
             self.refusals.add(ADDRESSES, first, reason);
         } else if further > 0 && kind == "InternalIP" {
             let reason = format!(
-                "the first {MAX_ADDRESSES} addresses of a node are read; {further} are left out"
+                "only the first {MAX_ADDRESSES} addresses of a node are read; {further} are ignored"
             );
             self.refusals.add(ADDRESSES, "", reason);
         }
@@ -306,7 +302,7 @@ impl<'a> Reader<'a> {
         let Some(spec) = spec else {
             return Vec::new();
         };
-        // The singular field is what servers before dual-stack clusters filled alone.
+        // Servers before dual-stack clusters set the singular field only.
         let texts = match &spec.pod_cidrs {
             Some(texts) if !texts.is_empty() => texts.as_slice(),
             Some(_) | None => spec.pod_cidr.as_slice(),
@@ -333,7 +329,7 @@ impl<'a> Reader<'a> {
             self.refusals.add(
                 annotation::LEADER,
                 text,
-                "the node may lead all the same, since any value counts; remove the annotation to withdraw the wish",
+                "any value makes the node a preferred leader; remove the annotation to undo this",
             );
         }
         true
@@ -352,7 +348,7 @@ impl<'a> Reader<'a> {
             }
             if ips.len() == annotation::MAX_ALLOWED_LOCATION_IPS {
                 let reason =
-                    "a node has at most 256 of them; this one and what follows is left out";
+                    "a node has at most 256 of them; this one and all further ones are ignored";
                 self.refusals.add(key, item, reason);
                 break;
             }
@@ -366,7 +362,7 @@ impl<'a> Reader<'a> {
         let read = self.read(key, annotation::discovered).unwrap_or_default();
         if read.skipped > 0 {
             let text = self.text(key).unwrap_or_default();
-            let reason = format!("{} of its entries make no sense", read.skipped);
+            let reason = format!("{} of its entries are malformed", read.skipped);
             self.refusals.add(key, text, reason);
         }
         read.endpoints
@@ -384,10 +380,7 @@ impl<'a> Reader<'a> {
         let read = self.read(key, since::parse).unwrap_or_default();
         if read.skipped > 0 {
             let text = self.text(key).unwrap_or_default();
-            let reason = format!(
-                "{} of its entries make no sense or are too many",
-                read.skipped
-            );
+            let reason = format!("{} of its entries are malformed or too many", read.skipped);
             self.refusals.add(key, text, reason);
         }
         read.ledger
@@ -401,7 +394,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A Node without the condition has never been heard of by its kubelet: not ready.
+/// A Node without the condition was never reported on by its kubelet: not ready.
 fn is_ready(status: Option<&Status>) -> bool {
     status
         .iter()
@@ -431,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_is_read_from_what_kubernetes_flannel_and_the_agent_say() {
+    fn a_node_is_parsed_from_kubernetes_flannel_and_agent_fields() {
         let (node, rejected) = parse_json(json!({
             "metadata": {
                 "name": "a1",
@@ -483,16 +476,16 @@ mod tests {
 
         assert!(ours(&[(mark, &annotation::format_agent(None))]));
         assert!(ours(&[(mark, &beside_kilo), (seen, "1767225600")]));
-        // Only kg tells a time that the mark does not.
+        // Only kg writes a time that differs from the mark's.
         assert!(!ours(&[(mark, &beside_kilo), (seen, "1767225630")]));
         assert!(!ours(&[(mark, "0.1.0"), (seen, "1767225600")]));
         assert!(!ours(&[(seen, "1767225600")]));
-        // A time that kg could not read either is nobody's.
+        // kg cannot parse this time either, so it is not from kg.
         assert!(ours(&[(mark, "0.1.0"), (seen, "yesterday")]));
     }
 
     #[test]
-    fn a_node_that_nobody_annotated_is_a_node() {
+    fn a_node_without_annotations_is_a_node() {
         let (node, rejected) = parse_json(json!({"metadata": {"name": "a1"}}));
         assert!(rejected.is_empty());
         assert_eq!(node.region.0, "");
@@ -517,7 +510,7 @@ mod tests {
     }
 
     #[test]
-    fn a_forced_endpoint_that_makes_no_sense_leaves_the_published_one() {
+    fn a_malformed_forced_endpoint_leaves_the_published_one() {
         let (node, rejected) = annotated(&[
             ("kilo.squat.ai/force-endpoint", "203.0.113.10"),
             ("kilo.squat.ai/endpoint", "192.168.50.11:51820"),
@@ -553,7 +546,7 @@ mod tests {
     }
 
     #[test]
-    fn leading_is_a_matter_of_presence() {
+    fn the_leader_annotation_counts_with_any_value() {
         let (node, rejected) = annotated(&[("kilo.squat.ai/leader", "false")]);
         assert!(node.leader);
         assert_eq!(rejected.len(), 1);

@@ -1,11 +1,11 @@
-//! What the objects read from the API have in common.
+//! Shared parts of the objects read from the API.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 /// Seconds since 1970 of the object's creation.
 ///
-/// An object without that time, which the API server does not produce, counts as created last: it
-/// then wins no dispute over a claim.
+/// The API server always sets that time. An object without it counts as created last, so it wins no
+/// dispute over a claim.
 pub(super) fn created(metadata: &ObjectMeta) -> i64 {
     metadata
         .creation_timestamp
@@ -13,7 +13,7 @@ pub(super) fn created(metadata: &ObjectMeta) -> i64 {
         .map_or(i64::MAX, |time| time.0.as_second())
 }
 
-/// Makes a type with a `metadata` field a resource of the API that lives in no namespace.
+/// Implements `kube::Resource` for a type with a `metadata` field, as a cluster-scoped resource.
 macro_rules! cluster_scoped {
     ($type:ty, kind: $kind:literal, group: $group:literal, version: $version:literal, plural: $plural:literal) => {
         impl kube::Resource for $type {

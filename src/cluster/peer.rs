@@ -1,7 +1,7 @@
 //! The `peers.kilo.squat.ai` resource, and a Peer object → [`ExternalPeer`].
 //!
-//! A Peer is used whole or not at all: each field guards who may join, so none has a fallback.
-//! What it may claim beside nodes and other peers is the topology's business.
+//! A Peer is used whole or not at all: each field restricts access, so none has a fallback.
+//! [`crate::topology`] decides which claims of a Peer stand against those of nodes and other peers.
 
 use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -27,11 +27,11 @@ const KEEPALIVE: &str = "spec.persistentKeepalive";
 const PRESHARED_KEY: &str = "spec.presharedKey";
 const PUBLIC_KEY: &str = "spec.publicKey";
 
-/// What is written where a secret stands.
+/// Replaces a secret in text.
 const REDACTED: &str = "(hidden)";
 
-/// A Peer as the API holds it. The specification is kept unread, so that one object which an older
-/// definition let through does not make the whole list unreadable.
+/// A Peer as stored in the API. The specification stays unparsed, so that an invalid object from an older
+/// CRD does not make the whole list unreadable.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct PeerObject {
     /// `metadata`.
@@ -39,7 +39,7 @@ pub struct PeerObject {
     pub metadata: ObjectMeta,
     #[serde(default)]
     spec: serde_json::Value,
-    /// What an agent told it before.
+    /// `status`, written by an agent.
     #[serde(default)]
     pub(super) status: serde_json::Value,
 }
@@ -59,7 +59,7 @@ pub struct PeerSpec {
     /// Prefixes that belong to the peer.
     #[serde(rename = "allowedIPs")]
     pub allowed_ips: Vec<String>,
-    /// Where it is reached, for peers that do not call themselves.
+    /// Its endpoint, for peers that do not start the handshake.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<PeerEndpoint>,
     /// Seconds between keepalives; 0 is off.
@@ -108,7 +108,7 @@ pub struct DnsOrIp {
     pub ip: Option<String>,
 }
 
-/// Reads a Peer object; none where any part of it makes no sense.
+/// Parses a Peer object; `None` where any part of it is malformed.
 pub fn parse(object: &PeerObject) -> (Option<ExternalPeer>, Vec<Rejected>) {
     let name = object.metadata.name.clone().unwrap_or_default();
     let mut refusals = Refusals::new(Object::Peer(name.clone()));
@@ -116,11 +116,11 @@ pub fn parse(object: &PeerObject) -> (Option<ExternalPeer>, Vec<Rejected>) {
     (peer, refusals.into_rejected())
 }
 
-/// Reads every field before giving up, so that all mistakes are reported at once.
+/// Parses every field before it returns, so that all mistakes are reported at once.
 fn read(object: &PeerObject, name: String, refusals: &mut Refusals) -> Option<ExternalPeer> {
-    // Errors of serde quote what they stumble over, which may be the preshared key.
+    // Errors of serde quote the text in question, which may be the preshared key.
     let spec = PeerSpec::deserialize(&object.spec).map_err(|_| {
-        Malformed("it needs allowedIPs and publicKey, and every field of its right type")
+        Malformed("it needs allowedIPs and publicKey, and every field must have the right type")
     });
     let spec = refusals.take(SPEC, REDACTED, spec)?;
 
@@ -164,7 +164,7 @@ fn preshared_key(text: &str) -> Result<PresharedKey, Malformed> {
     Ok(key)
 }
 
-/// Where both a name and an address are given, the name counts, as in Kilo's agents.
+/// Where both a name and an address are set, the name counts, as in Kilo's agents.
 fn read_endpoint(endpoint: &PeerEndpoint, refusals: &mut Refusals) -> Option<Endpoint> {
     let port = u16::try_from(endpoint.port).ok().filter(|port| *port != 0);
     let port = port.ok_or(Malformed("a port is a number from 1 to 65535"));
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_is_read_whole() {
+    fn every_field_of_a_peer_is_parsed() {
         let (peer, rejected) = parse_spec(json!({
             "allowedIPs": ["10.5.0.1/32", "10.6.0.7/24", "10.5.0.1/32"],
             "endpoint": {"dnsOrIP": {"dns": "vpn.example.com"}, "port": 51999},

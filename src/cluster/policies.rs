@@ -1,9 +1,9 @@
-//! Whether the admission policies of the manifests are in force.
+//! Checks whether the admission policies of the manifests are in force.
 //!
-//! RBAC alone lets an agent patch every Node, so without the policies a stolen token owns the mesh.
-//! One agent of the cluster looks, the one that also speaks for Peers, soon after its start and then
-//! every ten minutes: fourteen small requests. All other agents keep to their few requests at the start.
-//! `selvedge doctor` looks each time. What the policies say is not checked: an operator may change them.
+//! RBAC alone lets an agent patch every Node, so without the policies a stolen token controls the mesh.
+//! One agent of the cluster, the reporter for Peers, checks soon after its start and then every ten
+//! minutes, with fourteen small requests. The other agents make no such requests. `selvedge doctor`
+//! checks on every run. The contents of the policies are not checked: an operator may change them.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -30,13 +30,13 @@ pub const NAMES: [&str; 6] = [
     "selvedge-region",
 ];
 
-/// What to do where one is missing.
+/// What the operator should do where a policy is missing.
 pub const REMEDY: &str = "Apply the manifest again (deploy/selvedge-k3s.yaml or deploy/selvedge-kubeadm.yaml); the policies need Kubernetes 1.30.";
 
 const GROUP: &str = "/apis/admissionregistration.k8s.io/v1";
-/// Between two looks, as a multiple of what precedes the first: an operator who deletes a policy by
-/// mistake hears of it within ten minutes.
-const AGAIN: u32 = 10;
+/// Interval between two checks, as a multiple of the delay of the first: an operator who deletes a
+/// policy by mistake gets an Event within ten minutes.
+const REPEAT_FACTOR: u32 = 10;
 
 /// A policy that is not in force.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -52,11 +52,11 @@ pub struct Gap {
 pub enum Fault {
     /// There is no such policy.
     Missing,
-    /// No binding of its name puts it in force.
+    /// No binding of this name binds the policy.
     Unbound,
     /// The binding only warns or writes audit records.
     NotDenying,
-    /// The ConfigMap that the binding names is not there, and the binding lets all pass then.
+    /// The ConfigMap that the binding names is missing, and the binding then admits every request.
     WithoutParameter,
 }
 
@@ -72,7 +72,7 @@ impl fmt::Display for Gap {
     }
 }
 
-/// The parts of a binding that are looked at.
+/// The parts of a binding that are read.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Binding {
@@ -95,8 +95,8 @@ struct Parameter {
     namespace: String,
 }
 
-/// Asks for all policies and their bindings.
-async fn look(client: &Client) -> Result<BTreeSet<Gap>, Failure> {
+/// Reads all policies and their bindings.
+async fn find_gaps(client: &Client) -> Result<BTreeSet<Gap>, Failure> {
     let mut gaps = BTreeSet::new();
     for policy in NAMES {
         let path = format!("{GROUP}/validatingadmissionpolicies/{policy}");
@@ -132,7 +132,7 @@ async fn fault_of_binding(client: &Client, policy: &str) -> Result<Option<Fault>
     }
 }
 
-/// What is wrong with a binding.
+/// The fault of a binding, if any.
 fn judge(policy: &str, binding: &Binding) -> Option<Fault> {
     let Binding { spec } = binding;
     if spec.policy_name != policy {
@@ -149,19 +149,21 @@ fn judge(policy: &str, binding: &Binding) -> Option<Fault> {
 }
 
 impl Access {
-    /// Which policies are not in force, in sentences without their full stop; for people who look.
+    /// The policies that are not in force, one sentence without a full stop each; for `doctor`.
     ///
     /// # Errors
     ///
-    /// Why that is not known: a clause.
+    /// Why the check failed: a clause.
     pub async fn missing_policies(&self) -> Result<Vec<String>, String> {
         let connection = self.connect(0, None).await.map_err(|e| e.to_string())?;
-        let gaps = look(&connection.client).await.map_err(|e| e.to_string())?;
+        let gaps = find_gaps(&connection.client)
+            .await
+            .map_err(|e| e.to_string())?;
         Ok(gaps.iter().map(ToString::to_string).collect())
     }
 }
 
-/// The notice for the log and for an Event on the Node of the agent that looked.
+/// The notice for the log and for an Event on the Node of the agent that checked.
 pub(super) fn notice(own: &NodeName, missing: &[String]) -> Option<Notice> {
     (!missing.is_empty()).then(|| Notice {
         object: Object::Node(own.clone()),
@@ -174,7 +176,7 @@ pub(super) fn notice(own: &NodeName, missing: &[String]) -> Option<Notice> {
     })
 }
 
-/// Looks from time to time while this agent is the one that does, and shows what is missing.
+/// Checks periodically while this agent is the checking one, and publishes the missing policies.
 pub(super) async fn run(
     own: NodeName,
     connections: watch::Receiver<Option<Connection>>,
@@ -182,7 +184,7 @@ pub(super) async fn run(
     statuses: watch::Sender<ApiStatus>,
     first: Duration,
 ) {
-    let show = |missing: Vec<String>| {
+    let publish = |missing: Vec<String>| {
         statuses.send_if_modified(|api_status| {
             let changed = api_status.missing_policies != missing;
             api_status.missing_policies = missing;
@@ -191,33 +193,33 @@ pub(super) async fn run(
     };
     let mut pause = first;
     loop {
-        let looks =
-            |view: &Option<Arc<View>>| view.as_deref().is_some_and(|view| looks(&own, view));
-        if views.wait_for(looks).await.is_err() {
+        let checks =
+            |view: &Option<Arc<View>>| view.as_deref().is_some_and(|view| is_checker(&own, view));
+        if views.wait_for(checks).await.is_err() {
             return;
         }
         tokio::time::sleep(pause).await;
-        if !looks(&views.borrow()) {
-            show(Vec::new());
+        if !checks(&views.borrow()) {
+            publish(Vec::new());
             pause = first;
             continue;
         }
         let Some(connection) = connections.borrow().clone() else {
             continue;
         };
-        pause = first * AGAIN;
-        match look(&connection.client).await {
-            Ok(gaps) => show(gaps.iter().map(ToString::to_string).collect()),
+        pause = first * REPEAT_FACTOR;
+        match find_gaps(&connection.client).await {
+            Ok(gaps) => publish(gaps.iter().map(ToString::to_string).collect()),
             Err(Failure::Forbidden(reason)) => {
-                tracing::info!(%reason, "the agent may not look for the admission policies: check its ClusterRole");
+                tracing::info!(error = %reason, "reading admission policies refused: check the ClusterRole");
             }
-            Err(failure) => tracing::debug!(%failure, "looking for the admission policies failed"),
+            Err(failure) => tracing::debug!(error = %failure, "reading admission policies failed"),
         }
     }
 }
 
-/// Whether this agent is the one that looks.
-fn looks(own: &NodeName, view: &View) -> bool {
+/// Whether this agent is the one that checks.
+fn is_checker(own: &NodeName, view: &View) -> bool {
     view.live && events::is_reporter(own, &Object::Peer(String::new()), &view.snapshot)
 }
 
@@ -232,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_binding_counts_only_when_it_denies_and_is_of_its_policy() {
+    fn a_binding_counts_only_if_it_denies_and_names_its_policy() {
         let judge = |bound, actions: &[&str]| judge("selvedge-region", &binding(bound, actions));
         assert_eq!(judge("selvedge-region", &["Deny", "Audit"]), None);
         assert_eq!(
@@ -243,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_names_what_is_missing_and_what_to_do() {
+    fn a_notice_names_the_missing_policy_and_the_remedy() {
         let own = NodeName("a1".to_owned());
         assert_eq!(notice(&own, &[]), None);
         let gap = Gap {

@@ -1,8 +1,8 @@
-//! Writes this node's own annotations on its own Node, when they differ from what is there.
+//! Writes this node's annotations on its own Node when they differ from the observed ones.
 //!
-//! Nothing is written in steady state: what is published is compared with what the watch shows, so
-//! that a removal by somebody else is noticed too. No annotation of the operator's or flannel's is
-//! ever touched.
+//! Nothing is written in steady state. The desired annotations are compared with what the watch
+//! shows, so an annotation that another program removed is written again. The operator's and
+//! flannel's annotations are never touched.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -17,36 +17,36 @@ use super::call::{self, Failure};
 use super::{annotation, backoff};
 use crate::topology::NodeName;
 
-/// What is to be published; keys of [`annotation::PUBLISHED`] that are left out are removed.
+/// The annotations to publish; keys of [`annotation::PUBLISHED`] that are missing here are removed.
 pub type Annotations = BTreeMap<&'static str, String>;
 
 const STRATEGIC: &str = "application/strategic-merge-patch+json";
 
-/// Changes that come together are written together.
-const QUIET: Duration = Duration::from_millis(200);
-/// How long the watch may take to show what was written.
+/// Debounce: changes within this time are written together.
+const DEBOUNCE: Duration = Duration::from_millis(200);
+/// Longest wait until the watch shows the written annotations.
 const OBSERVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What the watch shows of the own Node; none until it is listed, and where there is no such Node.
-pub(super) type Shown = Option<BTreeMap<String, String>>;
+/// The annotations of the own Node as the watch shows them; `None` before it is listed, and without such a Node.
+pub(super) type Observed = Option<BTreeMap<String, String>>;
 
-/// Publishes until the desired annotations are not wanted any more.
+/// Publishes the desired annotations until their sender is dropped.
 pub(super) async fn run(
     node: NodeName,
     mut connections: watch::Receiver<Option<Connection>>,
     mut desired: watch::Receiver<Option<Annotations>>,
-    mut shown: watch::Receiver<Shown>,
+    mut observed: watch::Receiver<Observed>,
 ) {
     let mut backoff = backoff::Backoff::up_to(Duration::from_secs(30));
-    // A start and a few changes of mind; then four a minute, whoever else writes these annotations.
-    // Beside Kilo's agents three signs of life a minute are due.
+    // Enough for a start and some changes; then four a minute, even if another program writes these
+    // annotations too. Next to Kilo's agents three writes a minute are due, of `last-seen`.
     let mut writes = backoff::Budget::new(10, Duration::from_secs(15));
     loop {
         let patch = {
             let desired = desired.borrow_and_update();
-            let shown = shown.borrow_and_update();
-            match (desired.as_ref(), shown.as_ref()) {
-                (Some(desired), Some(shown)) => difference(desired, shown),
+            let observed = observed.borrow_and_update();
+            match (desired.as_ref(), observed.as_ref()) {
+                (Some(desired), Some(observed)) => difference(desired, observed),
                 _ => None,
             }
         };
@@ -54,33 +54,33 @@ pub(super) async fn run(
         let (Some(_), Some(connection)) = (patch, connection) else {
             let changed = tokio::select! {
                 changed = desired.changed() => changed,
-                changed = shown.changed() => changed,
+                changed = observed.changed() => changed,
                 changed = connections.changed() => changed,
             };
             if changed.is_err() {
                 return;
             }
-            tokio::time::sleep(QUIET).await;
+            tokio::time::sleep(DEBOUNCE).await;
             continue;
         };
 
         let wait = writes.take(Instant::now());
         if !wait.is_zero() {
             tracing::warn!(
-                seconds = wait.as_secs(),
-                "this node's annotations keep changing: does another agent, or a tool, write them too? Writing is slowed down"
+                wait_seconds = wait.as_secs(),
+                "publishing annotations rate-limited: another agent or tool may write them too"
             );
             tokio::time::sleep(wait).await;
         }
-        // What was true before the wait may not be any more.
-        let Some(patch) = current(&desired, &shown) else {
+        // The state may have changed during the wait.
+        let Some(patch) = current(&desired, &observed) else {
             continue;
         };
         match call::call(&connection.client, request(&node, &patch)).await {
             Ok(_) => {
                 backoff.reset();
-                tracing::info!(annotations = %names(&patch), "published");
-                await_observed(&desired, &mut shown).await;
+                tracing::info!(annotations = %names(&patch), "annotations published");
+                await_observed(&desired, &mut observed).await;
             }
             Err(failure) => {
                 let pause = backoff.pause(failure.pause());
@@ -91,11 +91,11 @@ pub(super) async fn run(
     }
 }
 
-/// Removes what was published. Needs no right but to patch, and minds nothing that is missing.
+/// Removes all published annotations. Needs only the right to patch; missing annotations are no error.
 ///
 /// # Errors
 ///
-/// No server, or one that refuses.
+/// No server answers, or the server refuses.
 pub async fn withdraw(access: &Access, node: &NodeName) -> anyhow::Result<()> {
     let connection = access.connect(0, None).await?;
     let nothing = Annotations::new();
@@ -105,7 +105,7 @@ pub async fn withdraw(access: &Access, node: &NodeName) -> anyhow::Result<()> {
         .collect();
     let patch = difference(&nothing, &everything).unwrap_or_default();
     match call::call(&connection.client, request(node, &patch)).await {
-        // A Node that is gone took its annotations with it.
+        // A deleted Node has no annotations left.
         Ok(_) | Err(Failure::Absent) => Ok(()),
         Err(failure) => {
             Err(anyhow::Error::new(failure).context(format!("removing the annotations of {node}")))
@@ -113,14 +113,14 @@ pub async fn withdraw(access: &Access, node: &NodeName) -> anyhow::Result<()> {
     }
 }
 
-/// The annotations to set, and with null those to remove; none where nothing is to be done.
+/// The annotations to set, and those to remove as null; `None` where nothing differs.
 fn difference(
     desired: &Annotations,
-    shown: &BTreeMap<String, String>,
+    observed: &BTreeMap<String, String>,
 ) -> Option<BTreeMap<&'static str, Value>> {
     let patch: BTreeMap<_, _> = annotation::PUBLISHED
         .into_iter()
-        .filter(|key| desired.get(key) != shown.get(*key))
+        .filter(|key| desired.get(key) != observed.get(*key))
         .map(|key| {
             (
                 key,
@@ -133,20 +133,20 @@ fn difference(
 
 fn current(
     desired: &watch::Receiver<Option<Annotations>>,
-    shown: &watch::Receiver<Shown>,
+    observed: &watch::Receiver<Observed>,
 ) -> Option<BTreeMap<&'static str, Value>> {
-    let (desired, shown) = (desired.borrow(), shown.borrow());
-    difference(desired.as_ref()?, shown.as_ref()?)
+    let (desired, observed) = (desired.borrow(), observed.borrow());
+    difference(desired.as_ref()?, observed.as_ref()?)
 }
 
-/// Waits until the watch shows what was written, so that it is not written twice.
+/// Waits until the watch shows the written annotations, so that they are not written twice.
 async fn await_observed(
     desired: &watch::Receiver<Option<Annotations>>,
-    shown: &mut watch::Receiver<Shown>,
+    observed: &mut watch::Receiver<Observed>,
 ) {
     let echo = async {
-        while current(desired, shown).is_some() {
-            if shown.changed().await.is_err() {
+        while current(desired, observed).is_some() {
+            if observed.changed().await.is_err() {
                 return;
             }
         }
@@ -163,7 +163,7 @@ fn request(
     call::send_json(Method::PATCH, &path, STRATEGIC, &body)
 }
 
-/// The names of the annotations, without the prefix that all share.
+/// The names of the annotations, without their prefix.
 fn names(patch: &BTreeMap<&'static str, Value>) -> String {
     let names: Vec<_> = patch
         .keys()
@@ -174,14 +174,14 @@ fn names(patch: &BTreeMap<&'static str, Value>) -> String {
 
 fn log_failure(node: &NodeName, failure: &Failure, failures: u32) {
     if *failure == Failure::Absent {
-        tracing::warn!(%node, "there is no Node of this name: give --hostname");
+        tracing::warn!(%node, "no Node of this name: set --hostname");
     } else if let Failure::Forbidden(reason) = failure {
-        tracing::warn!(%node, %reason, "the agent may not write its own annotations: check its ClusterRole and the admission policies");
+        tracing::warn!(%node, error = %reason, "publishing annotations refused: check the ClusterRole and the admission policies");
     } else if failures > 1 {
-        tracing::warn!(%node, %failure, "publishing failed");
+        tracing::warn!(%node, error = %failure, "publishing annotations failed");
     } else {
-        // One failure is everyday life.
-        tracing::debug!(%node, %failure, "publishing failed");
+        // A single failure is common and needs no attention.
+        tracing::debug!(%node, error = %failure, "publishing annotations failed");
     }
 }
 
@@ -189,25 +189,25 @@ fn log_failure(node: &NodeName, failure: &Failure, failures: u32) {
 mod tests {
     use super::*;
 
-    fn shown(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    fn observed(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
         let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
         pairs.iter().map(owned).collect()
     }
 
     #[test]
-    fn nothing_is_written_when_all_is_there() {
+    fn nothing_is_written_when_all_annotations_match() {
         let desired = Annotations::from([(annotation::ENDPOINT, "203.0.113.10:51820".to_owned())]);
-        let there = shown(&[(annotation::ENDPOINT, "203.0.113.10:51820")]);
+        let there = observed(&[(annotation::ENDPOINT, "203.0.113.10:51820")]);
         assert_eq!(difference(&desired, &there), None);
     }
 
     #[test]
-    fn only_what_differs_is_written_and_what_is_not_wanted_is_removed() {
+    fn differing_annotations_are_written_and_unwanted_ones_removed() {
         let desired = Annotations::from([
             (annotation::ENDPOINT, "203.0.113.10:51820".to_owned()),
             (annotation::WIREGUARD_IP, String::new()),
         ]);
-        let there = shown(&[
+        let there = observed(&[
             (annotation::ENDPOINT, "203.0.113.10:51820"),
             (annotation::LAST_SEEN, "1767225600"),
         ]);
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_the_operators_is_ever_in_a_patch() {
+    fn the_operators_annotations_are_never_in_a_patch() {
         for key in [
             annotation::FORCE_ENDPOINT,
             annotation::FORCE_INTERNAL_IP,

@@ -1,4 +1,4 @@
-//! What was refused of the cluster's objects, and why: the material of Events, metrics and log lines.
+//! Refused values of the cluster's objects, with reasons, for Events, metrics and log lines.
 
 use std::fmt;
 
@@ -23,17 +23,17 @@ impl fmt::Display for Object {
     }
 }
 
-/// A value that is not used. It costs the field it stands in, or its object where the object is
-/// nothing without it, and never another object.
+/// A refused value. Its field is not used, or its whole object where the object needs the field; no
+/// other object is affected.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Rejected {
-    /// Where it stands.
+    /// The object that holds the value.
     pub object: Object,
     /// The annotation's key, or the field's path in the object.
     pub field: &'static str,
     /// The value, escaped and cut to 256 bytes; never a secret.
     pub value: String,
-    /// Why it is refused: a clause without a full stop.
+    /// Why the value is refused: a clause without a full stop.
     pub reason: String,
 }
 
@@ -64,7 +64,7 @@ impl fmt::Display for Rejected {
     }
 }
 
-/// Collects what is refused of one object while it is read.
+/// Collects the refused values of one object while it is parsed.
 #[derive(Debug)]
 pub(super) struct Refusals {
     object: Object,
@@ -72,7 +72,7 @@ pub(super) struct Refusals {
 }
 
 impl Refusals {
-    /// Nothing is refused yet.
+    /// An empty collection.
     pub(super) const fn new(object: Object) -> Self {
         Self {
             object,
@@ -80,13 +80,13 @@ impl Refusals {
         }
     }
 
-    /// Notes that the `value` of `field` is refused.
+    /// Records that the `value` of `field` is refused.
     pub(super) fn add(&mut self, field: &'static str, value: &str, reason: impl fmt::Display) {
         let rejected = Rejected::new(self.object.clone(), field, value, reason);
         self.rejected.push(rejected);
     }
 
-    /// Takes what was read from the `value` of `field`, or notes why it could not be read.
+    /// Unwraps the result of parsing the `value` of `field`, or records the error.
     pub(super) fn take<T>(
         &mut self,
         field: &'static str,
@@ -96,7 +96,7 @@ impl Refusals {
         read.map_err(|reason| self.add(field, value, reason)).ok()
     }
 
-    /// All that was refused, in order of reading.
+    /// All refused values, in order of parsing.
     pub(super) fn into_rejected(self) -> Vec<Rejected> {
         self.rejected
     }

@@ -1,9 +1,9 @@
-//! The addresses of the API servers: what this host must reach without the tunnel.
+//! The addresses of the API servers: the hosts that this host must reach without the tunnel.
 //!
-//! A balancer on this host or the `kubernetes` service hides them, but where they are is what the
-//! plan needs; the endpoints of that service tell. They may advertise private addresses that only
-//! their own region knows. Such a one counts if it answers a connection that carries the tunnel's
-//! mark: were it kept out of the tunnel for nothing, this host could not reach that node at all.
+//! A balancer on this host or the `kubernetes` service hides the addresses that the plan needs, so the
+//! agent reads the endpoints of that service. API servers may advertise private addresses that only
+//! their own region can reach. A private address counts only if it answers a connection that carries
+//! the tunnel's mark: kept out of the tunnel without need, that node would be unreachable from here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -19,33 +19,33 @@ use super::backoff::jitter;
 use super::call::{self, Failure};
 use crate::topology::is_public;
 
-/// Asked for by name, so that the agent's role can be narrowed to that name.
+/// Selected by name, so that the agent's ClusterRole can be narrowed to that name.
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices?fieldSelector=metadata.name%3Dkubernetes";
 
-/// Servers come and go rarely, and a new connection asks at once.
+/// Interval between checks. Servers change rarely, and a new connection triggers a check at once.
 const PERIOD: Duration = Duration::from_secs(600);
-/// The port of a slice that names none.
+/// The port for a slice without one.
 const HTTPS: u16 = 443;
-/// After a failure.
+/// Interval after a failed check.
 const RETRY: Duration = Duration::from_secs(60);
 
-/// How long a server on a far continent may take to answer.
+/// Enough for a server on another continent to answer.
 const PROBE: Duration = Duration::from_secs(3);
-/// Rounds in a row in which an address that was reached directly may fail to answer: its host may be down
-/// for a moment. After that it is taken for one that only the tunnel reaches.
+/// Consecutive rounds in which an address that was reached directly may fail to answer: its host may be down
+/// for a moment. After that it counts as reachable through the tunnel only.
 const ROUNDS: u32 = 3;
 
-/// The addresses that are reached directly, and in how many rounds in a row each has not answered.
+/// The addresses that are reached directly, each with its number of consecutive rounds without an answer.
 type Known = BTreeMap<IpAddr, u32>;
 
-/// Where the API servers are.
+/// The addresses of the API servers.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Servers {
-    /// Every address that this host reaches directly, or did until a moment ago.
+    /// Every address that this host reaches directly, or did in one of the last rounds.
     pub addresses: BTreeSet<IpAddr>,
-    /// Why there may be more: a clause for the operator.
+    /// Why addresses may be missing: a clause for the operator.
     pub incomplete: Option<String>,
-    /// Whether some of them only count for as long as it takes to ask them.
+    /// Whether some of the addresses still wait for their first probe.
     pub probing: bool,
 }
 
@@ -75,10 +75,10 @@ struct Port {
     port: Option<u16>,
 }
 
-/// Keeps the addresses up to date until nobody wants them any more. The first answer is shown even
-/// when it says nothing new, so that it can be waited for.
+/// Keeps the addresses up to date until the receiver is dropped. The first result is sent even if it
+/// is unchanged, so that the receiver can wait for it.
 ///
-/// Without the tunnel's `mark` every address is taken to be reached directly.
+/// Without the tunnel's `mark` every address counts as reached directly.
 pub(super) async fn run(
     mark: Option<u32>,
     mut connections: watch::Receiver<Option<Connection>>,
@@ -94,11 +94,11 @@ pub(super) async fn run(
             }
             continue;
         };
-        let named = named(&connection.host).await;
+        let named = resolve_host(&connection.host).await;
         let endpoints = endpoints(&connection).await;
         if let (true, Ok(endpoints)) = (first, &endpoints) {
-            // Until it is known which of them answer, none goes through the tunnel: the way to the
-            // API server is worth more than the way to a node, for a moment.
+            // Until the probes end, no address goes through the tunnel: for a moment, reaching the
+            // API server matters more than reaching a node.
             let mut all = known.keys().copied().collect::<BTreeSet<_>>();
             all.extend(&named);
             all.extend(endpoints.iter().map(SocketAddr::ip));
@@ -112,7 +112,7 @@ pub(super) async fn run(
         }
         let incomplete = match endpoints {
             Ok(endpoints) => {
-                known = direct(ask(endpoints, mark).await, &known);
+                known = direct(probe(endpoints, mark).await, &known);
                 None
             }
             Err(failure) => Some(explain(&failure)),
@@ -143,15 +143,15 @@ fn show(servers: &watch::Sender<Servers>, now: Servers, first: bool) {
     servers.send_if_modified(|servers| {
         let changed = *servers != now;
         if changed && let Some(reason) = &now.incomplete {
-            tracing::info!(%reason, "not every address of the API servers may be known");
+            tracing::info!(error = %reason, "addresses of API servers incomplete");
         }
         *servers = now;
         changed || first
     });
 }
 
-/// The addresses behind the host of a URL that are not this host.
-async fn named(host: &str) -> BTreeSet<IpAddr> {
+/// The addresses of a URL's host, without loopback addresses.
+async fn resolve_host(host: &str) -> BTreeSet<IpAddr> {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let ips: BTreeSet<IpAddr> = match host.parse() {
         Ok(ip) => BTreeSet::from([ip]),
@@ -163,20 +163,20 @@ async fn named(host: &str) -> BTreeSet<IpAddr> {
     ips.into_iter().filter(|ip| !ip.is_loopback()).collect()
 }
 
-/// Asks at the addresses whether this host reaches them without the tunnel; public ones it does.
-async fn ask(endpoints: BTreeSet<SocketAddr>, mark: Option<u32>) -> Vec<(IpAddr, bool)> {
-    let questions = endpoints.into_iter().map(|address| async move {
+/// Probes which addresses this host reaches without the tunnel; public ones count without a probe.
+async fn probe(endpoints: BTreeSet<SocketAddr>, mark: Option<u32>) -> Vec<(IpAddr, bool)> {
+    let probes = endpoints.into_iter().map(|address| async move {
         let answered = match mark {
             Some(mark) if !is_public(address.ip()) => answers(address, mark).await,
             Some(_) | None => true,
         };
         (address.ip(), answered)
     });
-    join_all(questions).await
+    join_all(probes).await
 }
 
-/// Those of the addresses asked that are reached directly, by what is known from before.
-fn direct(asked: Vec<(IpAddr, bool)>, before: &Known) -> Known {
+/// The probed addresses that count as reached directly, given the results of earlier rounds.
+fn direct(probed: Vec<(IpAddr, bool)>, before: &Known) -> Known {
     let judge = |(ip, answered): (IpAddr, bool)| {
         if answered {
             return Some((ip, 0));
@@ -184,10 +184,10 @@ fn direct(asked: Vec<(IpAddr, bool)>, before: &Known) -> Known {
         let misses = before.get(&ip)?.saturating_add(1);
         (misses < ROUNDS).then_some((ip, misses))
     };
-    asked.into_iter().filter_map(judge).collect()
+    probed.into_iter().filter_map(judge).collect()
 }
 
-/// Whether anything answers at an address without the tunnel, be it with a refusal.
+/// Whether an address answers without the tunnel; a refused connection counts as an answer.
 async fn answers(address: SocketAddr, mark: u32) -> bool {
     let connect = async {
         let socket = if address.is_ipv4() {
@@ -238,17 +238,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn public_addresses_count_unasked() {
+    async fn public_addresses_count_without_a_probe() {
         let endpoint = "203.0.113.10:6443".parse().unwrap();
-        let asked = ask([endpoint].into(), Some(1)).await;
-        assert_eq!(asked, [(endpoint.ip(), true)]);
+        let probed = probe([endpoint].into(), Some(1)).await;
+        assert_eq!(probed, [(endpoint.ip(), true)]);
     }
 
     #[tokio::test]
     async fn without_a_mark_every_address_counts() {
         let endpoint = "172.16.0.10:6443".parse().unwrap();
-        let asked = ask([endpoint].into(), None).await;
-        assert_eq!(asked, [(endpoint.ip(), true)]);
+        let probed = probe([endpoint].into(), None).await;
+        assert_eq!(probed, [(endpoint.ip(), true)]);
     }
 
     #[test]

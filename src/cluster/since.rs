@@ -7,11 +7,11 @@
 //! region:location:nd=2026-11-30T23:28:04Z lead:location:nd=2026-11-30T23:28:34Z
 //! ```
 //!
-//! KIND is `address`, `key`, `region` or `lead`. TIME is of RFC 3339, in UTC and whole seconds, and
-//! stands behind the *last* `=`: keys end in one. In the names of regions and nodes, `%`, `=`, spaces,
-//! control characters and everything outside of ASCII is percent-encoded. There is one way to write
-//! an entry, so one that stays keeps its text. The admission policy relies on that: it lets an agent
-//! keep entries as they are, drop them, and add some that are not older than the object.
+//! KIND is `address`, `key`, `region` or `lead`. TIME has the form of RFC 3339, in UTC and whole seconds,
+//! and follows the *last* `=`, because keys end in `=`. In the names of regions and nodes, `%`, `=`, spaces,
+//! control characters and all non-ASCII characters are percent-encoded. An entry has exactly one text form,
+//! so an unchanged entry keeps its text. The admission policy relies on that: it lets an agent keep
+//! entries unchanged, drop them, and add entries that are not older than the object.
 
 use k8s_openapi::jiff::Timestamp;
 
@@ -23,16 +23,16 @@ pub const MAX_LENGTH: usize = 4096;
 
 const HEX: &[u8; 16] = b"0123456789ABCDEF";
 
-/// What a ledger's text holds, and how many of its entries make no sense.
+/// A parsed ledger, and the number of its entries that are malformed.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Since {
-    /// The entries that could be read.
+    /// The valid entries.
     pub ledger: Ledger,
-    /// How many could not, or were too many.
+    /// The number of malformed or surplus entries.
     pub skipped: usize,
 }
 
-/// Reads a ledger. A bad entry costs itself; a text of more than [`MAX_LENGTH`] bytes is not read.
+/// Parses a ledger. A malformed entry is skipped; a text of more than [`MAX_LENGTH`] bytes is an error.
 pub fn parse(text: &str) -> Result<Since, Malformed> {
     if text.len() > MAX_LENGTH {
         return Err(Malformed("it is longer than 4096 bytes"));
@@ -51,14 +51,14 @@ pub fn parse(text: &str) -> Result<Since, Malformed> {
     })
 }
 
-/// Writes a ledger as [`parse`] reads it; empty where nothing is recorded.
+/// Formats a ledger as [`parse`] reads it; an empty ledger gives an empty text.
 pub fn format(ledger: &Ledger) -> String {
     let entries = ledger
         .iter()
         .map(|(claim, since)| format_entry(claim, since));
     let mut text = String::new();
     for entry in entries {
-        // Only names of an absurd length come that far; what is left out counts as not recorded.
+        // Only absurdly long names reach this limit; entries left out count as not recorded.
         if text.len() + 1 + entry.len() > MAX_LENGTH {
             break;
         }
@@ -81,7 +81,7 @@ fn entry(item: &str) -> Option<(Claim, i64)> {
         _ => return None,
     };
     let since = time.parse::<Timestamp>().ok()?.as_second();
-    // Another way to write the same is refused, or an entry could change its text and keep its age.
+    // Other text forms of an entry are refused, or an entry could change its text and keep its age.
     (since >= 0 && format_entry(&claim, since) == item).then_some((claim, since))
 }
 
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn names_with_spaces_and_signs_stay_one_entry() {
+    fn names_with_spaces_and_signs_are_one_entry() {
         for name in ["a b", "a=b", "100%", "käse", "", "a:b", "\u{202e}"] {
             let ledger = Ledger::new([(Claim::Region(location(name)), 1_796_081_284)]);
             let text = format(&ledger);
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_could_be_written_otherwise_is_refused() {
+    fn an_entry_in_another_text_form_is_refused() {
         for text in [
             "address:192.168.50.11",
             "address:192.168.50.11=",
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_entry_costs_itself_and_a_long_ledger_its_rest() {
+    fn a_malformed_entry_is_skipped_and_a_long_ledger_cut() {
         let read = parse(&format!("nonsense {TEXT}")).unwrap();
         assert_eq!((read.ledger.iter().count(), read.skipped), (5, 1));
 
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_never_too_long_to_be_read() {
+    fn a_formatted_ledger_is_never_too_long_to_parse() {
         let names = (0..16).map(|number| format!("{number}{}", "ä".repeat(63)));
         let ledger = Ledger::new(names.map(|name| (Claim::Region(location(&name)), 0)));
         let text = format(&ledger);

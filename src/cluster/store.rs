@@ -1,4 +1,4 @@
-//! What is known of the cluster: parsed objects, as lists and watches bring them. Pure.
+//! The known state of the cluster: parsed objects from lists and watches. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,7 +9,7 @@ use super::peer::{self, PeerObject};
 use super::{Rejected, annotation};
 use crate::topology::{ExternalPeer, Node, NodeName, Snapshot};
 
-/// The Nodes and Peers, and what this node's own Node says.
+/// The Nodes and Peers, and the published annotations of this node's own Node.
 #[derive(Debug)]
 pub(super) struct Store {
     settings: ParseSettings,
@@ -18,12 +18,12 @@ pub(super) struct Store {
     peers: Collection<ExternalPeer>,
 }
 
-/// One collection: what is known, and the list that is on its way.
+/// One collection: the known objects, and the list that is being received.
 #[derive(Debug)]
 struct Collection<T> {
     known: BTreeMap<String, Entry<T>>,
     incoming: BTreeMap<String, Entry<T>>,
-    /// Whether what is known comes from the API rather than from the cache.
+    /// Whether the known objects come from the API rather than from the cache.
     live: bool,
 }
 
@@ -32,11 +32,11 @@ struct Entry<T> {
     value: Option<T>,
     rejected: Vec<Rejected>,
     uid: String,
-    /// What the agents of this product and Kilo's publish; of this node's own Node only.
+    /// The annotations that agents of this product and Kilo's publish; of this node's own Node only.
     published: BTreeMap<String, String>,
-    /// When the object was last changed, in Unix seconds; of this node's own Node only.
+    /// The last change of the object, in Unix seconds; of this node's own Node only.
     changed: Option<i64>,
-    /// What an agent told a Peer.
+    /// The condition `Accepted`; of Peers only.
     condition: Option<Condition>,
 }
 
@@ -91,7 +91,7 @@ impl<T> Collection<T> {
                 self.live = true;
                 true
             }
-            // What is not allowed to be known may well exist: what was known stays.
+            // Unreadable objects may still exist, so the known ones stay.
             Event::Forbidden(_) => {
                 let changed = !self.live;
                 self.live = true;
@@ -107,7 +107,7 @@ impl<T> Collection<T> {
 }
 
 impl Store {
-    /// Begins with what the cache held.
+    /// A store with the objects of the cache.
     pub(super) fn new(settings: ParseSettings, own: NodeName, cached: &Snapshot) -> Self {
         Self {
             settings,
@@ -119,9 +119,9 @@ impl Store {
         }
     }
 
-    /// Takes what happened to the Nodes; returns whether what is known may have changed.
+    /// Applies an event of the Nodes; returns whether the known state may have changed.
     pub(super) fn handle_node(&mut self, event: Event<NodeObject>) -> bool {
-        // Without the right to read Nodes there is no cluster to speak of.
+        // Without the right to read Nodes nothing can be learned about the cluster.
         if matches!(event, Event::Forbidden(_) | Event::Absent) {
             return false;
         }
@@ -157,7 +157,7 @@ impl Store {
         })
     }
 
-    /// Takes what happened to the Peers; returns whether what is known may have changed.
+    /// Applies an event of the Peers; returns whether the known state may have changed.
     pub(super) fn handle_peer(&mut self, event: Event<PeerObject>) -> bool {
         self.peers.handle(event, |object| {
             let (value, rejected) = peer::parse(&object);
@@ -183,17 +183,17 @@ impl Store {
         self.nodes.live
     }
 
-    /// Whether the Peers have been listed, or it is known that there are none to be had.
+    /// Whether the Peers have been listed, or are known to be absent or unreadable.
     pub(super) const fn knows_peers(&self) -> bool {
         self.peers.live
     }
 
-    /// How many objects are known: Nodes, Peers.
+    /// The numbers of known Nodes and Peers.
     pub(super) fn counts(&self) -> (usize, usize) {
         (self.nodes.known.len(), self.peers.known.len())
     }
 
-    /// All objects that could be read.
+    /// All objects that could be parsed.
     pub(super) fn snapshot(&self) -> Snapshot {
         let nodes = self
             .nodes
@@ -211,7 +211,7 @@ impl Store {
         }
     }
 
-    /// All that was refused.
+    /// All refused values.
     pub(super) fn rejected(&self) -> BTreeSet<Rejected> {
         self.nodes
             .rejected()
@@ -220,7 +220,7 @@ impl Store {
             .collect()
     }
 
-    /// What an agent published on the own Node, as far as the API has said; none before that, and
+    /// The annotations that an agent published on the own Node; `None` before the Nodes are listed, and
     /// where there is no such Node.
     pub(super) fn published(&self) -> Option<&BTreeMap<String, String>> {
         let entry = self
@@ -231,13 +231,13 @@ impl Store {
         entry.map(|entry| &entry.published)
     }
 
-    /// When the own Node was last changed, in Unix seconds of the API server: the newest time of its
+    /// The last change of the own Node, in Unix seconds of the API server: the newest time of its
     /// `managedFields`.
     pub(super) fn own_changed(&self) -> Option<i64> {
         self.nodes.known.get(&self.own.0)?.changed
     }
 
-    /// What the Peers were told, as far as the API has said.
+    /// The observed conditions of the Peers; empty before the Peers are listed.
     pub(super) fn conditions(&self) -> Conditions {
         let known = self.peers.known.iter().filter(|_| self.peers.live);
         known
@@ -245,13 +245,13 @@ impl Store {
             .collect()
     }
 
-    /// The identity of a Peer object; empty where it is not known.
+    /// The UID of a Peer object; empty where it is not known.
     pub(super) fn peer_uid(&self, name: &str) -> &str {
         self.peers.known.get(name).map_or("", |entry| &entry.uid)
     }
 }
 
-/// Keeps of a Node's annotations those that agents write.
+/// Filters a Node's annotations to those that agents write.
 fn published(mut annotations: BTreeMap<String, String>) -> BTreeMap<String, String> {
     annotations.retain(|key, _| annotation::PUBLISHED.contains(&key.as_str()));
     annotations
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_list_forgets_what_was_deleted_unseen() {
+    fn a_new_list_drops_objects_deleted_between_watches() {
         let mut store = store();
         for list in [vec!["a1", "a2"], vec!["a1"]] {
             store.handle_node(Event::Listing);
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn peers_that_may_not_be_read_stay_as_they_were() {
+    fn peers_stay_known_when_reading_them_is_forbidden() {
         let peer = serde_json::from_value(json!({
             "metadata": {"name": "laptop"},
             "spec": {

@@ -1,6 +1,6 @@
-//! The agent's flags as users write them: Kilo's `kg` first, by the same names and defaults.
+//! The agent's flags: those of Kilo's `kg`, with the same names and defaults, and Selvedge's own.
 //!
-//! What the values mean together is decided in [`super::Config`].
+//! [`super::Config`] validates the values together.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,28 +19,28 @@ const MESH: &str = "Mesh";
 const NODE: &str = "This node";
 const FLANNEL: &str = "flannel";
 const WATCHING: &str = "Logs and pages";
-const KILO: &str = "Accepted because Kilo has them";
+const KILO: &str = "Accepted for compatibility with Kilo";
 
 /// Flags of `selvedge agent` and `selvedge cleanup`.
 ///
-/// Each is also read from the environment (`SELVEDGE_LOG_LEVEL` for `--log-level`) and from the file
+/// Each flag is also read from the environment (`SELVEDGE_LOG_LEVEL` for `--log-level`) and from the file
 /// of `--config` (lines such as `log-level: debug`); a flag wins over the environment, and the
 /// environment over the file.
 #[derive(Args, Clone, Debug)]
 pub struct Flags {
-    /// Read flags from FILE: one `name: value` a line, `#` starts a comment
+    /// Read flags from FILE: one `name: value` per line, `#` starts a comment
     #[arg(long, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
 
     // Kubernetes
-    /// Kubeconfig to reach the API server with [default: the pod's service account, by the first way
-    /// to a server that answers: this host's own, then the cluster's service]
+    /// Kubeconfig for the API server [default: the pod's service account, at the first server that
+    /// answers: one on this host, then the cluster's service]
     #[arg(long, value_name = "FILE", help_heading = KUBERNETES)]
     pub(super) kubeconfig: Option<PathBuf>,
     /// URL of the API server, instead of the kubeconfig's
     #[arg(long, value_name = "URL", help_heading = KUBERNETES, value_parser = values::master)]
     pub(super) master: Option<String>,
-    /// Name of this machine's Node object [default: NODE_NAME, else the host's name]
+    /// Name of this host's Node object [default: NODE_NAME, else the host's name]
     #[arg(long, value_name = "NODE", help_heading = KUBERNETES, value_parser = values::node_name)]
     pub(super) hostname: Option<String>,
     /// Node label that names the region
@@ -49,7 +49,7 @@ pub struct Flags {
     pub(super) topology_label: String,
 
     // Mesh
-    /// What gets tunnels: `location`, a leader of each region; `cross`, every node, to the nodes of
+    /// Which nodes have tunnels: `location`, one leader per region; `cross`, every node, to the nodes of
     /// other regions; `full`, every node, to all others
     #[arg(long, value_name = "GRANULARITY", help_heading = MESH, default_value = "location",
           value_parser = values::granularity)]
@@ -58,29 +58,29 @@ pub struct Flags {
     #[arg(long, value_name = "CIDR", help_heading = MESH, default_value = "10.4.0.0/16",
           value_parser = values::pools)]
     pub(super) subnet: Cidrs,
-    /// Inside a region: `always` and `crosssubnet` go as flannel goes, `never` directly where it can
+    /// Inside a region: `always` and `crosssubnet` follow flannel's routes, `never` routes directly where possible
     #[arg(long, value_name = "WHEN", help_heading = MESH, default_value = "always")]
     pub(super) encapsulate: Encapsulation,
     /// Service CIDRs: never masqueraded for VPN peers (repeatable)
     #[arg(long, value_name = "CIDR", help_heading = MESH)]
     pub(super) service_cidr: Vec<Cidrs>,
     /// Networks of a region, `REGION=CIDR[,CIDR]`, the same for all agents: a node of the region with
-    /// an address elsewhere gets a tunnel of its own (repeatable) [default: the link network of the
+    /// an address outside them gets its own tunnel (repeatable) [default: the link network of the
     /// region's oldest node]
     #[arg(long, value_name = "REGION=CIDR", help_heading = MESH)]
     pub(super) region_cidr: Vec<RegionCidrs>,
-    /// Follow Kilo's algorithm while a real kg is in the mesh; for the time of a migration, on all
-    /// agents
+    /// Follow Kilo's algorithm while a real kg is in the mesh; set it on all agents during a
+    /// migration
     #[arg(long, value_name = "BOOL", help_heading = MESH, default_value = "false",
           value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) beside_kilo: bool,
-    /// What happens to traffic for a region whose tunnel is down: `closed` refuses it, `open` leaves
-    /// it to flannel, in clear
+    /// Traffic to a region whose tunnel is down: `closed` refuses it, `open` leaves it to flannel,
+    /// in clear
     #[arg(long, value_name = "HOW", help_heading = MESH, default_value = "closed")]
     pub(super) on_tunnel_down: OnTunnelDown,
 
-    /// Whether VPN peers (`Peer` objects) may leave the cluster through a leader, to the internet or its LAN
+    /// Let VPN peers (`Peer` objects) leave the cluster through a leader, to the internet or its LAN
     #[arg(long, value_name = "BOOL", help_heading = MESH, default_value = "false",
           value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
@@ -91,26 +91,26 @@ pub struct Flags {
     #[arg(long, value_name = "LINK", help_heading = NODE, default_value = "kilo0",
           value_parser = values::link_name)]
     pub(super) interface: String,
-    /// UDP port of the tunnel, where no endpoint annotation gives another
+    /// UDP port of the tunnel, unless an endpoint annotation sets another
     #[arg(long, help_heading = NODE, default_value = "51820", value_parser = values::port)]
     pub(super) port: u16,
-    /// MTU of the tunnel's link: `auto` (that of the link that leads out less 80, at most 1420), or bytes
+    /// MTU of the tunnel's link: `auto` (80 less than that of the outgoing link, at most 1420), or bytes
     #[arg(long, value_name = "BYTES", help_heading = NODE, default_value = "auto")]
     pub(super) mtu: Mtu,
     /// Take the private address from these CIDRs only (repeatable)
     #[arg(long, value_name = "CIDR", help_heading = NODE)]
     pub(super) internal_cidr: Vec<Cidrs>,
-    /// Publish the private address as the endpoint, where there is one
+    /// Publish the private address as the endpoint, if there is one
     #[arg(long, value_name = "BOOL", help_heading = NODE, default_value = "false",
           value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) prioritise_private_addresses: bool,
-    /// How often everything is looked at again, besides at every change
+    /// Period of full reconcile passes, in addition to those after changes
     #[arg(long, value_name = "DURATION", help_heading = NODE, default_value = "30s",
           value_parser = values::resync_period)]
     pub(super) resync_period: Duration,
-    /// First priority of the agent's three routing policy rules; it is lowered where a rule of another
-    /// program would be asked before them
+    /// First priority of the agent's three routing policy rules; the agent lowers it if another program's
+    /// rule would precede them
     #[arg(long, value_name = "NUMBER", help_heading = NODE, default_value = "5190",
           value_parser = values::rule_priority)]
     pub(super) rule_priority: u32,
@@ -121,22 +121,22 @@ pub struct Flags {
     /// Directory of the private key and the cached state
     #[arg(long, value_name = "DIR", help_heading = NODE, default_value = "/var/lib/selvedge")]
     pub(super) state_dir: PathBuf,
-    /// Socket that `selvedge status` and `doctor` ask
+    /// Control socket for `selvedge status` and `doctor`
     #[arg(long, value_name = "PATH", help_heading = NODE, default_value = crate::status::CONTROL_SOCKET)]
     pub(super) control_socket: PathBuf,
-    /// Remove rules, routes, the nft table and own annotations when told to stop; without it they
-    /// stay, so that a restart interrupts nothing
+    /// Remove rules, routes, the nft table and the agent's annotations on a stop signal; without this flag
+    /// they stay, so that a restart interrupts no traffic
     #[arg(long, value_name = "BOOL", help_heading = NODE, value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) clean_up: Option<bool>,
-    /// With --clean-up, remove the tunnel's link too
+    /// With --clean-up, also remove the tunnel's link
     #[arg(long, value_name = "BOOL", help_heading = NODE, default_value = "false",
           value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) clean_up_interface: bool,
 
     // flannel
-    /// flannel's net-conf.json [default: where k3s and kube-flannel put it, else the live system]
+    /// flannel's net-conf.json [default: the paths of k3s and kube-flannel, else the live system]
     #[arg(long, value_name = "FILE", help_heading = FLANNEL)]
     pub(super) flannel_conf: Option<PathBuf>,
     /// flannel's subnet.env
@@ -147,14 +147,14 @@ pub struct Flags {
     /// Address of /health, /ready, /metrics and /graph; empty turns them off
     #[arg(long, value_name = "ADDRESS", help_heading = WATCHING, default_value = "127.0.0.1:1107")]
     pub(super) listen: Listen,
-    /// What is logged: all, debug, info, warn, error or none
+    /// Log level: all, debug, info, warn, error or none
     #[arg(long, value_name = "LEVEL", help_heading = WATCHING, default_value = "info")]
     pub(super) log_level: LogLevel,
-    /// How it is logged: text or json
+    /// Log format: text or json
     #[arg(long, value_name = "FORMAT", help_heading = WATCHING, default_value = "text")]
     pub(super) log_format: LogFormat,
 
-    // Accepted because Kilo has them
+    // Accepted for compatibility with Kilo
     /// Only `kubernetes`
     #[arg(long, value_name = "STORE", help_heading = KILO, default_value = "kubernetes",
           value_parser = ["kubernetes"], hide_possible_values = true)]
@@ -169,11 +169,11 @@ pub struct Flags {
     /// flannel manages the CNI configuration
     #[arg(long, value_name = "FILE", help_heading = KILO)]
     pub(super) cni_path: Option<PathBuf>,
-    /// The agent always makes its own link
+    /// The agent always creates its own link
     #[arg(long, value_name = "BOOL", help_heading = KILO, value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) create_interface: Option<bool>,
-    /// No rule of another table can undo a drop; `selvedge doctor` names the chain that does it
+    /// No rule of another table can undo a drop; `selvedge doctor` names the chain that drops
     #[arg(long, value_name = "BOOL", help_heading = KILO, value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) iptables_forward_rules: Option<bool>,
@@ -184,7 +184,7 @@ pub struct Flags {
 }
 
 impl Flags {
-    /// All of a repeatable list.
+    /// The networks of all values of a repeatable flag.
     pub(super) fn nets(lists: &[Cidrs]) -> Vec<IpNet> {
         lists.iter().flat_map(|Cidrs(nets)| nets.clone()).collect()
     }

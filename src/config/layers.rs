@@ -1,4 +1,4 @@
-//! Where a flag's value may stand: default < `--config` file < environment < command line.
+//! The sources of a flag's value, in ascending precedence: default, `--config` file, environment, command line.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -9,18 +9,18 @@ use clap::{Arg, ArgMatches, Command};
 
 use crate::refusal::Refusal;
 
-/// Before a flag's name in upper case.
+/// The prefix of environment variables, before a flag's name in upper case.
 pub(crate) const PREFIX: &str = "SELVEDGE_";
-/// The flag that names the file.
+/// The flag that sets the file.
 const FILE: &str = "config";
 
-/// A value from below the command line, and where it stood.
+/// A value from the environment or the file, and its place for error messages.
 struct Layered {
     value: String,
     origin: String,
 }
 
-/// What a flag is given in the file, and on which of its lines, counted from 1.
+/// A flag's value in the file, and its line numbers, counted from 1.
 struct Written {
     value: String,
     lines: Vec<usize>,
@@ -28,7 +28,7 @@ struct Written {
 
 impl Written {
     fn place(&self) -> String {
-        /// As many as anybody looks at.
+        /// Most line numbers in a message.
         const SHOWN: usize = 8;
         let shown = self.lines.iter().take(SHOWN);
         let shown: Vec<_> = shown.map(usize::to_string).collect();
@@ -41,10 +41,10 @@ impl Written {
     }
 }
 
-/// Parses the arguments of `command`; its subcommands' flags may also stand in the environment and in
+/// Parses the arguments of `command`; its subcommands' flags may also be set in the environment and in
 /// the file of `--config`.
 ///
-/// The outer error carries what `--help` and `--version` print.
+/// The inner error holds the output of `--help` and `--version`.
 pub fn parse(
     command: Command,
     args: &[OsString],
@@ -94,7 +94,7 @@ pub fn parse(
     }
 }
 
-/// What clap has to say, in one sentence.
+/// clap's error in one sentence.
 pub fn sentence(error: &clap::Error) -> String {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
@@ -135,7 +135,7 @@ pub fn sentence(error: &clap::Error) -> String {
     }
 }
 
-/// What clap takes a mistyped flag or command for.
+/// clap's suggestion for a mistyped flag or command.
 fn suggestion(error: &clap::Error) -> Option<&str> {
     [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand]
         .into_iter()
@@ -151,7 +151,7 @@ fn suggestion(error: &clap::Error) -> Option<&str> {
         })
 }
 
-/// Names the variable or the file's line instead of the flag, where that is where the value stands.
+/// Replaces the flag's name by the variable or the file's line, if the value comes from there.
 fn blame(error: &clap::Error, args: &[OsString], layers: &BTreeMap<String, Layered>) -> String {
     let sentence = sentence(error);
     let named = sentence
@@ -175,8 +175,8 @@ fn blame(error: &clap::Error, args: &[OsString], layers: &BTreeMap<String, Layer
     sentence.replacen(&format!("--{name}"), &layer.origin, 1)
 }
 
-/// A Service called `selvedge` in the pod's namespace puts `SELVEDGE_PORT=tcp://10.43.0.7:1107` and
-/// the like into its environment; that is not meant for us.
+/// Whether a variable comes from a Service called `selvedge` in the pod's namespace, which sets
+/// `SELVEDGE_PORT=tcp://10.43.0.7:1107` and the like. Such a value is not a flag's.
 fn is_service_link(value: &str) -> bool {
     ["tcp://", "udp://", "sctp://"]
         .iter()
@@ -202,7 +202,7 @@ fn config_file(args: &[OsString], environment: &BTreeMap<String, String>) -> Opt
         .filter(|path| !path.is_empty())
 }
 
-/// Lines of `name: value` or `name=value`; a name that comes again adds to the list.
+/// Reads lines of `name: value` or `name=value`; a repeated name adds to the list.
 fn read_file(path: &Path, command: &Command) -> Result<BTreeMap<String, Written>, Refusal> {
     let shown = path.display();
     let text = std::fs::read_to_string(path).map_err(|error| {
@@ -262,7 +262,7 @@ fn with_defaults(command: Command, layers: &BTreeMap<String, Layered>) -> Comman
         let Some(layer) = arg.get_long().and_then(|name| layers.get(name)) else {
             return arg;
         };
-        // clap borrows defaults for the life of the program, which is how long these are needed.
+        // clap needs defaults with the lifetime of the program.
         let value: &'static str = layer.value.clone().leak();
         arg.default_value(OsStr::new(value))
     });
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_of_a_kilo_daemonset_is_taken_as_it_is() {
+    fn the_command_line_of_a_kilo_daemonset_is_accepted_unchanged() {
         let config = config(
             &[
                 "--kubeconfig=/etc/kubernetes/kubeconfig",
@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_values_are_refused_with_the_flag_and_what_would_do() {
+    fn bad_values_are_refused_with_the_flag_and_valid_values() {
         for (args, expected) in [
             (
                 &["--encapsulate=x"][..],
@@ -446,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_value_is_blamed_on_where_it_stands() {
+    fn an_error_names_the_source_of_the_bad_value() {
         let error = config(&[], &[("SELVEDGE_MTU", "x")]).unwrap_err();
         assert!(
             error
@@ -457,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_value_in_the_file_is_blamed_on_its_lines() {
+    fn an_error_names_the_lines_of_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("c");
         let told = |text: &str, args: &[&str]| {
@@ -473,7 +473,7 @@ mod tests {
                 "line 3 of {shown}: mtu \"x\": must be auto or a number of bytes in the range 576 to 65455"
             )
         );
-        // A list has as many lines as the file gives it.
+        // A list may take several lines of the file.
         assert_eq!(
             told(
                 "service-cidr: 10.43.0.0/16\nport: 1\nservice-cidr: y\n",
@@ -487,14 +487,14 @@ mod tests {
         let error = told(&"port: 1\n".repeat(100), &[]).unwrap_err();
         let place = format!("lines 1, 2, 3, 4, 5, 6, 7, 8 and 92 more of {shown}: port ");
         assert!(error.starts_with(&place), "{error}");
-        // A flag that wins is not held responsible for the line it wins over, nor the line for the flag.
+        // An error in a flag does not name the overridden line of the file, and the reverse.
         assert!(told("mtu: x\n", &["--mtu=1300", "--hostname=a"]).is_ok());
         let error = told("mtu: 1300\n", &["--mtu=y"]).unwrap_err();
         assert!(error.starts_with("--mtu \"y\""), "{error}");
     }
 
     #[test]
-    fn a_line_of_the_file_that_is_no_flag_is_named() {
+    fn a_line_without_a_known_flag_is_named_in_the_error() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("c");
         for (text, expected) in [

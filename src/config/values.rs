@@ -1,6 +1,6 @@
-//! The forms flag values come in: Go's booleans and durations, CIDR lists, names of links.
+//! Parsers of flag values: Go's booleans and durations, CIDR lists, names of links.
 //!
-//! Each parser answers with what is wrong in a few words; the caller names the flag.
+//! A parser's error is a short clause; the caller adds the flag's name.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -11,7 +11,7 @@ use ipnet::IpNet;
 
 use crate::topology::{Granularity, RegionName, is_unicast};
 
-/// Go's `strconv.ParseBool`, which every flag of Kilo's goes through.
+/// Go's `strconv.ParseBool`, which parses Kilo's boolean flags.
 pub(crate) fn boolean(text: &str) -> Result<bool, String> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
@@ -54,7 +54,7 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     Ok(total)
 }
 
-/// How often everything is looked at again.
+/// `--resync-period`: 1 s to 24 h.
 pub(crate) fn resync_period(text: &str) -> Result<Duration, String> {
     match duration(text)? {
         period if period < Duration::from_secs(1) => Err("must be at least 1s".into()),
@@ -63,7 +63,7 @@ pub(crate) fn resync_period(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// A UDP port; Kilo's wording without its misspelling.
+/// A UDP port. The error is Kilo's without its misspelling.
 pub(crate) fn port(text: &str) -> Result<u16, String> {
     match u16::from_str(text) {
         Ok(port) if port != 0 => Ok(port),
@@ -87,7 +87,7 @@ impl FromStr for Mtu {
     fn from_str(text: &str) -> Result<Self, String> {
         match (text, u32::from_str(text)) {
             ("auto", _) => Ok(Self::Auto),
-            // 576 is what every IPv4 host must take (RFC 791); above, a datagram could not hold it.
+            // Every IPv4 host must accept 576 (RFC 791); a UDP datagram cannot hold more than the maximum.
             (_, Ok(bytes @ 576..=65_455)) => Ok(Self::Bytes(bytes)),
             _ => Err("must be auto or a number of bytes in the range 576 to 65455".into()),
         }
@@ -119,7 +119,7 @@ impl FromStr for Cidrs {
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct RegionCidrs(Vec<(RegionName, Vec<IpNet>)>);
 
-/// All of a repeatable list, by region.
+/// The networks of all values of a repeatable flag, by region.
 pub(crate) fn region_networks(lists: Vec<RegionCidrs>) -> BTreeMap<RegionName, Vec<IpNet>> {
     let mut networks = BTreeMap::<_, Vec<_>>::new();
     for (region, nets) in lists.into_iter().flat_map(|RegionCidrs(regions)| regions) {
@@ -187,13 +187,13 @@ pub(super) fn pools(text: &str) -> Result<Cidrs, String> {
             return Err("is too small: it must hold an address for each region".into());
         }
         if pool.prefix_len() == 0 || !is_unicast(pool.network()) {
-            return Err("is no network of unicast addresses".into());
+            return Err("is not a network of unicast addresses".into());
         }
     }
     Ok(Cidrs(pools))
 }
 
-/// `--master`: a URL of HTTP; empty, Kilo's default, is none.
+/// `--master`: an HTTP or HTTPS URL; empty, Kilo's default, means none.
 pub(super) fn master(text: &str) -> Result<String, String> {
     let valid = text.parse::<http::Uri>().is_ok_and(|url| {
         matches!(url.scheme_str(), Some("https" | "http"))
@@ -206,7 +206,7 @@ pub(super) fn master(text: &str) -> Result<String, String> {
     }
 }
 
-/// The key of a Node's label: a name of at most 63 characters, behind a DNS subdomain and a slash or not.
+/// The key of a Node's label: a name of at most 63 characters, with an optional prefix of a DNS subdomain and a slash.
 pub(crate) fn label_key(text: &str) -> Result<String, String> {
     let (prefix, name) = match text.split_once('/') {
         Some((prefix, name)) => (Some(prefix), name),
@@ -225,7 +225,7 @@ pub(crate) fn label_key(text: &str) -> Result<String, String> {
     }
 }
 
-/// The name of a link, as the kernel takes it (`dev_valid_name`).
+/// The name of a link that the kernel accepts (`dev_valid_name`).
 pub(crate) fn link_name(text: &str) -> Result<String, String> {
     let valid = !text.is_empty()
         && text.len() <= 15
@@ -268,14 +268,14 @@ pub(super) fn granularity(text: &str) -> Result<Granularity, String> {
     }
 }
 
-/// Where HTTP is served.
+/// The address of the HTTP pages.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Listen {
-    /// On one address.
+    /// One address.
     Address(SocketAddr),
-    /// On every address of this node, of both families (Kilo's `:1107`).
+    /// Every address of this node, of both families (Kilo's `:1107`).
     Everywhere(u16),
-    /// Nowhere (an empty value).
+    /// No pages (an empty value).
     Off,
 }
 
@@ -301,11 +301,11 @@ impl FromStr for Listen {
 }
 
 impl Listen {
-    /// The addresses to try, first that can be bound wins.
+    /// The addresses to try in order; the first that can be bound is used.
     pub fn addresses(self) -> Vec<SocketAddr> {
         match self {
             Self::Address(address) => vec![address],
-            // A machine without IPv6 refuses the first.
+            // A host without IPv6 refuses the first.
             Self::Everywhere(port) => vec![
                 SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port),
                 SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port),
@@ -324,7 +324,7 @@ pub(super) fn rule_priority(text: &str) -> Result<u32, String> {
     }
 }
 
-/// `--fwmark`: a whole mark, so any value but the ones other programs put into packets.
+/// `--fwmark`: a whole mark, without the bits that other programs use.
 pub(super) fn fwmark(text: &str) -> Result<u32, String> {
     let parsed = match text.strip_prefix("0x") {
         Some(hex) => u32::from_str_radix(hex, 16),
@@ -332,7 +332,7 @@ pub(super) fn fwmark(text: &str) -> Result<u32, String> {
     };
     match parsed {
         Ok(0) | Err(_) => Err("must be a number other than 0, such as 0x51e00000".into()),
-        // kube-proxy's masquerade and drop bits: it would act on the tunnel's own datagrams.
+        // kube-proxy's masquerade and drop bits: kube-proxy would act on the tunnel's own datagrams.
         Ok(mark) if mark & 0xc000 != 0 => {
             Err("must not contain 0x4000 or 0x8000, which kube-proxy acts on".into())
         }
@@ -345,7 +345,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_written_as_in_go() {
+    fn durations_have_gos_format() {
         assert_eq!(duration("30s"), Ok(Duration::from_secs(30)));
         assert_eq!(duration("1m30s"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("1.5h"), Ok(Duration::from_secs(5400)));
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn the_networks_of_regions_are_written_behind_their_names() {
+    fn networks_of_regions_follow_their_names() {
         let read = |text: &str| {
             let RegionCidrs(regions) = text.parse::<RegionCidrs>()?;
             let shown = regions
@@ -383,7 +383,7 @@ mod tests {
             read("nd=192.168.50.0/24, third=10.0.0.0/8,fd00::/8").unwrap(),
             ["nd [192.168.50.0/24]", "third [10.0.0.0/8, fd00::/8]"]
         );
-        // Nodes without a label are a region too.
+        // Nodes without a label form a region too.
         assert_eq!(read("=10.0.0.0/8").unwrap(), [" [10.0.0.0/8]"]);
         for wrong in [
             "192.168.50.0/24",
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn link_names_are_the_kernels() {
+    fn link_names_follow_the_kernels_rules() {
         assert!(link_name("kilo0").is_ok());
         for wrong in [
             "",

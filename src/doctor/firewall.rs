@@ -1,6 +1,6 @@
-//! Other programs' nf_tables rules that may drop what the mesh carries.
+//! Finds nf_tables rules of other programs that may drop the mesh's traffic.
 //!
-//! In nf_tables one table's accept does not protect from another's drop, so the agent can only tell.
+//! In nf_tables an accept in one table does not prevent a drop in another, so the agent can only report it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
@@ -15,18 +15,18 @@ use crate::text;
 
 /// The agent's own table.
 const OWN: &str = "selvedge";
-/// How long `nft` may take to list thousands of rules of a busy host's.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Timeout of `nft`, which may list thousands of rules on a busy host.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// All rules of this network namespace, as `nft` lists them.
 pub(super) fn ruleset() -> anyhow::Result<Value> {
     list(&["ruleset"])
 }
 
-/// Why packets that the mesh forwards are dropped on this node, in one sentence; none where nothing is found.
+/// Why this node drops packets that the mesh forwards, in one sentence; `None` where nothing is found.
 ///
-/// Only tables with a chain that forwarded packets go through are listed: the translations of thousands of
-/// services are in another.
+/// Only tables with a chain at the forward hook are listed: the NAT rules of thousands of
+/// services are in other tables.
 ///
 /// # Errors
 ///
@@ -35,7 +35,7 @@ pub(crate) fn in_the_way(link: &str) -> anyhow::Result<Option<String>> {
     let chains = list(&["chains"])?;
     let mut objects = Vec::new();
     for (family, table) in at_forward(&chains) {
-        // A table that went meanwhile drops nothing any more, and netlink reports its removal.
+        // A table that was deleted meanwhile drops nothing, and netlink reports its deletion.
         if let Ok(Value::Object(mut listed)) = list(&["table", &family, &table])
             && let Some(Value::Array(listed)) = listed.remove("nftables")
         {
@@ -56,7 +56,7 @@ pub(crate) fn in_the_way(link: &str) -> anyhow::Result<Option<String>> {
     }))
 }
 
-/// The tables of others that have a base chain at the hook for forwarding, by family and name.
+/// The tables of other programs with a base chain at the forward hook, by family and name.
 fn at_forward(chains: &Value) -> BTreeSet<(String, String)> {
     let list = chains.get("nftables").and_then(Value::as_array);
     let chains = list.into_iter().flatten();
@@ -71,7 +71,7 @@ fn at_forward(chains: &Value) -> BTreeSet<(String, String)> {
         .collect()
 }
 
-/// What `nft` lists, as JSON.
+/// The output of `nft list`, as JSON.
 #[expect(
     clippy::disallowed_methods,
     reason = "nft is the one program the product runs"
@@ -79,12 +79,12 @@ fn at_forward(chains: &Value) -> BTreeSet<(String, String)> {
 fn list(what: &[&str]) -> anyhow::Result<Value> {
     let mut command = Command::new("nft");
     command.args(["-j", "list"]).args(what);
-    let output = match subprocess::run(&mut command, b"", PATIENCE) {
+    let output = match subprocess::run(&mut command, b"", TIMEOUT) {
         Ok(output) => output,
         Err(Failure::NotRun(error)) => return Err(error).context("running nft"),
         Err(Failure::Late(_)) => bail!(
-            "nft does not answer within {} s: see what holds nf_tables on this node (ps -e, dmesg)",
-            PATIENCE.as_secs()
+            "nft does not answer within {} s: check what blocks nf_tables on this node (ps -e, dmesg)",
+            TIMEOUT.as_secs()
         ),
     };
     ensure!(
@@ -95,10 +95,10 @@ fn list(what: &[&str]) -> anyhow::Result<Value> {
     serde_json::from_slice(&output.stdout).context("reading nft's answer")
 }
 
-/// Where the kernel lists the tables of iptables-legacy that exist in this network namespace.
+/// The kernel's lists of iptables-legacy tables in this network namespace.
 const LEGACY: [&str; 2] = ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"];
 
-/// Whether rules may exist that nf_tables does not know of.
+/// Reports iptables-legacy tables, whose rules nf_tables does not show.
 pub(super) fn legacy() -> Option<Finding> {
     let names = LEGACY.map(|path| std::fs::read_to_string(path).unwrap_or_default());
     of_legacy(&names.concat())
@@ -109,29 +109,29 @@ fn of_legacy(names: &str) -> Option<Finding> {
     let names = Vec::from_iter(names).join(", ");
     (!names.is_empty()).then(|| {
         Finding::warning(
-            format!("There are tables of iptables-legacy beside those of nf_tables ({names}): what either drops is dropped, and only nf_tables was looked at here."),
-            "Run iptables-legacy-save and see whether its INPUT or FORWARD chain drops; keep to one of the two.",
+            format!("There are tables of iptables-legacy in addition to those of nf_tables ({names}): a packet that either drops is lost, and doctor read only nf_tables."),
+            "Run iptables-legacy-save and check whether its INPUT or FORWARD chain drops; use only one of the two.",
         )
     })
 }
 
-/// A base chain at the hook for input or forwarding.
+/// A base chain at the input or forward hook.
 #[derive(Debug)]
 struct Chain<'a> {
     name: &'a str,
     hook: &'a str,
-    /// Whether what no rule accepts is dropped.
+    /// Whether it drops packets that no rule accepts.
     closed: bool,
     /// Whether it, or a chain of its table, has a rule about the tunnel's port.
     knows_port: bool,
     /// Whether it, or a chain of its table, has a rule about the tunnel's link.
     knows_link: bool,
-    /// Whether it leads to flannel's chain, which accepts what comes from or goes to the cluster
+    /// Whether it jumps to flannel's chain, which accepts traffic from and to the cluster
     /// network.
     knows_flannel: bool,
 }
 
-/// What of a ruleset may stand in the way of the tunnel's port and of what comes through its link.
+/// Chains of a ruleset that may drop datagrams to the tunnel's port, or traffic of its link.
 pub(super) fn findings(ruleset: &Value, port: u16, link: &str) -> Vec<Finding> {
     let mut chains = BTreeMap::<(&str, &str, &str), Chain<'_>>::new();
     let objects = || {
@@ -173,7 +173,7 @@ pub(super) fn findings(ruleset: &Value, port: u16, link: &str) -> Vec<Finding> {
             if *name == text("chain") && expressions.iter().any(leads_to_flannel) {
                 chain.knows_flannel = true;
             }
-            // Rules come in order: the last one decides what the others let pass to it.
+            // Rules are in order: a final rule decides about packets that the earlier ones let pass.
             if *name == text("chain") && ends_traffic(expressions) {
                 chain.closed = true;
             }
@@ -188,21 +188,21 @@ pub(super) fn findings(ruleset: &Value, port: u16, link: &str) -> Vec<Finding> {
             if chain.hook == "input" {
                 (!chain.knows_port).then(|| {
                     Finding::warning(
-                        format!("{whose} drops what it does not know, and knows nothing of UDP port {port}."),
-                        format!("Let UDP port {port} in, if this node should be a leader that others connect to."),
+                        format!("{whose} drops by default, and has no rule for UDP port {port}."),
+                        format!("Accept UDP port {port}, if this node should be a leader that others connect to."),
                     )
                 })
             } else {
                 (!chain.knows_link).then(|| {
                     if chain.knows_flannel {
                         Finding::warning(
-                            format!("{whose} forwards only what flannel and others let through: pods pass, and so do hosts, which come from the cluster network; VPN peers do not reach the nodes behind this one, nor does anybody an allowed-location-ip behind it that is no pod's."),
+                            format!("{whose} forwards only what flannel's and other rules accept. Traffic of pods passes, and so does traffic of hosts, which has addresses of the cluster network. VPN peers do not reach the nodes behind this one, and allowed-location-ips behind it are reached by pods and hosts only."),
                             format!("Run iptables -I FORWARD -i {link} -j ACCEPT and the same with -o, if that is needed."),
                         )
                     } else {
                         Finding::problem(
-                            format!("{whose} drops what it does not know on its way through this node, and the agent's own rules cannot prevent that."),
-                            format!("Let it forward from and to {link}, flannel's links and cni0; with firewalld: firewall-cmd --permanent --zone=trusted --add-interface={link}, and the same for the others."),
+                            format!("{whose} drops forwarded packets by default, and the agent's rules cannot prevent that."),
+                            format!("Accept forwarding from and to {link}, flannel's links and cni0; with firewalld: firewall-cmd --permanent --zone=trusted --add-interface={link}, and the same for the others."),
                         )
                     }
                 })
@@ -211,7 +211,7 @@ pub(super) fn findings(ruleset: &Value, port: u16, link: &str) -> Vec<Finding> {
         .collect()
 }
 
-/// Whether a rule drops or rejects everything that comes to it.
+/// Whether a rule drops or rejects every packet.
 fn ends_traffic(expressions: &[Value]) -> bool {
     let is = |e: &Value, what: &[&str]| what.iter().any(|key| e.get(key).is_some());
     expressions.iter().any(|e| is(e, &["drop", "reject"]))
@@ -220,7 +220,7 @@ fn ends_traffic(expressions: &[Value]) -> bool {
             .all(|e| is(e, &["drop", "reject", "counter", "log", "limit", "xt"]))
 }
 
-/// Whether a rule goes on in the chain that flannel makes for iptables (`FLANNEL-FWD`).
+/// Whether a rule jumps to flannel's iptables chain (`FLANNEL-FWD`).
 fn leads_to_flannel(expression: &Value) -> bool {
     let target = expression.pointer("/jump/target").and_then(Value::as_str);
     target == Some("FLANNEL-FWD")
@@ -254,13 +254,13 @@ fn is_about_link(expression: &Value, link: &str) -> bool {
     holds(right, &|value| value.as_str() == Some(link))
 }
 
-/// The right side of a match whose left side is wanted.
+/// The right side of a match whose left side fulfils `wanted`.
 fn match_on(expression: &Value, wanted: impl Fn(&Value) -> bool) -> Option<&Value> {
     let this = expression.get("match")?;
     wanted(this.get("left")?).then(|| this.get("right"))?
 }
 
-/// Whether a value, or a member of a set, is the one.
+/// Whether a value, or a member of a set, fulfils `is`.
 fn holds(value: &Value, is: &dyn Fn(&Value) -> bool) -> bool {
     match value.get("set").and_then(Value::as_array) {
         Some(members) => members.iter().any(is),
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn firewalld_in_the_way_of_forwarding_is_a_problem() {
+    fn firewalld_that_drops_forwarding_is_a_problem() {
         let text = found(&[
             chain("firewalld", "filter_FORWARD", "forward", "accept"),
             rule(
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_forward_chain_costs_less_where_flannel_opens_it_for_pods() {
+    fn a_closed_forward_chain_with_flannels_jump_is_only_a_warning() {
         let closed = chain("filter", "FORWARD", "forward", "drop");
         let text = found(std::slice::from_ref(&closed));
         assert!(text.starts_with("problem: The chain FORWARD"), "{text}");
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn only_others_tables_at_the_hook_for_forwarding_are_listed() {
+    fn only_tables_of_others_at_the_forward_hook_are_listed() {
         let chains = json!({"nftables": [
             {"metainfo": {}},
             chain("filter", "FORWARD", "forward", "drop"),
@@ -359,14 +359,14 @@ mod tests {
     }
 
     #[test]
-    fn tables_of_iptables_legacy_are_told_of() {
+    fn tables_of_iptables_legacy_are_reported() {
         assert_eq!(of_legacy(""), None);
         let text = of_legacy("nat\nfilter\nfilter\n").unwrap().to_string();
         assert!(text.contains("(filter, nat)"), "{text}");
     }
 
     #[test]
-    fn a_closed_input_chain_is_told_of_unless_it_knows_the_port() {
+    fn a_closed_input_chain_without_a_rule_for_the_port_is_reported() {
         let closed = chain("f", "input", "input", "drop");
         assert!(found(std::slice::from_ref(&closed)).contains("UDP port 51820"));
 
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_that_drops_only_some_closes_nothing() {
+    fn a_rule_that_drops_only_some_packets_does_not_close_the_chain() {
         let drop_some = json!([
             {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "eth1"}},
             {"drop": null},

@@ -1,8 +1,8 @@
-//! What the host must have and be set to.
+//! Checks the host's requirements and settings.
 //!
-//! Nothing is said of reverse path filters: the mesh works under strict ones, but for one way to a
-//! `NodePort`, which nobody may want. Nor of a clock that is off by minutes or hours: no decision of the
-//! agent's depends on what time it is elsewhere.
+//! Reverse path filters are not checked: the mesh works under strict ones, except for one path to a
+//! `NodePort`, which may be unused. A clock that is off by minutes or hours is not reported either: no
+//! decision of the agent compares clocks of different nodes.
 
 use std::path::Path;
 
@@ -13,8 +13,8 @@ use crate::preflight;
 use crate::refusal::Refusal;
 use crate::status::Report;
 
-/// What an agent would refuse to start on here, and what keeps the node from forwarding. The report
-/// is that of the agent, if one runs.
+/// Why an agent would refuse to start here, and settings that stop the node from forwarding. `report`
+/// is from the running agent, if any.
 pub(super) fn findings(config: &Config, report: Option<&Report>) -> Vec<Finding> {
     let mut findings = Vec::new();
     let sentence = match preflight::check() {
@@ -24,7 +24,7 @@ pub(super) fn findings(config: &Config, report: Option<&Report>) -> Vec<Finding>
     findings.extend(sentence.map(|sentence| {
         Finding::problem(
             format!("An agent started like this would refuse to run: {sentence}."),
-            "Mend that, or run this as root on the node.",
+            "Correct that, or run this as root on the node.",
         )
     }));
     let sysctl = |path: &str| std::fs::read_to_string(Path::new("/proc/sys").join(path)).ok();
@@ -39,10 +39,7 @@ pub(super) fn findings(config: &Config, report: Option<&Report>) -> Vec<Finding>
             "net.ipv6.conf.all.forwarding",
         ));
     }
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "whether the clock is right is what is asked"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "this check is about the clock")]
     let now = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |now| now.as_secs());
@@ -50,27 +47,27 @@ pub(super) fn findings(config: &Config, report: Option<&Report>) -> Vec<Finding>
     findings
 }
 
-/// A link, a rule or routes of somebody else's where the agent's belong.
+/// A link, a rule or routes of another program where the agent's belong.
 fn others(config: &Config) -> anyhow::Result<()> {
     Rtnetlink::open(&config.interface)?.check()
 }
 
-/// Leaders forward, and so do nodes to their own pods.
+/// Leaders forward, and every node forwards to its own pods.
 fn forwarding(value: Option<&str>, name: &str) -> Option<Finding> {
     (value?.trim() == "0").then(|| {
         Finding::problem(
             format!("{name} is 0: this node forwards nothing, not even to its own pods."),
-            format!("Run sysctl -w {name}=1 and make it last in /etc/sysctl.d."),
+            format!("Run sysctl -w {name}=1 and make it permanent in /etc/sysctl.d."),
         )
     })
 }
 
-/// Handshakes carry the time, and a peer takes none that is older than the last (WireGuard paper,
-/// 5.1); certificates are valid from some day on.
+/// Handshakes carry a timestamp, and a peer refuses one that is older than the last (WireGuard paper,
+/// 5.1). Certificates have a start of validity.
 fn clock(now: u64) -> Option<Finding> {
-    /// The first of January 2026, before which this program was not there.
-    const BEGINNING: u64 = 1_767_225_600;
-    (now < BEGINNING).then(|| {
+    /// 1 January 2026; this program is younger than that.
+    const EARLIEST: u64 = 1_767_225_600;
+    (now < EARLIEST).then(|| {
         Finding::problem(
             "The clock is years behind: the API server's certificate is not valid yet for this node.",
             "Set the clock, and run an NTP client.",
@@ -83,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn forwarding_and_the_clock_are_looked_at() {
+    fn forwarding_and_the_clock_are_checked() {
         assert!(forwarding(Some("0\n"), "net.ipv4.ip_forward").is_some());
         assert!(forwarding(Some("1\n"), "net.ipv4.ip_forward").is_none());
         assert!(forwarding(None, "net.ipv4.ip_forward").is_none());

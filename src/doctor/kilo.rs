@@ -1,15 +1,15 @@
-//! What Kilo's `kg` has on this node, or left here: for those who move a cluster from one to the other.
+//! Finds links, rules and routes of Kilo's `kg` on this node, for migrations between Kilo and Selvedge.
 
 use super::Finding;
 use crate::config::Config;
 use crate::kernel::{KilosRemains, Rtnetlink};
 
-/// What is to be known of it, and to be done about it.
+/// The remains of Kilo, with remedies.
 pub(super) fn findings(config: &Config) -> Vec<Finding> {
     match Rtnetlink::open(&config.interface).and_then(|kernel| kernel.left_by_kilo()) {
         Ok(remains) => of(&remains, &config.interface),
         Err(error) => vec![Finding::warning(
-            format!("Links, rules and routes could not be looked at: {error:#}."),
+            format!("Links, rules and routes could not be read: {error:#}."),
             "Run this as root on the node.",
         )],
     }
@@ -19,7 +19,7 @@ fn of(remains: &KilosRemains, interface: &str) -> Vec<Finding> {
     let mut findings = Vec::new();
     if remains.link {
         findings.push(Finding::note(format!(
-            "{interface} is a WireGuard link of the kernel's, as Kilo makes it and leaves it: an agent that starts replaces it."
+            "{interface} is a WireGuard link of the kernel, which Kilo creates and leaves behind: a starting agent replaces it."
         )));
     }
     if remains.rules.is_empty() && remains.routes == 0 {
@@ -29,13 +29,13 @@ fn of(remains: &KilosRemains, interface: &str) -> Vec<Finding> {
     priorities.sort_unstable();
     priorities.dedup();
     let rules = match priorities.as_slice() {
-        [] => "no rule leads there".to_owned(),
+        [] => "no rule points to it".to_owned(),
         some => {
             let some: Vec<_> = some.iter().map(u32::to_string).collect();
-            format!("the rules of priority {} lead there", some.join(", "))
+            format!("the rules of priority {} point to it", some.join(", "))
         }
     };
-    let mut remedy = "If no kg runs here any more: ".to_owned();
+    let mut remedy = "If no kg runs on this node: ".to_owned();
     for priority in &priorities {
         remedy.push_str(&format!("ip rule del pref {priority} lookup 1107; "));
     }
@@ -55,26 +55,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_that_never_knew_kilo_is_told_nothing() {
+    fn a_node_without_remains_of_kilo_has_no_findings() {
         assert!(of(&KilosRemains::default(), "kilo0").is_empty());
     }
 
     #[test]
-    fn what_kilo_left_is_listed_with_the_commands_that_remove_it() {
+    fn kilos_remains_are_listed_with_commands_to_remove_them() {
         let remains = KilosRemains {
             link: true,
             rules: vec![32765, 32764, 32764],
             routes: 2,
         };
-        let told: Vec<_> = of(&remains, "kilo0")
+        let text: Vec<_> = of(&remains, "kilo0")
             .iter()
             .map(ToString::to_string)
             .collect();
         assert_eq!(
-            told,
+            text,
             [
-                "note: kilo0 is a WireGuard link of the kernel's, as Kilo makes it and leaves it: an agent that starts replaces it.",
-                "warning: Kilo's routing table 1107 is not empty (routes: 2), and the rules of priority 32764, 32765 lead there.\n  to do: If no kg runs here any more: ip rule del pref 32764 lookup 1107; ip rule del pref 32765 lookup 1107; ip route flush table 1107.",
+                "note: kilo0 is a WireGuard link of the kernel, which Kilo creates and leaves behind: a starting agent replaces it.",
+                "warning: Kilo's routing table 1107 is not empty (routes: 2), and the rules of priority 32764, 32765 point to it.\n  to do: If no kg runs on this node: ip rule del pref 32764 lookup 1107; ip rule del pref 32765 lookup 1107; ip route flush table 1107.",
             ]
         );
     }

@@ -1,7 +1,7 @@
-//! Whether the leaders of the mesh answer, asked through the mesh itself.
+//! Checks through the mesh whether its leaders answer.
 //!
-//! A datagram to a port where nobody listens is answered by the kernel of whoever has the address
-//! (RFC 1122, 4.1.3.1), so neither rights nor a program at the other end are needed.
+//! The kernel that owns an address answers a datagram to a closed port (RFC 1122, 4.1.3.1), so the check
+//! needs neither privileges nor a program at the other end.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
@@ -11,13 +11,13 @@ use std::time::Duration;
 use super::Finding;
 use crate::status::{Peer, Report, Role};
 
-/// The port `discard`, where hardly anybody listens today.
+/// The port `discard`, which is closed on almost every host today.
 const PORT: u16 = 9;
-/// How long a leader on a far continent may take, and how often it is looked at meanwhile.
-const LOOK: Duration = Duration::from_millis(20);
-const LOOKS: usize = 50;
+/// Interval and number of polls: enough for an answer from another continent.
+const POLL: Duration = Duration::from_millis(20);
+const POLLS: usize = 50;
 
-/// A leader, and where it is in the mesh.
+/// A leader and its address in the mesh.
 #[derive(Clone, Debug, Eq, PartialEq)]
 struct Leader {
     name: String,
@@ -25,14 +25,14 @@ struct Leader {
     ip: IpAddr,
 }
 
-/// The leaders that do not answer, and what came of the candidates of each.
+/// The leaders that do not answer, and the results of each peer's candidates.
 pub(super) fn findings(report: &Report) -> Vec<Finding> {
     let mut findings = findings_at(report, PORT);
     findings.extend(report.peers.iter().filter_map(candidates));
     findings
 }
 
-/// The candidates of a peer, one a line.
+/// The candidates of a peer, one per line.
 fn candidates(peer: &Peer) -> Option<Finding> {
     if peer.candidates.is_empty() {
         return None;
@@ -46,24 +46,24 @@ fn candidates(peer: &Peer) -> Option<Finding> {
 }
 
 fn findings_at(report: &Report, port: u16) -> Vec<Finding> {
-    let mut asked = leaders(report)
+    let mut probes = leaders(report)
         .into_iter()
-        .map(|leader| (ask(leader.ip, port), leader))
+        .map(|leader| (probe(leader.ip, port), leader))
         .collect::<Vec<_>>();
-    for _ in 0..LOOKS {
-        asked.retain(|(socket, _)| !socket.as_ref().is_ok_and(has_answered));
-        if asked.iter().all(|(socket, _)| socket.is_err()) {
+    for _ in 0..POLLS {
+        probes.retain(|(socket, _)| !socket.as_ref().is_ok_and(has_answered));
+        if probes.iter().all(|(socket, _)| socket.is_err()) {
             break;
         }
-        sleep(LOOK);
+        sleep(POLL);
     }
-    asked
+    probes
         .into_iter()
         .map(|(outcome, leader)| finding(&leader, outcome.err()))
         .collect()
 }
 
-/// The leaders that this node depends on: every other region's, and its own unless it is that.
+/// The leaders that this node depends on: those of all other regions, and its own region's unless it leads.
 fn leaders(report: &Report) -> Vec<Leader> {
     if report.role == Role::Outside {
         return Vec::new();
@@ -82,7 +82,7 @@ fn leaders(report: &Report) -> Vec<Leader> {
         .collect()
 }
 
-fn ask(ip: IpAddr, port: u16) -> io::Result<UdpSocket> {
+fn probe(ip: IpAddr, port: u16) -> io::Result<UdpSocket> {
     let any: IpAddr = match ip {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
@@ -94,7 +94,7 @@ fn ask(ip: IpAddr, port: u16) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Refused, or even answered; an ICMP error of somebody on the way is none of both.
+/// Whether the address answered or refused; an ICMP error from a router on the path does not count.
 fn has_answered(socket: &UdpSocket) -> bool {
     match socket.recv(&mut [0; 8]) {
         Ok(_) => true,
@@ -108,7 +108,7 @@ fn finding(leader: &Leader, error: Option<io::Error>) -> Finding {
     Finding::warning(
         format!("{name}, the leader of {segment}, does not answer on {ip}{why}."),
         format!(
-            "See whether {name} is up and runs selvedge doctor there; a firewall of its own may drop what came through the tunnel, too."
+            "Check that {name} is up, and run selvedge doctor there; the firewall of {name} may also drop packets from the tunnel."
         ),
     )
 }
@@ -134,8 +134,8 @@ mod tests {
     }
 
     #[test]
-    fn a_leader_that_is_there_answers_and_one_that_is_not_is_named() {
-        // Somebody listens there and says nothing; this node itself, n0, is not asked.
+    fn a_leader_that_does_not_answer_is_named() {
+        // This socket listens and never answers; this node itself, n0, is not probed.
         let silent = UdpSocket::bind("127.0.0.9:0").unwrap();
         let port = silent.local_addr().unwrap().port();
         let report = report(&["127.0.0.9", "127.0.0.1", "127.0.0.2", "127.0.0.9"]);
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn each_candidate_is_shown_with_what_came_of_it() {
+    fn each_candidate_is_shown_with_its_result() {
         let candidate = |address: &str, answered_in, answered, tried| status::Candidate {
             address: address.into(),
             origin: "announced".into(),
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_outside_the_mesh_asks_nobody() {
+    fn a_node_outside_the_mesh_probes_no_leader() {
         let outside = Report {
             role: Role::Outside,
             ..report(&["127.0.0.9", "127.0.0.9"])

@@ -2,7 +2,7 @@
 
 use ipnet::IpNet;
 
-/// What `subnet.env` says.
+/// The content of `subnet.env`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct SubnetEnv {
     /// `FLANNEL_NETWORK`, `FLANNEL_IPV6_NETWORK`.
@@ -13,24 +13,24 @@ pub struct SubnetEnv {
     pub mtu: u32,
 }
 
-/// Why a `subnet.env` is of no use; every text names the key.
+/// Why a `subnet.env` is invalid; every text names the key.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum SubnetEnvError {
     /// Not text.
     #[error("is not text")]
     NotText,
-    /// A key has a value that is not what flannel writes.
+    /// A key has a value that flannel does not write.
     #[error("has a {key} that is not {wanted}")]
     Value {
         /// The key.
         key: &'static str,
-        /// What its value should be.
+        /// The expected value.
         wanted: &'static str,
     },
     /// A key is missing.
     #[error("has no {0}")]
     Missing(&'static str),
-    /// The subnet lies elsewhere than the network.
+    /// The subnet lies outside the network.
     #[error("has a {subnet} outside its {network}")]
     Outside {
         /// The subnet's key.
@@ -41,7 +41,7 @@ pub enum SubnetEnvError {
 }
 
 impl SubnetEnv {
-    /// Parses the file's content; keys of others are passed over.
+    /// Parses the file's content; unknown keys are ignored.
     pub fn parse(bytes: &[u8]) -> Result<Self, SubnetEnvError> {
         let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
         let text = std::str::from_utf8(bytes).map_err(|_| SubnetEnvError::NotText)?;
@@ -95,7 +95,7 @@ impl SubnetEnv {
         let mtu = mtu
             .parse::<u32>()
             .ok()
-            // 68 is the least the kernel gives a link (RFC 791).
+            // 68 is the kernel's minimum for a link (RFC 791).
             .filter(|mtu| (68..=65_535).contains(mtu))
             .ok_or(SubnetEnvError::Value {
                 key: "FLANNEL_MTU",

@@ -1,4 +1,4 @@
-//! flannel's files on this node: where they are, and what to tell the user when they are bad.
+//! Reads flannel's files on this node; errors name the file and the remedy.
 
 use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
@@ -6,30 +6,34 @@ use std::path::{Path, PathBuf};
 use super::{NetConf, SubnetEnv, Unready};
 use crate::refusal::Refusal;
 
-/// Where k3s and kube-flannel put `net-conf.json`.
-const PLACES: [&str; 2] = [
+/// The paths of `net-conf.json` with k3s and kube-flannel.
+const DEFAULT_PATHS: [&str; 2] = [
     "/var/lib/rancher/k3s/agent/etc/flannel/net-conf.json",
     "/etc/kube-flannel/net-conf.json",
 ];
 
-/// No file of flannel's is a hundredth of this; a path that leads to a device must not fill memory.
+/// Most bytes that are read. flannel's files have less than a hundredth; a path to a device must not fill memory.
 const MAX_SIZE: u64 = 1 << 20;
 
-/// flannel's files, as far as they are there.
+/// flannel's files, as far as they exist.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Files {
-    /// `net-conf.json`; only a hint, many clusters have none on the node.
+    /// `net-conf.json`; only a hint, since many clusters have none on the node.
     pub conf: Option<NetConf>,
     /// `subnet.env`; `None` until flannel is up.
     pub env: Option<SubnetEnv>,
-    /// Where that is awaited.
+    /// The path of `subnet.env`.
     pub env_path: PathBuf,
 }
 
 impl Files {
-    /// Leaves this node's IPv6 pods out, where IPv6 is turned off: there is no link to carry them. The
-    /// network stays, or this node would think differently of all others. Tells whether flannel had such
-    /// pods; where it had no others, there is nothing left to work beside.
+    /// Removes this node's IPv6 pod CIDR, for a node with IPv6 turned off, which has no link for it. The
+    /// IPv6 cluster network stays, so that this node computes the same mesh as all others. Returns whether
+    /// flannel had an IPv6 pod CIDR.
+    ///
+    /// # Errors
+    ///
+    /// Waiting, if the node has no IPv4 pod CIDR.
     pub fn leave_out_ipv6(&mut self) -> Result<bool, Unready> {
         let Some(env) = &mut self.env else {
             return Ok(false);
@@ -45,23 +49,23 @@ impl Files {
         Ok(env.subnets.len() < before)
     }
 
-    /// Reads them. A `net-conf.json` that the user named must be there; elsewhere it may be missing.
+    /// Reads the files. A `net-conf.json` that the user named must exist; at the default paths it may be missing.
     pub fn read(conf: Option<&Path>, env: &Path) -> Result<Self, Refusal> {
         let conf = match conf {
             Some(path) => match read(path, "--flannel-conf")? {
                 Some(bytes) => Some(net_conf(path, &bytes)?),
                 None => {
                     return Err(Refusal::configuration(format!(
-                        "--flannel-conf {} does not exist: name flannel's net-conf.json or leave the flag out",
+                        "--flannel-conf {} does not exist: set the path of flannel's net-conf.json, or remove the flag",
                         path.display()
                     )));
                 }
             },
             None => {
                 let mut found = None;
-                for place in PLACES.map(Path::new) {
-                    if let Some(bytes) = read(place, "flannel's configuration")? {
-                        found = Some(net_conf(place, &bytes)?);
+                for path in DEFAULT_PATHS.map(Path::new) {
+                    if let Some(bytes) = read(path, "flannel's configuration")? {
+                        found = Some(net_conf(path, &bytes)?);
                         break;
                     }
                 }
@@ -71,7 +75,7 @@ impl Files {
         let subnet_env = match read(env, "--subnet-file")? {
             Some(bytes) => Some(SubnetEnv::parse(&bytes).map_err(|error| {
                 Refusal::configuration(format!(
-                    "{} {error}: it is flannel's to write, so look at flannel's log",
+                    "{} {error}: flannel writes this file, so read flannel's log",
                     env.display()
                 ))
             })?),
@@ -114,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_subnet_file_is_awaited_and_a_missing_named_configuration_refused() {
+    fn a_missing_subnet_file_is_none_and_a_missing_named_configuration_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let env = dir.path().join("subnet.env");
         assert_eq!(Files::read(None, &env).unwrap().env, None);

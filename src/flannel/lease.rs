@@ -1,6 +1,6 @@
 //! flannel's annotations on a Node → [`Lease`].
 //!
-//! They are hints of another program: any part may be missing or wrong, and costs only itself.
+//! Another program writes them: any part may be missing or malformed, and only that part is ignored.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -30,9 +30,9 @@ struct BackendData {
 }
 
 impl Lease {
-    /// Reads the annotations of a Node; none where flannel does not manage it.
+    /// Reads the annotations of a Node; `None` where flannel does not manage it.
     ///
-    /// `refuse` is told the annotation, its value and the reason of each part that makes no sense.
+    /// `refuse` is called with the annotation, its value and the reason for each malformed part.
     pub fn parse(
         annotations: &BTreeMap<String, String>,
         mut refuse: impl FnMut(&'static str, &str, &dyn fmt::Display),
@@ -93,7 +93,7 @@ impl Lease {
     }
 }
 
-/// Reads the VNI and the hardware address from `backend-data`, each on its own.
+/// Reads the VNI and the hardware address from `backend-data`; each is optional.
 fn vtep(data: &str, refuse: &mut impl FnMut(&'static str)) -> (Option<u32>, Option<Mac>) {
     let Ok(data) = serde_json::from_str::<Option<BackendData>>(data) else {
         refuse("this is not the JSON that flannel's vxlan backend writes");
@@ -113,14 +113,14 @@ fn vtep(data: &str, refuse: &mut impl FnMut(&'static str)) -> (Option<u32>, Opti
     let mac = data.vtep_mac.and_then(|value| {
         let mac = value.as_str().and_then(mac);
         if mac.is_none() {
-            refuse("the VTEP's hardware address is no unicast MAC");
+            refuse("the VTEP's hardware address is not a unicast MAC");
         }
         mac
     });
     (vni, mac)
 }
 
-/// Reads six octets in hexadecimal with colons; group and zero addresses are no VTEP's.
+/// Reads six octets in hexadecimal with colons; group addresses and zeros are refused.
 fn mac(text: &str) -> Option<Mac> {
     let mut octets = [0; 6];
     let mut parts = text.split(':');
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_part_costs_that_part() {
+    fn a_malformed_part_is_ignored_alone() {
         for (key, value) in [
             ("backend-data", "{"),
             ("backend-data", r#"{"VNI":0,"VtepMAC":"12:c6:65:89:b4:e3"}"#),

@@ -1,17 +1,16 @@
 //! `net-conf.json`, flannel's configuration.
 //!
-//! Read as Go reads it: keys in any case, unknown keys ignored. Only what decides how Selvedge works
-//! beside flannel is kept.
+//! Parsed as in Go: keys in any case, unknown keys ignored. Only the fields that Selvedge needs are kept.
 
 use ipnet::IpNet;
 use serde_json::{Map, Value};
 
 use super::Backend;
 
-/// What `net-conf.json` says.
+/// The content of `net-conf.json`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct NetConf {
-    /// `Network` and `IPv6Network` of the families that are on; k3s's `::/0` stands for none.
+    /// `Network` and `IPv6Network` of the enabled families; k3s's `::/0` means none.
     pub networks: Vec<IpNet>,
     /// `Backend.Type`.
     pub backend: Backend,
@@ -21,7 +20,7 @@ pub struct NetConf {
     pub direct_routing: bool,
 }
 
-/// Why a `net-conf.json` is of no use; every text names the field.
+/// Why a `net-conf.json` is invalid; every text names the field.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum NetConfError {
     /// Not JSON, not an object, or not text.
@@ -32,15 +31,15 @@ pub enum NetConfError {
     Field {
         /// The field's name, from the outermost object.
         field: &'static str,
-        /// What it should be.
+        /// The expected value.
         wanted: &'static str,
     },
-    /// No network is on.
-    #[error("has no Network for any address family that is on")]
+    /// No address family is enabled.
+    #[error("has no Network for any enabled address family")]
     NoNetwork,
-    /// A backend Selvedge cannot work beside.
+    /// A backend that Selvedge does not support.
     #[error(
-        "sets Backend.Type to {0:?}, beside which Selvedge cannot work: use \"vxlan\" or \"host-gw\""
+        "sets Backend.Type to {0:?}, which Selvedge does not support: use \"vxlan\" or \"host-gw\""
     )]
     Backend(String),
 }
@@ -84,7 +83,7 @@ impl NetConf {
                     wanted: "text",
                 });
             }
-            // What flannel itself takes, whatever its documentation says.
+            // flannel's default in code, which differs from its documentation.
             None => "udp",
         };
         let kind = match kind {
@@ -99,7 +98,7 @@ impl NetConf {
             "a number below 16777216",
             0xff_ffff,
         )?;
-        // Checked for the user's sake; what is used is what the kernel's device has.
+        // Checked to report mistakes; the agent uses the values of the kernel's device.
         number(backend, "Port", "Backend.Port", "a port", 65_535)?;
         number(
             backend,
@@ -118,7 +117,7 @@ impl NetConf {
     }
 }
 
-/// The field of that name, in any case as Go has it; `null` is as good as absent.
+/// The field of that name, in any case as in Go; `null` counts as absent.
 fn field<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
     object
         .get(name)
@@ -211,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_read_in_any_case_and_unknown_ones_passed_over() {
+    fn keys_are_read_in_any_case_and_unknown_ones_ignored() {
         let conf = parse(
             r#"{"network":"10.42.7.0/16","enableNFTables":true,"Future":[1],
                 "backend":{"type":"vxlan","vni":7,"directRouting":true,"Port":0,"MTU":null,"GBP":true}}"#,
@@ -245,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn backends_that_cannot_work_are_refused_by_name() {
+    fn unsupported_backends_are_refused_by_name() {
         for kind in [
             "none",
             "extension",
@@ -264,7 +263,7 @@ mod tests {
             parse(r#"{"Network":"10.42.0.0/16"}"#)
                 .unwrap_err()
                 .to_string(),
-            "sets Backend.Type to \"udp\", beside which Selvedge cannot work: use \"vxlan\" or \"host-gw\""
+            "sets Backend.Type to \"udp\", which Selvedge does not support: use \"vxlan\" or \"host-gw\""
         );
     }
 
@@ -305,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_json_object_is_refused_in_one_line() {
+    fn anything_but_a_json_object_is_refused_in_one_line() {
         for bytes in [
             &b""[..],
             b"{",

@@ -1,7 +1,7 @@
-//! The connections of those who look at the pages: few, and none for long.
+//! Limits the number and the lifetime of HTTP connections.
 //!
-//! Whoever opens connections and says nothing must not use up the agent's file descriptors, nor keep
-//! the kubelet's probes out.
+//! A client that opens idle connections must not exhaust the agent's file descriptors or block the
+//! kubelet's probes.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -17,21 +17,21 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::Sleep;
 
-/// Connections at once; for one more the oldest goes. Probes, a Prometheus or two and a person.
-const AT_ONCE: usize = 32;
-/// How long a connection lasts, whatever is done with it. Who wants more connects again.
+/// Most open connections; a new one beyond this closes the oldest. Enough for probes, a few Prometheus servers and people.
+const MAX_CONNECTIONS: usize = 32;
+/// Longest lifetime of a connection, even a busy one. A client can connect again.
 const LIFETIME: Duration = Duration::from_secs(60);
 
-/// Accepts connections within these bounds.
+/// A listener that enforces these limits.
 #[derive(Debug)]
 pub(super) struct ConnectionLimit {
     listener: TcpListener,
-    /// The open connections, the oldest first; one whose end is dropped here is closed.
+    /// The open connections, the oldest first; dropping a sender closes its connection.
     open: VecDeque<oneshot::Sender<()>>,
 }
 
 impl ConnectionLimit {
-    /// Will accept from `listener`.
+    /// Accepts connections from `listener`.
     pub(super) fn new(listener: TcpListener) -> Self {
         Self {
             listener,
@@ -41,23 +41,23 @@ impl ConnectionLimit {
 }
 
 impl Listener for ConnectionLimit {
-    type Io = Visit;
+    type Io = LimitedStream;
     type Addr = SocketAddr;
 
-    async fn accept(&mut self) -> (Visit, SocketAddr) {
+    async fn accept(&mut self) -> (LimitedStream, SocketAddr) {
         let (stream, address) = Listener::accept(&mut self.listener).await;
-        self.open.retain(|visit| !visit.is_closed());
-        if self.open.len() == AT_ONCE {
+        self.open.retain(|limited| !limited.is_closed());
+        if self.open.len() == MAX_CONNECTIONS {
             self.open.pop_front();
         }
-        let (stay, sent_away) = oneshot::channel();
-        self.open.push_back(stay);
-        let visit = Visit {
+        let (keep_open, closed) = oneshot::channel();
+        self.open.push_back(keep_open);
+        let limited = LimitedStream {
             stream,
-            sent_away,
+            closed,
             lifetime: Box::pin(tokio::time::sleep(LIFETIME)),
         };
-        (visit, address)
+        (limited, address)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -65,19 +65,19 @@ impl Listener for ConnectionLimit {
     }
 }
 
-/// A connection that ends by itself.
+/// A connection with a limited lifetime.
 #[derive(Debug)]
-pub(super) struct Visit {
+pub(super) struct LimitedStream {
     stream: TcpStream,
-    sent_away: oneshot::Receiver<()>,
+    closed: oneshot::Receiver<()>,
     lifetime: Pin<Box<Sleep>>,
 }
 
-impl Visit {
-    /// The connection for as long as it lasts.
+impl LimitedStream {
+    /// The stream, or an error once the connection has ended.
     fn stream(&mut self, context: &mut Context<'_>) -> io::Result<Pin<&mut TcpStream>> {
         let over = self.lifetime.as_mut().poll(context).is_ready()
-            || Pin::new(&mut self.sent_away).poll(context).is_ready();
+            || Pin::new(&mut self.closed).poll(context).is_ready();
         if over {
             return Err(io::ErrorKind::TimedOut.into());
         }
@@ -85,7 +85,7 @@ impl Visit {
     }
 }
 
-impl AsyncRead for Visit {
+impl AsyncRead for LimitedStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -95,7 +95,7 @@ impl AsyncRead for Visit {
     }
 }
 
-impl AsyncWrite for Visit {
+impl AsyncWrite for LimitedStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

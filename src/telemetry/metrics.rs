@@ -1,7 +1,6 @@
-//! Metrics: Kilo's names for its dashboards, and our own.
+//! Metrics: Kilo's names, for its dashboards, and Selvedge's own.
 //!
-//! What has a present value is read from the agent's latest [`Report`] at each scrape; only what
-//! adds up over time is counted here.
+//! Gauges are read from the agent's latest [`Report`] at each scrape. Only counters are kept here.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,12 +18,12 @@ use prometheus_client::registry::Registry;
 use crate::status::{Report, Role};
 use crate::text;
 
-/// What the agent counts, by Kilo's words for what went wrong.
+/// The errors that the agent counts, by Kilo's labels.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Event {
     /// Changes to the kernel or the tunnel failed.
     Apply,
-    /// Something could not be removed.
+    /// A removal failed.
     CleanUp,
 }
 
@@ -37,7 +36,7 @@ impl Event {
     }
 }
 
-/// The registry, and what the agent adds to it.
+/// The registry and the agent's own counters.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
@@ -62,7 +61,7 @@ impl Metrics {
         let errors = Family::default();
         let reconciles = Counter::default();
         let results = Family::default();
-        // From a pass that changes nothing to one that writes thousands of routes.
+        // From a pass without changes to one that writes thousands of routes.
         let seconds = Histogram::new([0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0]);
         let changes = Counter::default();
         let report = Arc::<Mutex<Arc<Report>>>::default();
@@ -72,19 +71,15 @@ impl Metrics {
             "Errors while administering the mesh",
             errors.clone(),
         );
-        registry.register(
-            "kilo_reconciles",
-            "Passes over the mesh's configuration",
-            reconciles.clone(),
-        );
+        registry.register("kilo_reconciles", "Reconcile passes", reconciles.clone());
         registry.register(
             "selvedge_reconcile",
-            "Passes by their result",
+            "Reconcile passes by result",
             results.clone(),
         );
         registry.register(
             "selvedge_reconcile_seconds",
-            "Duration of a pass",
+            "Duration of a reconcile pass",
             seconds.clone(),
         );
         registry.register(
@@ -109,7 +104,7 @@ impl Metrics {
         self.errors.get_or_create(&[("event", event.label())]).inc();
     }
 
-    /// Counts a pass: how long it took, how many changes it made, whether all succeeded.
+    /// Counts a reconcile pass, with its duration, its number of changes, and whether all succeeded.
     pub fn reconciled(&self, took: Duration, changes: usize, succeeded: bool) {
         let result = if succeeded { "success" } else { "error" };
         self.reconciles.inc();
@@ -118,8 +113,8 @@ impl Metrics {
         self.changes.inc_by(changes.try_into().unwrap_or(u64::MAX));
     }
 
-    /// Shows a new report from now on.
-    pub fn show(&self, report: Arc<Report>) {
+    /// Sets the report that the gauges are read from.
+    pub fn set_report(&self, report: Arc<Report>) {
         *self.report.lock().unwrap_or_else(PoisonError::into_inner) = report;
     }
 
@@ -167,12 +162,12 @@ impl Collector for Latest {
         )?;
         gauge(
             "selvedge_ready",
-            "Whether this node is as it should be",
+            "Whether this node is in the desired state",
             report.ready.into(),
         )?;
         gauge(
             "selvedge_fail_open",
-            "Whether traffic of a region whose tunnel is down leaves in clear",
+            "Whether traffic to a region whose tunnel is down leaves in clear",
             report.fail_open.into(),
         )?;
         gauge(
@@ -182,7 +177,7 @@ impl Collector for Latest {
         )?;
         gauge(
             "selvedge_invalid_objects",
-            "Nodes, peers and fields of theirs left out of the mesh",
+            "Nodes, peers and fields that are left out of the mesh",
             count(report.excluded.len()),
         )?;
         gauge(
@@ -192,7 +187,7 @@ impl Collector for Latest {
         )?;
         gauge(
             "selvedge_missing_policies",
-            "Admission policies that are not in force, on the one node whose agent looks",
+            "Admission policies that are not in force, on the one node whose agent checks them",
             count(report.api.missing_policies.len()),
         )?;
 
@@ -246,7 +241,7 @@ impl Collector for Latest {
         counters(
             encoder.encode_descriptor(
                 "selvedge_packets_dropped",
-                "Packets the tunnel dropped",
+                "Packets that the tunnel dropped, by reason",
                 None,
                 MetricType::Counter,
             )?,
@@ -268,7 +263,7 @@ impl Collector for Latest {
             let counter = ConstCounter::new(drops);
             counter.encode(encoder.encode_descriptor(
                 "selvedge_stranger_drops",
-                "Packets of strangers for the mesh, or out of the tunnel for somewhere else, that were dropped",
+                "Packets from outside to the mesh, or from the tunnel to other destinations, that the firewall dropped",
                 None,
                 MetricType::Counter,
             )?)?;
@@ -276,14 +271,14 @@ impl Collector for Latest {
         let connected = i64::try_from(report.connected.len()).unwrap_or(i64::MAX);
         ConstGauge::new(connected).encode(encoder.encode_descriptor(
             "selvedge_left_to_connected_networks",
-            "Addresses of the mesh that this node does not carry because it is connected to their network",
+            "Addresses of the mesh that this node does not carry, because it is connected to their network",
             None,
             MetricType::Gauge,
         )?)?;
         let counter = ConstCounter::new(report.cache_failures);
         counter.encode(encoder.encode_descriptor(
             "selvedge_cache_write_failures",
-            "Times the cluster's state could not be written to disk",
+            "Failed writes of the cluster's state to disk",
             None,
             MetricType::Counter,
         )?)?;
@@ -314,13 +309,13 @@ mod tests {
     use crate::status::Peer;
 
     #[test]
-    fn kilos_five_names_are_there() {
+    fn kilos_five_metrics_exist() {
         let metrics = Metrics::new();
         for event in [Event::Apply, Event::CleanUp] {
             metrics.error(event);
         }
         metrics.reconciled(Duration::from_millis(3), 2, true);
-        metrics.show(Arc::new(Report {
+        metrics.set_report(Arc::new(Report {
             role: Role::Leader,
             ready_nodes: 4,
             external_peers: 2,
@@ -351,9 +346,9 @@ mod tests {
     }
 
     #[test]
-    fn peers_and_drops_have_lines_of_their_own() {
+    fn peers_and_drops_have_their_own_lines() {
         let metrics = Metrics::new();
-        metrics.show(Arc::new(Report {
+        metrics.set_report(Arc::new(Report {
             version: "1.2.3".into(),
             peers: vec![Peer {
                 name: "location:nd".into(),

@@ -347,7 +347,9 @@ fn ipv6_off(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
     // Of the API server, on a busy machine, it may complain with reason.
     let warnings: Vec<&str> = warnings
         .filter(|line| line.contains("WARN") || line.contains("ERROR"))
-        .filter(|line| !line.contains("API server") && !line.contains("publishing failed"))
+        .filter(|line| {
+            !line.contains("API server") && !line.contains("publishing annotations failed")
+        })
         .collect();
     ensure!(
         warnings.len() == 1 && warnings[0].contains("IPv6 is off"),

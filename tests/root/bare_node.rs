@@ -250,7 +250,7 @@ fn the_doctor_finds_no_fault_where_none_is_but_for_what_does_not_run() {
         panic!("{text}");
     };
     assert!(flannel.contains("subnet.env does not exist"), "{text}");
-    assert!(agent.contains("The agent cannot be asked"), "{text}");
+    assert!(agent.contains("The agent does not answer"), "{text}");
     assert!(
         api.contains("No API server answers: the server in"),
         "{text}"
@@ -289,12 +289,12 @@ fn the_doctor_lists_what_kilo_left() {
     let text = node.doctor(&[]);
     assert!(
         text.contains(
-            "table 1107 is not empty (routes: 1), and the rules of priority 32765 lead there"
+            "table 1107 is not empty (routes: 1), and the rules of priority 32765 point to it"
         ),
         "{text}"
     );
     // What it says is to be done is enough.
-    let (_, todo) = text.split_once("If no kg runs here any more: ").unwrap();
+    let (_, todo) = text.split_once("If no kg runs on this node: ").unwrap();
     let todo = todo.lines().next().unwrap().trim_end_matches('.');
     for command in todo.split("; ") {
         node.namespace.run(command).unwrap();
@@ -343,8 +343,8 @@ fn the_doctor_looks_at_the_hosts_settings_and_firewalls() {
     let text = node.doctor(&[]);
     for expected in [
         "problem: net.ipv4.ip_forward is 0",
-        "problem: The chain FORWARD of the firewall table ip filter drops what it does not know",
-        "warning: The chain INPUT of the firewall table ip filter drops what it does not know, and knows nothing of UDP port 51820",
+        "problem: The chain FORWARD of the firewall table ip filter drops forwarded packets by default",
+        "warning: The chain INPUT of the firewall table ip filter drops by default, and has no rule for UDP port 51820",
     ] {
         assert!(text.contains(expected), "{expected} is not in {text}");
     }
@@ -367,7 +367,7 @@ fn the_doctor_looks_at_the_hosts_settings_and_firewalls() {
         .unwrap();
     let text = node.doctor(&[]);
     assert!(
-        text.contains("tables of iptables-legacy beside those of nf_tables (filter)"),
+        text.contains("tables of iptables-legacy in addition to those of nf_tables (filter)"),
         "{text}"
     );
 }

@@ -182,7 +182,7 @@ fn as_a_plugin_of_kubectls_it_sees_the_cluster_that_kubectl_sees() {
     assert_eq!(nowhere.status.code(), Some(78));
     assert_eq!(
         String::from_utf8_lossy(&nowhere.stderr),
-        "selvedge: found no kubeconfig: give --kubeconfig FILE, or set KUBECONFIG\n"
+        "selvedge: found no kubeconfig: set --kubeconfig FILE or KUBECONFIG\n"
     );
     let home = cluster.files.path().join("home/.kube");
     fs::create_dir_all(&home).unwrap();
@@ -217,7 +217,7 @@ fn contexts(cluster: &Cluster, drawn: &str) {
     assert_eq!(unknown.status.code(), Some(78));
     assert_eq!(
         String::from_utf8_lossy(&unknown.stderr),
-        "selvedge: the kubeconfig is of no use: it has no context \"nowhere\"\n"
+        "selvedge: the kubeconfig is invalid: it has no context \"nowhere\"\n"
     );
 }
 

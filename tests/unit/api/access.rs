@@ -185,7 +185,7 @@ async fn what_cannot_work_is_refused_with_the_file_or_the_flag() {
         kubeconfig: None,
         ..sources(&garbage)
     };
-    assert!(refused(nothing).await.contains("give --kubeconfig"));
+    assert!(refused(nothing).await.contains("set --kubeconfig"));
 }
 
 /// Passes connections on until it is dropped.
