@@ -323,7 +323,7 @@ mod tests {
         assert_eq!(config.subnets, ["10.4.0.0/16".parse().unwrap()]);
         assert_eq!(
             config.notes,
-            ["--local changes nothing: inside a region flannel does the routing"]
+            ["--local has no effect: inside a region flannel does the routing"]
         );
     }
 
@@ -422,7 +422,7 @@ mod tests {
             ),
             (
                 &["--subnet=169.254.0.0/16"],
-                "--subnet \"169.254.0.0/16\": is no network of unicast addresses",
+                "--subnet \"169.254.0.0/16\": is not a network of unicast addresses",
             ),
             (
                 &["--subnet=10.4.0.0/16,10.5.0.0/16"],
