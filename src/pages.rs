@@ -9,7 +9,7 @@ mod connection_limit;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{Query, Request, State};
@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use self::connection_limit::ConnectionLimit;
 use crate::config::Listen;
 use crate::refusal::Refusal;
-use crate::status::Report;
+use crate::status::{Report, ReportSource};
 use crate::telemetry::metrics::Metrics;
 use crate::text;
 use crate::topology::Topology;
@@ -32,17 +32,20 @@ use crate::topology::Topology;
 /// The event loop counts as stuck after this long without a turn: several resync periods.
 const STUCK: Duration = Duration::from_secs(300);
 
+/// How long the event loop may take to answer; it never waits for anything.
+const ANSWER: Duration = Duration::from_secs(5);
+
 /// The data of the pages.
 #[derive(Clone, Debug)]
 pub struct Pages {
     /// The metrics.
     pub metrics: Arc<Metrics>,
-    /// The agent's latest report.
-    pub report: watch::Receiver<Arc<Report>>,
+    /// Where the agent's report comes from.
+    pub report: ReportSource,
     /// The agent's latest topology.
     pub topology: watch::Receiver<Arc<Topology>>,
     /// The time of the event loop's last turn.
-    pub alive: watch::Receiver<tokio::time::Instant>,
+    pub alive: watch::Receiver<Instant>,
 }
 
 /// Binds the first address that is free.
@@ -140,8 +143,23 @@ async fn health(State(pages): State<Pages>) -> Response {
     }
 }
 
+/// The agent's report, or the answer for a client while there is none.
+async fn report(pages: &Pages) -> Result<Report, Response> {
+    let report = tokio::time::timeout(ANSWER, pages.report.report()).await;
+    report.ok().flatten().ok_or_else(|| {
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the event loop does not answer\n",
+        )
+            .into_response()
+    })
+}
+
 async fn ready(State(pages): State<Pages>) -> Response {
-    let report = Arc::clone(&pages.report.borrow());
+    let report = match report(&pages).await {
+        Ok(report) => report,
+        Err(stuck) => return stuck,
+    };
     if report.ready {
         StatusCode::OK.into_response()
     } else {
@@ -153,12 +171,20 @@ async fn ready(State(pages): State<Pages>) -> Response {
 
 async fn metrics(State(pages): State<Pages>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], pages.metrics.render()).into_response()
+    match report(&pages).await {
+        Ok(report) => {
+            ([(header::CONTENT_TYPE, kind)], pages.metrics.render(report)).into_response()
+        }
+        Err(stuck) => stuck,
+    }
 }
 
 async fn status(State(pages): State<Pages>) -> Response {
-    let report = Arc::clone(&pages.report.borrow());
-    let json = serde_json::to_string_pretty(&*report).expect("a report is plain data");
+    let report = match report(&pages).await {
+        Ok(report) => report,
+        Err(stuck) => return stuck,
+    };
+    let json = serde_json::to_string_pretty(&report).expect("a report is plain data");
     let json = text::json(&json).into_owned() + "\n";
     ([(header::CONTENT_TYPE, "application/json")], json).into_response()
 }
@@ -207,9 +233,9 @@ mod tests {
     fn pages() -> Pages {
         Pages {
             metrics: Arc::new(Metrics::new()),
-            report: watch::channel(Arc::default()).1,
+            report: ReportSource::fixed(Report::default()),
             topology: watch::channel(Arc::default()).1,
-            alive: watch::channel(tokio::time::Instant::now()).1,
+            alive: watch::channel(crate::clock::now()).1,
         }
     }
 
@@ -265,15 +291,21 @@ mod tests {
 
     #[tokio::test]
     async fn probes_report_the_agents_state() {
-        let (report, seen) = watch::channel(Arc::new(Report {
+        let (source, mut questions) = ReportSource::channel();
+        let (report, seen) = watch::channel(Report {
             problems: vec!["waiting for flannel".into()],
             ..Report::default()
-        }));
-        let (_alive, alive) = watch::channel(tokio::time::Instant::now());
+        });
+        tokio::spawn(async move {
+            while let Some(question) = questions.recv().await {
+                let _ = question.send(seen.borrow().clone());
+            }
+        });
+        let (_alive, alive) = watch::channel(crate::clock::now());
         let (_topology, topology) = watch::channel(Arc::default());
         let pages = Pages {
             metrics: Arc::new(Metrics::new()),
-            report: seen,
+            report: source,
             topology,
             alive,
         };
@@ -284,10 +316,10 @@ mod tests {
         assert!(fetch(address, "/health").await.starts_with("HTTP/1.1 200"));
         let answer = fetch(address, "/ready").await;
         assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("waiting for flannel"));
-        report.send_replace(Arc::new(Report {
+        report.send_replace(Report {
             ready: true,
             ..Report::default()
-        }));
+        });
         assert!(fetch(address, "/ready").await.starts_with("HTTP/1.1 200"));
         assert!(fetch(address, "/metrics").await.contains("kilo_leader 0"));
         assert!(
@@ -339,8 +371,8 @@ mod tests {
 
     #[tokio::test]
     async fn kilos_pages_answer_as_kilos_do() {
-        let (_report, report) = watch::channel(Arc::default());
-        let (_alive, alive) = watch::channel(tokio::time::Instant::now());
+        let report = ReportSource::fixed(Report::default());
+        let (_alive, alive) = watch::channel(crate::clock::now());
         let (topology, seen) = watch::channel(Arc::default());
         let pages = Pages {
             metrics: Arc::new(Metrics::new()),
@@ -404,8 +436,8 @@ mod tests {
 
     #[tokio::test]
     async fn idle_connections_do_not_block_others() {
-        let (_report, report) = watch::channel(Arc::default());
-        let (_alive, alive) = watch::channel(tokio::time::Instant::now());
+        let report = ReportSource::fixed(Report::default());
+        let (_alive, alive) = watch::channel(crate::clock::now());
         let (_topology, topology) = watch::channel(Arc::default());
         let pages = Pages {
             metrics: Arc::new(Metrics::new()),

@@ -3,6 +3,8 @@
 //! The agent sends a [`Report`] on its control socket. This command, `doctor` and `/metrics` all show
 //! parts of such a report.
 
+mod source;
+
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 use std::io::{self, Read as _, Write as _};
@@ -14,6 +16,8 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+pub use self::source::{Question, ReportSource};
+use crate::liveness;
 use crate::refusal::Refusal;
 use crate::text;
 
@@ -228,13 +232,10 @@ impl Candidate {
 }
 
 impl Peer {
-    /// Whether the peer counts as silent. Handshakes are renewed every two minutes while there is traffic,
-    /// and keepalives are traffic (WireGuard paper, 6.1).
+    /// Whether the peer counts as silent ([`liveness::looks_dead`]).
     pub fn is_silent(&self) -> bool {
-        match self.handshake_age {
-            Some(age) => age > 180 && self.persistent_keepalive > 0,
-            None => true,
-        }
+        let handshake = self.handshake_age.map(Duration::from_secs);
+        liveness::looks_dead(handshake, self.persistent_keepalive)
     }
 }
 

@@ -8,18 +8,14 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 
-use super::host::Host;
-use super::reconcile::{self, Pass};
 use super::saved_view;
 use crate::cluster::{self, Access, Sources};
 use crate::config::Config;
-use crate::diff::Change;
 use crate::guard::install;
 use crate::kernel::Kernel;
 use crate::node_lock::NodeLock;
 use crate::preflight;
 use crate::secure_file;
-use crate::state::{Link, State};
 use crate::telemetry;
 use crate::wireguard::uapi;
 
@@ -63,40 +59,21 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
         let access = Access::new(sources).await?;
         withdraw(&access, config).await
     }) {
-        Ok(()) => tracing::info!(node = %config.node, "removed the annotations"),
+        Ok(()) => tracing::info!(node = %config.node, "annotations removed"),
         // A person who cleans a node up by hand need not have a kubeconfig there.
         Err(error) => tracing::warn!(
-            "the annotations of {} stay, until its Node is deleted or the agent runs again: {error:#}",
-            config.node
+            node = %config.node,
+            error = %format_args!("{error:#}"),
+            "removing the annotations failed: they stay until the Node is deleted or the agent runs again"
         ),
     }
     runtime.shutdown_background();
     if failures.is_empty() {
-        tracing::info!("nothing of the agent's is left on this node, but for its key");
+        tracing::info!("everything removed but the key");
         Ok(ExitCode::SUCCESS)
     } else {
         Err(anyhow!("not all could be removed: {}", failures.join("; ")))
     }
-}
-
-/// Removes what a running agent installed, but for the link, which its tunnel still holds; returns the
-/// changes made and what could not be done.
-pub(super) fn remove_all(host: &mut Host, config: &Config) -> (Vec<Change>, Vec<String>) {
-    let observed = host.kernel().observe().ok();
-    let nothing = State {
-        link: observed
-            .and_then(|observed| observed.link)
-            .map(|link| Link { up: false, ..link }),
-        ..State::default()
-    };
-    let Pass { made, mut failed } = reconcile::pass(host, &nothing);
-    if config.clean_up_interface {
-        // Then it goes with this process.
-        if let Err(error) = host.let_link_go() {
-            failed.push(format!("removing the link {}: {error}", config.interface));
-        }
-    }
-    (made, failed)
 }
 
 /// Removes what the agent published, within a bounded time.

@@ -4,13 +4,11 @@ use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::Path;
-use std::sync::Arc;
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::UnixListener;
-use tokio::sync::watch;
 
-use crate::status::Report;
+use crate::status::ReportSource;
 
 /// Binds the control socket, for root alone.
 pub fn bind(path: &Path) -> io::Result<UnixListener> {
@@ -27,22 +25,25 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Answers everyone who connects with the latest report, as JSON.
-pub async fn serve(listener: UnixListener, report: watch::Receiver<Arc<Report>>) {
+/// Answers every connection with the report of that moment, as JSON.
+pub async fn serve(listener: UnixListener, source: ReportSource) {
     loop {
         let mut stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Out of descriptors, most likely; whoever asks will ask again.
-                tracing::debug!(%error, "control socket");
+                // Out of descriptors, most likely; the client will ask again.
+                tracing::debug!(%error, "accepting on the control socket failed");
                 tokio::time::sleep(std::time::Duration::from_secs(1)).await;
                 continue;
             }
         };
-        let report = Arc::clone(&report.borrow());
+        let source = source.clone();
         tokio::spawn(async move {
-            let answer = serde_json::to_vec(&*report).expect("a report is plain data");
-            // Who does not wait for the answer does not want it.
+            let Some(report) = source.report().await else {
+                return;
+            };
+            let answer = serde_json::to_vec(&report).expect("a report is plain data");
+            // A client that does not wait for the answer does not want it.
             let _ = stream.write_all(&answer).await;
         });
     }
@@ -51,19 +52,19 @@ pub async fn serve(listener: UnixListener, report: watch::Receiver<Arc<Report>>)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::status::Report;
 
     #[tokio::test]
-    async fn whoever_connects_gets_the_latest_report() {
+    async fn a_connection_gets_the_report_of_that_moment() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run").join("selvedge.sock");
         fs::create_dir(dir.path().join("run")).unwrap();
         fs::write(&path, "stale").unwrap();
-        let (sender, receiver) = watch::channel(Arc::new(Report::default()));
-        let server = tokio::spawn(serve(bind(&path).unwrap(), receiver));
-        sender.send_replace(Arc::new(Report {
+        let source = ReportSource::fixed(Report {
             node: "a".into(),
             ..Report::default()
-        }));
+        });
+        let server = tokio::spawn(serve(bind(&path).unwrap(), source));
 
         let asked = tokio::task::spawn_blocking(move || crate::status::ask(&path));
 

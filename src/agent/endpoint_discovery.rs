@@ -1,7 +1,7 @@
 //! Which candidate endpoints of each peer are tried, and when; and whether a peer still answers. Pure: the
 //! time is passed in.
 //!
-//! No candidate is believed, whatever it looks like and wherever it comes from. A peer without a session gets one
+//! No candidate is believed by its look or its origin. A peer without a session gets one
 //! handshake initiation at all of its candidates, and the first that answers is used, as with ICE (RFC 8445).
 //! A peer that stops answering is noticed by the tunnel's counters, and its candidates are tried again beside
 //! the traffic to the present endpoint, which only an answer moves. The initiation also opens the NAT on this
@@ -12,21 +12,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use crate::liveness::{self, Signs};
 use crate::topology::{Candidate, Origin, Topology};
 use crate::wireguard::Answer;
 use crate::wireguard::key::PublicKey;
 
-/// A session that had no handshake for so long carries nothing (WireGuard paper, 6.1:
-/// REJECT_AFTER_TIME).
-const SESSION: Duration = Duration::from_secs(180);
-/// What was sent and not answered for so long makes a peer suspect: more than a round trip, less than the
-/// 15 seconds after which WireGuard itself begins a handshake.
-const SUSPECT: Duration = Duration::from_secs(5);
-/// The same for a peer that was suspected and answered at its present endpoint. One that only receives says
-/// nothing for ten seconds (paper, 6.5: KEEPALIVE_TIMEOUT), and is no more suspected for it.
-const SUSPECT_PATIENTLY: Duration = Duration::from_secs(12);
-/// Beside two keepalives of which neither arrived: how late they may be.
-const LATE: Duration = Duration::from_secs(5);
 /// Between two attempts, as between the initiations of WireGuard (paper, 6.1: REKEY_TIMEOUT).
 const AGAIN: Duration = Duration::from_secs(5);
 /// After an attempt at all candidates without an answer one of them is tried alone: the peer takes the first
@@ -81,7 +71,7 @@ impl Keys {
     }
 }
 
-/// What the tunnel tells of a peer.
+/// The tunnel's counters of a peer.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Sign {
     /// Where it sends.
@@ -146,7 +136,7 @@ struct Tried {
 }
 
 impl EndpointDiscovery {
-    /// Takes what the tunnel and the cluster tell of a peer; returns whether the peer is there.
+    /// Takes the tunnel's counters and the candidates of a peer; returns whether the peer is alive.
     pub fn handle_sign(
         &mut self,
         key: PublicKey,
@@ -178,10 +168,7 @@ impl EndpointDiscovery {
             peer.next = now;
         }
         peer.take_answer(sign.answer, now);
-        // A peer that sends no keepalives says nothing for minutes, and is there; one whose session has
-        // ended as well is not.
-        sign.age
-            .is_some_and(|age| age < SESSION || !peer.is_silent(keys.keepalive(&key), now))
+        liveness::is_alive(peer.signs(keys.keepalive(&key), now))
     }
 
     /// The candidates of a peer that are to be tried now, by one initiation.
@@ -196,23 +183,26 @@ impl EndpointDiscovery {
         let is_lost = match peer.sign.age {
             // A VPN peer that this node never heard connects to it, unless its object says where it is.
             None => is_leader || peer.has_forced(),
-            Some(_) => peer.is_suspect() || keepalive > 0 && peer.is_silent(keepalive, now),
+            Some(_) => {
+                let signs = peer.signs(keepalive, now);
+                peer.is_suspect() || keepalive > 0 && liveness::is_silent(signs)
+            }
         };
-        let mut places = peer.places(is_lost);
+        let mut endpoints = peer.to_try(is_lost);
         if !is_leader && !peer.is_suspect() {
             // A laptop that is asleep is not called where it was.
-            places.retain(|place| peer.sign.endpoint != Some(*place));
+            endpoints.retain(|endpoint| peer.sign.endpoint != Some(*endpoint));
         }
-        if places.is_empty() {
-            return places;
+        if endpoints.is_empty() {
+            return endpoints;
         }
-        let places = peer.attempt(places, now);
+        let endpoints = peer.attempt(endpoints, now);
         for tried in &mut peer.candidates {
-            if places.contains(&tried.candidate.address) {
+            if endpoints.contains(&tried.candidate.address) {
                 tried.tried = Some(now);
             }
         }
-        places
+        endpoints
     }
 
     /// Takes where other leaders see this node; true if it has moved.
@@ -307,20 +297,16 @@ impl Peer {
     }
 
     fn is_suspect(&self) -> bool {
-        let patience = if self.patient {
-            SUSPECT_PATIENTLY
-        } else {
-            SUSPECT
-        };
-        self.sign.unanswered.is_some_and(|since| since >= patience)
+        liveness::is_suspect(self.sign.unanswered, self.patient)
     }
 
-    fn is_silent(&self, keepalive: u16, now: Instant) -> bool {
-        let patience = match keepalive {
-            0 => SESSION,
-            seconds => 2 * Duration::from_secs(seconds.into()) + LATE,
-        };
-        now.saturating_duration_since(self.at) >= patience
+    /// What is known of its answers; `keepalive` as in [`Signs`].
+    fn signs(&self, keepalive: u16, now: Instant) -> Signs {
+        Signs {
+            handshake: self.sign.age,
+            received: now.saturating_duration_since(self.at),
+            keepalive,
+        }
     }
 
     fn has_forced(&self) -> bool {
@@ -329,7 +315,7 @@ impl Peer {
     }
 
     /// Where to try: everywhere if the peer is lost, else at the new candidates.
-    fn places(&self, is_lost: bool) -> Vec<SocketAddr> {
+    fn to_try(&self, is_lost: bool) -> Vec<SocketAddr> {
         // What came in at the same look may be from before: one attempt too many costs nothing.
         let is_news = |tried: &Tried| {
             tried.since.is_some_and(|since| since >= self.at)
@@ -342,21 +328,21 @@ impl Peer {
             .collect()
     }
 
-    /// Takes note of an attempt, and says at which of the places it is made.
-    fn attempt(&mut self, places: Vec<SocketAddr>, now: Instant) -> Vec<SocketAddr> {
+    /// Takes note of an attempt, and returns the endpoints at which it is made.
+    fn attempt(&mut self, endpoints: Vec<SocketAddr>, now: Instant) -> Vec<SocketAddr> {
         if let Some(index) = self.alone.take() {
             self.next = now + self.pause() - ALONE;
-            return vec![places[index % places.len()]];
+            return vec![endpoints[index % endpoints.len()]];
         }
         self.attempts += 1;
-        if places.len() > 1 && self.attempts > 1 {
+        if endpoints.len() > 1 && self.attempts > 1 {
             self.alone = Some(self.rotation);
             self.rotation = self.rotation.wrapping_add(1);
             self.next = now + ALONE;
         } else {
             self.next = now + self.pause();
         }
-        places
+        endpoints
     }
 
     fn pause(&self) -> Duration {

@@ -1,9 +1,9 @@
 //! Whether this node's kernel and firewall let a leader pass on what it is there to pass on.
 //!
-//! The settings are files of `/proc`, read at every tick. The firewall is another matter: only `nft` can
-//! list it, and no loop waits for a program. So a task of its own runs `nft` when the kernel says that rules
-//! of others have changed, at most twice a minute; the loop reads what it found last. Tables of
-//! iptables-legacy, of which the kernel tells nothing, are the doctor's alone.
+//! The settings are files of `/proc`, read at every tick. The firewall can only be listed by `nft`, and the
+//! loop waits for no program. So a task of its own runs `nft` when the kernel reports a change of others'
+//! rules, at most twice a minute, and sends the loop what it found. Tables of iptables-legacy, of which the
+//! kernel reports no changes, are only looked at by the doctor.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -60,12 +60,12 @@ fn settings_in(net: &Path, links: &[&str], ipv6: bool) -> Option<String> {
 
 /// What others' firewalls do to forwarded packets, as it was last found.
 #[derive(Debug)]
-pub struct Firewall {
+pub struct HostFirewall {
     again: Arc<Notify>,
     found: watch::Receiver<Option<String>>,
 }
 
-impl Firewall {
+impl HostFirewall {
     /// Begins to look, for the tunnel's link of this name. Needs a tokio runtime, with which it ends.
     pub fn start(interface: &str) -> Self {
         let again = Arc::new(Notify::new());
@@ -80,9 +80,14 @@ impl Firewall {
         self.again.notify_one();
     }
 
-    /// Why this node's firewall drops what the mesh forwards; none where it does not, and until it is known.
-    pub fn problem(&self) -> Option<String> {
-        self.found.borrow().clone()
+    /// Waits until it is another, and returns why this node's firewall drops what the mesh forwards; none
+    /// where it does not. May be dropped and called again.
+    pub async fn changed(&mut self) -> Option<String> {
+        if self.found.changed().await.is_err() {
+            // The task has ended with the runtime.
+            std::future::pending::<()>().await;
+        }
+        self.found.borrow_and_update().clone()
     }
 }
 
@@ -101,7 +106,9 @@ async fn look(interface: String, again: Arc<Notify>, found: watch::Sender<Option
                 });
             }
             // What was found last stays: an nft that hangs opens no firewall.
-            Err(error) => tracing::debug!("looking at the firewall: {error:#}"),
+            Err(error) => {
+                tracing::debug!(error = %format_args!("{error:#}"), "listing the host's firewall failed")
+            }
         }
         tokio::time::sleep(INTERVAL).await;
     }

@@ -19,7 +19,7 @@ pub const KILO_KEY: &str = "/var/lib/kilo/key";
 
 /// The file's name below `--state-dir`.
 const NAME: &str = "key";
-/// A key is 44 bytes; whatever is longer than this was never one.
+/// A key is 44 bytes; a longer file was never a key.
 const MAX_SIZE: u64 = 4096;
 
 /// Where a key came from, for the log.

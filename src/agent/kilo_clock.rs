@@ -1,7 +1,7 @@
 //! What time it is to Kilo's algorithm, and when this node checks in. Pure: the clock is passed in.
 //!
 //! A real `kg` judges who is alive by `last-seen`, so beside one every agent writes it, and reads it
-//! the same way. While the API takes no check-ins nobody's is fresh, and that says nothing of anybody:
+//! the same way. While the API takes no check-ins, no check-in is fresh, and that says nothing about any node:
 //! time stands still here until all have had the chance to check in again. Kilo itself forgets its
 //! peers in that moment.
 

@@ -3,10 +3,8 @@
 //! Each is one sentence that says what to do. It makes the node not ready, and stands in `status`,
 //! `doctor` and an Event on the node's own Node.
 
-use std::num::NonZeroU16;
 use std::path::PathBuf;
 
-use super::{Agent, forwarding};
 use crate::cluster::{Notice, Object};
 use crate::topology::{Excluded, Field, Node, NodeName, Reason, Snapshot, Subject, Topology};
 use crate::wireguard::key::PublicKey;
@@ -84,61 +82,6 @@ pub fn key_taken(
             files.join(" ")
         ),
     })
-}
-
-impl Agent {
-    /// Looks for what the operator has to mend, and tries to have the tunnel's port. True if there is news.
-    pub(super) fn look_for_obstacles(&mut self) -> bool {
-        let desired = self.decision.desired.as_ref();
-        let port = desired.and_then(|desired| desired.listen_port);
-        let port = port.map_or(self.config.port, NonZeroU16::get);
-        let (own, topology) = (&self.config.node, &self.decision.topology);
-        let holder = holder_of_key(&self.facts.snapshot, own, self.public_key);
-        let mut obstacles = Vec::new();
-        obstacles.extend(key_taken(topology, holder, own, &self.key_files));
-        let sentence = self.host.listen_on(port).err();
-        obstacles.extend(sentence.map(|sentence| Obstacle {
-            field: "the tunnel's port".to_owned(),
-            sentence,
-        }));
-        if topology.is_leader(own) && desired.is_some_and(|desired| !desired.peers.is_empty()) {
-            obstacles.extend(self.settings());
-            obstacles.extend(self.firewall.problem().map(|sentence| Obstacle {
-                field: "the host's firewall".to_owned(),
-                sentence,
-            }));
-        }
-        let news = self.obstacles != obstacles;
-        // What is reported to the API is logged there.
-        let new = |obstacle: &&Obstacle| !self.obstacles.contains(obstacle);
-        for obstacle in obstacles.iter().filter(new).filter(|_| !self.is_live()) {
-            tracing::warn!("{}", obstacle.sentence);
-        }
-        let is_gone = |obstacle: &&Obstacle| {
-            let mut others = obstacles.iter();
-            !others.any(|other| other.field == obstacle.field)
-        };
-        for obstacle in self.obstacles.iter().filter(is_gone) {
-            tracing::info!(what = obstacle.field, "no longer in the way");
-        }
-        self.obstacles = obstacles;
-        news
-    }
-
-    /// The settings that keep this node from forwarding.
-    fn settings(&self) -> Option<Obstacle> {
-        let flannel = self.facts.flannel.as_ref();
-        let links = flannel.into_iter().flat_map(|flannel| &flannel.vteps);
-        let links = links.map(|vtep| vtep.name.as_str());
-        let links = links.chain([self.config.interface.as_str()]);
-        let mut networks = flannel.into_iter().flat_map(|flannel| &flannel.networks);
-        let ipv6 = networks.any(|net| net.addr().is_ipv6());
-        let sentence = forwarding::settings(&links.collect::<Vec<_>>(), ipv6)?;
-        Some(Obstacle {
-            field: "forwarding".to_owned(),
-            sentence,
-        })
-    }
 }
 
 #[cfg(test)]

@@ -16,19 +16,19 @@ use crate::topology::{
 };
 use crate::wireguard::key::PublicKey;
 
-/// Endpoints told at most: those behind NAT first, then VPN peers. An entry has up to 120 bytes, and the
+/// Endpoints published at most: those behind NAT first, then VPN peers. An entry has up to 120 bytes, and the
 /// admission policy lets the annotation have 64 KiB; a longer one would keep all others from being
 /// written too.
 const MAX_DISCOVERED: usize = 512;
 
-/// What is looked at.
+/// Everything that is published is made from these.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
     /// This node's own object.
     pub node: &'a Node,
-    /// Everyone else's.
+    /// The cluster.
     pub snapshot: &'a Snapshot,
-    /// Who is where.
+    /// The topology.
     pub topology: &'a Topology,
     /// The flags.
     pub config: &'a Config,
@@ -214,7 +214,7 @@ fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
     sought
         .filter_map(|(key, candidates)| {
             let heard = inputs.heard.get(&key);
-            // A new tunnel has heard nobody yet; what the last one heard is still the best guess.
+            // A new tunnel has heard no peer yet; what the last one heard is still the best guess.
             let before = inputs.node.discovered_endpoints.get(&key);
             let others = || match topology.mode {
                 // Kilo's agents pass on what they were told.
@@ -395,7 +395,7 @@ mod tests {
         let expected = annotation::format_discovered(&[(world.other, seen)].into());
         assert_eq!(published[annotation::DISCOVERED_ENDPOINTS], expected);
 
-        // The next life of the agent has heard nobody yet.
+        // The next run of the agent has heard no peer yet.
         world.node.discovered_endpoints = [(world.other, seen)].into();
         world.heard.clear();
         assert_eq!(world.annotations(), published);

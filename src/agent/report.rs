@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use super::decision::{Decision, Facts};
 use super::endpoint_discovery::Outcome;
-use super::reconcile::{Decision, Facts};
 use crate::cluster::{ApiStatus, annotation};
 use crate::config::Config;
 use crate::flannel::Backend;

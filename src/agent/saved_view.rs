@@ -1,7 +1,7 @@
 //! What the agent remembers of the cluster over a restart: the cluster as it was last seen.
 //!
 //! With it the tunnels come up while no API server answers. It is a cache: what is damaged, of
-//! another version or somebody else's is ignored with a warning, and what cannot be written costs a
+//! another version or another owner's is ignored with a warning, and what cannot be written costs a
 //! warning. Preshared keys of external peers are in it, or those peers would be cut off by a restart
 //! during an outage; so it is the agent's alone (0600), like the private key beside it.
 
@@ -32,7 +32,7 @@ const STATE: &str = "state.json";
 
 /// The form of the file; it changes with any type in it.
 const FORMAT: u32 = 2;
-/// Five thousand Nodes are some four megabytes; whatever is larger than this was never a cache.
+/// Five thousand Nodes are some four megabytes; a file larger than this was never a cache.
 const MAX_SIZE: u64 = 64 << 20;
 /// The file is written this often at most; a cluster that is being built changes all the time.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -149,7 +149,7 @@ pub fn load(state_dir: &Path) -> Option<SavedView> {
     match read {
         Ok(saved) => saved,
         Err(error) => {
-            tracing::warn!("ignoring the cached state in {}: {error:#}", path.display());
+            tracing::warn!(path = %path.display(), error = %format_args!("{error:#}"), "reading the cached state failed: starting without it");
             None
         }
     }
@@ -309,7 +309,7 @@ impl<T: PartialEq> Kept<T> {
         match write(&content) {
             Ok(()) => {
                 if self.failing {
-                    tracing::info!("{path} can be written again");
+                    tracing::info!(%path, "file writable again");
                 }
                 self.failing = false;
                 self.written = Some(content);
@@ -317,7 +317,8 @@ impl<T: PartialEq> Kept<T> {
             Err(error) => {
                 failures.fetch_add(1, Ordering::Relaxed);
                 if !self.failing {
-                    tracing::warn!("cannot write {path}: {error:#}; {}", self.otherwise);
+                    let consequence = self.otherwise;
+                    tracing::warn!(%path, error = %format_args!("{error:#}"), consequence, "writing the file failed");
                 }
                 self.failing = true;
                 self.written = None;

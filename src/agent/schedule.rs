@@ -1,6 +1,6 @@
 //! When to look at everything again. Pure: time is passed in.
 //!
-//! Every cause (a Node changed, the kernel reported a change, a peer's endpoint moved) leads to the
+//! Every trigger (a Node changed, the kernel reported a change, a peer's endpoint moved) leads to the
 //! same full pass; this only decides when the next one starts.
 
 use std::time::{Duration, Instant};
@@ -8,12 +8,8 @@ use std::time::{Duration, Instant};
 /// How long to wait for more of the same: a change of the cluster or of the kernel seldom comes
 /// alone.
 const QUIET: Duration = Duration::from_millis(50);
-/// How long a cause may be put off by later ones.
+/// How long a trigger may be put off by later ones.
 const PATIENCE: Duration = Duration::from_millis(200);
-/// First pause after a pass that failed in part; doubled each time.
-const RETRY: Duration = Duration::from_millis(100);
-/// Longest pause after a pass that failed, so that a repair of the cause shows soon.
-const MAX_RETRY: Duration = Duration::from_secs(5);
 /// Passes in a row that may change something at full speed. More of them mean that something else on
 /// this node undoes what the agent does.
 const BURST: u32 = 20;
@@ -36,11 +32,11 @@ pub enum Outcome {
 pub struct Schedule {
     resync: Duration,
     due: Instant,
-    /// When the first cause since the last pass came.
+    /// When the first trigger since the last pass came.
     first: Option<Instant>,
-    /// Not before, whatever happens.
+    /// No pass begins earlier.
     not_before: Instant,
-    failures: u32,
+    /// Passes in a row that changed something.
     changes: u32,
 }
 
@@ -52,7 +48,6 @@ impl Schedule {
             due: now,
             first: None,
             not_before: now,
-            failures: 0,
             changes: 0,
         }
     }
@@ -61,7 +56,7 @@ impl Schedule {
     pub fn handle_trigger(&mut self, now: Instant) {
         let first = *self.first.get_or_insert(now);
         let wanted = (now + QUIET).min(first + PATIENCE);
-        // A cause may put a debounced pass off a little, never a resync.
+        // A trigger may put a debounced pass off a little, never a resync.
         let debounced = self.due <= first + PATIENCE;
         self.due = if debounced {
             wanted
@@ -71,45 +66,35 @@ impl Schedule {
         self.due = self.due.max(self.not_before);
     }
 
-    /// Something is to be done at that time, whatever else happens.
+    /// Something changed whose changes are gathered already: it is looked at next.
+    pub fn handle_news(&mut self, now: Instant) {
+        self.due = self.due.min(now).max(self.not_before);
+    }
+
+    /// A pass is due at that time at the latest.
     pub fn handle_deadline(&mut self, at: Instant) {
         self.due = self.due.min(at).max(self.not_before);
     }
 
-    /// A pass has ended.
-    pub fn handle_outcome(&mut self, now: Instant, outcome: Outcome) {
+    /// A pass begins.
+    pub fn handle_start(&mut self, now: Instant) {
         self.first = None;
-        match outcome {
-            Outcome::Unchanged => {
-                self.failures = 0;
-                self.changes = 0;
-                self.not_before = now;
-                self.due = now + self.resync;
-            }
-            Outcome::Changed => {
-                self.failures = 0;
-                self.changes = self.changes.saturating_add(1);
-                self.not_before = if self.changes > BURST {
-                    now + FIGHT
-                } else {
-                    now
-                };
-                self.due = now + self.resync;
-            }
-            Outcome::Failed => {
-                let pause = RETRY
-                    .saturating_mul(2_u32.saturating_pow(self.failures))
-                    .min(MAX_RETRY);
-                self.failures = self.failures.saturating_add(1);
-                // What was done before it failed may itself be reported as a cause.
-                self.not_before = if self.failures > BURST {
-                    now + FIGHT
-                } else {
-                    now
-                };
-                self.due = now + pause.min(self.resync);
-            }
-        }
+        self.due = now + self.resync;
+    }
+
+    /// A pass has ended. What it could not do is tried again by the reconciler.
+    pub fn handle_outcome(&mut self, now: Instant, outcome: Outcome) {
+        self.changes = match outcome {
+            Outcome::Unchanged => 0,
+            // What was done before it failed may itself be reported as a trigger.
+            Outcome::Changed | Outcome::Failed => self.changes.saturating_add(1),
+        };
+        self.not_before = if self.changes > BURST {
+            now + FIGHT
+        } else {
+            now
+        };
+        self.due = self.due.max(self.not_before);
     }
 
     /// When the next pass is due.
@@ -139,6 +124,7 @@ mod tests {
         let mut schedule = Schedule::new(t0, RESYNC);
         assert_eq!(schedule.poll_due(), t0);
 
+        schedule.handle_start(t0);
         schedule.handle_outcome(t0, Outcome::Unchanged);
         assert_eq!(schedule.poll_due(), t0 + RESYNC);
     }
@@ -147,6 +133,7 @@ mod tests {
     fn a_deadline_is_kept_though_a_resync_is_far() {
         let t0 = start();
         let mut schedule = Schedule::new(t0, RESYNC);
+        schedule.handle_start(t0);
         schedule.handle_outcome(t0, Outcome::Unchanged);
         schedule.handle_deadline(t0 + after(25_000));
         assert_eq!(schedule.poll_due(), t0 + after(25_000));
@@ -155,9 +142,10 @@ mod tests {
     }
 
     #[test]
-    fn causes_that_come_together_lead_to_one_pass_soon() {
+    fn triggers_that_come_together_lead_to_one_pass_soon() {
         let t0 = start();
         let mut schedule = Schedule::new(t0, RESYNC);
+        schedule.handle_start(t0);
         schedule.handle_outcome(t0, Outcome::Unchanged);
 
         schedule.handle_trigger(t0 + after(1000));
@@ -171,30 +159,13 @@ mod tests {
     }
 
     #[test]
-    fn a_cause_just_before_a_resync_does_not_put_it_off() {
+    fn a_trigger_just_before_a_resync_does_not_put_it_off() {
         let t0 = start();
         let mut schedule = Schedule::new(t0, RESYNC);
+        schedule.handle_start(t0);
         schedule.handle_outcome(t0, Outcome::Unchanged);
         schedule.handle_trigger(t0 + RESYNC - after(300));
         assert!(schedule.poll_due() <= t0 + RESYNC);
-    }
-
-    #[test]
-    fn failures_are_retried_with_growing_pauses_and_a_cause_cuts_them_short() {
-        let t0 = start();
-        let mut schedule = Schedule::new(t0, RESYNC);
-        let mut pauses = Vec::new();
-        for _ in 0..8 {
-            schedule.handle_outcome(t0, Outcome::Failed);
-            pauses.push((schedule.poll_due() - t0).as_millis());
-        }
-        assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
-
-        schedule.handle_trigger(t0 + after(10));
-        assert_eq!(schedule.poll_due(), t0 + after(60));
-        schedule.handle_outcome(t0, Outcome::Changed);
-        schedule.handle_outcome(t0, Outcome::Failed);
-        assert_eq!(schedule.poll_due(), t0 + RETRY);
     }
 
     #[test]
@@ -204,6 +175,7 @@ mod tests {
         let (mut now, mut passes) = (t0, 0);
         while now < t0 + Duration::from_secs(60) {
             now = schedule.poll_due().max(now);
+            schedule.handle_start(now);
             schedule.handle_outcome(now, Outcome::Changed);
             passes += 1;
             // Undone at once, each time.

@@ -1,33 +1,26 @@
 //! Opens and starts everything an agent works with, in the order in which it may be refused.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 
-use super::claim_clock::ClaimClock;
-use super::endpoint_discovery::EndpointDiscovery;
-use super::flap_damping::FlapDamping;
-use super::grace::Grace;
-use super::host::Host;
-use super::kilo_clock::KiloClock;
-use super::readiness::Readiness;
-use super::reconcile::{Decision, Facts};
+use super::controller::{Controller, Setup};
+use super::forwarding::HostFirewall;
+use super::kernel_facts::{self, KernelFacts};
 use super::saved_view::{self, SavedView};
-use super::schedule::Schedule;
-use super::tenure::Tenure;
-use super::timestamps;
-use super::{Agent, Shown, control, forwarding, keyfile};
+use super::{Agent, Shown, control, keyfile, timestamps};
 use crate::clock::now;
 use crate::cluster::{Access, Cluster, ParseSettings, Sources};
 use crate::config::Config;
 use crate::kernel::{Kernel, Monitor};
 use crate::pages::{self, Pages};
+use crate::reconciler::{Owner, Reconciler, Report};
 use crate::refusal::Refusal;
 use crate::resolve;
-use crate::status::Report;
+use crate::status::ReportSource;
 use crate::telemetry::metrics::Metrics;
 use crate::topology::Resolved;
 use crate::wireguard::key::PrivateKey;
@@ -55,8 +48,8 @@ impl Agent {
             .context("taking Kilo's place")?
         {
             tracing::info!(
-                link = config.interface,
-                "took the place of a WireGuard link of the kernel's, as Kilo leaves it"
+                interface = config.interface,
+                "replaced a WireGuard link of the kernel's, as Kilo leaves it"
             );
         }
         kernel.rtnetlink.check()?;
@@ -66,32 +59,7 @@ impl Agent {
         let device = start_tunnel(&config, key)?;
         let uapi = uapi::serve(&config.interface, device.clone())?;
 
-        let shown = Shown {
-            metrics: Arc::new(Metrics::new()),
-            report: watch::channel(Arc::new(Report::default())).0,
-            topology: watch::channel(Arc::default()).0,
-            alive: watch::channel(tokio::time::Instant::now()).0,
-        };
-        match control::bind(&config.control_socket) {
-            Ok(socket) => {
-                tokio::spawn(control::serve(socket, shown.report.subscribe()));
-            }
-            // The mesh does not depend on being looked at.
-            Err(error) => tracing::warn!(
-                path = %config.control_socket.display(),
-                %error,
-                "selvedge status cannot ask this agent"
-            ),
-        }
-        if let Some(listener) = listener {
-            let pages = Pages {
-                metrics: Arc::clone(&shown.metrics),
-                report: shown.report.subscribe(),
-                topology: shown.topology.subscribe(),
-                alive: shown.alive.subscribe(),
-            };
-            tokio::spawn(pages::serve(listener, pages));
-        }
+        let shown = show(&config, listener);
 
         let settings = ParseSettings {
             topology_label: config.topology_label.clone(),
@@ -114,42 +82,84 @@ impl Agent {
             %public_key,
             "started"
         );
+        let config = Arc::new(config);
+        let setup = Setup {
+            config: Arc::clone(&config),
+            public_key,
+            key_files,
+            resolved,
+        };
+        let (reconciler, reports) = start_reconciler(&config, kernel, device)?;
         Ok(Self {
-            schedule: Schedule::new(now(), config.resync_period),
-            host: Host::new(kernel, device),
-            access,
-            cluster,
-            view: None,
+            controller: Controller::new(setup, now()),
+            reconciler,
             writer: saved_view::Writer::start(config.state_dir.clone())
                 .context("starting a thread")?,
-            resolved,
-            facts: Facts::default(),
-            discovery: EndpointDiscovery::default(),
-            flap_damping: FlapDamping::default(),
-            kilo_clock: KiloClock::default(),
-            tenure: Tenure::default(),
-            claim_clock: ClaimClock::default(),
-            decision: Decision::default(),
-            awaited: None,
-            without_ipv6: false,
-            grace: Grace::default(),
-            key_files,
-            firewall: forwarding::Firewall::start(&config.interface),
-            obstacles: Vec::new(),
-            forgotten: Vec::new(),
-            failed: Vec::new(),
-            readiness: Readiness::new(now()),
-            traffic: BTreeMap::new(),
-            drops: BTreeMap::new(),
-            shown,
+            host_firewall: HostFirewall::start(&config.interface),
+            access,
+            cluster,
+            reports,
+            monitor,
             names,
             addresses,
-            monitor,
+            shown,
             _uapi: uapi,
-            public_key,
             config,
         })
     }
+}
+
+/// Opens what people and probes look at: the control socket and the pages.
+fn show(config: &Config, listener: Option<TcpListener>) -> Shown {
+    let metrics = Arc::new(Metrics::new());
+    let (topology, shown) = watch::channel(Arc::default());
+    let (alive, came_round) = watch::channel(now());
+    let (source, questions) = ReportSource::channel();
+    match control::bind(&config.control_socket) {
+        Ok(socket) => {
+            tokio::spawn(control::serve(socket, source.clone()));
+        }
+        // The mesh does not depend on being looked at.
+        Err(error) => tracing::warn!(
+            path = %config.control_socket.display(),
+            %error,
+            "opening the control socket failed: selvedge status cannot ask this agent"
+        ),
+    }
+    if let Some(listener) = listener {
+        let pages = Pages {
+            metrics: Arc::clone(&metrics),
+            report: source,
+            topology: shown,
+            alive: came_round,
+        };
+        tokio::spawn(pages::serve(listener, pages));
+    }
+    Shown {
+        metrics,
+        questions,
+        topology,
+        alive,
+    }
+}
+
+/// Starts the threads that own the kernel and the tunnel; their reports come by the receiver.
+fn start_reconciler(
+    config: &Arc<Config>,
+    kernel: Kernel,
+    device: Arc<Device>,
+) -> anyhow::Result<(Reconciler, mpsc::UnboundedReceiver<Report<KernelFacts>>)> {
+    let (sender, reports) = mpsc::unbounded_channel();
+    let flags = Arc::clone(config);
+    let owner = Owner {
+        read: Box::new(move |kernel| kernel_facts::read(&flags, kernel)),
+        report: Box::new(move |report| {
+            // The loop may have ended.
+            let _ = sender.send(report);
+        }),
+    };
+    let reconciler = Reconciler::start(kernel, device, owner).context("starting a thread")?;
+    Ok((reconciler, reports))
 }
 
 /// Starts the tunnel: its link, its port, its threads.

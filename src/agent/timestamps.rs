@@ -1,7 +1,7 @@
 //! Keeps handshake timestamps in the state directory: how far this node's have come, and the greatest
 //! that was accepted of each peer.
 //!
-//! The device says when (`wireguard::Store`); this file knows the files. They are caches like the state
+//! The device decides when (`wireguard::Store`); the files are known here. They are caches like the state
 //! beside them: what is damaged is ignored with a warning, and what cannot be written costs a warning.
 
 use std::fmt::Write as _;
@@ -36,7 +36,7 @@ impl Disk {
     fn replace(&self, name: &str, text: &str, consequence: &str) {
         if let Err(error) = secure_file::replace(&self.state_dir, name, text.as_bytes()) {
             let path = self.state_dir.join(name);
-            tracing::warn!(path = %path.display(), %error, "cannot write timestamps: {consequence}");
+            tracing::warn!(path = %path.display(), %error, consequence, "writing timestamps failed");
         }
     }
 }
@@ -93,7 +93,7 @@ pub fn load_accepted(state_dir: &Path) -> Accepted {
         let lines: Vec<_> = text.lines().map(accepted).collect();
         let damaged = lines.iter().filter(|line| line.is_none()).count();
         if damaged > 0 {
-            tracing::warn!(path = %path.display(), damaged, "ignoring damaged lines");
+            tracing::warn!(path = %path.display(), count = damaged, "damaged timestamps ignored");
         }
         Ok(lines.into_iter().flatten().collect())
     };
@@ -117,7 +117,7 @@ fn load<T>(path: &Path, parse: impl Fn(&str) -> anyhow::Result<T>) -> Option<T> 
     let read = secure_file::read(path, MAX_SIZE)
         .and_then(|text| text.map(|text| parse(&text)).transpose());
     read.unwrap_or_else(|error| {
-        tracing::warn!(path = %path.display(), "ignoring the timestamps: {error:#}");
+        tracing::warn!(path = %path.display(), error = %format_args!("{error:#}"), "reading timestamps failed: starting without them");
         None
     })
 }

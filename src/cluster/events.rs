@@ -13,9 +13,10 @@ use tokio::time::Instant;
 use super::access::Connection;
 use super::call::{self, Failure};
 use super::{Object, Rejected, peer};
+use crate::liveness;
 use crate::plan::Caveat;
 use crate::text;
-use crate::topology::{Excluded, NodeName, Overlap, Snapshot, Subject};
+use crate::topology::{Excluded, Node, NodeName, Overlap, Snapshot, Subject};
 
 /// At most one notice per field in this time, even if its value keeps changing.
 const REPEAT_AFTER: Duration = Duration::from_secs(600);
@@ -132,16 +133,16 @@ impl NoticeFilter {
     }
 }
 
+/// Whether a node's agent is ours and alive, so that it may write Events for others.
+fn may_report(node: &Node) -> bool {
+    node.ours && liveness::may_lead(node.ready)
+}
+
 /// Whether the agent of `own` is the reporter of an object: of a thousand agents that see the same
 /// mistake, one writes the Event.
 pub(super) fn is_reporter(own: &NodeName, object: &Object, snapshot: &Snapshot) -> bool {
-    let can_report = |name: &NodeName| {
-        snapshot
-            .nodes
-            .get(name)
-            .is_some_and(|node| node.ours && node.ready)
-    };
-    let first = || snapshot.nodes.values().find(|node| node.ours && node.ready);
+    let can_report = |name: &NodeName| snapshot.nodes.get(name).is_some_and(may_report);
+    let first = || snapshot.nodes.values().find(|node| may_report(node));
     match object {
         Object::Node(name) if can_report(name) => own == name,
         Object::Node(_) | Object::Peer(_) => first().is_some_and(|node| node.name == *own),

@@ -87,7 +87,7 @@ pub fn render(firewall: &Firewall) -> String {
 }
 
 /// What the table is without the elements of its sets, which is what mostly changes.
-pub(super) fn frame(firewall: &Firewall) -> FirewallId {
+pub fn frame(firewall: &Firewall) -> FirewallId {
     digest(Text::new(firewall).table(false).as_bytes())
 }
 

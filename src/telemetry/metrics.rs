@@ -113,13 +113,9 @@ impl Metrics {
         self.changes.inc_by(changes.try_into().unwrap_or(u64::MAX));
     }
 
-    /// Sets the report that the gauges are read from.
-    pub fn set_report(&self, report: Arc<Report>) {
-        *self.report.lock().unwrap_or_else(PoisonError::into_inner) = report;
-    }
-
-    /// All metrics in the text form Prometheus reads.
-    pub fn render(&self) -> String {
+    /// All metrics in the text form Prometheus reads, with what this report says.
+    pub fn render(&self, report: Report) -> String {
+        *self.report.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(report);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)
             .expect("a String takes all that is written to it");
@@ -315,16 +311,16 @@ mod tests {
             metrics.error(event);
         }
         metrics.reconciled(Duration::from_millis(3), 2, true);
-        metrics.set_report(Arc::new(Report {
+        let report = Report {
             role: Role::Leader,
             ready_nodes: 4,
             external_peers: 2,
             kilo_nodes: vec!["a".into()],
             kilo_refused: vec!["b".into(), "c".into()],
             ..Report::default()
-        }));
+        };
 
-        let text = metrics.render();
+        let text = metrics.render(report);
 
         for line in [
             "kilo_errors_total{event=\"apply\"} 1",
@@ -348,7 +344,7 @@ mod tests {
     #[test]
     fn peers_and_drops_have_their_own_lines() {
         let metrics = Metrics::new();
-        metrics.set_report(Arc::new(Report {
+        let report = Report {
             version: "1.2.3".into(),
             peers: vec![Peer {
                 name: "location:nd".into(),
@@ -363,9 +359,9 @@ mod tests {
             connected: vec!["10.9.9.9".to_owned()],
             cache_failures: 5,
             ..Report::default()
-        }));
+        };
 
-        let text = metrics.render();
+        let text = metrics.render(report);
 
         for line in [
             "selvedge_peer_received_bytes_total{peer=\"location:nd\",public_key=\"K=\"} 10",

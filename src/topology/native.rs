@@ -13,6 +13,7 @@ use super::{
     Candidate, Claim, Endpoint, Granularity, InterfaceAddr, Leader, Member, Node, NodeName, Origin,
     Outsider, Resolved, Segment, SegmentName, Settings, Snapshot, Topology, Whereabouts,
 };
+use crate::liveness;
 use crate::wireguard::key::PublicKey;
 
 /// Seconds between the keepalives of a node behind NAT or a firewall that has no annotation: less than the 30
@@ -216,7 +217,7 @@ fn elect<'a>(name: &SegmentName, nodes: &[&'a Node]) -> Vec<&'a Node> {
         let forced = node.endpoint_forced;
         let (unrecorded, since) = since(node);
         (
-            !node.ready,
+            !liveness::may_lead(node.ready),
             !(node.leader && forced),
             !node.leader,
             !forced,

@@ -240,7 +240,9 @@ impl Mixed {
             let line = format!("selvedge_kilo_nodes {}", kilos.len());
             ensure!(metrics.lines().any(|other| other == line), "{metrics}");
             let log = std::fs::read_to_string(self.lab.node(node)?.log("agent"))?;
-            let told = log.lines().rfind(|line| line.contains("the mesh follows"));
+            let told = log
+                .lines()
+                .rfind(|line| line.contains("mesh algorithm changed"));
             ensure!(
                 told.is_some_and(|line| line.contains(&expected)),
                 "{node}: {told:?}"

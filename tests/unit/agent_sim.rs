@@ -1,5 +1,9 @@
-//! The agent's control loop, simulated: its schedule, its decisions and its passes against a kernel
-//! that fits in a test, with a clock that the test turns, and with faults.
+//! The agent's control loop, simulated with a clock that the test turns, on kernels that fit in a test.
+//!
+//! Here one node's schedule, decisions and reconciler meet any cluster and any faults; in [`three_agents`]
+//! the whole controllers of three nodes meet each other.
+
+mod three_agents;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -7,11 +11,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use proptest::prelude::*;
-use selvedge::agent::reconcile::{self, Facts, Platform};
+use selvedge::agent::decision::{self, Facts};
 use selvedge::agent::schedule::{Outcome, Schedule};
 use selvedge::config::Config;
 use selvedge::diff::Change;
-use selvedge::state::State;
+use selvedge::kernel::flannel_repair::Repair;
+use selvedge::reconciler::core::{Core, Desired, Failure, Platform};
+use selvedge::reconciler::firewall::{Job, Outcome as FirewallOutcome};
+use selvedge::state::{Ruleset, State};
 use selvedge::topology::NodeName;
 
 use crate::cluster_strategy::mesh;
@@ -47,23 +54,54 @@ impl Platform for Shaky {
         if std::mem::take(&mut self.blind) {
             return Err(anyhow!("the socket overran"));
         }
-        Ok(self.kernel.observe())
+        Ok(State {
+            firewall: None,
+            ..self.kernel.observe()
+        })
     }
 
     fn apply_all<'a>(&mut self, changes: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)> {
         let mut failed = Vec::new();
         for change in changes {
-            let result = if self.faults > 0 {
-                self.faults -= 1;
-                Err("EBUSY".to_owned())
-            } else {
-                self.kernel.apply(change)
-            };
-            if let Err(error) = result {
+            if let Err(error) = self.apply(change) {
                 failed.push((change, anyhow!(error)));
             }
         }
         failed
+    }
+
+    fn repair<'a>(&mut self, _: &'a [Repair]) -> Vec<(&'a Repair, anyhow::Error)> {
+        Vec::new()
+    }
+}
+
+impl Shaky {
+    fn apply(&mut self, change: &Change) -> Result<(), String> {
+        if self.faults > 0 {
+            self.faults -= 1;
+            return Err("EBUSY".to_owned());
+        }
+        self.kernel.apply(change)
+    }
+
+    /// What the firewall's worker does, at once.
+    fn work(&mut self, job: Job) -> FirewallOutcome {
+        let observed = self.kernel.observe().firewall;
+        let wanted = job.firewall.as_deref().cloned().map(Box::new);
+        let change = match wanted {
+            Some(wanted) if observed == Some(Ruleset::Planned(wanted.clone())) => None,
+            Some(wanted) => Some(Change::ReplaceFirewall(wanted)),
+            None => observed.map(|_| Change::DeleteFirewall),
+        };
+        let result = match &change {
+            Some(change) => self.apply(change).map_err(|error| anyhow!(error)),
+            None => Ok(()),
+        };
+        FirewallOutcome {
+            firewall: job.firewall,
+            took: Duration::ZERO,
+            result: result.map(|()| change),
+        }
     }
 }
 
@@ -74,11 +112,12 @@ struct Sim {
     me: NodeName,
     absent: BTreeSet<NodeName>,
     node: Shaky,
+    core: Core,
     schedule: Schedule,
     now: Instant,
     passes: u32,
     /// What the last pass could not do.
-    failed: Vec<String>,
+    failed: Vec<Failure>,
 }
 
 impl Sim {
@@ -100,6 +139,7 @@ impl Sim {
                 faults: 0,
                 blind: false,
             },
+            core: Core::default(),
             schedule: Schedule::new(now, RESYNC),
             mesh,
             now,
@@ -122,22 +162,47 @@ impl Sim {
         Arc::make_mut(&mut facts.snapshot)
             .nodes
             .retain(|name, _| !self.absent.contains(name));
-        let decision = reconcile::decide(&facts, &self.config, crate::mesh::key(1));
+        let decision = decision::decide(&facts, &self.config, crate::mesh::key(1));
         decision.desired
     }
 
     /// Lets the agent run until then.
     fn run_until(&mut self, end: Instant) {
-        while self.schedule.poll_due() <= end {
-            self.now = self.now.max(self.schedule.poll_due());
-            let pass = self
-                .desired()
-                .map(|desired| reconcile::pass(&mut self.node, &desired))
-                .unwrap_or_default();
-            let outcome = pass.outcome();
-            self.failed = pass.failed;
+        loop {
+            let due = self.schedule.poll_due();
+            let retry = self.core.poll_timeout();
+            let next = retry.map_or(due, |retry| retry.min(due));
+            if next > end {
+                break;
+            }
+            self.now = self.now.max(next);
+            if due <= self.now {
+                self.schedule.handle_start(self.now);
+                let state = self.desired();
+                self.core.handle_desired(Desired {
+                    state,
+                    interface: "kilo0".to_owned(),
+                    ..Desired::default()
+                });
+            }
+            if let Some(job) = self.core.poll_firewall(self.now) {
+                let outcome = self.node.work(job);
+                let made = self.core.handle_firewall(outcome, self.now).made;
+                if !made.is_empty() {
+                    self.schedule.handle_trigger(self.now);
+                }
+            }
+            let applied = self.core.pass(&mut self.node, self.now);
+            self.failed = applied.failures;
+            let outcome = if applied.failed {
+                Outcome::Failed
+            } else if applied.made.is_empty() {
+                Outcome::Unchanged
+            } else {
+                Outcome::Changed
+            };
             self.schedule.handle_outcome(self.now, outcome);
-            if outcome != Outcome::Unchanged {
+            if !applied.made.is_empty() {
                 // The kernel reports the agent's own changes too.
                 self.schedule.handle_trigger(self.now);
             }

@@ -1,7 +1,4 @@
-//! One pass: what is known → what should be → what must change → done.
-//!
-//! [`decide`] is pure. [`pass`] carries its decision out on a [`Platform`], the kernel and the
-//! tunnel here, a fake of both in tests; one change that fails never holds up the others.
+//! What follows from what is known: the topology, this node's desired state, what it publishes. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -13,17 +10,15 @@ use ipnet::IpNet;
 use super::endpoint_discovery::Keys;
 use super::mtu;
 use super::publication;
-use super::schedule::Outcome;
 use crate::cluster::Annotations;
 use crate::config::Config;
-use crate::diff::{Change, diff};
 use crate::flannel::Flannel;
 use crate::plan::{self, Candidates, Caveat, candidates, plan, seen};
 use crate::state::{OtherRule, State};
 use crate::topology::{self, Endpoint, InterfaceAddr, Resolved, SegmentName, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
 
-/// Everything a pass looks at, gathered by the event loop.
+/// Everything that is decided on, gathered by the [`Controller`](super::controller::Controller).
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
     /// The cluster.
@@ -50,8 +45,8 @@ pub struct Facts {
     pub alive: BTreeMap<PublicKey, SocketAddr>,
     /// The peers that have shown that they can call this node without being kept in a NAT's memory.
     pub callers: BTreeSet<PublicKey>,
-    /// Where each is to be told to be with which it ever had a session: where it heard it, but for those
-    /// that do not come to rest.
+    /// The endpoint to publish for each peer that ever had a session: where the tunnel heard it, rate-limited
+    /// for those that flap.
     pub heard: BTreeMap<PublicKey, SocketAddr>,
     /// When this node checked in, in Unix seconds; only published beside a real `kg`.
     pub last_seen: i64,
@@ -64,7 +59,7 @@ pub struct Facts {
 /// What follows from the facts.
 #[derive(Clone, Debug, Default)]
 pub struct Decision {
-    /// Who is where.
+    /// The topology.
     pub topology: Arc<Topology>,
     /// Whose each key is.
     pub keys: Keys,
@@ -185,62 +180,4 @@ fn names(snapshot: &Snapshot) -> BTreeSet<String> {
             Some(Endpoint::Addr(_)) | None => None,
         })
         .collect()
-}
-
-/// What a [`Decision`] is carried out on. Calls may block for as long as the kernel takes.
-pub trait Platform {
-    /// What is there of the agent's, read afresh.
-    fn observe(&mut self) -> anyhow::Result<State>;
-
-    /// Makes changes in their order and returns those that failed; one that fails does not keep
-    /// those behind it from being made. It is no error if all is already so.
-    fn apply_all<'a>(&mut self, changes: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)>;
-}
-
-/// What a pass did.
-#[derive(Debug, Default)]
-pub struct Pass {
-    /// The changes made, in order.
-    pub made: Vec<Change>,
-    /// What could not be done, in sentences.
-    pub failed: Vec<String>,
-}
-
-impl Pass {
-    /// How the pass ended.
-    pub fn outcome(&self) -> Outcome {
-        if !self.failed.is_empty() {
-            Outcome::Failed
-        } else if self.made.is_empty() {
-            Outcome::Unchanged
-        } else {
-            Outcome::Changed
-        }
-    }
-}
-
-/// Makes the platform as desired, as far as it goes.
-pub fn pass(platform: &mut impl Platform, desired: &State) -> Pass {
-    let observed = match platform.observe() {
-        Ok(observed) => observed,
-        Err(error) => {
-            return Pass {
-                failed: vec![format!("reading the kernel: {error:#}")],
-                ..Pass::default()
-            };
-        }
-    };
-    let changes = diff(&observed, desired);
-    let failed = platform
-        .apply_all(&changes)
-        .into_iter()
-        .map(|(change, error)| (change.clone(), format!("{change}: {error:#}")))
-        .collect::<Vec<_>>();
-    Pass {
-        made: changes
-            .into_iter()
-            .filter(|change| failed.iter().all(|(failed, _)| failed != change))
-            .collect(),
-        failed: failed.into_iter().map(|(_, sentence)| sentence).collect(),
-    }
 }

@@ -1,25 +1,25 @@
-//! The node as a [`Platform`]: its kernel, and the tunnel in this process.
+//! The node as a [`Platform`]: its kernel without nf_tables, and the tunnel in this process.
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
 
-use super::reconcile::Platform;
+use super::core::Platform;
 use crate::diff::Change;
-use crate::kernel::Kernel;
+use crate::kernel::Rtnetlink;
+use crate::kernel::flannel_repair::Repair;
 use crate::port_holder;
 use crate::state::{Peer, State};
 use crate::wireguard::key::PublicKey;
 use crate::wireguard::uapi::Control as _;
-use crate::wireguard::{Device, PeerConfig, Stats};
+use crate::wireguard::{Device, PeerConfig};
 
 /// A node with a running tunnel.
 pub struct Host {
-    kernel: Kernel,
+    rtnetlink: Rtnetlink,
     tunnel: Arc<Device>,
     /// What the peers were last asked to be. The tunnel itself only tells where a peer is now, and
     /// that of one that roams is not what was asked for.
@@ -30,36 +30,26 @@ pub struct Host {
 
 impl Host {
     /// Puts the two together.
-    pub fn new(kernel: Kernel, tunnel: Arc<Device>) -> Self {
+    pub fn new(rtnetlink: Rtnetlink, tunnel: Arc<Device>) -> Self {
         Self {
-            kernel,
+            rtnetlink,
             tunnel,
             asked: BTreeMap::new(),
             port_taken: None,
         }
     }
 
-    /// The kernel.
-    pub fn kernel(&self) -> &Kernel {
-        &self.kernel
+    /// The kernel without nf_tables.
+    pub fn rtnetlink(&self) -> &Rtnetlink {
+        &self.rtnetlink
     }
 
-    /// The tunnel's counters.
-    pub fn stats(&self) -> Stats {
-        self.tunnel.stats()
-    }
-
-    /// Sends one initiation to candidate endpoints of a peer; see [`Device::look_for`].
-    pub fn look_for(&self, key: &PublicKey, candidates: &[SocketAddr]) {
-        self.tunnel.look_for(key, candidates);
-    }
-
-    /// Has the tunnel listen on a UDP port, if it does not yet. What it sends leaves by the port that it has
-    /// until then, so what it begins itself goes on.
+    /// Has the tunnel listen on a UDP port, if it does not yet. Until then it sends from the port that it
+    /// has, so handshakes that it begins go on.
     ///
     /// # Errors
-    /// One sentence that says who has the port.
-    pub fn listen_on(&mut self, port: u16) -> Result<(), String> {
+    /// One sentence that says which process has the port.
+    fn listen_on(&mut self, port: u16) -> Result<(), String> {
         match self.tunnel.set_listen_port(port) {
             Ok(()) => {
                 self.port_taken = None;
@@ -70,7 +60,7 @@ impl Host {
         }
     }
 
-    /// Who has a port. The processes are looked through once for each socket that has it.
+    /// Which process has a port. The processes are looked through once for each socket that has it.
     fn taken(&mut self, port: u16) -> String {
         let socket = port_holder::socket(port);
         match &self.port_taken {
@@ -84,11 +74,14 @@ impl Host {
     }
 
     /// Lets the link go with this process.
+    ///
+    /// # Errors
+    /// What the kernel says.
     pub fn let_link_go(&self) -> io::Result<()> {
         self.tunnel.set_persistent(false)
     }
 
-    /// The peers as they are. Whoever uses `wg set` is noticed, but for an endpoint.
+    /// The peers as they are. A change by `wg set` is noticed, but for an endpoint.
     fn peers(&self) -> BTreeMap<PublicKey, Peer> {
         let peers = self.tunnel.get().peers;
         peers
@@ -112,16 +105,15 @@ impl Host {
         for change in run {
             #[expect(
                 clippy::wildcard_enum_match_arm,
-                reason = "what is not the tunnel's is the kernel's, whatever it is"
+                reason = "every other change is the kernel's"
             )]
             match change {
-                // The tunnel makes its link again by itself; what needs it is tried again then.
+                // The tunnel makes its link again; what needs the link is tried again then.
                 Change::CreateLink { name, .. } => {
                     failed.push((change, anyhow!("the link {name} is not there yet")));
                 }
                 Change::SetListenPort { port, .. } => {
-                    let port = port.get();
-                    if let Err(sentence) = self.listen_on(port) {
+                    if let Err(sentence) = self.listen_on(port.get()) {
                         failed.push((change, anyhow!(sentence)));
                     }
                 }
@@ -147,12 +139,12 @@ impl Host {
 impl Platform for Host {
     fn observe(&mut self) -> anyhow::Result<State> {
         let peers = self.peers();
-        // Peers that somebody removed are forgotten, so that they are set anew.
+        // Peers that another program removed are forgotten, so that they are set again.
         self.asked.retain(|key, _| peers.contains_key(key));
         Ok(State {
             peers,
             listen_port: NonZeroU16::new(self.tunnel.listen_port()),
-            ..self.kernel.observe().context("reading what is there")?
+            ..self.rtnetlink.observe().context("reading what is there")?
         })
     }
 
@@ -161,10 +153,14 @@ impl Platform for Host {
         for run in changes.chunk_by(|a, b| is_of_tunnel(a) == is_of_tunnel(b)) {
             failed.extend(match run.first() {
                 Some(first) if is_of_tunnel(first) => self.apply_to_tunnel(run),
-                Some(_) | None => self.kernel.apply_all(run),
+                Some(_) | None => self.rtnetlink.apply_all(run),
             });
         }
         failed
+    }
+
+    fn repair<'a>(&mut self, repairs: &'a [Repair]) -> Vec<(&'a Repair, anyhow::Error)> {
+        self.rtnetlink.repair(repairs)
     }
 }
 

@@ -1,0 +1,42 @@
+//! What a [`Controller`](super::Controller) wants done.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use super::super::saved_view::SavedView;
+use crate::cluster::{Annotations, Notice, Verdicts};
+use crate::guard::Guard;
+use crate::reconciler::core::Desired;
+use crate::topology::Topology;
+use crate::wireguard::key::PublicKey;
+
+/// One thing to do. None of them is waited for.
+#[derive(Debug)]
+pub enum Effect {
+    /// Read the kernel's facts, and hand them in by [`handle_kernel`](super::Controller::handle_kernel).
+    Observe,
+    /// Keep these annotations on the own Node.
+    Publish(Annotations),
+    /// Keep these conditions on the Peers.
+    Judge(Verdicts),
+    /// Report this as Events.
+    Report(BTreeSet<Notice>),
+    /// Remember the cluster for the next run.
+    Save(SavedView),
+    /// Keep this guard for the next boot.
+    KeepGuard(Guard),
+    /// Keep these names resolved.
+    Resolve(BTreeSet<String>),
+    /// Send one handshake initiation of a peer to these candidates.
+    FindPeer {
+        /// The peer.
+        key: PublicKey,
+        /// The candidate endpoints.
+        candidates: Vec<SocketAddr>,
+    },
+    /// Make the node so. It replaces what was asked for before.
+    Reconcile(Desired),
+    /// Show this topology on the pages.
+    Show(Arc<Topology>),
+}

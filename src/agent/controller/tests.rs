@@ -1,0 +1,157 @@
+use std::collections::BTreeSet;
+
+use super::*;
+use crate::cluster::{ParseSettings, node};
+use crate::reconciler::core::FailureKind;
+use crate::topology::{NodeName, Snapshot};
+
+#[expect(clippy::disallowed_methods, reason = "an Instant has no other origin")]
+fn start() -> Instant {
+    Instant::now()
+}
+
+fn millis(count: u64) -> Duration {
+    Duration::from_millis(count)
+}
+
+fn controller(now: Instant) -> Controller {
+    let config = Config::from_args(["--hostname=a1"]).unwrap();
+    let setup = Setup {
+        config: Arc::new(config),
+        public_key: PublicKey([1; 32]),
+        key_files: Vec::new(),
+        resolved: Arc::default(),
+    };
+    Controller::new(setup, now)
+}
+
+/// A kernel on which flannel is not up.
+fn kernel() -> KernelFacts {
+    KernelFacts {
+        addresses: Some(Vec::new()),
+        connected: Some(BTreeSet::new()),
+        other_rules: Some(Vec::new()),
+        underlay_mtu: Some(None),
+        flannel: Err(Unready::Waiting("its file".to_owned())),
+    }
+}
+
+fn view(live: bool) -> Arc<View> {
+    let object = serde_json::json!({"metadata": {"name": "a1"}});
+    let object = serde_json::from_value(object).unwrap();
+    let (node, _) = node::parse(&object, &ParseSettings::default());
+    Arc::new(View {
+        snapshot: Arc::new(Snapshot {
+            nodes: [(NodeName("a1".into()), node.unwrap())].into(),
+            ..Snapshot::default()
+        }),
+        live,
+        ..View::default()
+    })
+}
+
+fn effects(controller: &mut Controller) -> Vec<Effect> {
+    std::iter::from_fn(|| controller.poll_effect()).collect()
+}
+
+fn failure(kind: FailureKind, sentence: &str) -> Failure {
+    Failure {
+        kind,
+        sentence: sentence.to_owned(),
+    }
+}
+
+#[test]
+fn facts_are_asked_for_at_once_and_only_once_until_they_come() {
+    let t0 = start();
+    let mut controller = controller(t0);
+    assert_eq!(controller.poll_timeout(), Some(t0));
+    controller.handle_timeout(t0);
+    assert!(matches!(effects(&mut controller)[..], [Effect::Observe]));
+
+    controller.handle_trigger(t0 + millis(10));
+    assert_eq!(controller.poll_timeout(), None, "facts are awaited");
+    controller.handle_timeout(t0 + millis(500));
+    assert!(effects(&mut controller).is_empty());
+
+    controller.handle_kernel(t0 + millis(501), WallClock::default(), kernel());
+    effects(&mut controller);
+    assert_eq!(controller.poll_timeout(), Some(t0 + millis(60)));
+    controller.handle_timeout(t0 + millis(501));
+    assert!(matches!(effects(&mut controller)[..], [Effect::Observe]));
+}
+
+#[test]
+fn a_view_is_followed_at_once_and_news_of_the_kernel_after_a_pause() {
+    let t0 = start();
+    let mut controller = controller(t0);
+    controller.handle_timeout(t0);
+    controller.handle_kernel(t0, WallClock::default(), kernel());
+    effects(&mut controller);
+
+    let later = t0 + Duration::from_secs(5);
+    controller.handle_trigger(later);
+    assert_eq!(controller.poll_timeout(), Some(later + millis(50)));
+    controller.handle_view(later + millis(1), view(true));
+    assert_eq!(controller.poll_timeout(), Some(later + millis(1)));
+}
+
+#[test]
+fn what_comes_from_the_cache_is_neither_published_nor_saved() {
+    let t0 = start();
+    for live in [false, true] {
+        let mut controller = controller(t0);
+        controller.handle_view(t0, view(live));
+        controller.handle_timeout(t0);
+        controller.handle_kernel(t0, WallClock::default(), kernel());
+        let effects = effects(&mut controller);
+        let has = |wanted: fn(&Effect) -> bool| effects.iter().any(wanted);
+        assert_eq!(has(|effect| matches!(effect, Effect::Publish(_))), live);
+        assert_eq!(has(|effect| matches!(effect, Effect::Save(_))), live);
+        assert!(has(|effect| matches!(effect, Effect::Reconcile(_))));
+    }
+}
+
+#[test]
+fn the_same_happenings_lead_to_the_same_effects() {
+    let t0 = start();
+    let run = || {
+        let mut controller = controller(t0);
+        controller.handle_view(t0, view(true));
+        controller.handle_timeout(t0);
+        controller.handle_kernel(t0, WallClock::default(), kernel());
+        format!("{:?}", effects(&mut controller))
+    };
+    assert_eq!(run(), run());
+}
+
+#[test]
+fn a_failure_is_a_problem_until_it_is_gone_and_a_taken_port_is_told_once() {
+    let t0 = start();
+    let mut controller = controller(t0);
+    controller.handle_view(t0, view(true));
+    controller.handle_timeout(t0);
+    controller.handle_kernel(t0, WallClock::default(), kernel());
+    let problems = |controller: &Controller| {
+        let report = controller.report(t0, &ShellFacts::default());
+        report.problems
+    };
+    let before = problems(&controller);
+    assert!(before.contains(&"waiting for flannel: its file".to_owned()));
+
+    let applied = |failures: Vec<Failure>| Applied {
+        failed: !failures.is_empty(),
+        failures,
+        ..Applied::default()
+    };
+    let port = failure(FailureKind::ListenPort, "UDP port 51820 is kg's");
+    let route = failure(FailureKind::Change, "ip route replace: EINVAL");
+    controller.handle_applied(t0, applied(vec![port, route]));
+    let now = problems(&controller);
+    let told = |sentence: &str| now.iter().filter(|told| told.contains(sentence)).count();
+    assert_eq!(told("port 51820"), 1);
+    assert_eq!(told("EINVAL"), 1);
+
+    controller.handle_applied(t0, applied(Vec::new()));
+    assert_eq!(problems(&controller), before);
+}

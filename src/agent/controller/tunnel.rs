@@ -1,0 +1,104 @@
+//! What the tunnel tells, and what follows for the search of peers.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use super::super::endpoint_discovery;
+use super::super::report::Traffic;
+use super::{Controller, Effect};
+use crate::liveness;
+use crate::wireguard::Stats;
+
+impl Controller {
+    /// The tunnel's counters are these. Called from time to time, and right before the facts of the kernel
+    /// are handed in: a peer that moved a moment ago must not be sent to its old endpoint.
+    pub fn handle_tunnel(&mut self, now: Instant, stats: &Stats) {
+        self.wait_for_servers(now);
+        if self.take_stats(now, stats) {
+            self.readiness.handle_unrest(now);
+            self.schedule.handle_trigger(now);
+        }
+        if self.problems().is_empty() {
+            self.readiness.handle_no_problems(now, self.unheard());
+        }
+    }
+
+    /// Takes what the tunnel tells of its peers, and looks for those that may have moved. True if an
+    /// endpoint or a session changed.
+    fn take_stats(&mut self, now: Instant, stats: &Stats) -> bool {
+        let (keys, candidates) = (&self.decision.keys, &self.decision.candidates);
+        let moved = self.discovery.handle_own(self.decision.seen.clone());
+        let mut alive = BTreeMap::new();
+        let mut heard = BTreeMap::new();
+        let mut callers = BTreeSet::new();
+        self.traffic.clear();
+        for (key, peer) in &stats.peers {
+            let candidates = candidates.get(key).map_or(&[][..], Vec::as_slice);
+            let sign = endpoint_discovery::Sign {
+                endpoint: peer.endpoint,
+                received: peer.rx_bytes,
+                age: peer.last_handshake,
+                unanswered: peer.unanswered,
+                answer: peer.answer,
+            };
+            let is_alive = self
+                .discovery
+                .handle_sign(*key, sign, candidates, keys, now);
+            let mut tried = self.discovery.poll_search(key, keys, now);
+            let endpoint = peer.endpoint;
+            if let Some(endpoint) = endpoint.filter(|_| liveness::is_heard(peer.last_handshake)) {
+                heard.insert(*key, endpoint);
+                if is_alive {
+                    alive.insert(*key, endpoint);
+                }
+                // Their routers let this node's answers in when it has spoken first.
+                let is_tried = tried.contains(&endpoint);
+                tried.extend(
+                    Some(endpoint).filter(|_| moved && !candidates.is_empty() && !is_tried),
+                );
+            }
+            if peer.heard_unasked.is_some() {
+                callers.insert(*key);
+            }
+            if !tried.is_empty() {
+                self.effects.push_back(Effect::FindPeer {
+                    key: *key,
+                    candidates: tried,
+                });
+            }
+            let traffic = Traffic {
+                endpoint: peer.endpoint,
+                handshake_age: peer.last_handshake,
+                received: peer.rx_bytes,
+                sent: peer.tx_bytes,
+                candidates: self.discovery.outcomes(key, now),
+            };
+            self.traffic.insert(*key, traffic);
+        }
+        self.discovery.retain(|key| stats.peers.contains_key(key));
+        self.drops = stats
+            .drops
+            .iter()
+            .map(|(reason, count)| (reason.label().to_owned(), *count))
+            .collect();
+        let (heard, flapping) = self.flap_damping.handle_observed(&heard, now);
+        for peer in flapping {
+            tracing::warn!(%peer, "peer endpoint flapping: publishing rate-limited");
+        }
+        let news =
+            self.facts.alive != alive || self.facts.heard != heard || self.facts.callers != callers;
+        self.facts.alive = alive;
+        self.facts.heard = heard;
+        self.facts.callers = callers;
+        news
+    }
+
+    /// How many peers have an endpoint and never answered.
+    pub(super) fn unheard(&self) -> usize {
+        let desired = self.decision.desired.iter();
+        desired
+            .flat_map(|desired| &desired.peers)
+            .filter(|(key, peer)| peer.endpoint.is_some() && !self.facts.heard.contains_key(key))
+            .count()
+    }
+}
