@@ -1,9 +1,8 @@
-//! `selvedge connect`: an external peer on this machine, kept in step with the cluster.
+//! `selvedge connect`: an external peer on this host, kept in step with the cluster.
 //!
 //! Registers a `Peer`, runs a tunnel device of its own, and routes the cluster's addresses into it. What
-//! the machine should look like is a [`State`](crate::state::State), as with the agent, so that routes
-//! are compared with the kernel's and nothing but the own tables is touched. Unlike the agent it only
-//! looks at the cluster from time to time.
+//! the host should look like is a [`State`](crate::state::State), as with the agent, and the same
+//! [reconciler](crate::reconciler) makes it so. Unlike the agent it only reads the cluster from time to time.
 
 mod command;
 mod plan;

@@ -1,4 +1,4 @@
-//! The command: flags, the loop, and leaving without a trace.
+//! The command: flags, the loop, and removing everything at the end.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -16,28 +16,30 @@ use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::SockaddrStorage;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use super::plan::{self, FWMARK, Request};
 use super::registration::{Identity, Registration};
 use crate::config;
-use crate::diff::diff;
 use crate::kernel::Kernel;
 use crate::preflight;
+use crate::reconciler::core::{Desired, Failure, Source};
+use crate::reconciler::{Owner, Reconciler, Report};
 use crate::refusal::Refusal;
-use crate::state::State;
 use crate::survey::{self, Access, Survey};
 use crate::telemetry::{LogFormat, LogLevel, start_logging};
 use crate::topology::Subject;
 use crate::wireguard::key::PrivateKey;
 use crate::wireguard::{Device, Options, uapi};
 
-/// How soon to look again after the cluster could not be read.
+/// How soon to read the cluster again after that failed.
 const RETRY: Duration = Duration::from_secs(5);
 /// How long deleting the Peer may take at the end.
 const FAREWELL: Duration = Duration::from_secs(10);
 
-/// A key is 44 bytes; whatever is longer than this was never one.
+/// A key is 44 bytes; what is longer than this was never one.
 const MAX_KEY: u64 = 4096;
 
 /// Flags of `selvedge connect`.
@@ -86,7 +88,7 @@ fn address(text: &str) -> Result<IpNet, String> {
         .map_err(|_| "is not an address with its prefix length, such as 10.10.10.10/32".into())
 }
 
-/// Connects this machine until it is told to stop.
+/// Connects this host until a signal ends it.
 ///
 /// # Errors
 ///
@@ -135,9 +137,12 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         if args.clean_up {
             match tokio::time::timeout(FAREWELL, registration.delete()).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!("the Peer was not deleted: {error:#}"),
+                Ok(Err(error)) => tracing::warn!(
+                    error = %format_args!("{error:#}"),
+                    "deleting the Peer failed"
+                ),
                 Err(_) => {
-                    tracing::warn!("the Peer was not deleted: the API server does not answer")
+                    tracing::warn!("deleting the Peer failed: the API server does not answer")
                 }
             }
         }
@@ -163,9 +168,9 @@ async fn connect(
         direct: BTreeSet::new(),
     };
     // The first look may fail loudly; later ones are tried again.
-    let mut survey = tokio::select! {
+    let survey = tokio::select! {
         () = stop.recv() => return Ok(()),
-        survey = survey::survey(client, &args.cluster) => Some(survey?),
+        survey = survey::survey(client, &args.cluster) => survey?,
     };
 
     let device = Device::start(Options {
@@ -181,38 +186,72 @@ async fn connect(
         &args.interface,
         Arc::clone(&device) as Arc<dyn uapi::Control>,
     )?;
-    let mut machine = Machine {
-        kernel: Kernel::open(&args.interface)?,
-        device,
+    let (sender, mut reports) = mpsc::unbounded_channel();
+    let owner = Owner {
+        read: Box::new(|_| ()),
+        report: Box::new(move |report| {
+            // The loop may have ended.
+            let _ = sender.send(report);
+        }),
+    };
+    let kernel = Kernel::open(&args.interface)?;
+    let mut client_host = ClientHost {
+        reconciler: Some(Reconciler::start(kernel, device, owner)?),
         request,
         api_server: addresses(access).await,
         complaints: BTreeSet::new(),
     };
-
+    client_host.follow(&survey, registration);
+    // What fails at first is most likely a mistake; later failures are tried again.
+    let mut failures = Vec::new();
+    let mut is_first = true;
+    let mut next = Instant::now() + args.resync_period;
     loop {
-        let wait = match survey.take() {
-            Some(survey) => {
-                machine.follow(&survey, registration)?;
-                args.resync_period
-            }
-            None => RETRY,
-        };
-        let again = async {
-            tokio::time::sleep(wait).await;
+        let look = async {
+            tokio::time::sleep_until(next).await;
             survey::survey(client, &args.cluster).await
         };
-        survey = tokio::select! {
-            () = stop.recv() => break,
-            found = again => found
-                .inspect_err(|error| {
-                    tracing::warn!(
-                        "the cluster cannot be read, everything stays as it is: {error:#}"
-                    );
-                })
-                .ok(),
-        };
+        tokio::select! {
+            () = stop.recv() => return Ok(()),
+            Some(report) = reports.recv() => {
+                let Report::Applied(applied) = report else { continue };
+                for change in &applied.made {
+                    tracing::info!(%change, "change applied");
+                }
+                if let Some(failure) = applied.failures.first().filter(|_| is_first) {
+                    bail!(failure.sentence.clone());
+                }
+                is_first &= applied.source == Source::Firewall;
+                log_failures(&mut failures, applied.failures);
+            }
+            found = look => {
+                next = Instant::now() + match found {
+                    Ok(survey) => {
+                        client_host.follow(&survey, registration);
+                        args.resync_period
+                    }
+                    Err(error) => {
+                        tracing::warn!(
+                            error = %format_args!("{error:#}"),
+                            "reading the cluster failed: everything stays as it is"
+                        );
+                        RETRY
+                    }
+                };
+            }
+        }
     }
-    Ok(())
+}
+
+/// Logs what is new of what could not be done.
+fn log_failures(known: &mut Vec<Failure>, failures: Vec<Failure>) {
+    for failure in failures.iter().filter(|failure| !known.contains(failure)) {
+        tracing::warn!(problem = failure.sentence, "change failed");
+    }
+    if failures.is_empty() && !known.is_empty() {
+        tracing::info!("all failed changes applied");
+    }
+    *known = failures;
 }
 
 /// The signals to stop.
@@ -237,19 +276,19 @@ impl Stop {
     }
 }
 
-/// This machine's part: leaves nothing behind when it is dropped.
-struct Machine {
-    kernel: Kernel,
-    device: Arc<Device>,
+/// This host's part: removes its routes and rules when it is dropped.
+struct ClientHost {
+    /// There until it is dropped.
+    reconciler: Option<Reconciler>,
     request: Request,
     api_server: BTreeSet<IpAddr>,
-    /// What the user was told already.
+    /// What was logged already.
     complaints: BTreeSet<String>,
 }
 
-impl Machine {
-    /// Makes this machine as the cluster says.
-    fn follow(&mut self, survey: &Survey, registration: &Registration) -> anyhow::Result<()> {
+impl ClientHost {
+    /// Makes this host as the cluster says.
+    fn follow(&mut self, survey: &Survey, registration: &Registration) {
         self.complain(survey, registration);
         let api_server = self.api_server.iter().copied().map(IpNet::from);
         let around = networks_around(&self.request.interface);
@@ -258,46 +297,38 @@ impl Machine {
         let current = survey.topology.peers.iter().find(|peer| peer.name == *name);
         let own = current.unwrap_or(&registration.peer);
         let peers = plan::peers(&survey.topology, own, &self.request);
-        self.device.set_peers(&peers);
-        self.make(&plan::state(&peers, &self.request))
-    }
-
-    fn make(&self, desired: &State) -> anyhow::Result<()> {
-        let changes = diff(&self.kernel.observe()?, desired);
-        for change in &changes {
-            tracing::info!("{change}");
-        }
-        let mut failed = self.kernel.apply_all(&changes).into_iter();
-        match failed.next() {
-            Some((change, error)) => Err(error.context(change.to_string())),
-            None => Ok(()),
+        if let Some(reconciler) = &self.reconciler {
+            reconciler.reconcile(Desired {
+                state: Some(plan::state(&peers, &self.request)),
+                interface: self.request.interface.clone(),
+                ..Desired::default()
+            });
         }
     }
 
-    /// Tells once what the mesh does not accept of this peer.
+    /// Logs once what the mesh does not accept of this peer.
     fn complain(&mut self, survey: &Survey, registration: &Registration) {
         let own = Subject::Peer(registration.peer.name.clone());
         let excluded = survey.topology.excluded.iter();
         for excluded in excluded.filter(|excluded| excluded.subject == own) {
             let text = excluded.to_string();
             if !self.complaints.contains(&text) {
-                tracing::warn!("the mesh does not accept this peer: {text}");
+                tracing::warn!(problem = text, "the mesh does not accept all of this peer");
                 self.complaints.insert(text);
             }
         }
     }
 }
 
-impl Drop for Machine {
+impl Drop for ClientHost {
     fn drop(&mut self) {
         // The link goes with the device; it must be there until its routes are gone.
-        let link = self.kernel.observe().ok().and_then(|state| state.link);
-        let bare = State {
-            link,
-            ..State::default()
-        };
-        if let Err(error) = self.make(&bare) {
-            tracing::warn!("routes may be left in table 5130: {error:#}");
+        let removed = self
+            .reconciler
+            .take()
+            .map(|reconciler| reconciler.stop(true));
+        for problem in removed.into_iter().flat_map(|removed| removed.failed) {
+            tracing::warn!(problem, table = 5130, "removal failed: routes may be left");
         }
     }
 }
@@ -347,7 +378,7 @@ fn read_key(path: &Path) -> Result<PrivateKey, Refusal> {
     let mode = metadata.mode() & 0o777;
     if metadata.is_file() && mode & 0o077 != 0 {
         return Err(refuse(&format!(
-            "others can read or write it (mode {mode:03o}): run chmod 600 {shown}, and use another key if anybody may have read this one"
+            "others can read or write it (mode {mode:03o}): run chmod 600 {shown}, and use another key if others may have read this one"
         )));
     }
     let mut text = Zeroizing::new(String::new());

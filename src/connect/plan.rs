@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::showconf::Configuration;
-use crate::state::{Link, NextHop, Route, RouteKey, Rule, Scope, State, Table};
+use crate::state::{Link, NextHop, Peer, Route, RouteKey, Rule, Scope, State, Table};
 use crate::topology::{ExternalPeer, InterfaceAddr, Topology};
 use crate::wireguard::PeerConfig;
 use crate::wireguard::key::PublicKey;
@@ -36,8 +36,8 @@ pub(super) struct Request {
 
 /// The peers of the tunnel: the leaders, then the other external peers.
 ///
-/// Further networks belong to the first leader that has an endpoint; whoever has none cannot be
-/// called, and no other suffers from it.
+/// Further networks belong to the first leader that has an endpoint; a leader without one cannot be
+/// called, and costs only itself.
 pub(super) fn peers(
     topology: &Topology,
     own: &ExternalPeer,
@@ -104,12 +104,22 @@ pub(super) fn state(peers: &BTreeMap<PublicKey, PeerConfig>, request: &Request) 
         not: true,
         table: Table::Mesh.id(),
     });
+    let peers_of = |(key, peer): (&PublicKey, &PeerConfig)| {
+        let peer = Peer {
+            endpoint: peer.endpoint,
+            preshared_key: peer.preshared_key.clone(),
+            persistent_keepalive: peer.persistent_keepalive,
+            allowed_ips: peer.allowed_ips.clone(),
+        };
+        (*key, peer)
+    };
     State {
         link: Some(Link {
             name: request.interface.clone(),
             mtu: request.mtu,
             up: true,
         }),
+        peers: peers.iter().map(peers_of).collect(),
         addresses: [(request.address, Scope::Global)].into(),
         rules: rules.collect(),
         routes,
@@ -229,7 +239,11 @@ mod tests {
     fn everything_of_the_cluster_is_routed_into_the_tunnel() {
         let peers = peers(&two_regions(), &own(), &request());
         let changes = diff(&State::default(), &state(&peers, &request()));
-        let changes: Vec<_> = changes.iter().map(ToString::to_string).collect();
+        let changes = changes.iter().map(ToString::to_string);
+        // The peers have tests of their own.
+        let changes: Vec<_> = changes
+            .filter(|change| !change.starts_with("wg "))
+            .collect();
         insta::assert_snapshot!(changes.join("\n"), @"
         ip tuntap add kilo0 mode tun; ip link set kilo0 mtu 1420
         ip link set kilo0 up

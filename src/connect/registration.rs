@@ -41,7 +41,7 @@ pub(super) struct Registration {
 }
 
 impl Registration {
-    /// Finds the Peer, or makes it. One that somebody else made is used as it is.
+    /// Finds the Peer, or makes it. One that another program made is used as it is.
     ///
     /// # Errors
     ///

@@ -437,7 +437,9 @@ impl World {
     fn leaders(&self) -> BTreeSet<String> {
         let leaders = |topology: &Topology| -> BTreeSet<_> {
             let segments = topology.segments.iter();
-            segments.map(|segment| segment.leader.to_string()).collect()
+            segments
+                .map(|segment| segment.primary().node.to_string())
+                .collect()
         };
         let all: Vec<_> = self
             .agents
