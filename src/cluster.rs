@@ -36,14 +36,14 @@ pub use conditions::{Verdict, Verdicts, verdicts};
 pub use events::Notice;
 pub use node::ParseSettings;
 pub use publish::{Annotations, withdraw};
-pub use rejected::{Object, Rejected};
+pub use rejected::Rejected;
 pub use servers::Servers;
 
 use access::Connection;
 use listwatch::{Event, Expectation, ListWatch, SwitchRequest};
 use store::Store;
 
-use crate::topology::{NodeName, Snapshot};
+use crate::topology::{NodeName, Object, Snapshot};
 
 /// Debounce: a view is sent when no change arrived for this long.
 const DEBOUNCE: Duration = Duration::from_millis(50);

@@ -11,21 +11,12 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::cluster::peer::{API_VERSION, DnsOrIp, PeerEndpoint, PeerSpec};
-use crate::topology::{Endpoint, ExternalPeer, Leader, NodeName, Segment, Topology};
+use crate::topology::{Endpoint, ExternalPeer, Leader, NodeName, Object, Segment, Topology};
 use crate::wireguard::key::{PresharedKey, PublicKey};
 
 mod command;
 
 pub use command::{Args, run};
-
-/// Whose configuration is shown.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Subject {
-    /// The leader of a segment.
-    Node(NodeName),
-    /// A `Peer` object.
-    Peer(String),
-}
 
 /// `--output`. JSON and YAML are `Peer` objects, to be applied to another cluster.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -55,11 +46,11 @@ impl FromStr for Output {
 /// In what shape it is shown.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Shape {
-    /// `--as-peer`: what another WireGuard device needs to have the subject as its peer.
+    /// `--as-peer`: what another WireGuard device needs to have the node or peer as its peer.
     pub as_peer: bool,
     /// `--output`; with [`Self::as_peer`] only.
     pub output: Output,
-    /// `--allowed-ips`: further prefixes behind the subject; with [`Self::as_peer`] only.
+    /// `--allowed-ips`: further prefixes behind the node or peer; with [`Self::as_peer`] only.
     pub allowed_ips: Vec<IpNet>,
     /// `--port`: instead of the port that the node's endpoint has.
     pub listen_port: Option<u16>,
@@ -96,17 +87,17 @@ pub enum NothingToShow {
 ///
 /// # Errors
 ///
-/// When the subject has no configuration of its own.
+/// When the node or peer has no configuration of its own.
 pub fn showconf(
     topology: &Topology,
-    subject: &Subject,
+    object: &Object,
     shape: &Shape,
 ) -> Result<String, NothingToShow> {
     if topology.segments.is_empty() {
         return Err(NothingToShow::NoNodes);
     }
-    match subject {
-        Subject::Node(name) => {
+    match object {
+        Object::Node(name) => {
             let (segment, leader) = led_by(topology, name)?;
             Ok(match shape.as_peer {
                 true => as_peer(&name.0, Section::of_leader_itself(segment, leader), shape),
@@ -116,7 +107,7 @@ pub fn showconf(
                 }
             })
         }
-        Subject::Peer(name) => {
+        Object::Peer(name) => {
             let peer = topology.peers.iter().find(|peer| peer.name == *name);
             let peer = peer.ok_or_else(|| NothingToShow::NoSuchPeer(name.clone()))?;
             Ok(match shape.as_peer {
@@ -254,7 +245,7 @@ impl Section {
     /// A peer as the mesh reaches it at the moment.
     fn of_peer(topology: &Topology, peer: &ExternalPeer) -> Self {
         let seen = topology
-            .whereabouts
+            .peer_addresses
             .get(&peer.public_key)
             .and_then(|place| {
                 place

@@ -1,8 +1,8 @@
 //! Groups nodes into regions, elects each region's leader and assigns WireGuard addresses.
 //!
 //! Every agent computes the same [`Topology`] from the same [`Snapshot`], so leaders need no
-//! coordination. Nothing here reads a clock, a socket or a file, and what one node or peer says can
-//! cost no other anything: what is not believed is left out and named in [`Topology::excluded`].
+//! coordination. Nothing here reads a clock, a socket or a file. A statement of one node or peer cannot
+//! harm another: a statement that is not accepted is left out and named in [`Topology::excluded`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -24,7 +24,7 @@ mod native;
 mod region;
 
 pub use address::{is_public, is_public_to_kilo, is_unicast, overlap};
-pub use excluded::{Excluded, Field, Overlap, Reason, Subject};
+pub use excluded::{Excluded, Field, Object, Overlap, Reason};
 pub use leader::{Candidate, Leader, Origin};
 pub use ledger::{Claim, Ledger, MAX_ENTRIES};
 
@@ -38,7 +38,7 @@ pub struct NodeName(pub String);
 #[derive(Clone, Debug, Default, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct RegionName(pub String);
 
-/// What shares one leader: the nodes of a location, or a node on its own.
+/// The name of a [`Segment`]: of the nodes of a location, or of a node on its own.
 ///
 /// Ordered and displayed as in Kilo: every `location:` before every `node:`.
 #[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
@@ -49,7 +49,7 @@ pub enum SegmentName {
     Node(NodeName),
 }
 
-/// Where a peer can be reached.
+/// An address or a name at which a peer can be reached.
 #[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Endpoint {
     /// An address and port.
@@ -71,31 +71,33 @@ pub type InterfaceAddr = IpNet;
 pub struct Node {
     /// `metadata.name`.
     pub name: NodeName,
-    /// `metadata.creationTimestamp` in Unix seconds: of two equal claims the older wins (ties: by name).
+    /// `metadata.creationTimestamp` in Unix seconds. Of two equal claims the older wins; on a tie the name
+    /// decides.
     pub created: i64,
     /// The region, from the `location` annotation or the topology label.
     pub region: RegionName,
-    /// Whether that is the `location` annotation: the operator's, where a kubelet sets the label.
+    /// Whether the region is from the `location` annotation, which the operator sets. A kubelet sets the label.
     pub region_declared: bool,
     /// `kilo.squat.ai/key`; `None` until an agent has published one.
     pub public_key: Option<PublicKey>,
     /// `force-endpoint`, else `endpoint`.
     pub endpoint: Option<Endpoint>,
-    /// Whether that is `force-endpoint`: the operator's, so the node's agent finds none of its own.
+    /// Whether the endpoint is from `force-endpoint`, which the operator sets. Then the node's agent publishes
+    /// no other.
     pub endpoint_forced: bool,
     /// The first `InternalIP` of each family in `status.addresses`: at most two.
     pub internal_ips: Vec<IpAddr>,
-    /// The first `ExternalIP`s of `status.addresses`, a few of each family; the node's own agent may
-    /// publish one as endpoint.
+    /// The first `ExternalIP`s of `status.addresses`, a few of each family. The node's own agent may
+    /// publish one as its endpoint.
     pub external_ips: Vec<IpAddr>,
     /// The private address: `force-internal-ip`, else `internal-ip`; `None`
     /// where the node has none.
     pub private_ip: Option<InterfaceAddr>,
-    /// Whether that is `force-internal-ip`, which may also say that there is none.
+    /// Whether the private address is from `force-internal-ip`, which may also say that there is none.
     pub private_ip_forced: bool,
     /// `spec.podCIDRs`, truncated; at most one of each family.
     pub pod_cidrs: Vec<IpNet>,
-    /// The admin's wish or the agent's publication, `kilo.squat.ai/wireguard-ip`.
+    /// `kilo.squat.ai/wireguard-ip`: requested by the operator or published by the agent.
     pub wireguard_ips: Vec<InterfaceAddr>,
     /// Whether the operator asked for this node to lead (presence of `kilo.squat.ai/leader`).
     pub leader: bool,
@@ -105,20 +107,21 @@ pub struct Node {
     pub persistent_keepalive: Option<u16>,
     /// `kilo.squat.ai/allowed-location-ips`, truncated.
     pub allowed_location_ips: Vec<IpNet>,
-    /// `kilo.squat.ai/discovered-endpoints`: where this node saw the others.
+    /// `kilo.squat.ai/discovered-endpoints`: the addresses at which this node observed the others.
     pub discovered_endpoints: BTreeMap<PublicKey, SocketAddr>,
-    /// `selvedge.dev/candidates`: where this node's agent offers its tunnel, beside [`Self::endpoint`].
+    /// `selvedge.dev/candidates`: the addresses that this node's agent announces for its tunnel, beside
+    /// [`Self::endpoint`].
     #[serde(default)]
     pub candidates: Vec<SocketAddr>,
     /// `kilo.squat.ai/granularity`, where valid.
     pub granularity: Option<Granularity>,
     /// `kilo.squat.ai/last-seen` in Unix seconds; only Kilo's algorithm uses it.
     pub last_seen: Option<i64>,
-    /// Whether the node's agent is Selvedge: the last that wrote here left our mark.
+    /// Whether the node's agent is Selvedge: the last agent that wrote to the Node left our mark.
     pub ours: bool,
-    /// `selvedge.dev/since`: since when the node has claimed what it claims.
+    /// `selvedge.dev/since`: the time of each of the node's claims.
     pub ledger: Ledger,
-    /// What flannel says of the node; `None` while it carries no usable annotations.
+    /// flannel's annotations of the node; `None` where they are missing or unusable.
     pub lease: Option<crate::flannel::Lease>,
 }
 
@@ -165,7 +168,8 @@ pub struct Snapshot {
 /// The last good address of every name in an [`Endpoint::Dns`].
 pub type Resolved = BTreeMap<String, IpAddr>;
 
-/// What every agent of the cluster must be told alike, or they would disagree on the topology.
+/// The flags that must be the same for every agent of the cluster. Agents with different ones would disagree
+/// on the topology.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Settings {
     /// `--mesh-granularity`.
@@ -174,11 +178,11 @@ pub struct Settings {
     pub subnets: Vec<IpNet>,
     /// `--service-cidr`: never routed into the tunnel.
     pub service_cidrs: Vec<IpNet>,
-    /// `--internal-cidr`: a node's address in here is believed though its status does not name it, or
-    /// though it is public.
+    /// `--internal-cidr`: a node's address inside of these is accepted even if its status does not name it
+    /// or if it is public.
     pub internal_cidrs: Vec<IpNet>,
-    /// `--region-cidr`: the networks of regions. A node with an address outside of its region's is not
-    /// in that region. Regions that are not named here are judged by their oldest member's link.
+    /// `--region-cidr`: the networks of regions. A node with an address outside of its region's networks is
+    /// not in that region. A region that is not named here has its oldest member's link network.
     pub region_networks: BTreeMap<RegionName, Vec<IpNet>>,
     /// `--beside-kilo`: whether Kilo's algorithm decides while a real `kg` is in the mesh.
     pub beside_kilo: bool,
@@ -186,13 +190,13 @@ pub struct Settings {
     pub cluster_networks: Vec<IpNet>,
 }
 
-/// Whose algorithm decides.
+/// The algorithm that decides.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub enum Mode {
-    /// Ours.
+    /// Selvedge's.
     #[default]
     Native,
-    /// Kilo's, to the letter, because these nodes run a real `kg`.
+    /// Kilo's, rule by rule, because these nodes run a real `kg`.
     Kilo(Vec<NodeName>),
 }
 
@@ -207,10 +211,10 @@ pub struct Member {
     pub pod_cidrs: Vec<IpNet>,
     /// The node addresses that are carried for it.
     pub addresses: Vec<IpAddr>,
-    /// Its own addresses in its region, carried or not, as far as they were judged: where VXLAN may go.
+    /// Its own addresses in its region, carried or not, that were accepted. VXLAN may be sent there.
     pub underlay: BTreeSet<IpAddr>,
-    /// Addresses that only flannel's annotations name. VXLAN may go there where they are in a network
-    /// that the reading node is connected to; no other node is known to have one of them.
+    /// Addresses that only flannel's annotations name and no other node is known to have. A node sends VXLAN
+    /// to those that are in a network it is connected to.
     pub flannel_ips: BTreeSet<IpAddr>,
     /// The private address with its subnet.
     pub private_ip: Option<InterfaceAddr>,
@@ -232,7 +236,7 @@ pub struct Segment {
     pub allowed_location_ips: Vec<IpNet>,
 }
 
-/// A node that takes no part: it has no key yet, or was excluded.
+/// A node that takes no part in the mesh: it has no key yet, or was excluded.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Outsider {
     /// The node.
@@ -241,31 +245,31 @@ pub struct Outsider {
     pub endpoint: Option<Endpoint>,
     /// The group it would be in.
     pub group: SegmentName,
-    /// Its pod CIDRs: refused where they are in another region.
+    /// Its pod CIDRs. Nodes of other regions refuse traffic to them.
     pub pod_cidrs: Vec<IpNet>,
-    /// Its judged addresses: VXLAN may go there inside the region.
+    /// Its accepted addresses. VXLAN may be sent there inside the region.
     pub underlay: BTreeSet<IpAddr>,
     /// As in [`Member::flannel_ips`].
     pub flannel_ips: BTreeSet<IpAddr>,
 }
 
-/// Where an external peer can be reached.
+/// The addresses at which an external peer can be reached.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Whereabouts {
+pub struct PeerAddresses {
     /// Its endpoint, resolved.
     pub address: Option<SocketAddr>,
-    /// Where a leader last heard it from.
+    /// The address at which a leader last observed it.
     pub discovered: Option<SocketAddr>,
-    /// Both, and where other leaders heard it; each is tried.
+    /// Both, and those at which other leaders observed it. Each is tried.
     pub candidates: Vec<Candidate>,
 }
 
-/// Who is where, who leads, and what is carried for whom.
+/// The segments of the mesh, their leaders, and the destinations that are carried for each node and peer.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Topology {
-    /// Whose algorithm decided.
+    /// The algorithm that decided.
     pub mode: Mode,
-    /// Nodes that seem to run a real `kg` though `--beside-kilo` is off; they are treated as any other.
+    /// Nodes that seem to run a real `kg` although `--beside-kilo` is off. They are treated as any other.
     pub foreign: Vec<NodeName>,
     /// The granularity in force.
     pub granularity: Granularity,
@@ -277,9 +281,9 @@ pub struct Topology {
     pub outsiders: Vec<Outsider>,
     /// The external peers by name, their allowed IPs reduced to those that are carried.
     pub peers: Vec<ExternalPeer>,
-    /// Where those peers are.
-    pub whereabouts: BTreeMap<PublicKey, Whereabouts>,
-    /// What was left out, and why.
+    /// The addresses of those peers.
+    pub peer_addresses: BTreeMap<PublicKey, PeerAddresses>,
+    /// The statements that were left out, with the reasons.
     pub excluded: Vec<Excluded>,
     /// Node addresses that are not carried because others have them too.
     pub overlaps: Vec<Overlap>,
@@ -312,7 +316,7 @@ impl Topology {
         nodes.iter().find(|member| member.name == *node)
     }
 
-    /// The node as one that takes no part.
+    /// The node as one that takes no part in the mesh.
     pub fn outsider(&self, node: &NodeName) -> Option<&Outsider> {
         self.outsiders.iter().find(|other| other.name == *node)
     }

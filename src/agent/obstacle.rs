@@ -5,8 +5,8 @@
 
 use std::path::PathBuf;
 
-use crate::cluster::{Notice, Object};
-use crate::topology::{Excluded, Field, Node, NodeName, Reason, Snapshot, Subject, Topology};
+use crate::cluster::Notice;
+use crate::topology::{Excluded, Field, Node, NodeName, Object, Reason, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
 
 /// Something in the way that the operator has to mend.
@@ -32,7 +32,7 @@ impl Obstacle {
 
 /// Whether an exclusion says that this node's own key is another's.
 pub fn is_key_taken(excluded: &Excluded, own: &NodeName) -> bool {
-    excluded.subject == Subject::Node(own.clone())
+    excluded.object == Object::Node(own.clone())
         && excluded.field == Field::Key
         && matches!(excluded.reason, Reason::TakenBy(_))
 }
@@ -69,7 +69,7 @@ pub fn key_taken(
         is_key_taken(excluded, own).then(|| holder.clone())
     };
     let holder = holder
-        .map(Subject::Node)
+        .map(Object::Node)
         .or_else(|| topology.excluded.iter().find_map(taken))?;
     let files = files
         .iter()
@@ -96,7 +96,7 @@ mod tests {
     fn topology(reason: Reason) -> Topology {
         Topology {
             excluded: [Excluded {
-                subject: Subject::Node(name("b2")),
+                object: Object::Node(name("b2")),
                 field: Field::Key,
                 reason,
             }]
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn a_cloned_disk_is_told_with_the_files_and_the_command() {
-        let topology = topology(Reason::TakenBy(Subject::Node(name("b1"))));
+        let topology = topology(Reason::TakenBy(Object::Node(name("b1"))));
         let files = ["/var/lib/selvedge/key", "/var/lib/kilo/key"].map(PathBuf::from);
         let obstacle = key_taken(&topology, None, &name("b2"), &files).unwrap();
         assert!(obstacle.sentence.starts_with("node b1 has the private key"));

@@ -16,7 +16,7 @@ use super::{Object, Rejected, peer};
 use crate::liveness;
 use crate::plan::Caveat;
 use crate::text;
-use crate::topology::{Excluded, Node, NodeName, Overlap, Snapshot, Subject};
+use crate::topology::{Excluded, Node, NodeName, Overlap, Snapshot};
 
 /// At most one notice per field in this time, even if its value keeps changing.
 const REPEAT_AFTER: Duration = Duration::from_secs(600);
@@ -62,7 +62,7 @@ impl From<&Rejected> for Notice {
 impl From<&Excluded> for Notice {
     fn from(excluded: &Excluded) -> Self {
         Self {
-            object: (&excluded.subject).into(),
+            object: excluded.object.clone(),
             field: excluded.field.to_string(),
             reason: "SelvedgeExcluded",
             note: excluded.to_string(),
@@ -95,15 +95,6 @@ impl Notice {
             field,
             reason,
             note: caveat.to_string(),
-        }
-    }
-}
-
-impl From<&Subject> for Object {
-    fn from(subject: &Subject) -> Self {
-        match subject {
-            Subject::Node(name) => Self::Node(name.clone()),
-            Subject::Peer(name) => Self::Peer(name.clone()),
         }
     }
 }

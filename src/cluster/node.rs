@@ -13,10 +13,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 
 use super::annotation::{self, Malformed};
-use super::rejected::{Object, Refusals, Rejected};
+use super::rejected::{Refusals, Rejected};
 use super::since;
 use crate::flannel::Lease;
-use crate::topology::{Endpoint, InterfaceAddr, Ledger, Node, NodeName, RegionName};
+use crate::topology::{Endpoint, InterfaceAddr, Ledger, Node, NodeName, Object, RegionName};
 use crate::wireguard::key::PublicKey;
 
 const POD_CIDRS: &str = "spec.podCIDRs";

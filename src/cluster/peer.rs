@@ -8,8 +8,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Serialize};
 
 use super::annotation::{self, Malformed};
-use super::rejected::{Object, Refusals, Rejected};
-use crate::topology::{Endpoint, ExternalPeer};
+use super::rejected::{Refusals, Rejected};
+use crate::topology::{Endpoint, ExternalPeer, Object};
 use crate::wireguard::key::PresharedKey;
 
 /// The API version of Peer objects.

@@ -3,25 +3,7 @@
 use std::fmt;
 
 use crate::text::quote;
-use crate::topology::NodeName;
-
-/// The object that holds a refused value.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub enum Object {
-    /// A Node.
-    Node(NodeName),
-    /// A `peers.kilo.squat.ai` object, by name.
-    Peer(String),
-}
-
-impl fmt::Display for Object {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Node(NodeName(name)) => write!(f, "node {}", quote(name)),
-            Self::Peer(name) => write!(f, "peer {}", quote(name)),
-        }
-    }
-}
+use crate::topology::Object;
 
 /// A refused value. Its field is not used, or its whole object where the object needs the field; no
 /// other object is affected.

@@ -30,7 +30,7 @@ use crate::reconciler::{Owner, Reconciler, Report};
 use crate::refusal::Refusal;
 use crate::survey::{self, Access, Survey};
 use crate::telemetry::{LogFormat, LogLevel, start_logging};
-use crate::topology::Subject;
+use crate::topology::Object;
 use crate::wireguard::key::PrivateKey;
 use crate::wireguard::{Device, Options, uapi};
 
@@ -308,9 +308,9 @@ impl ClientHost {
 
     /// Logs once what the mesh does not accept of this peer.
     fn complain(&mut self, survey: &Survey, registration: &Registration) {
-        let own = Subject::Peer(registration.peer.name.clone());
+        let own = Object::Peer(registration.peer.name.clone());
         let excluded = survey.topology.excluded.iter();
-        for excluded in excluded.filter(|excluded| excluded.subject == own) {
+        for excluded in excluded.filter(|excluded| excluded.object == own) {
             let text = excluded.to_string();
             if !self.complaints.contains(&text) {
                 tracing::warn!(problem = text, "the mesh does not accept all of this peer");

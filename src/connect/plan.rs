@@ -47,7 +47,7 @@ pub(super) fn peers(
         .leaders()
         .map(|(_, leader)| (leader.public_key(), leader.discovered.or(leader.address)));
     let of_peers = topology
-        .whereabouts
+        .peer_addresses
         .iter()
         .map(|(key, place)| (*key, place.discovered.or(place.address)));
     let addresses: BTreeMap<_, _> = addresses.chain(of_peers).collect();

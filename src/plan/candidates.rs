@@ -42,10 +42,10 @@ pub fn candidates(topology: &Topology, me: &NodeName) -> Candidates {
         })
         .collect();
     for peer in &topology.peers {
-        let whereabouts = topology.whereabouts.get(&peer.public_key);
-        let useful = whereabouts
+        let peer_addresses = topology.peer_addresses.get(&peer.public_key);
+        let useful = peer_addresses
             .into_iter()
-            .flat_map(|whereabouts| whereabouts.candidates.iter().copied())
+            .flat_map(|peer_addresses| peer_addresses.candidates.iter().copied())
             .filter(|candidate| {
                 candidate.origin == Origin::Forced || !region.contains(&candidate.address.ip())
             });

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use super::site::Site;
 use super::{Inputs, routes};
 use crate::state::{OtherRule, State};
-use crate::topology::{NodeName, Subject};
+use crate::topology::{NodeName, Object};
 
 /// Something about the plan of this node that its operator should know.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -24,7 +24,7 @@ pub enum Caveat {
         /// What is left out.
         net: IpNet,
         /// The node or `Peer` it is for.
-        of: Subject,
+        of: Object,
         /// The network this node is connected to.
         network: IpNet,
     },
@@ -44,8 +44,8 @@ pub fn caveats(inputs: &Inputs<'_>, state: &State) -> Vec<Caveat> {
 }
 
 fn add_connected(site: &Site<'_>, caveats: &mut Vec<Caveat>) {
-    let node = |name: &NodeName| Subject::Node(name.clone());
-    let mut add = |net: IpNet, of: Subject, network: Option<IpNet>| {
+    let node = |name: &NodeName| Object::Node(name.clone());
+    let mut add = |net: IpNet, of: Object, network: Option<IpNet>| {
         caveats.extend(network.map(|network| Caveat::Connected { net, of, network }));
     };
     for segment in site.remotes() {
@@ -70,7 +70,7 @@ fn add_connected(site: &Site<'_>, caveats: &mut Vec<Caveat>) {
     }
     for peer in &site.inputs.topology.peers {
         for net in &peer.allowed_ips {
-            let of = Subject::Peer(peer.name.clone());
+            let of = Object::Peer(peer.name.clone());
             add(*net, of, site.connected_to(net));
         }
     }

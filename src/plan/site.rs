@@ -307,10 +307,10 @@ impl<'a> Site<'a> {
     /// Where it sends to an external peer. One without an endpoint of its own roams: while this node
     /// hears it, the device knows better than any configuration.
     pub(super) fn endpoint_of_peer(&self, peer: &ExternalPeer) -> Option<SocketAddr> {
-        let whereabouts = self.inputs.topology.whereabouts.get(&peer.public_key)?;
+        let peer_addresses = self.inputs.topology.peer_addresses.get(&peer.public_key)?;
         let heard = self.inputs.observed.contains_key(&peer.public_key);
-        let discovered = whereabouts.discovered.filter(|_| !heard);
-        whereabouts.address.or(discovered)
+        let discovered = peer_addresses.discovered.filter(|_| !heard);
+        peer_addresses.address.or(discovered)
     }
 
     /// The UDP port of this node's tunnel: its endpoint's, as Kilo has it.

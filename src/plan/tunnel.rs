@@ -123,9 +123,9 @@ fn keepalive(
         return NonZeroU16::new(own.persistent_keepalive);
     }
     let of_peer = vpn.and_then(|vpn| NonZeroU16::new(vpn.persistent_keepalive));
-    let whereabouts = site.inputs.topology.whereabouts.get(key);
+    let peer_addresses = site.inputs.topology.peer_addresses.get(key);
     // A VPN peer without a known address must call first.
-    let is_somewhere = vpn.is_none() || whereabouts.is_some_and(|at| !at.candidates.is_empty());
+    let is_somewhere = vpn.is_none() || peer_addresses.is_some_and(|at| !at.candidates.is_empty());
     let is_caller = site.inputs.callers.contains(key);
     of_peer.or_else(|| KEEPALIVE.filter(|_| is_somewhere && !is_caller))
 }

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 
 use ipnet::IpNet;
 
-use super::{Output, Shape, Subject, showconf};
+use super::{Output, Shape, showconf};
 use crate::config;
 use crate::survey;
-use crate::topology::NodeName;
+use crate::topology::{NodeName, Object};
 
 /// Flags of `selvedge showconf`.
 #[derive(Clone, Debug, clap::Args)]
@@ -39,7 +39,7 @@ pub struct Args {
 ///
 /// # Errors
 ///
-/// When the cluster cannot be read or the subject has no configuration.
+/// When the cluster cannot be read or the node or peer has no configuration.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let shape = Shape {
         as_peer: args.as_peer,
@@ -52,15 +52,15 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         let note = "selvedge: --output and --allowed-ips change nothing without --as-peer";
         let _ = writeln!(std::io::stderr(), "{note}");
     }
-    let subject = match args.kind.as_str() {
-        "node" => Subject::Node(NodeName(args.name.clone())),
-        _ => Subject::Peer(args.name.clone()),
+    let object = match args.kind.as_str() {
+        "node" => Object::Node(NodeName(args.name.clone())),
+        _ => Object::Peer(args.name.clone()),
     };
     let survey = survey::block_on(async {
         let access = survey::access(&args.cluster).await?;
         survey::survey(&access.client, &args.cluster).await
     })?;
-    let text = showconf(&survey.topology, &subject, &shape)?;
+    let text = showconf(&survey.topology, &object, &shape)?;
     // A reader that closed the pipe has read enough.
     let _ = write!(std::io::stdout(), "{text}");
     Ok(ExitCode::SUCCESS)

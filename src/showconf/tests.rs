@@ -106,7 +106,7 @@ fn scenario() -> Topology {
 }
 
 fn node(name: &str, shape: &Shape) -> Result<String, NothingToShow> {
-    showconf(&scenario(), &Subject::Node(NodeName(name.into())), shape)
+    showconf(&scenario(), &Object::Node(NodeName(name.into())), shape)
 }
 
 fn as_peer(output: Output) -> Shape {
@@ -236,21 +236,21 @@ Endpoint = 198.51.100.7:24276
 PersistentKeepalive = 10
 PublicKey = jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w=
 ";
-    let subject = Subject::Peer("zlaptop".into());
+    let object = Object::Peer("zlaptop".into());
     assert_eq!(
-        showconf(&topology, &subject, &Shape::default()).unwrap(),
+        showconf(&topology, &object, &Shape::default()).unwrap(),
         expected
     );
 }
 
 #[test]
 fn a_peers_preshared_key_goes_to_the_segments_and_to_no_other_peer() {
-    let subject = Subject::Peer("zlaptop".into());
-    let of_laptop = showconf(&scenario(), &subject, &Shape::default()).unwrap();
+    let object = Object::Peer("zlaptop".into());
+    let of_laptop = showconf(&scenario(), &object, &Shape::default()).unwrap();
     assert!(!of_laptop.contains("PresharedKey"));
 
-    let subject = Subject::Peer("office".into());
-    let of_office = showconf(&scenario(), &subject, &Shape::default()).unwrap();
+    let object = Object::Peer("office".into());
+    let of_office = showconf(&scenario(), &object, &Shape::default()).unwrap();
     assert_eq!(
         of_office
             .matches(&format!("PresharedKey = {PSK}\n"))
@@ -263,8 +263,8 @@ fn a_peers_preshared_key_goes_to_the_segments_and_to_no_other_peer() {
 #[test]
 fn keepalives_are_seconds_and_names_stay_names_in_a_peer_object() {
     let yaml = |name: &str| {
-        let subject = Subject::Peer(name.into());
-        showconf(&scenario(), &subject, &as_peer(Output::Yaml)).unwrap()
+        let object = Object::Peer(name.into());
+        showconf(&scenario(), &object, &as_peer(Output::Yaml)).unwrap()
     };
     assert!(yaml("zlaptop").contains("  persistentKeepalive: 10\n"));
     assert!(!yaml("zlaptop").contains("endpoint"));
@@ -283,9 +283,9 @@ fn a_node_that_does_not_lead_is_an_error_that_names_the_leader() {
         node("nobody", &Shape::default()).unwrap_err().to_string(),
         "did not find any node named \"nobody\" in the cluster"
     );
-    let subject = Subject::Peer("nobody".into());
+    let object = Object::Peer("nobody".into());
     assert_eq!(
-        showconf(&scenario(), &subject, &Shape::default())
+        showconf(&scenario(), &object, &Shape::default())
             .unwrap_err()
             .to_string(),
         "did not find any peer named \"nobody\" in the cluster"
@@ -297,8 +297,8 @@ fn the_listening_port_is_the_nodes_own() {
     let mut topology = scenario();
     topology.segments[0].leaders[0].endpoint =
         Some(crate::cluster::annotation::endpoint("vpn.example.com:4500").unwrap());
-    let subject = Subject::Node(NodeName("node-master".into()));
-    let shown = |shape: &Shape| showconf(&topology, &subject, shape).unwrap();
+    let object = Object::Node(NodeName("node-master".into()));
+    let shown = |shape: &Shape| showconf(&topology, &object, shape).unwrap();
 
     assert!(shown(&Shape::default()).starts_with("[Interface]\nListenPort = 4500\n\n"));
     let port = Shape {

@@ -1,4 +1,4 @@
-//! What kind of address an address is, and maps keyed by prefix.
+//! Kinds of addresses, and maps keyed by prefix.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -14,13 +14,13 @@ pub fn is_public(ip: IpAddr) -> bool {
             let [a, b, ..] = v4.octets();
             is_unicast(ip) && !v4.is_private() && !(a == 100 && (64..128).contains(&b))
         }
-        // 2000::/3, all that IANA has given out.
+        // 2000::/3, all that IANA has assigned.
         IpAddr::V6(v6) => v6.octets()[0] & 0xe0 == 0x20,
     }
 }
 
-/// Kilo's idea of a public address: everything that is not in 10/8, 172.16/12,
-/// 192.168/16 or fd00::/16.
+/// Whether Kilo takes an address for public: whether it is outside of 10/8, 172.16/12, 192.168/16 and
+/// fd00::/16.
 pub fn is_public_to_kilo(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(v4) => !v4.is_private(),
@@ -68,11 +68,11 @@ pub(super) fn is_host_of(net: &IpNet, ip: IpAddr) -> bool {
     net.contains(&ip) && ip != net.network() && (ip.is_ipv6() || ip != net.broadcast())
 }
 
-/// A map from prefixes that also finds what overlaps a prefix.
+/// A map from prefixes that also finds the entries that overlap a prefix.
 #[derive(Clone, Debug)]
 pub(super) struct PrefixMap<T> {
     entries: BTreeMap<IpNet, T>,
-    /// The shortest length stored of each family: no look-up need go beyond it.
+    /// The shortest length stored of each family. Look-ups end there.
     shortest: [u8; 2],
 }
 
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn kilo_takes_them_for_public() {
+    fn kilo_takes_carrier_grade_nat_and_link_local_addresses_for_public() {
         for (ip, public) in [
             ("100.64.0.1", true),
             ("169.254.1.1", true),

@@ -1,7 +1,8 @@
-//! Where each leader and each VPN peer may be reached, as the cluster tells it: a list of candidates to try.
+//! The candidates of each leader and each VPN peer: the addresses at which the cluster's objects say that it may
+//! be reached.
 //!
-//! None of them is believed. A leader sends a handshake to each, and the one that answers is used; so a wrong
-//! one costs its few datagrams and nothing else. Which of them answers is no part of the topology.
+//! A leader sends a handshake to each candidate and uses one that answers, so a wrong candidate costs a few
+//! datagrams and nothing else. Which candidate answers is not part of the topology.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -10,21 +11,21 @@ use super::claims::Claims;
 use super::{Candidate, Claim, Endpoint, Node, NodeName, Origin, Snapshot};
 use crate::wireguard::key::PublicKey;
 
-/// Addresses at which leaders see one peer, at most: one for each mapping of its NAT.
+/// The most addresses at which leaders observe one peer: one for each mapping of its NAT.
 const MAX_DISCOVERED: usize = 8;
 
-/// What all nodes say of where they are and of where they see others.
-pub(super) struct Offers<'a> {
+/// The addresses that all nodes announce for themselves, and those at which leaders observe others.
+pub(super) struct Announcements<'a> {
     /// The nodes that announce an address and port.
     announced: BTreeMap<SocketAddr, Vec<Announcement<'a>>>,
     /// The nodes that have an address as their own.
     holders: BTreeMap<IpAddr, Vec<Announcement<'a>>>,
-    /// Where leaders see each key, in their order.
+    /// The addresses at which leaders observe each key, in the order of the leaders.
     discovered: BTreeMap<PublicKey, Vec<SocketAddr>>,
 }
 
-/// Of several on one address the least counts: the operator's, then that of the node whose claim was recorded
-/// first, then the oldest object's.
+/// One node's announcement of an address. Of several for one address the least counts: the operator's, then
+/// that of the node whose claim was recorded first, then the oldest object's.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 struct Announcement<'a> {
     rank: Rank,
@@ -38,18 +39,18 @@ enum Rank {
     Forced,
     /// The endpoint, or the node's own address.
     Own,
-    /// One of further candidates. What several nodes list is no one's.
+    /// One of the further candidates. An address that several nodes list belongs to none of them.
     Listed,
 }
 
-impl<'a> Offers<'a> {
-    /// Collects what is announced and, in the order of `leaders`, what they see.
+impl<'a> Announcements<'a> {
+    /// Collects the announcements and, in the order of `leaders`, their observations.
     pub(super) fn new<'b>(
         snapshot: &'a Snapshot,
         claims: &Claims<'a>,
         leaders: impl IntoIterator<Item = &'b Node>,
     ) -> Self {
-        let mut offers = Self {
+        let mut announcements = Self {
             announced: BTreeMap::new(),
             holders: BTreeMap::new(),
             discovered: BTreeMap::new(),
@@ -62,14 +63,14 @@ impl<'a> Offers<'a> {
                 node: &node.name,
             };
             for (address, rank) in announced(node) {
-                let all = offers.announced.entry(address).or_default();
-                // Endpoints have no record of their own: they belong to the key that is met there.
+                let all = announcements.announced.entry(address).or_default();
+                // An endpoint has no record of its own. It belongs to the key that is used there.
                 all.push(by(rank, node.public_key.map(Claim::Key)));
             }
-            let belief = &claims.nodes[&node.name];
-            let private = belief.private_ip.map(|private| private.addr());
-            for ip in belief.addresses.iter().copied().chain(private) {
-                let all = offers.holders.entry(ip).or_default();
+            let accepted = &claims.nodes[&node.name];
+            let private = accepted.private_ip.map(|private| private.addr());
+            for ip in accepted.addresses.iter().copied().chain(private) {
+                let all = announcements.holders.entry(ip).or_default();
                 all.push(by(Rank::Own, Some(Claim::Address(ip))));
             }
         }
@@ -77,17 +78,17 @@ impl<'a> Offers<'a> {
             .into_iter()
             .flat_map(|leader| &leader.discovered_endpoints);
         for (key, address) in seen.filter(|(_, address)| claims.may_be_endpoint(address.ip())) {
-            let places = offers.discovered.entry(*key).or_default();
+            let places = announcements.discovered.entry(*key).or_default();
             if !places.contains(address) && places.len() < MAX_DISCOVERED {
                 places.push(*address);
             }
         }
-        offers
+        announcements
     }
 
-    /// The candidates of a leader, the likeliest first; `address` is its endpoint, resolved and judged.
+    /// The candidates of a leader, the likeliest first. `address` is its endpoint, resolved and judged.
     ///
-    /// Where a leader saw it comes before what it announces, because a packet passed there.
+    /// Observed addresses come before announced ones, because a packet has passed there.
     pub(super) fn of_leader(
         &self,
         leader: &Node,
@@ -118,7 +119,7 @@ impl<'a> Offers<'a> {
         }
     }
 
-    /// The candidates of a VPN peer, which is where its object says, or where leaders heard it.
+    /// The candidates of a VPN peer: the address in its object, then those at which leaders observed it.
     pub(super) fn of_peer(&self, key: &PublicKey, address: Option<SocketAddr>) -> Vec<Candidate> {
         let own = address.map(|address| (address, Origin::Forced));
         let seen = self.seen(key).map(|address| (address, Origin::Discovered));
@@ -141,7 +142,7 @@ impl<'a> Offers<'a> {
         } else {
             Origin::Endpoint
         };
-        // What a name resolves to no node announces, so no node shares it.
+        // An address that a name resolves to is announced by no node, so no other node can claim it.
         let is_own = |address: &SocketAddr| {
             claims.may_be_endpoint(address.ip()) && self.is_of(&leader.name, address)
         };
@@ -158,15 +159,15 @@ impl<'a> Offers<'a> {
         distinct(all.map(|(address, origin)| Candidate { address, origin }))
     }
 
-    /// Whether an address is a node's to announce. A younger node takes nothing from an older one by
-    /// announcing its endpoint or its address.
+    /// Whether a node may announce an address. A younger node takes nothing from an older one by announcing
+    /// the older one's endpoint or address.
     fn is_of(&self, node: &NodeName, address: &SocketAddr) -> bool {
         let announced = self.announced.get(address).into_iter().flatten();
         let holders = self.holders.get(&address.ip()).into_iter().flatten();
         let mut claims: Vec<_> = announced.chain(holders).copied().collect();
         claims.sort();
         match claims[..] {
-            // A name's address is not announced.
+            // The address of a name is not announced.
             [] => true,
             [first, _, ..] if first.rank == Rank::Listed => false,
             [first, ..] => first.node == node,
@@ -174,7 +175,7 @@ impl<'a> Offers<'a> {
     }
 }
 
-/// The addresses that a node announces. One that its operator forced is the only one.
+/// The addresses that a node announces. Where its operator forced one, it is the only one.
 fn announced(node: &Node) -> impl Iterator<Item = (SocketAddr, Rank)> + '_ {
     let rank = if node.endpoint_forced {
         Rank::Forced
@@ -266,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn where_a_leader_was_seen_comes_before_what_it_says() {
+    fn observed_addresses_of_a_leader_come_before_announced_ones() {
         let nodes = [
             (
                 "a1",
@@ -290,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_operator_forced_is_the_only_announced_candidate_and_the_first() {
+    fn a_forced_endpoint_is_the_first_candidate_and_the_only_announced_one() {
         let nodes = [
             (
                 "a1",
@@ -309,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_candidate_that_several_nodes_announce_is_of_none_of_them() {
+    fn a_candidate_that_several_nodes_announce_belongs_to_none_of_them() {
         let shared = "203.0.113.20:51820,172.17.0.1:51820";
         let nodes = [
             (
@@ -367,13 +368,13 @@ mod tests {
         ];
         let snapshot = snapshot(&nodes);
         assert_eq!(of(&snapshot, "a1"), ["192.168.0.11:51820 announced"]);
-        // Where others say that they heard its key is tried all the same.
+        // An address at which another leader observed its key is tried all the same.
         assert_eq!(of(&snapshot, "b1"), ["192.168.0.11:51820 discovered"]);
         assert_eq!(of(&snapshot, "c1"), ["198.51.100.9:51820 forced"]);
     }
 
     #[test]
-    fn addresses_inside_of_the_cluster_are_no_candidates() {
+    fn addresses_inside_the_cluster_networks_are_not_candidates() {
         let nodes = [
             ("a1", json!({"selvedge.dev/candidates": "10.42.0.1:51820"})),
             (

@@ -1,10 +1,10 @@
-//! What is believed of what nodes and peers say about themselves.
+//! Judges what nodes and peers state about themselves.
 //!
-//! Two may claim the same key, prefix or address, by mistake or on purpose. The older *recorded*
-//! claim wins ([`super::ledger`]), so that a newcomer takes nothing from a node that is there, and an
-//! old Node cannot take what a newer one holds. Between claims that no ledger records, the older
-//! object wins. A Peer's age is that of its object, since only operators write Peers. Pod CIDRs, which
-//! the control plane gives, go before everything else.
+//! Two of them may claim the same key, prefix or address, by mistake or on purpose. The older *recorded* claim
+//! wins ([`super::ledger`]), so a newcomer takes nothing from a node that is there, and an old Node cannot take
+//! what a newer one holds. Between claims that no ledger records, the older object wins. A Peer's claims are as
+//! old as its object, since only operators write Peers. Pod CIDRs, which the control plane assigns, come before
+//! all other claims.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -12,7 +12,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use super::address::{PrefixMap, is_public, is_unicast, overlap};
-use super::excluded::{Excluded, Field, Overlap, Reason, Subject};
+use super::excluded::{Excluded, Field, Object, Overlap, Reason};
 use super::region::Regions;
 use super::{
     Claim, Endpoint, ExternalPeer, InterfaceAddr, Node, NodeName, Resolved, SegmentName, Settings,
@@ -23,10 +23,10 @@ use crate::wireguard::key::PublicKey;
 /// No prefix shorter than this is carried for a peer or a location: IPv4, IPv6.
 const WIDEST: [u8; 2] = [8, 16];
 
-/// What is believed of one node.
+/// The accepted statements of one node.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Belief {
-    /// Whether its key is its own.
+pub(super) struct Accepted {
+    /// Whether its key is accepted.
     pub(super) key: bool,
     pub(super) pod_cidrs: Vec<IpNet>,
     /// Its own addresses, whether or not another node has them too: at most the private one and one of
@@ -34,10 +34,10 @@ pub(super) struct Belief {
     own: Vec<IpAddr>,
     /// Those of them that are carried for it.
     pub(super) addresses: Vec<IpAddr>,
-    /// Its private address, if that is one of its own and tells its network.
+    /// Its private address with its network, if it is one of its own addresses.
     pub(super) private_ip: Option<InterfaceAddr>,
-    /// Whether it is inside its region: flannel's VXLAN may go to it in clear there.
-    pub(super) near: bool,
+    /// Whether it is inside its region, so that flannel may send VXLAN to it in clear.
+    pub(super) in_region: bool,
     /// Its judged addresses, as [`super::Member::underlay`].
     pub(super) underlay: BTreeSet<IpAddr>,
     /// As [`super::Member::flannel_ips`].
@@ -45,58 +45,58 @@ pub(super) struct Belief {
     pub(super) allowed_location_ips: Vec<IpNet>,
 }
 
-impl Belief {
+impl Accepted {
     /// Whether the node takes part in the mesh.
     pub(super) fn is_meshed(&self) -> bool {
         self.key && !self.pod_cidrs.is_empty()
     }
 }
 
-/// Who has which prefix so far.
+/// The holders of the prefixes that were accepted so far.
 #[derive(Default)]
 struct Holders<'a> {
     /// Node addresses, carried or not.
     present: PrefixMap<&'a NodeName>,
     /// Allowed IPs of external peers.
-    peers: PrefixMap<Subject>,
+    peers: PrefixMap<Object>,
     /// `allowed-location-ips`.
-    offers: PrefixMap<(SegmentName, &'a NodeName)>,
+    location_ips: PrefixMap<(SegmentName, &'a NodeName)>,
 }
 
 enum Claimant<'a> {
     /// An address of a node.
     Address(&'a Node, IpAddr),
     /// The `allowed-location-ips` of a node.
-    Offers(&'a Node),
-    /// By its place among the peers.
+    LocationIps(&'a Node),
+    /// The peer at this index.
     Peer(usize),
 }
 
-/// When a claim was made, among claims of nodes and of peers: its recorded time, or a peer's age; then
-/// the age of the object; then its name. A claim without a record comes after all that have one.
-type Order = (i64, i64, Subject);
+/// The order of claims: by the recorded time, or the creation of a peer; then by the creation of the object;
+/// then by its name. A claim without a record comes after all recorded ones.
+type Order = (i64, i64, Object);
 
 fn order_of(node: &Node, claim: &Claim) -> Order {
     let (_, since) = node.ledger.rank(claim);
-    (since, node.created, Subject::Node(node.name.clone()))
+    (since, node.created, Object::Node(node.name.clone()))
 }
 
 fn order_of_peer(peer: &ExternalPeer) -> Order {
-    (peer.created, peer.created, Subject::Peer(peer.name.clone()))
+    (peer.created, peer.created, Object::Peer(peer.name.clone()))
 }
 
-/// All beliefs, and what is not believed.
+/// All accepted, and what is not believed.
 pub(super) struct Claims<'a> {
     snapshot: &'a Snapshot,
     resolved: &'a Resolved,
-    /// Networks that nobody may claim: pods (as a whole), services, WireGuard addresses.
+    /// Networks that no node or peer may claim: pods (as a whole), services, WireGuard addresses.
     reserved: Vec<IpNet>,
     cluster_networks: &'a [IpNet],
     settings: &'a Settings,
     pub(super) regions: Regions,
     /// All nodes, the oldest first.
     by_age: Vec<&'a Node>,
-    pub(super) nodes: BTreeMap<&'a NodeName, Belief>,
+    pub(super) nodes: BTreeMap<&'a NodeName, Accepted>,
     pub(super) peers: Vec<ExternalPeer>,
     pub(super) excluded: Vec<Excluded>,
     pub(super) overlaps: Vec<Overlap>,
@@ -104,14 +104,14 @@ pub(super) struct Claims<'a> {
 }
 
 impl<'a> Claims<'a> {
-    /// Judges everything the snapshot says, except what depends on who leads.
+    /// Judges all statements of the snapshot except those that depend on the leaders.
     ///
-    /// `segment` tells who shares a leader, given what is believed of the node.
+    /// `segment` returns the segment of a node, given its accepted statements.
     pub(super) fn new(
         snapshot: &'a Snapshot,
         settings: &'a Settings,
         resolved: &'a Resolved,
-        segment: impl Fn(&Node, &Belief) -> SegmentName,
+        segment: impl Fn(&Node, &Accepted) -> SegmentName,
     ) -> Self {
         let mut by_age = snapshot.nodes.values().collect::<Vec<_>>();
         by_age.sort_by_key(|node| (node.created, &node.name));
@@ -132,7 +132,7 @@ impl<'a> Claims<'a> {
             nodes: snapshot
                 .nodes
                 .keys()
-                .map(|name| (name, Belief::default()))
+                .map(|name| (name, Accepted::default()))
                 .collect(),
             peers: Vec::new(),
             excluded: Vec::new(),
@@ -153,11 +153,11 @@ impl<'a> Claims<'a> {
         self.by_age.clone().into_iter()
     }
 
-    /// An endpoint that is a host's own: not one of the cluster's inner addresses, through which no
-    /// tunnel can reach anything.
+    /// The address of an endpoint, resolved. An address inside the cluster's networks is refused, because no
+    /// tunnel can be reached there.
     pub(super) fn endpoint_address(
         &mut self,
-        subject: &Subject,
+        object: &Object,
         endpoint: &Endpoint,
     ) -> Option<SocketAddr> {
         let address = endpoint.resolve(self.resolved)?;
@@ -170,21 +170,21 @@ impl<'a> Claims<'a> {
         };
         match reason {
             Some(reason) => {
-                self.exclude(subject.clone(), Field::Endpoint(ip), reason);
+                self.exclude(object.clone(), Field::Endpoint(ip), reason);
                 None
             }
             None => Some(address),
         }
     }
 
-    /// Whether a tunnel may be reached at an address: it is a host's, and outside of the cluster's networks.
+    /// Whether a tunnel may be reached at an address: a unicast one outside of the cluster's networks.
     pub(super) fn may_be_endpoint(&self, ip: IpAddr) -> bool {
         is_unicast(ip) && self.reserved_for(&IpNet::from(ip)).is_none()
     }
 
-    pub(super) fn exclude(&mut self, subject: Subject, field: Field, reason: Reason) {
+    pub(super) fn exclude(&mut self, object: Object, field: Field, reason: Reason) {
         self.excluded.push(Excluded {
-            subject,
+            object,
             field,
             reason,
         });
@@ -200,20 +200,20 @@ impl<'a> Claims<'a> {
         let mut claimants = nodes.chain(peers).collect::<Vec<_>>();
         claimants.sort();
 
-        let mut holders = BTreeMap::<PublicKey, Subject>::new();
-        for ((_, _, subject), key) in claimants {
+        let mut holders = BTreeMap::<PublicKey, Object>::new();
+        for ((_, _, object), key) in claimants {
             if let Some(holder) = holders.get(&key) {
                 let reason = Reason::TakenBy(holder.clone());
-                self.exclude(subject, Field::Key, reason);
+                self.exclude(object, Field::Key, reason);
                 continue;
             }
-            match &subject {
-                Subject::Node(name) => {
-                    if let Some(belief) = self.nodes.get_mut(name) {
-                        belief.key = true;
+            match &object {
+                Object::Node(name) => {
+                    if let Some(accepted) = self.nodes.get_mut(name) {
+                        accepted.key = true;
                     }
                 }
-                Subject::Peer(name) => {
+                Object::Peer(name) => {
                     let peer = self.snapshot.peers.get(name);
                     self.peers.extend(peer.cloned().map(|peer| ExternalPeer {
                         allowed_ips: Vec::new(),
@@ -221,7 +221,7 @@ impl<'a> Claims<'a> {
                     }));
                 }
             }
-            holders.insert(key, subject);
+            holders.insert(key, object);
         }
         self.peers.sort_by(|a, b| a.name.cmp(&b.name));
     }
@@ -233,12 +233,12 @@ impl<'a> Claims<'a> {
                     Some(reason) => self.exclude_of(node, Field::PodCidr(net), reason),
                     None => {
                         self.pods.insert(net, &node.name);
-                        self.belief(node).pod_cidrs.push(net);
+                        self.accepted(node).pod_cidrs.push(net);
                     }
                 }
             }
-            let belief = self.belief(node);
-            if belief.key && belief.pod_cidrs.is_empty() {
+            let accepted = self.accepted(node);
+            if accepted.key && accepted.pod_cidrs.is_empty() {
                 self.exclude_of(node, Field::Whole, Reason::NoPodCidr);
             }
         }
@@ -257,10 +257,10 @@ impl<'a> Claims<'a> {
             return Some(Reason::Reserved(*reserved));
         }
         let (_, holder) = self.pods.overlapping(net)?;
-        Some(Reason::TakenBy(Subject::Node((*holder).clone())))
+        Some(Reason::TakenBy(Object::Node((*holder).clone())))
     }
 
-    /// Which addresses are each node's own, whether or not another node has them.
+    /// Finds each node's own addresses, whether or not another node has them too.
     fn judge_own_addresses(&mut self) {
         for node in self.by_age() {
             let private = node.private_ip.map(|private| private.addr());
@@ -269,8 +269,8 @@ impl<'a> Claims<'a> {
             dedup(&mut addresses);
             for ip in addresses {
                 match self.address_fault(node, ip) {
-                    None => self.belief(node).own.push(ip),
-                    Some(reason) if self.belief(node).is_meshed() => {
+                    None => self.accepted(node).own.push(ip),
+                    Some(reason) if self.accepted(node).is_meshed() => {
                         self.exclude_of(node, Field::NodeAddress(ip), reason);
                     }
                     Some(_) => {}
@@ -280,22 +280,22 @@ impl<'a> Claims<'a> {
             let believed = |private: &InterfaceAddr| {
                 own.contains(&private.addr()) && !is_too_wide(&private.trunc())
             };
-            // Of a node that says what is not so, its status counts. That tells no network.
+            // Where a node publishes a wrong address, its status counts, which has no network.
             let private = node.private_ip.and_then(|private| {
                 let mut status = own.iter().filter(|ip| !is_public(**ip));
                 let fallback = || status.next().map(|ip| IpNet::from(*ip));
                 Some(private).filter(believed).or_else(fallback)
             });
-            self.belief(node).private_ip = private;
+            self.accepted(node).private_ip = private;
         }
     }
 
-    /// Who is inside its region. A label places no node: the address must be inside the region's
-    /// networks, or the operator must have declared one of the two for this node.
+    /// Finds the nodes inside their regions. A label is not enough: the address must be inside the region's
+    /// networks, or the operator must have declared the region or the address for this node.
     fn judge_regions(&mut self) {
         let members = self.by_age.iter().filter_map(|node| {
-            let belief = &self.nodes[&node.name];
-            Some((*node, belief.private_ip.filter(|_| belief.is_meshed())?))
+            let accepted = &self.nodes[&node.name];
+            Some((*node, accepted.private_ip.filter(|_| accepted.is_meshed())?))
         });
         self.regions = Regions::new(self.settings, members);
         for node in self.by_age() {
@@ -305,10 +305,10 @@ impl<'a> Claims<'a> {
             let inside = self.regions.contain(&node.region, address.addr());
             let declared = node.region_declared || node.private_ip_forced;
             let clipped = self.regions.clip(&node.region, address);
-            let belief = self.belief(node);
-            belief.near = inside || declared;
-            belief.private_ip = Some(clipped);
-            if belief.is_meshed() && !belief.near {
+            let accepted = self.accepted(node);
+            accepted.in_region = inside || declared;
+            accepted.private_ip = Some(clipped);
+            if accepted.is_meshed() && !accepted.in_region {
                 let networks = self.regions.networks(&node.region).unwrap_or_default();
                 let reason = Reason::OutsideRegion {
                     region: node.region.clone(),
@@ -319,8 +319,8 @@ impl<'a> Claims<'a> {
         }
     }
 
-    /// Node addresses, peers and offers, in the order in which they were claimed.
-    fn judge_prefixes(&mut self, segment: impl Fn(&Node, &Belief) -> SegmentName) {
+    /// Judges node addresses, peers and `allowed-location-ips` in the order in which they were claimed.
+    fn judge_prefixes(&mut self, segment: impl Fn(&Node, &Accepted) -> SegmentName) {
         let winners = self.address_winners();
         let mut claimants = Vec::new();
         for node in self.by_age() {
@@ -328,10 +328,10 @@ impl<'a> Claims<'a> {
                 let order = order_of(node, &Claim::Address(ip));
                 claimants.push((order, Claimant::Address(node, ip)));
             }
-            if self.belief(node).is_meshed() && !node.allowed_location_ips.is_empty() {
-                let subject = Subject::Node(node.name.clone());
-                let order = (node.created, node.created, subject);
-                claimants.push((order, Claimant::Offers(node)));
+            if self.accepted(node).is_meshed() && !node.allowed_location_ips.is_empty() {
+                let object = Object::Node(node.name.clone());
+                let order = (node.created, node.created, object);
+                claimants.push((order, Claimant::LocationIps(node)));
             }
         }
         for (index, peer) in self.peers.iter().enumerate() {
@@ -340,27 +340,27 @@ impl<'a> Claims<'a> {
         claimants.sort_by(|(a, _), (b, _)| a.cmp(b));
 
         let mut holders = Holders::default();
-        for ((_, _, subject), claimant) in claimants {
+        for ((_, _, object), claimant) in claimants {
             match claimant {
                 Claimant::Address(node, ip) => holders.present.insert(IpNet::from(ip), &node.name),
-                Claimant::Offers(node) => {
+                Claimant::LocationIps(node) => {
                     let segment = segment(node, &self.nodes[&node.name]);
                     self.judge_allowed_location_ips(node, &segment, &winners, &mut holders);
                 }
-                Claimant::Peer(index) => self.judge_peer(index, subject, &mut holders),
+                Claimant::Peer(index) => self.judge_peer(index, object, &mut holders),
             }
         }
         self.judge_addresses(&winners, &holders);
     }
 
-    /// Of the nodes that claim an address, the one with the older claim. Who has no pods of a family
-    /// has no part in it.
+    /// For each address the node with the oldest claim to it. A node without pods of the address's family is left
+    /// out.
     fn address_winners(&self) -> BTreeMap<IpAddr, &'a Node> {
         let mut winners = BTreeMap::<IpAddr, (Order, &'a Node)>::new();
         for node in self.by_age() {
-            let belief = &self.nodes[&node.name];
-            for &ip in belief.own.iter().filter(|_| belief.is_meshed()) {
-                if alias(belief, ip).is_none() {
+            let accepted = &self.nodes[&node.name];
+            for &ip in accepted.own.iter().filter(|_| accepted.is_meshed()) {
+                if alias(accepted, ip).is_none() {
                     continue;
                 }
                 let order = order_of(node, &Claim::Address(ip));
@@ -376,23 +376,23 @@ impl<'a> Claims<'a> {
 
     fn judge_addresses(&mut self, winners: &BTreeMap<IpAddr, &'a Node>, holders: &Holders<'a>) {
         for node in self.by_age() {
-            let belief = self.belief(node).clone();
-            if !belief.is_meshed() {
+            let accepted = self.accepted(node).clone();
+            if !accepted.is_meshed() {
                 continue;
             }
-            for ip in belief.own.iter().copied() {
-                let (Some(alias), Some(holder)) = (alias(&belief, ip), winners.get(&ip)) else {
+            for ip in accepted.own.iter().copied() {
+                let (Some(alias), Some(holder)) = (alias(&accepted, ip), winners.get(&ip)) else {
                     continue;
                 };
                 let net = IpNet::from(ip);
-                let offer = holders.offers.get(&net).map(|(_, name)| *name);
-                let offer = offer.filter(|name| **name != node.name);
-                let offer = offer.map(|name| Subject::Node(name.clone()));
-                if let Some(other) = holders.peers.get(&net).cloned().or(offer) {
+                let location = holders.location_ips.get(&net).map(|(_, name)| *name);
+                let location = location.filter(|name| **name != node.name);
+                let location = location.map(|name| Object::Node(name.clone()));
+                if let Some(other) = holders.peers.get(&net).cloned().or(location) {
                     let reason = Reason::TakenBy(other);
                     self.exclude_of(node, Field::NodeAddress(ip), reason);
                 } else if holder.name == node.name {
-                    self.belief(node).addresses.push(ip);
+                    self.accepted(node).addresses.push(ip);
                 } else {
                     self.overlaps.push(Overlap {
                         node: node.name.clone(),
@@ -405,9 +405,9 @@ impl<'a> Claims<'a> {
         }
     }
 
-    /// Where flannel's VXLAN may go in clear: addresses that were judged, and no address that another
-    /// node holds. Others that the status or flannel's annotations name are for each node to compare
-    /// with the networks that it is connected to.
+    /// Finds the addresses to which flannel may send VXLAN in clear: accepted ones that no other node holds.
+    /// Each node compares the others, which the status or flannel's annotations name, with the networks that it
+    /// is connected to.
     fn judge_underlay(&mut self) {
         let mut held = BTreeMap::<IpAddr, &'a NodeName>::new();
         for node in self.by_age() {
@@ -416,9 +416,9 @@ impl<'a> Claims<'a> {
             }
         }
         for node in self.by_age() {
-            let belief = &self.nodes[&node.name];
+            let accepted = &self.nodes[&node.name];
             let inside = |ip: &IpAddr| self.regions.contain(&node.region, *ip);
-            // Regions may share a subnet: what is inside of the own region is not elsewhere.
+            // Regions may share a subnet: an address inside the own region is not in another one.
             let anothers = |ip: &IpAddr| {
                 let holder = held.get(ip).filter(|holder| ***holder != node.name);
                 let other = holder.and_then(|holder| self.snapshot.nodes.get(*holder));
@@ -433,15 +433,15 @@ impl<'a> Claims<'a> {
                 let v4 = lease.public_ip.map(IpAddr::V4);
                 v4.into_iter().chain(lease.public_ipv6.map(IpAddr::V6))
             });
-            let named = belief.own.iter().copied().chain(lease);
+            let named = accepted.own.iter().copied().chain(lease);
             let named = named.filter(|ip| is_unicast(*ip) && !anothers(ip));
             let judged = |ip: &IpAddr| {
-                inside(ip) || (belief.private_ip.is_some() && belief.own.contains(ip))
+                inside(ip) || (accepted.private_ip.is_some() && accepted.own.contains(ip))
             };
             let (underlay, flannel_ips) = named.partition(judged);
-            let belief = self.belief(node);
-            belief.underlay = underlay;
-            belief.flannel_ips = flannel_ips;
+            let accepted = self.accepted(node);
+            accepted.underlay = underlay;
+            accepted.flannel_ips = flannel_ips;
         }
     }
 
@@ -477,8 +477,8 @@ impl<'a> Claims<'a> {
         })
     }
 
-    fn judge_peer(&mut self, index: usize, subject: Subject, holders: &mut Holders<'a>) {
-        let Subject::Peer(name) = &subject else {
+    fn judge_peer(&mut self, index: usize, object: Object, holders: &mut Holders<'a>) {
+        let Object::Peer(name) = &object else {
             return;
         };
         let Some(peer) = self.snapshot.peers.get(name) else {
@@ -487,30 +487,30 @@ impl<'a> Claims<'a> {
         let mut seen = BTreeSet::new();
         for &net in peer.allowed_ips.iter().filter(|net| seen.insert(**net)) {
             let reason = self.prefix_fault(&net).or_else(|| {
-                // Carried or not: a peer must not get between a region and its own nodes.
+                // Carried or not: a peer must not take a region's traffic to its own nodes.
                 let node = holders.present.overlapping(&net);
-                let node = node.map(|(_, node)| Subject::Node((*node).clone()));
+                let node = node.map(|(_, node)| Object::Node((*node).clone()));
                 let peer = holders.peers.overlapping(&net);
-                let peer = peer.filter(|(_, other)| **other != subject);
-                let offer = holders.offers.overlapping(&net);
-                let offer = offer.map(|(_, (_, node))| Subject::Node((*node).clone()));
+                let peer = peer.filter(|(_, other)| **other != object);
+                let location = holders.location_ips.overlapping(&net);
+                let location = location.map(|(_, (_, node))| Object::Node((*node).clone()));
                 let holder = node.or_else(|| peer.map(|(_, other)| other.clone()));
-                holder.or(offer).map(Reason::TakenBy)
+                holder.or(location).map(Reason::TakenBy)
             });
             match reason {
-                Some(reason) => self.exclude(subject.clone(), Field::AllowedIp(net), reason),
+                Some(reason) => self.exclude(object.clone(), Field::AllowedIp(net), reason),
                 None => {
-                    holders.peers.insert(net, subject.clone());
+                    holders.peers.insert(net, object.clone());
                     self.peers[index].allowed_ips.push(net);
                 }
             }
         }
     }
 
-    /// Kilo's filters (`filter_allowed_location_ips` in [`super::kilo`]), except that the older claim stays,
-    /// not the later segment's.
+    /// Applies Kilo's filters (`filter_allowed_location_ips` in [`super::kilo`]), except that the older claim
+    /// wins, not the later segment's.
     ///
-    /// A wide item may contain addresses of nodes elsewhere: they are more specific and win.
+    /// A wide item may contain addresses of nodes in other segments: those are more specific and win.
     fn judge_allowed_location_ips(
         &mut self,
         node: &'a Node,
@@ -518,34 +518,34 @@ impl<'a> Claims<'a> {
         winners: &BTreeMap<IpAddr, &'a Node>,
         holders: &mut Holders<'a>,
     ) {
-        let subject = Subject::Node(node.name.clone());
-        let order = (node.created, node.created, subject);
+        let object = Object::Node(node.name.clone());
+        let order = (node.created, node.created, object);
         for &net in &node.allowed_location_ips {
             let reason = self.prefix_fault(&net).or_else(|| {
                 let address = winners.get(&net.addr());
                 let address = address.filter(|_| net.prefix_len() == net.max_prefix_len());
                 let address =
                     address.filter(|holder| order_of(holder, &Claim::Address(net.addr())) < order);
-                let address = address.map(|node| Subject::Node(node.name.clone()));
+                let address = address.map(|node| Object::Node(node.name.clone()));
                 let peer = holders.peers.overlapping(&net);
-                let offer = holders.offers.overlapping(&net);
-                let offer = offer.filter(|(_, (other, _))| other != segment);
-                let offer = offer.map(|(_, (_, node))| Subject::Node((*node).clone()));
+                let location = holders.location_ips.overlapping(&net);
+                let location = location.filter(|(_, (other, _))| other != segment);
+                let location = location.map(|(_, (_, node))| Object::Node((*node).clone()));
                 let holder = address.or_else(|| peer.map(|(_, peer)| peer.clone()));
-                holder.or(offer).map(Reason::TakenBy)
+                holder.or(location).map(Reason::TakenBy)
             });
             match reason {
                 Some(reason) => self.exclude_of(node, Field::AllowedLocationIp(net), reason),
                 None => {
                     let holder = (segment.clone(), &node.name);
-                    holders.offers.insert(net, holder);
-                    self.belief(node).allowed_location_ips.push(net);
+                    holders.location_ips.insert(net, holder);
+                    self.accepted(node).allowed_location_ips.push(net);
                 }
             }
         }
     }
 
-    /// What is wrong with a prefix, whoever else claims it.
+    /// The reason, if any, to refuse a prefix regardless of other claims.
     fn prefix_fault(&self, net: &IpNet) -> Option<Reason> {
         if is_too_wide(net) {
             return Some(Reason::TooWide);
@@ -553,11 +553,11 @@ impl<'a> Claims<'a> {
         self.reserved_for(net).map(Reason::Reserved)
     }
 
-    /// The network, if any, for whose sake a prefix must not be claimed.
+    /// The reserved network, if any, that a prefix overlaps.
     fn reserved_for(&self, net: &IpNet) -> Option<IpNet> {
         let reserved = self.reserved.iter().find(|other| overlap(other, net));
         reserved.copied().or_else(|| {
-            // Where flannel's networks are unknown, every pod CIDR stands for itself.
+            // Where flannel's networks are unknown, each pod CIDR is reserved.
             let unknown = self.cluster_networks.is_empty();
             let (pods, _) = unknown.then(|| self.pods.overlapping(net)).flatten()?;
             Some(*pods)
@@ -565,17 +565,17 @@ impl<'a> Claims<'a> {
     }
 
     fn exclude_of(&mut self, node: &Node, field: Field, reason: Reason) {
-        self.exclude(Subject::Node(node.name.clone()), field, reason);
+        self.exclude(Object::Node(node.name.clone()), field, reason);
     }
 
-    fn belief(&mut self, node: &'a Node) -> &mut Belief {
+    fn accepted(&mut self, node: &'a Node) -> &mut Accepted {
         self.nodes.entry(&node.name).or_default()
     }
 }
 
-/// An address that reaches the node from everywhere; none where it has no pods of the family.
-fn alias(belief: &Belief, ip: IpAddr) -> Option<IpAddr> {
-    let mut pods = belief.pod_cidrs.iter().map(IpNet::network);
+/// An address by which every region reaches the node; none where it has no pods of the family.
+fn alias(accepted: &Accepted, ip: IpAddr) -> Option<IpAddr> {
+    let mut pods = accepted.pod_cidrs.iter().map(IpNet::network);
     pods.find(|address| address.is_ipv6() == ip.is_ipv6())
 }
 
@@ -583,7 +583,7 @@ fn is_too_wide(net: &IpNet) -> bool {
     net.prefix_len() < WIDEST[usize::from(net.addr().is_ipv6())]
 }
 
-/// Removes what occurred before, keeping the order.
+/// Removes repeated items, keeping the order.
 pub(super) fn dedup<T: Copy + PartialEq>(items: &mut Vec<T>) {
     let mut kept = Vec::with_capacity(items.len());
     for item in items.iter() {

@@ -1,4 +1,5 @@
-//! What the topology leaves out, and why, as values that the shell turns into Events and metrics.
+//! The statements that the topology leaves out, with the reasons, as values. The agent turns them into Events
+//! and metrics.
 //!
 //! Their `Display` is one sentence for the operator.
 
@@ -10,19 +11,19 @@ use ipnet::IpNet;
 use super::{NodeName, RegionName};
 use crate::text::quote;
 
-/// Whose statement was left out.
+/// An object of the cluster that makes statements.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub enum Subject {
+pub enum Object {
     /// A Node.
     Node(NodeName),
     /// A `Peer` object.
     Peer(String),
 }
 
-/// What was left out of it.
+/// The statement that was left out.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Field {
-    /// All of it.
+    /// The whole object.
     Whole,
     /// The WireGuard key, and with it the rest.
     Key,
@@ -30,13 +31,13 @@ pub enum Field {
     PodCidr(IpNet),
     /// The address of the node.
     NodeAddress(IpAddr),
-    /// A wish for a WireGuard address.
+    /// A requested WireGuard address.
     WireguardIp(IpAddr),
     /// The endpoint.
     Endpoint(IpAddr),
-    /// The node's place in its region.
+    /// The node's membership in its region.
     Region,
-    /// Kilo's algorithm, which a real `kg` asks for.
+    /// Kilo's algorithm, which a real `kg` needs.
     Algorithm,
     /// An item of `allowed-location-ips`.
     AllowedLocationIp(IpNet),
@@ -44,18 +45,18 @@ pub enum Field {
     AllowedIp(IpNet),
 }
 
-/// Why it was left out.
+/// The reason for which a statement was left out.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Reason {
-    /// Another has the older claim to it.
-    TakenBy(Subject),
+    /// Another object has the older claim.
+    TakenBy(Object),
     /// Not inside flannel's networks.
     OutsideClusterNetwork,
-    /// Inside a network that is not for it: pods, services, WireGuard addresses.
+    /// It overlaps a network of pods, services or WireGuard addresses.
     Reserved(IpNet),
     /// Neither in the Node's status nor in the operator's networks.
     NotInStatus,
-    /// A public address that no operator declared to be the node's.
+    /// A public address that the operator did not declare as the node's.
     PublicUndeclared,
     /// Outside of the networks of the region.
     OutsideRegion {
@@ -68,42 +69,42 @@ pub enum Reason {
     NotBesideKilo,
     /// Not inside `--subnet`, or not an address for a host there.
     NotInSubnet,
-    /// So wide that it would take traffic that nobody meant.
+    /// So wide that it would take unrelated traffic.
     TooWide,
     /// Not an address packets can be sent to.
     NotUnicast,
     /// `--subnet` has no free address left.
     SubnetExhausted,
-    /// It has no pod CIDR that is carried.
+    /// No pod CIDR of the node is carried.
     NoPodCidr,
 }
 
 /// One statement of one Node or Peer that the topology does not follow.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Excluded {
-    /// Whose.
-    pub subject: Subject,
-    /// Which.
+    /// The object that makes the statement.
+    pub object: Object,
+    /// The statement.
     pub field: Field,
-    /// Why.
+    /// The reason.
     pub reason: Reason,
 }
 
-/// A node address that other regions cannot use because an older node has the same one.
+/// A node address that other regions cannot use because it belongs to an older claim of another node.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Overlap {
-    /// The node that cannot be reached by it from other regions.
+    /// The node that other regions cannot reach by the address.
     pub node: NodeName,
     /// The address.
     pub address: IpAddr,
-    /// The node that can.
+    /// The node that they reach by it.
     pub holder: NodeName,
-    /// An address that reaches the node from everywhere: the first of its pod CIDR, which flannel
-    /// or the agent gives to the host itself.
+    /// An address by which every region reaches the node: the first of its pod CIDR, which flannel or the agent
+    /// assigns to the host itself.
     pub alias: Option<IpAddr>,
 }
 
-impl fmt::Display for Subject {
+impl fmt::Display for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Node(NodeName(name)) => write!(f, "node {}", quote(name)),
@@ -132,7 +133,7 @@ impl fmt::Display for Field {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::TakenBy(subject) => write!(f, "claimed by {subject} before"),
+            Self::TakenBy(object) => write!(f, "claimed by {object} before"),
             Self::OutsideClusterNetwork => f.write_str("outside of flannel's networks"),
             Self::Reserved(net) => write!(f, "overlaps {net}, which is not for it"),
             Self::NotInStatus => f.write_str(
@@ -167,11 +168,11 @@ impl fmt::Display for Reason {
 impl fmt::Display for Excluded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
-            subject,
+            object,
             field,
             reason,
         } = self;
-        write!(f, "{subject}: left out {field}: {reason}")
+        write!(f, "{object}: left out {field}: {reason}")
     }
 }
 

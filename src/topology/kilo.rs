@@ -1,9 +1,9 @@
-//! Kilo's algorithm, to the letter (`pkg/mesh/topology.go`), for a mesh in which a real `kg` still runs.
+//! Kilo's algorithm, rule by rule (`pkg/mesh/topology.go`), for a mesh in which a real `kg` still runs.
 //!
-//! Every agent must come to the same segments, leaders and addresses as `kg` does; two that disagree
-//! on a leader are a black hole. So claims change neither segments nor leaders here. Node addresses are
-//! judged all the same: one that is not the node's own, is reserved or is another node's costs that one
-//! route and nothing of what the agents must agree on.
+//! Every agent must compute the same segments, leaders and addresses as `kg` does: where two disagree on a
+//! leader, traffic is lost. So claims change neither segments nor leaders here. Node addresses are judged
+//! all the same: where one is reserved, another node's or not the node's own, only its route is left out,
+//! which agents need not agree on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -11,17 +11,17 @@ use std::net::SocketAddr;
 use ipnet::IpNet;
 
 use super::address::{is_public_to_kilo, nth, overlap};
-use super::claims::{Belief, Claims};
+use super::claims::{Accepted, Claims};
 use super::excluded::Field;
 use super::{
-    ExternalPeer, Granularity, Leader, Member, Mode, Node, NodeName, Outsider, Resolved, Segment,
-    SegmentName, Settings, Snapshot, Topology, Whereabouts,
+    ExternalPeer, Granularity, Leader, Member, Mode, Node, NodeName, Outsider, PeerAddresses,
+    Resolved, Segment, SegmentName, Settings, Snapshot, Topology,
 };
 use crate::wireguard::key::PublicKey;
 
 /// Seconds after its last check-in at which Kilo forgets a node.
 const READY_WINDOW: i64 = 60;
-/// Seconds by which another node's clock may be ahead. A check-in from a later time counts as none.
+/// Seconds by which another node's clock may be ahead. A later check-in does not count.
 const MAX_AHEAD: i64 = 60;
 
 /// The nodes on which a real `kg` is alive.
@@ -34,8 +34,8 @@ pub(super) fn foreign_nodes(snapshot: &Snapshot, now: i64) -> Vec<NodeName> {
         .collect()
 }
 
-/// A node has an endpoint, a key and pods, and was seen in the last minute: integer seconds of the
-/// reader's clock. A clock that is a little ahead stays longer; Kilo lets it be ahead by any time.
+/// A ready node has an endpoint, a key and pods, and checked in during the last minute, in whole seconds of
+/// the reader's clock. A node whose clock is a little ahead stays ready longer. Kilo sets no limit to that.
 fn is_ready(node: &Node, now: i64) -> bool {
     node.endpoint.is_some()
         && node.public_key.is_some()
@@ -51,7 +51,7 @@ pub(super) fn topology(
     now: i64,
     foreign: Vec<NodeName>,
 ) -> Topology {
-    // Kilo knows no other: where ours would be `cross`, real agents can only be in `location`.
+    // Kilo has no `cross`: where that is set here, real agents can only be in `location`.
     let granularity = match settings.granularity {
         Granularity::Full => Granularity::Full,
         Granularity::Location | Granularity::Cross => Granularity::Location,
@@ -69,7 +69,7 @@ pub(super) fn topology(
         by_segment.entry(name).or_default().push(node);
     }
 
-    // Kilo knows one pool, of IPv4.
+    // Kilo has one pool, of IPv4.
     let pool = settings.subnets.iter().find(|pool| pool.addr().is_ipv4());
     let discovered = discovered_endpoints(by_segment.values().flatten().copied());
     let mut segments = by_segment
@@ -112,17 +112,17 @@ pub(super) fn topology(
         })
         .collect::<Vec<_>>();
     let peers = peers(snapshot);
-    let whereabouts = peers.iter().map(|peer| {
+    let peer_addresses = peers.iter().map(|peer| {
         let endpoint = peer.endpoint.as_ref();
         let discovered = discovered.get(&peer.public_key).copied();
-        let whereabouts = Whereabouts {
+        let peer_addresses = PeerAddresses {
             address: endpoint.and_then(|endpoint| endpoint.resolve(resolved)),
             discovered: discovered.filter(|_| peer.persistent_keepalive != 0),
             candidates: Vec::new(),
         };
-        (peer.public_key, whereabouts)
+        (peer.public_key, peer_addresses)
     });
-    let whereabouts = whereabouts.collect();
+    let peer_addresses = peer_addresses.collect();
     filter_allowed_location_ips(&mut segments, &peers);
     let mut excluded = std::mem::take(&mut claims.excluded);
     excluded.retain(|excluded| matches!(excluded.field, Field::NodeAddress(_)));
@@ -140,14 +140,14 @@ pub(super) fn topology(
             .map(|node| outsider(node, &claims.nodes[&node.name], granularity))
             .collect(),
         peers,
-        whereabouts,
+        peer_addresses,
         excluded,
         overlaps,
         ..Topology::default()
     }
 }
 
-/// Nodes without a private address stand alone.
+/// A node without a private address is a segment on its own.
 fn segment_name(node: &Node, granularity: Granularity) -> SegmentName {
     match (granularity, node.private_ip) {
         (Granularity::Location | Granularity::Cross, Some(_)) => {
@@ -159,7 +159,7 @@ fn segment_name(node: &Node, granularity: Granularity) -> SegmentName {
     }
 }
 
-/// The annotated one, a public one, the first; the nodes are sorted by name.
+/// The leader of nodes sorted by name: an annotated one, else a public one, else the first.
 fn leader<'a>(nodes: &[&'a Node], resolved: &Resolved) -> &'a Node {
     let is_public = |node: &&&Node| {
         let address = node.endpoint.as_ref().and_then(|e| e.resolve(resolved));
@@ -175,25 +175,25 @@ fn leader<'a>(nodes: &[&'a Node], resolved: &Resolved) -> &'a Node {
 }
 
 /// Kilo carries the first pod CIDR and the private address of a node.
-fn member(node: &Node, belief: &Belief) -> Member {
+fn member(node: &Node, accepted: &Accepted) -> Member {
     let private = node.private_ip.map(|ip| ip.addr());
-    let judged = private.filter(|ip| belief.addresses.contains(ip));
+    let judged = private.filter(|ip| accepted.addresses.contains(ip));
     Member {
         name: node.name.clone(),
         endpoint: node.endpoint.clone(),
         pod_cidrs: node.pod_cidrs.first().copied().into_iter().collect(),
         addresses: judged.into_iter().collect(),
-        underlay: belief.underlay.clone(),
-        flannel_ips: belief.flannel_ips.clone(),
+        underlay: accepted.underlay.clone(),
+        flannel_ips: accepted.flannel_ips.clone(),
         private_ip: node
             .private_ip
-            .and(belief.private_ip)
+            .and(accepted.private_ip)
             .filter(|private| Some(private.addr()) == node.private_ip.map(|ip| ip.addr())),
     }
 }
 
-fn outsider(node: &Node, belief: &Belief, granularity: Granularity) -> Outsider {
-    // A node that is not ready may not have told its private address yet.
+fn outsider(node: &Node, accepted: &Accepted, granularity: Granularity) -> Outsider {
+    // A node that is not ready may not have published its private address yet.
     let group = match granularity {
         Granularity::Full => SegmentName::Node(node.name.clone()),
         Granularity::Location | Granularity::Cross => SegmentName::Location(node.region.clone()),
@@ -203,12 +203,12 @@ fn outsider(node: &Node, belief: &Belief, granularity: Granularity) -> Outsider 
         endpoint: node.endpoint.clone(),
         group,
         pod_cidrs: node.pod_cidrs.clone(),
-        underlay: belief.underlay.clone(),
-        flannel_ips: belief.flannel_ips.clone(),
+        underlay: accepted.underlay.clone(),
+        flannel_ips: accepted.flannel_ips.clone(),
     }
 }
 
-/// What the nodes published, the first by segment and name.
+/// The endpoints that the nodes published. Of two for one key the first by segment and name counts.
 fn discovered_endpoints<'a>(
     nodes: impl Iterator<Item = &'a Node>,
 ) -> BTreeMap<PublicKey, SocketAddr> {
@@ -219,8 +219,8 @@ fn discovered_endpoints<'a>(
     discovered
 }
 
-/// Kilo knows one peer of each key, the last it heard of; the first by name is as
-/// good, and everybody agrees on it.
+/// Kilo keeps one peer of each key, the last it received. Here it is the first by name, so that all agents
+/// agree.
 fn peers(snapshot: &Snapshot) -> Vec<ExternalPeer> {
     let mut keys = BTreeSet::new();
     let mut claimed = BTreeSet::new();
@@ -264,7 +264,7 @@ fn filter_allowed_location_ips(segments: &mut [Segment], peers: &[ExternalPeer])
                         let addresses = node.addresses.iter().copied().map(IpNet::from);
                         node.pod_cidrs.iter().copied().chain(addresses)
                     })
-                    // WireGuard addresses are given on the way: later segments have none yet.
+                    // Kilo assigns WireGuard addresses during this loop: later segments have none yet.
                     .chain(
                         segment
                             .leaders

@@ -1,8 +1,7 @@
-//! Since when a node has claimed what it claims, as all agents read it from its Node.
+//! The times of a node's claims, as all agents read them from its Node.
 //!
-//! The age of an object says nothing about the age of a claim: an old Node can name a new address.
-//! So each agent records the time of every claim, and the admission policy lets it record no time in
-//! the past. The text form is in [`crate::cluster::since`].
+//! An object's age is not the age of its claims: an old Node can name a new address. So each agent records
+//! the time of every claim, and the admission policy refuses a time in the past. The text form is in [`crate::cluster::since`].
 
 use std::net::IpAddr;
 
@@ -11,18 +10,18 @@ use serde::{Deserialize, Serialize};
 use super::SegmentName;
 use crate::wireguard::key::PublicKey;
 
-/// Entries that a ledger has at most. A node claims a key, a region, a lead and an address of each
-/// family, and keeps none that it gave up.
+/// The most entries of a ledger. A node claims a key, a region, a lead and an address of each family, and
+/// keeps no claim that it gave up.
 pub const MAX_ENTRIES: usize = 16;
 
-/// What a node can hold and another can want.
+/// Something that one node can hold and another can claim.
 #[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Claim {
     /// An address that is carried for the node.
     Address(IpAddr),
     /// The WireGuard key.
     Key(PublicKey),
-    /// A place in a segment.
+    /// Membership in a region.
     Region(SegmentName),
     /// The lead of a segment.
     Lead(SegmentName),
@@ -54,23 +53,22 @@ impl Ledger {
 
     /// The time of the claim in Unix seconds; `None` where it is not recorded.
     pub fn since(&self, claim: &Claim) -> Option<i64> {
-        let place = self
+        let index = self
             .0
             .binary_search_by(|(known, _)| known.cmp(claim))
             .ok()?;
-        Some(self.0[place].1)
+        Some(self.0[index].1)
     }
 
-    /// How the claim ranks among equal ones: recorded before not recorded, then by time. Less is
-    /// better.
+    /// The rank of the claim among equal ones: recorded before unrecorded, then by time. The least wins.
     pub fn rank(&self, claim: &Claim) -> (bool, i64) {
         self.since(claim)
             .map_or((true, i64::MAX), |since| (false, since))
     }
 
-    /// The ledger of a node that claims `claims` at `now`, in Unix seconds of the API server: what
-    /// it recorded before keeps its time, what it gave up is dropped. Without a time nothing is
-    /// added.
+    /// The ledger of a node that makes these claims at `now`, in Unix seconds of the API server. A claim that
+    /// was recorded before keeps its time, and one that the node gave up is dropped. Without a time no claim
+    /// is added.
     #[must_use]
     pub fn renewed(&self, claims: impl IntoIterator<Item = Claim>, now: Option<i64>) -> Self {
         let entries = claims.into_iter().filter_map(|claim| {
@@ -90,27 +88,27 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_that_stays_keeps_its_time_and_one_given_up_loses_it() {
+    fn a_claim_keeps_its_time_until_the_node_gives_it_up() {
         let old = Ledger::new([(address("10.0.0.1"), 100), (address("10.0.0.2"), 100)]);
         let new = old.renewed([address("10.0.0.2"), address("10.0.0.3")], Some(200));
         assert_eq!(
             new,
             Ledger::new([(address("10.0.0.2"), 100), (address("10.0.0.3"), 200)])
         );
-        // Taken up again, it is a new claim.
+        // When it is made again, it is a new claim.
         let again = new.renewed([address("10.0.0.1")], Some(300));
         assert_eq!(again.since(&address("10.0.0.1")), Some(300));
     }
 
     #[test]
-    fn nothing_is_recorded_while_the_servers_time_is_not_known() {
+    fn no_claim_is_recorded_while_the_servers_time_is_unknown() {
         let old = Ledger::new([(address("10.0.0.1"), 100)]);
         let new = old.renewed([address("10.0.0.1"), address("10.0.0.2")], None);
         assert_eq!(new, old);
     }
 
     #[test]
-    fn a_recorded_claim_ranks_before_one_that_is_not_and_the_older_before_the_newer() {
+    fn recorded_claims_rank_before_unrecorded_ones_and_older_before_newer() {
         let ledger = Ledger::new([(address("10.0.0.1"), 100), (address("10.0.0.2"), 200)]);
         let rank = |text| ledger.rank(&address(text));
         assert!(rank("10.0.0.1") < rank("10.0.0.2"));
@@ -118,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ledger_is_bounded() {
+    fn a_ledger_holds_at_most_its_limit_of_entries() {
         let many = (0..200).map(|host| (address(&format!("10.0.0.{host}")), 1));
         assert_eq!(Ledger::new(many).iter().count(), MAX_ENTRIES);
     }

@@ -1,17 +1,17 @@
-//! Our own algorithm: Kilo's segments and order of leaders, with claims judged, sticky WireGuard
-//! addresses and leaders that are known to be there.
+//! Selvedge's algorithm: Kilo's segments and order of leaders, with judged claims, WireGuard addresses that
+//! stay, and leaders that are Ready.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use super::address::{is_host_of, is_public, is_unicast, nth};
-use super::candidates::Offers;
-use super::claims::{Belief, Claims, dedup};
-use super::excluded::{Field, Reason, Subject};
-use super::region::{Regions, place};
+use super::candidates::Announcements;
+use super::claims::{Accepted, Claims, dedup};
+use super::excluded::{Field, Object, Reason};
+use super::region::{Regions, membership};
 use super::{
     Candidate, Claim, Endpoint, Granularity, InterfaceAddr, Leader, Member, Node, NodeName, Origin,
-    Outsider, Resolved, Segment, SegmentName, Settings, Snapshot, Topology, Whereabouts,
+    Outsider, PeerAddresses, Resolved, Segment, SegmentName, Settings, Snapshot, Topology,
 };
 use crate::liveness;
 use crate::wireguard::key::PublicKey;
@@ -24,8 +24,8 @@ const NAT_KEEPALIVE: u16 = 25;
 /// starts as a whole settles by name, whichever agent was first.
 const SETTLING: i64 = 60;
 
-/// Computes the topology of a mesh by our own algorithm. The nodes in `foreign` run a real `kg` that
-/// the operator did not allow; they are nodes like any other.
+/// Computes the topology of a mesh by Selvedge's algorithm. The nodes in `foreign` run a real `kg` that
+/// the operator did not allow. They are treated as any other.
 pub(super) fn topology(
     snapshot: &Snapshot,
     settings: &Settings,
@@ -33,25 +33,25 @@ pub(super) fn topology(
     foreign: Vec<NodeName>,
 ) -> Topology {
     let granularity = settings.granularity;
-    let mut claims = Claims::new(snapshot, settings, resolved, |node, belief| {
-        segment_name(node, belief, granularity)
+    let mut claims = Claims::new(snapshot, settings, resolved, |node, accepted| {
+        segment_name(node, accepted, granularity)
     });
     for name in &foreign {
-        let subject = Subject::Node(name.clone());
-        claims.exclude(subject, Field::Algorithm, Reason::NotBesideKilo);
+        let object = Object::Node(name.clone());
+        claims.exclude(object, Field::Algorithm, Reason::NotBesideKilo);
     }
 
     let mut members = BTreeMap::<SegmentName, Vec<&Node>>::new();
     let mut outsiders = Vec::new();
     let mut expected = BTreeMap::<SegmentName, Vec<&NodeName>>::new();
     for node in snapshot.nodes.values() {
-        let belief = &claims.nodes[&node.name];
-        if belief.is_meshed() {
-            let name = segment_name(node, belief, granularity);
+        let accepted = &claims.nodes[&node.name];
+        if accepted.is_meshed() {
+            let name = segment_name(node, accepted, granularity);
             members.entry(name).or_default().push(node);
         } else {
-            outsiders.push(outsider(node, belief, &claims.regions, granularity));
-            let name = expected_segment_name(node, belief, &claims.regions, granularity);
+            outsiders.push(outsider(node, accepted, &claims.regions, granularity));
+            let name = expected_segment_name(node, accepted, &claims.regions, granularity);
             expected.entry(name).or_default().push(&node.name);
         }
     }
@@ -62,16 +62,16 @@ pub(super) fn topology(
     let mut wireguard_ips = wireguard_ips(&mut claims, settings, &elected, &expected);
     let observers = observers(&elected);
     let discovered = discovered_endpoints(&observers);
-    let offers = Offers::new(snapshot, &claims, observers);
+    let announcements = Announcements::new(snapshot, &claims, observers);
 
     let mut leader = |node: &Node| {
-        let subject = Subject::Node(node.name.clone());
+        let object = Object::Node(node.name.clone());
         let public_key = node.public_key?;
         let address = node
             .endpoint
             .as_ref()
-            .and_then(|endpoint| claims.endpoint_address(&subject, endpoint));
-        let candidates = offers.of_leader(node, public_key, address, &claims);
+            .and_then(|endpoint| claims.endpoint_address(&object, endpoint));
+        let candidates = announcements.of_leader(node, public_key, address, &claims);
         let behind_nat = is_behind_nat(node, &candidates);
         Some(Leader {
             node: node.name.clone(),
@@ -107,18 +107,18 @@ pub(super) fn topology(
     });
     let segments = segments.collect();
     let peers = std::mem::take(&mut claims.peers);
-    let whereabouts = peers
+    let peer_addresses = peers
         .iter()
         .map(|peer| {
-            let subject = Subject::Peer(peer.name.clone());
+            let object = Object::Peer(peer.name.clone());
             let endpoint = peer.endpoint.as_ref();
-            let address = endpoint.and_then(|endpoint| claims.endpoint_address(&subject, endpoint));
-            let whereabouts = Whereabouts {
+            let address = endpoint.and_then(|endpoint| claims.endpoint_address(&object, endpoint));
+            let peer_addresses = PeerAddresses {
                 address,
                 discovered: discovered.get(&peer.public_key).copied(),
-                candidates: offers.of_peer(&peer.public_key, address),
+                candidates: announcements.of_peer(&peer.public_key, address),
             };
-            (peer.public_key, whereabouts)
+            (peer.public_key, peer_addresses)
         })
         .collect();
     claims.excluded.sort();
@@ -131,7 +131,7 @@ pub(super) fn topology(
         segments,
         outsiders,
         peers,
-        whereabouts,
+        peer_addresses,
         excluded: claims.excluded,
         overlaps: claims.overlaps,
         ..Topology::default()
@@ -140,18 +140,18 @@ pub(super) fn topology(
 
 /// The segment of a node that takes part.
 ///
-/// One that is not inside its region shares no network with the others there: it is on its own.
-fn segment_name(node: &Node, belief: &Belief, granularity: Granularity) -> SegmentName {
+/// A node outside of its region shares no network with the others there, so it is a segment on its own.
+fn segment_name(node: &Node, accepted: &Accepted, granularity: Granularity) -> SegmentName {
     match granularity {
-        Granularity::Location => group_name(node, belief, granularity),
+        Granularity::Location => group_name(node, accepted, granularity),
         Granularity::Full | Granularity::Cross => SegmentName::Node(node.name.clone()),
     }
 }
 
-/// What a node reaches without the tunnel.
-fn group_name(node: &Node, belief: &Belief, granularity: Granularity) -> SegmentName {
+/// The group of nodes that reach each other without the tunnel.
+fn group_name(node: &Node, accepted: &Accepted, granularity: Granularity) -> SegmentName {
     match granularity {
-        Granularity::Location | Granularity::Cross if belief.near => {
+        Granularity::Location | Granularity::Cross if accepted.in_region => {
             SegmentName::Location(node.region.clone())
         }
         Granularity::Location | Granularity::Full | Granularity::Cross => {
@@ -160,8 +160,13 @@ fn group_name(node: &Node, belief: &Belief, granularity: Granularity) -> Segment
     }
 }
 
-fn outsider(node: &Node, belief: &Belief, regions: &Regions, granularity: Granularity) -> Outsider {
-    // flannel must go on serving a node whose agent has not come yet.
+fn outsider(
+    node: &Node,
+    accepted: &Accepted,
+    regions: &Regions,
+    granularity: Granularity,
+) -> Outsider {
+    // flannel must go on serving a node whose agent has not started yet.
     let group = match granularity {
         Granularity::Location | Granularity::Cross
             if node.public_key.is_none() && may_be_inside(node, regions) =>
@@ -169,21 +174,21 @@ fn outsider(node: &Node, belief: &Belief, regions: &Regions, granularity: Granul
             SegmentName::Location(node.region.clone())
         }
         Granularity::Location | Granularity::Full | Granularity::Cross => {
-            group_name(node, belief, granularity)
+            group_name(node, accepted, granularity)
         }
     };
     Outsider {
         name: node.name.clone(),
         endpoint: node.endpoint.clone(),
         group,
-        pod_cidrs: belief.pod_cidrs.clone(),
-        underlay: belief.underlay.clone(),
-        flannel_ips: belief.flannel_ips.clone(),
+        pod_cidrs: accepted.pod_cidrs.clone(),
+        underlay: accepted.underlay.clone(),
+        flannel_ips: accepted.flannel_ips.clone(),
     }
 }
 
-/// Whether a node without an agent is inside its region: by its status, or because nothing tells yet
-/// where that region is.
+/// Whether a node without an agent may be inside its region: by its status, or because the networks of that
+/// region are not known yet.
 fn may_be_inside(node: &Node, regions: &Regions) -> bool {
     let inside = |ip: &IpAddr| regions.contain(&node.region, *ip);
     node.region_declared
@@ -191,26 +196,28 @@ fn may_be_inside(node: &Node, regions: &Regions) -> bool {
         || node.internal_ips.iter().any(inside)
 }
 
-fn member(node: &Node, belief: &Belief) -> Member {
+fn member(node: &Node, accepted: &Accepted) -> Member {
     Member {
         name: node.name.clone(),
         endpoint: node.endpoint.clone(),
-        pod_cidrs: belief.pod_cidrs.clone(),
-        addresses: belief.addresses.clone(),
-        underlay: belief.underlay.clone(),
-        flannel_ips: belief.flannel_ips.clone(),
-        private_ip: belief.private_ip,
+        pod_cidrs: accepted.pod_cidrs.clone(),
+        addresses: accepted.addresses.clone(),
+        underlay: accepted.underlay.clone(),
+        flannel_ips: accepted.flannel_ips.clone(),
+        private_ip: accepted.private_ip,
     }
 }
 
-/// Elects the leaders of a segment, at present one, among its nodes sorted by name. What the operator annotated comes first, then who leads already:
-/// no statement of a newcomer takes the lead from it. Then come an endpoint that others can reach, a
-/// longer stay in the region, and the name, which makes the order total.
+/// Elects the leaders of a segment, at present one, among its nodes sorted by name.
 ///
-/// Only Ready nodes are eligible; where there is none, the API server may be what cannot reach them.
+/// In this order count: the operator's annotations, the present lead, a public endpoint, a longer stay in the
+/// region, and the name, which makes the order total. So no statement of a newcomer takes the lead from the
+/// present leader.
+///
+/// Only Ready nodes are eligible. Where none is Ready all are: the API server may be what cannot reach them.
 fn elect<'a>(name: &SegmentName, nodes: &[&'a Node]) -> Vec<&'a Node> {
     let lead = Claim::Lead(name.clone());
-    let since = |node: &Node| node.ledger.rank(&place(node));
+    let since = |node: &Node| node.ledger.rank(&membership(node));
     let eldest = nodes.iter().map(|node| since(node)).min();
     let settled = eldest.map_or(0, |(_, since)| since.saturating_add(SETTLING));
     let rank = |node: &&&Node| {
@@ -230,7 +237,7 @@ fn elect<'a>(name: &SegmentName, nodes: &[&'a Node]) -> Vec<&'a Node> {
     primary.copied().into_iter().collect()
 }
 
-/// Whether others can speak to a node first. A name counts, resolved or not: agents that resolve it
+/// Whether others can open a connection to a node. A name counts, resolved or not: agents that resolve it
 /// differently must not disagree on the leader.
 fn has_public_endpoint(node: &Node) -> bool {
     match &node.endpoint {
@@ -240,7 +247,7 @@ fn has_public_endpoint(node: &Node) -> bool {
     }
 }
 
-/// Whether others see a leader at an address that it does not have, so that a router translates it.
+/// Whether others observe a leader at an address that it does not have, because a router translates it.
 fn is_behind_nat(leader: &Node, candidates: &[Candidate]) -> bool {
     let own: BTreeSet<_> = candidates
         .iter()
@@ -258,11 +265,10 @@ fn keepalive(node: &Node, behind_nat: bool) -> u16 {
         .unwrap_or(if behind_nat { NAT_KEEPALIVE } else { 0 })
 }
 
-/// The segment a node will be in once its agent has told its private address: the one that its status
-/// suggests.
+/// The segment that a node will be in once its agent has published its private address, by its status.
 fn expected_segment_name(
     node: &Node,
-    belief: &Belief,
+    accepted: &Accepted,
     regions: &Regions,
     granularity: Granularity,
 ) -> SegmentName {
@@ -272,19 +278,19 @@ fn expected_segment_name(
             SegmentName::Location(node.region.clone())
         }
         Granularity::Location | Granularity::Full | Granularity::Cross => {
-            segment_name(node, belief, granularity)
+            segment_name(node, accepted, granularity)
         }
     }
 }
 
 /// Gives each leader one address of each pool.
 ///
-/// An annotation is honoured, whichever node leads now, so that a node that joins or leaves renumbers no
-/// other; of two equal ones the older claim wins. A leader without one gets the lowest free address, in the order
-/// of segments, which in a new mesh is what Kilo gives.
+/// A requested address is given to its node, whether or not it leads now, so that a node that joins or leaves
+/// renumbers no other. Of two equal requests the older claim wins. A leader without a request gets the lowest
+/// free address, in the order of segments: in a new mesh that is the address Kilo gives.
 ///
-/// Nodes whose agents have not come up yet keep their places (`expected`, by the segments they will be
-/// in), so that the numbers of a new mesh do not depend on which agent was first.
+/// An address is left free for each segment of nodes whose agents have not started yet (`expected`), so that
+/// the addresses of a new mesh do not depend on the order in which agents start.
 fn wireguard_ips(
     claims: &mut Claims<'_>,
     settings: &Settings,
@@ -295,28 +301,28 @@ fn wireguard_ips(
     for pool in &settings.subnets {
         let mut holders = BTreeMap::<IpAddr, &NodeName>::new();
         let mut kept = BTreeMap::<&NodeName, IpAddr>::new();
-        let mut wishes = Vec::new();
+        let mut requests = Vec::new();
         for node in claims.by_age() {
-            let mut wished = node.wireguard_ips.iter().map(InterfaceAddr::addr);
-            if let Some(ip) = wished.find(|ip| ip.is_ipv6() == pool.addr().is_ipv6()) {
+            let mut requested = node.wireguard_ips.iter().map(InterfaceAddr::addr);
+            if let Some(ip) = requested.find(|ip| ip.is_ipv6() == pool.addr().is_ipv6()) {
                 let rank = node.ledger.rank(&Claim::Address(ip));
-                wishes.push((rank, node.created, &node.name, ip, node));
+                requests.push((rank, node.created, &node.name, ip, node));
             }
         }
-        wishes.sort_by_key(|(rank, created, name, ..)| (*rank, *created, *name));
-        for (.., ip, node) in wishes {
+        requests.sort_by_key(|(rank, created, name, ..)| (*rank, *created, *name));
+        for (.., ip, node) in requests {
             let meshed = claims.nodes[&node.name].is_meshed();
             let reason = if !is_host_of(pool, ip) {
                 Some(Reason::NotInSubnet)
             } else {
                 let holder = holders.get(&ip).copied().cloned();
-                holder.map(|holder| Reason::TakenBy(Subject::Node(holder)))
+                holder.map(|holder| Reason::TakenBy(Object::Node(holder)))
             };
             match reason {
                 Some(_) if !meshed => {}
                 Some(reason) => {
-                    let subject = Subject::Node(node.name.clone());
-                    claims.exclude(subject, Field::WireguardIp(ip), reason);
+                    let object = Object::Node(node.name.clone());
+                    claims.exclude(object, Field::WireguardIp(ip), reason);
                 }
                 None => {
                     holders.insert(ip, &node.name);
@@ -340,9 +346,9 @@ fn wireguard_ips(
                 match kept.get(&leader.name).copied().or_else(|| free.next()) {
                     Some(ip) => given.entry(leader.name.clone()).or_default().push(ip),
                     None => {
-                        let subject = Subject::Node(leader.name.clone());
+                        let object = Object::Node(leader.name.clone());
                         let field = Field::WireguardIp(pool.network());
-                        claims.exclude(subject, field, Reason::SubnetExhausted);
+                        claims.exclude(object, field, Reason::SubnetExhausted);
                     }
                 }
             }
@@ -356,15 +362,15 @@ fn wireguard_ips(
 
 /// The leaders in the order in which their observations count: public ones, then the older ones.
 ///
-/// A public leader is always reached, so it is the first to see that somebody moved; one behind NAT may
-/// never hear it. Who is no leader has no tunnels and saw nobody.
+/// Every peer reaches a public leader, so it is the first to observe a peer's new address; a leader behind NAT
+/// may never receive a packet from there. Other nodes have no tunnels and observe nothing.
 fn observers<'a>(leaders: &BTreeMap<&SegmentName, Vec<&'a Node>>) -> Vec<&'a Node> {
     let mut leaders = leaders.values().flatten().copied().collect::<Vec<_>>();
     leaders.sort_by_key(|leader| (!has_public_endpoint(leader), leader.created, &leader.name));
     leaders
 }
 
-/// Where the leaders saw the others: of two observations the first one's.
+/// The addresses at which the leaders observed the others. Of two observations the first leader's counts.
 fn discovered_endpoints(observers: &[&Node]) -> BTreeMap<PublicKey, SocketAddr> {
     let mut discovered = BTreeMap::new();
     for (key, address) in observers
@@ -381,11 +387,11 @@ fn discovered_endpoints(observers: &[&Node]) -> BTreeMap<PublicKey, SocketAddr> 
 /// The union over a segment's nodes, in the order Kilo prints it: as text.
 fn allowed_location_ips(
     nodes: &[&Node],
-    beliefs: &BTreeMap<&NodeName, Belief>,
+    accepted: &BTreeMap<&NodeName, Accepted>,
 ) -> Vec<ipnet::IpNet> {
     let mut nets = nodes
         .iter()
-        .flat_map(|node| beliefs[&node.name].allowed_location_ips.iter().copied())
+        .flat_map(|node| accepted[&node.name].allowed_location_ips.iter().copied())
         .collect::<Vec<_>>();
     nets.sort_by_cached_key(ToString::to_string);
     dedup(&mut nets);

@@ -1,8 +1,8 @@
-//! Which addresses are inside a region, so that flannel's plain VXLAN may go there.
+//! The addresses that are inside a region, so that flannel may send VXLAN there in clear.
 //!
-//! A label alone places no node: a kubelet may label its own Node. The networks of a region are those
-//! that the operator declares (`--region-cidr`), else the link network of the member that has been
-//! there longest. A member outside of them is reached through a tunnel of its own.
+//! A label alone does not put a node into a region, because a kubelet may label its own Node. The networks of a
+//! region are those that the operator declares (`--region-cidr`), else the link network of its oldest member.
+//! A member outside of them is reached through a tunnel of its own.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -26,7 +26,11 @@ impl Regions {
     ) -> Self {
         let mut eldest = BTreeMap::new();
         for (node, address) in members {
-            let rank = (node.ledger.rank(&place(node)), node.created, &node.name);
+            let rank = (
+                node.ledger.rank(&membership(node)),
+                node.created,
+                &node.name,
+            );
             let entry = eldest.entry(&node.region).or_insert((rank, address));
             if rank < entry.0 {
                 *entry = (rank, address);
@@ -41,20 +45,19 @@ impl Regions {
         Self { networks }
     }
 
-    /// The networks of a region; `None` where nothing tells them.
+    /// The networks of a region; `None` where they are not known.
     pub(super) fn networks(&self, region: &RegionName) -> Option<&[IpNet]> {
         self.networks.get(region).map(Vec::as_slice)
     }
 
-    /// Whether an address is inside a region, as far as the networks tell. Of a region that nothing is
-    /// known of, no address is.
+    /// Whether an address is in the networks of a region. Where those are not known, it is not.
     pub(super) fn contain(&self, region: &RegionName, ip: IpAddr) -> bool {
         let networks = self.networks(region).unwrap_or_default();
         networks.iter().any(|network| network.contains(&ip))
     }
 
-    /// The address with the part of its link's network that is the region's: what a node says of its
-    /// own link widens nothing.
+    /// The address with the part of its link's network that is inside the region's networks: a node cannot
+    /// widen its region by what it publishes about its link.
     pub(super) fn clip(&self, region: &RegionName, address: InterfaceAddr) -> InterfaceAddr {
         let networks = self.networks(region).unwrap_or_default();
         let ip = address.addr();
@@ -66,13 +69,13 @@ impl Regions {
     }
 }
 
-/// What a node claims by its label: a place in the segment of its region.
-pub(super) fn place(node: &Node) -> Claim {
+/// The claim that a node makes by its label: membership in its region.
+pub(super) fn membership(node: &Node) -> Claim {
     Claim::Region(SegmentName::Location(node.region.clone()))
 }
 
-/// The network of a node's link. A link of one address tells none, as in clouds that route
-/// everything: then it is the private block that the address is from.
+/// The network of a node's link. Where the link has one address alone, as in clouds that route everything, it
+/// is the private block that contains the address.
 fn link_network(address: InterfaceAddr) -> IpNet {
     if address.prefix_len() < address.max_prefix_len() {
         return address.trunc();
@@ -99,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_link_of_one_address_tells_the_private_block() {
+    fn a_link_of_one_address_stands_for_its_private_block() {
         for (address, network) in [
             ("192.168.50.11/24", "192.168.50.0/24"),
             ("10.0.0.2/32", "10.0.0.0/8"),
@@ -115,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_node_says_of_its_link_does_not_widen_its_region() {
+    fn a_nodes_link_network_does_not_widen_its_region() {
         let region = RegionName("nd".into());
         let network = "192.168.50.0/24".parse().unwrap();
         let regions = Regions {

@@ -11,8 +11,8 @@ use std::net::Ipv4Addr;
 use std::process::{Command, Output};
 
 use selvedge::graph;
-use selvedge::showconf::{Shape, Subject, showconf};
-use selvedge::topology::{Granularity, NodeName, Topology};
+use selvedge::showconf::{Shape, showconf};
+use selvedge::topology::{Granularity, NodeName, Object, Topology};
 use selvedge_lab::controlplane::program;
 use selvedge_lab::netns::require_root;
 use selvedge_lab::{ControlPlane, Namespace, Node, scratch};
@@ -22,12 +22,12 @@ use crate::mesh::Mesh;
 const MIXED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/testdata/mixed.yaml");
 
 fn of_node(topology: &Topology, name: &str) -> String {
-    let subject = Subject::Node(NodeName(name.into()));
-    showconf(topology, &subject, &Shape::default()).unwrap()
+    let object = Object::Node(NodeName(name.into()));
+    showconf(topology, &object, &Shape::default()).unwrap()
 }
 
 fn of_peer(topology: &Topology, name: &str) -> String {
-    showconf(topology, &Subject::Peer(name.into()), &Shape::default()).unwrap()
+    showconf(topology, &Object::Peer(name.into()), &Shape::default()).unwrap()
 }
 
 #[test]

@@ -7,9 +7,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use selvedge::cluster::{Object, ParseSettings, Rejected, node, peer};
+use selvedge::cluster::{ParseSettings, Rejected, node, peer};
 use selvedge::state::State;
-use selvedge::topology::{NodeName, Topology};
+use selvedge::topology::{NodeName, Object, Topology};
 use serde_json::{Value, json};
 
 mod annotations;

@@ -6,8 +6,8 @@
 
 #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use selvedge::showconf::{Shape, Subject, showconf};
-use selvedge::topology::{Granularity, NodeName, Topology};
+use selvedge::showconf::{Shape, showconf};
+use selvedge::topology::{Granularity, NodeName, Object, Topology};
 use selvedge::{graph, showconf};
 
 use crate::mesh::Mesh;
@@ -34,12 +34,12 @@ fn topology(yaml: &str, granularity: Granularity) -> Topology {
 }
 
 fn of_node(topology: &Topology, name: &str) -> String {
-    let subject = Subject::Node(NodeName(name.into()));
-    showconf(topology, &subject, &Shape::default()).unwrap()
+    let object = Object::Node(NodeName(name.into()));
+    showconf(topology, &object, &Shape::default()).unwrap()
 }
 
 fn of_peer(topology: &Topology, name: &str) -> String {
-    showconf(topology, &Subject::Peer(name.into()), &Shape::default()).unwrap()
+    showconf(topology, &Object::Peer(name.into()), &Shape::default()).unwrap()
 }
 
 fn node_as_peer(topology: &Topology, name: &str, output: showconf::Output) -> String {
@@ -48,7 +48,7 @@ fn node_as_peer(topology: &Topology, name: &str, output: showconf::Output) -> St
         output,
         ..Shape::default()
     };
-    showconf(topology, &Subject::Node(NodeName(name.into())), &shape).unwrap()
+    showconf(topology, &Object::Node(NodeName(name.into())), &shape).unwrap()
 }
 
 /// A public master and three agents behind one NAT.
@@ -134,9 +134,9 @@ PublicKey = 2qIH31BY62v4Mo4zMteu6LSuS0bmvPAhlnwP9IUMyJU=
     #[test]
     fn the_first_by_name_leads_a_region_of_two_equals() {
         let topology = six_clouds(Granularity::Location);
-        let subject = Subject::Node(NodeName("bd2.k3s".into()));
+        let object = Object::Node(NodeName("bd2.k3s".into()));
         assert_eq!(
-            showconf(&topology, &subject, &Shape::default())
+            showconf(&topology, &object, &Shape::default())
                 .unwrap_err()
                 .to_string(),
             "Node \"bd2.k3s\" is not a leader node; \"bd1.k3s\" leads location:baidu"

@@ -398,7 +398,7 @@ fn model_peers(mesh: &Mesh, hits: &Hits) -> Vec<(String, Vec<String>)> {
 
 /// Where the peers are: one that sends keepalives where anybody saw it, the first by segment and node;
 /// any other where its object says.
-fn model_whereabouts(
+fn model_peer_addresses(
     mesh: &Mesh,
     segments: &[ModelSegment],
     hits: &Hits,
@@ -518,11 +518,11 @@ fn beside_a_real_kilo_the_topology_is_kilos() {
         });
         prop_assert_eq!(peers.collect::<Vec<_>>(), model_peers(&mesh, &hits));
         let places = topology.peers.iter().map(|peer| {
-            let place = &topology.whereabouts[&peer.public_key];
+            let place = &topology.peer_addresses[&peer.public_key];
             (peer.name.clone(), place.discovered.or(place.address))
         });
         let places = places.collect::<BTreeMap<_, _>>();
-        prop_assert_eq!(places, model_whereabouts(&mesh, &expected, &hits));
+        prop_assert_eq!(places, model_peer_addresses(&mesh, &expected, &hits));
         for me in mesh.names() {
             entries_are_kilos(&mesh, &topology, &expected, me, &hits)?;
             annotations_are_kilos(&mesh, &topology, &expected, me)?;

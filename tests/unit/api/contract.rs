@@ -6,8 +6,8 @@ use std::net::Ipv4Addr;
 use std::pin::Pin;
 use std::time::Duration;
 
-use selvedge::cluster::{Access, Annotations, Notice, Object, annotation, withdraw};
-use selvedge::topology::NodeName;
+use selvedge::cluster::{Access, Annotations, Notice, annotation, withdraw};
+use selvedge::topology::{NodeName, Object};
 use serde_json::{Value, json};
 
 use super::bench::{KEY, Server, eventually, node_names, peer, sources};

@@ -3,7 +3,8 @@
 //! `cross`, which Kilo does not have, is shown in `kilo_tutorial`.
 
 use selvedge::graph;
-use selvedge::showconf::{Shape, Subject, showconf};
+use selvedge::showconf::{Shape, showconf};
+use selvedge::topology::Object;
 use selvedge::wireguard::key::PresharedKey;
 
 use super::golden::{Difference, annotations, wireguard, with_a_real_kilo};
@@ -249,8 +250,8 @@ fn annotations_are_kilos_with_our_mark() {
 #[test]
 fn showconf_is_kilos() {
     let shown =
-        |mesh: &Mesh, subject| showconf(&mesh.topology(), &subject, &Shape::default()).unwrap();
-    let of_node = |mesh: &Mesh, name: &str| shown(mesh, Subject::Node(NodeName(name.into())));
+        |mesh: &Mesh, object| showconf(&mesh.topology(), &object, &Shape::default()).unwrap();
+    let of_node = |mesh: &Mesh, name: &str| shown(mesh, Object::Node(NodeName(name.into())));
     let psk = PresharedKey([7; 32]).0;
     let psk = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, psk);
     let (a1, b1, b2, laptop) = (key(1), key(3), key(4), key(9));
@@ -283,7 +284,7 @@ PublicKey = {laptop}
             )
         );
         assert_eq!(
-            shown(&mesh, Subject::Peer("laptop".into())),
+            shown(&mesh, Object::Peer("laptop".into())),
             format!(
                 "\
 [Peer]

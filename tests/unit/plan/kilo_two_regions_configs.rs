@@ -2,7 +2,8 @@
 //! operator does. Worked out by hand from Kilo's rules; with our algorithm and with Kilo's it is the same.
 
 use selvedge::graph;
-use selvedge::showconf::{Shape, Subject, showconf};
+use selvedge::showconf::{Shape, showconf};
+use selvedge::topology::Object;
 
 use super::golden::{Difference, annotations, wireguard, with_a_real_kilo};
 use super::*;
@@ -227,8 +228,8 @@ fn showconf_is_kilos() {
             as_peer,
             ..Shape::default()
         };
-        let subject = Subject::Node(NodeName(name.into()));
-        showconf(&mesh.topology(), &subject, &shape).map_err(|error| error.to_string())
+        let object = Object::Node(NodeName(name.into()));
+        showconf(&mesh.topology(), &object, &shape).map_err(|error| error.to_string())
     };
     for mesh in both() {
         assert_eq!(

@@ -330,7 +330,7 @@ fn a_public_leader_is_the_first_to_see_that_somebody_moved() {
     let seen = &mut mesh.node("node-master").discovered_endpoints;
     seen.insert(key, here);
 
-    assert_eq!(mesh.topology().whereabouts[&key].discovered, Some(here));
+    assert_eq!(mesh.topology().peer_addresses[&key].discovered, Some(here));
 }
 
 #[test]
