@@ -2,7 +2,7 @@
 # Builds the tunnels that bench/tunnel.sh compares with, from their published sources.
 #
 #   bench/peers.sh        wireguard-go and Tailscale's fork of it (Go modules), boringtun-cli and
-#                         gotatun-cli (crates.io)
+#                         gotatun-cli (published crates)
 #
 # They go to ${SELVEDGE_CACHE:-$HOME/.cache/selvedge}/bin; what is there is not built again.
 set -euo pipefail

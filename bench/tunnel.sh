@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares tunnels in userspace on this machine: both ends of each in two network namespaces, one
-# after the other within each repetition, so that ratios hold though the machine's mood changes.
+# after the other within each repetition, so that ratios hold although the load of the machine changes.
 #
 #   bench/tunnel.sh [-r REPETITIONS=5] [-t SECONDS=3] [-m MODES=veth,nic,nogro] [-i NAMES] [-T TESTS]
 #                   [-o RESULTS.jsonl]            runs, and prints a report in Markdown
@@ -14,7 +14,7 @@
 # MODES, the link between the namespaces:
 #   veth    bundles of datagrams cross it as they are, as within one host
 #   nic     the kernel cuts bundles up and joins them again on receipt, as a good network card does
-#   nogro   every datagram arrives alone, the worst case
+#   nogro   every datagram arrives on its own, the worst case
 #
 # A result is one JSON object per line: {tunnel, mode, repetition, metric, value}. Metrics end in
 # their unit; *_cpu_s_per_gb is processor time of both daemons per 10^9 bytes carried. The metrics of
