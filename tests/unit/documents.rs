@@ -109,6 +109,63 @@ fn every_case_of_the_evidence_has_a_test_and_a_control_where_it_says() {
     }
 }
 
+/// A row may name a file instead, such as the lints that forbid clocks.
+#[test]
+fn every_invariant_of_the_architecture_names_a_test_that_exists() {
+    let text = fs::read_to_string(Path::new(ROOT).join("ARCHITECTURE.md")).unwrap();
+    let (_, table) = text.split_once("\n| invariant | tested in |\n").unwrap();
+    let (table, _) = table.split_once("\n\n").unwrap();
+    let rows: Vec<_> = table.lines().skip(1).collect();
+    assert!(rows.len() >= 26, "{} rows", rows.len());
+    let code = code(&["src", "tests", "lab/src"]);
+    for row in rows {
+        let cells: Vec<_> = row.trim_matches('|').split(" | ").collect();
+        let [_, shown] = cells[..] else {
+            panic!("not two cells: {row}");
+        };
+        let names: Vec<_> = quoted(shown).collect();
+        assert!(!names.is_empty(), "shown by nothing: {row}");
+        for name in names {
+            let exists = has_test(&code, name) || Path::new(ROOT).join(name).exists();
+            assert!(exists, "no test is called {name}: {row}");
+        }
+    }
+}
+
+/// Paths of files of the repository, as documents name them: from its root, or from `src`.
+#[test]
+fn every_file_that_a_document_names_exists() {
+    let root = Path::new(ROOT);
+    let mut checked = 0;
+    for document in [
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "README.md",
+        "SECURITY.md",
+        "bench/README.md",
+        "docs/evidence.md",
+        "docs/ipv6.md",
+        "docs/migration.md",
+    ] {
+        let text = fs::read_to_string(root.join(document)).unwrap();
+        for name in quoted(&text) {
+            let name = name.split_whitespace().next().unwrap_or_default();
+            let file = name.ends_with(".rs") || name.ends_with(".sh");
+            let inside = ["tests/", "bench/", "lab/", "scripts/", "docs/", "deploy/"];
+            let inside = inside.iter().any(|directory| name.starts_with(directory));
+            let placeholder = name.contains(['*', '{', '<']);
+            if (file || inside) && !placeholder {
+                let exists = ["", "src"]
+                    .iter()
+                    .any(|base| root.join(base).join(name).exists());
+                assert!(exists, "{document} names {name}, which is not there");
+                checked += 1;
+            }
+        }
+    }
+    assert!(checked > 20, "only {checked} files are named");
+}
+
 /// Each promise of SECURITY.md names what shows it.
 #[test]
 fn every_row_of_security_names_a_test_that_exists() {
@@ -171,11 +228,11 @@ fn every_flag_of_the_agent_is_in_the_migration_guide_and_every_flag_there_exists
     let ours: BTreeSet<_> = help.split_whitespace().filter_map(flag).collect();
     assert!(ours.len() > 20, "{ours:?}");
     let section = section("Flags");
-    let told: BTreeSet<_> = quoted(&section).filter_map(flag).collect();
+    let named: BTreeSet<_> = quoted(&section).filter_map(flag).collect();
 
     // Flags that change nothing here are accepted, and not shown to anybody.
     // The version is asked of the program, as of kg, and not of its agent.
-    let hidden = told.difference(&ours).filter(|flag| *flag != "version");
+    let hidden = named.difference(&ours).filter(|flag| *flag != "version");
     for flag in hidden {
         let output = Command::new(env!("CARGO_BIN_EXE_selvedge"))
             .args(["agent", &format!("--{flag}="), "--log-level=loud"])
@@ -187,24 +244,24 @@ fn every_flag_of_the_agent_is_in_the_migration_guide_and_every_flag_there_exists
             "--{flag} of the guide: {complaint}"
         );
     }
-    let untold: Vec<_> = ours
-        .difference(&told)
+    let missing: Vec<_> = ours
+        .difference(&named)
         .filter(|flag| *flag != "help")
         .collect();
-    assert!(untold.is_empty(), "not in the guide: {untold:?}");
+    assert!(missing.is_empty(), "not in the guide: {missing:?}");
 }
 
 #[test]
 fn every_annotation_that_is_published_is_in_the_migration_guide() {
     let section = section("Annotations and labels");
-    let told: BTreeSet<_> = quoted(&section).collect();
+    let named: BTreeSet<_> = quoted(&section).collect();
     for key in annotation::PUBLISHED {
         let short = key.strip_prefix("kilo.squat.ai/").unwrap_or(key);
-        assert!(told.contains(short), "{key} is not in the guide");
+        assert!(named.contains(short), "{key} is not in the guide");
     }
 }
 
-/// Kilo's public interface, as its documentation and its programs tell it, by the guide's sections.
+/// Kilo's public interface, as its documentation and its programs describe it, by the guide's sections.
 #[test]
 fn nothing_of_kilos_interface_is_missing_in_the_migration_guide() {
     let interface = [
