@@ -48,7 +48,7 @@ evidence:
 	$(CARGO) build --quiet --workspace --bins
 	$(CARGO) run --quiet --example evidence -- $(ARGS)
 
-# Documentation is made for those who work on it, so it may link to what is private.
+# The documentation is for developers, so it may link to private items.
 check:
 	$(CARGO) fmt --all --check
 	scripts/vendor-boringtun --check

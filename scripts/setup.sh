@@ -19,7 +19,7 @@ programs=(ip:iproute2 bridge:iproute2 nft:nftables iptables:iptables wg:wireguar
 [[ $what != test ]] || programs+=(iptables-legacy:iptables conntrack:conntrack tcpdump:tcpdump iperf3:iperf3
   ethtool:ethtool openssl:openssl flock:util-linux /usr/lib/cni/bridge:containernetworking-plugins)
 
-# Programs for administrators are not on everybody's path.
+# Programs for administrators are not on every user's path.
 export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 missing=() names=()

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 
-/// The envelope of a file: its format and checksum, and the content.
+/// How a file of the state directory begins: with what tells whether the rest may be believed.
 #[derive(Deserialize, Serialize)]
 pub(crate) struct Envelope<'a> {
     format: u32,
@@ -25,14 +25,14 @@ impl<'a> Envelope<'a> {
         }
     }
 
-    /// Reads the state from the text of an envelope of this `format`.
+    /// Takes the state out of the text of an envelope of this `format`.
     ///
     /// # Errors
     ///
-    /// The text is damaged or has another format. No error quotes it, because it may hold preshared
-    /// keys.
+    /// When the text is damaged or of another format. No error repeats any of it, because there may be
+    /// preshared keys in it.
     pub(crate) fn open(text: &'a str, format: u32) -> anyhow::Result<&'a RawValue> {
-        // Errors of serde quote the text, so they are dropped.
+        // Errors of serde quote the text.
         let envelope: Self = serde_json::from_str(text).ok().context("it is damaged")?;
         ensure!(
             envelope.format == format,

@@ -96,7 +96,7 @@ fn run(choice: Choice) -> anyhow::Result<()> {
     let start = Instant::now();
     let progress = |what: &str| {
         println!("[{:5.1} s] {what}", start.elapsed().as_secs_f64());
-        // Whoever watches a pipe sees it now, too.
+        // A reader at the other end of a pipe sees it at once.
         let _ = std::io::stdout().flush();
     };
     let options = Options {
@@ -128,13 +128,13 @@ fn run(choice: Choice) -> anyhow::Result<()> {
     let servers = Servers::start(&lab.places_of_all_families())?;
 
     show::nodes(&lab)?;
-    progress("control run: flannel alone");
+    progress("control run: flannel without Selvedge");
     let matrix = Matrix::ask(&places, |to| to.pod.then_some((to.address, PORT)));
-    show::matrix("who reaches whose pod, without Selvedge", &matrix);
+    show::matrix("which place reaches which pod, without Selvedge", &matrix);
 
     progress("selvedge: nodes labelled and annotated, one agent each");
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/selvedge-k3s.yaml");
-    lab.join(&Mesh::scenario(&binary, &manifest))?;
+    lab.join(&Mesh::annotated(&binary, &manifest))?;
     progress("all agents are ready");
     let patience = Duration::from_secs(15);
     wait_for("a first answer through the tunnel", patience, || {
@@ -144,18 +144,21 @@ fn run(choice: Choice) -> anyhow::Result<()> {
         show::installed(&lab, &name)?;
     }
     show::wireguard(&lab)?;
-    progress("everybody calls everybody");
+    progress("all pods and nodes call each other");
     let (mut asked, mut failed) = (0, Vec::new());
     for family in lab.families() {
         let view = lab.of(family);
         let matrix = Matrix::ask(&view.places(), |to| Some((to.address, PORT)));
-        show::matrix("who reaches whom, by pod IP and InternalIP", &matrix);
+        show::matrix(
+            "which place reaches which, by pod IP and InternalIP",
+            &matrix,
+        );
         asked += matrix.asked();
         failed.extend(matrix.failures());
         if choice.real {
             println!(
                 "by ClusterIP: {}\n",
-                claims::everybody_reaches_everybody(&view, By::Service)?
+                claims::all_places_reach_each_other(&view, By::Service)?
             );
         }
         println!(

@@ -1,4 +1,4 @@
-//! What the lab prints of itself: what an operator would look at, with the commands that show it.
+//! What the lab prints: what an operator would look at, with the commands that show it.
 
 use std::path::Path;
 use std::process::Command;
@@ -49,7 +49,7 @@ pub(crate) fn installed(lab: &Lab, name: &str) -> anyhow::Result<()> {
         .map(|line| format!("ip {} {line}", family.option()))
     });
     for line in lines {
-        // A table that nobody needs does not exist.
+        // A table without routes does not exist.
         let text = node.run(&line).unwrap_or_default();
         if !text.trim().is_empty() {
             println!("  # {line}");
@@ -123,7 +123,7 @@ pub(crate) fn hints(lab: &mut Lab) -> anyhow::Result<()> {
         let kubectl = "~/.cache/selvedge/bin/labcp kubectl --kubeconfig";
         hints.push((
             format!("ip netns exec {prefix}-node-agent-01 ip link delete flannel.1"),
-            "flannel makes it again, Selvedge tells it what it forgot",
+            "flannel makes it again, Selvedge restores the entries that flannel forgets",
         ));
         hints.push((
             format!(

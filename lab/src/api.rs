@@ -82,7 +82,7 @@ pub struct Options {
     pub tls: bool,
     /// Addresses for its certificate beside the one it listens on.
     pub addresses: Vec<IpAddr>,
-    /// Users by token; everybody is let in when there are none.
+    /// Users by token; every caller is accepted when there are none.
     pub tokens: BTreeMap<String, String>,
     /// Time between bookmarks; a minute on real servers.
     pub bookmarks: Duration,
@@ -439,7 +439,7 @@ impl Drop for Api {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // A panic in there has printed itself.
+            // A panic in there has been printed.
             let _ = thread.join();
         }
     }
@@ -455,7 +455,7 @@ async fn accept(
         let (stream, _) = listener.accept().await?;
         let faults = shared.state().faults.clone();
         if faults.refuse {
-            // A reset, as from a port where nobody listens.
+            // A reset, as from a port without a server.
             let _ = stream.set_zero_linger();
             continue;
         }

@@ -23,7 +23,7 @@ pub enum ApiServer {
     StandIn(StandIn),
 }
 
-/// The stand-in's process: it lets everybody in and does no more than answer.
+/// The stand-in's process: it accepts every caller and does no more than answer.
 #[derive(Debug)]
 pub struct StandIn {
     process: Process,
@@ -42,7 +42,7 @@ impl ApiServer {
         Ok(Self::Real(Box::new(plane)))
     }
 
-    /// Starts the stand-in on a node that has the public address itself.
+    /// Starts the stand-in on a node whose network card has the public address.
     ///
     /// # Errors
     ///
@@ -71,7 +71,7 @@ impl ApiServer {
         }))
     }
 
-    /// A client with all rights, connecting on the master itself.
+    /// A client with all rights, connecting from the master.
     #[must_use]
     pub fn admin(&self) -> &Client {
         match self {

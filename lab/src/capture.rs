@@ -1,7 +1,7 @@
 //! Listening to the internet of a lab: what crossed it, and whether anything of it was readable.
 //!
-//! tcpdump records all links of a namespace; the file is read here, without believing in ports or
-//! protocols beyond the outer headers.
+//! tcpdump records all links of a namespace; the file is read here, by the outer
+//! headers alone, whatever ports and protocols say.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,7 +24,7 @@ const VXLAN_PORT: u16 = 8472;
 /// Linux "cooked" capture, version 2, which tcpdump writes for `-i any`.
 const LINKTYPE_LINUX_SLL2: u32 = 276;
 
-/// Where nobody listens, for the datagram that ends a capture.
+/// A port without a server, for the datagram that ends a capture.
 const DISCARD_PORT: u16 = 9;
 /// How long tcpdump may take to write what has been captured, on a machine with much else to do.
 const WRITING: Duration = Duration::from_secs(60);

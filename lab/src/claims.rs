@@ -1,7 +1,7 @@
 //! Claims about a lab in which Selvedge runs, each of which a test states in its own name.
 //!
-//! They measure from outside: sockets, captures, `ip`, `nft`, `wg` and `/proc`, never the agent's
-//! own opinion of itself, except where that opinion is the claim.
+//! They measure from outside: sockets, captures, `ip`, `nft`, `wg` and `/proc`, never what
+//! the agent reports, except where its report is the claim.
 //!
 //! A claim about addresses is one about those of one family: of the lab's primary one, or of that
 //! which [`Lab::of`] names.
@@ -45,7 +45,7 @@ pub enum By {
 /// # Errors
 ///
 /// When a pair does not answer; the error lists them.
-pub fn everybody_reaches_everybody(lab: &impl Places, by: By) -> anyhow::Result<String> {
+pub fn all_places_reach_each_other(lab: &impl Places, by: By) -> anyhow::Result<String> {
     let places = lab.places();
     let matrix = ask(lab.lab(), &places, by);
     let failures = matrix.failures();
@@ -59,13 +59,13 @@ pub fn everybody_reaches_everybody(lab: &impl Places, by: By) -> anyhow::Result<
     Ok(format!("{} ordered pairs", matrix.asked()))
 }
 
-/// The same, at the latest after a time: where a node is seen is told through the API, and while an
-/// address is still taken for somebody's endpoint, hosts go there directly.
+/// The same, at the latest after a time: observed endpoints are published through the API, and while an
+/// address still counts as a leader's endpoint, hosts send there directly.
 ///
 /// # Errors
 ///
 /// When a pair still does not answer; the error lists them.
-pub fn everybody_comes_to_reach_everybody(
+pub fn all_places_come_to_reach_each_other(
     lab: &impl Places,
     by: By,
     patience: Duration,
@@ -121,14 +121,14 @@ pub fn only_regions_are_connected(lab: &impl Places) -> anyhow::Result<String> {
 /// # Errors
 ///
 /// When a pair does not answer.
-pub fn everybody_reaches_every_pod(lab: &impl Places) -> anyhow::Result<String> {
+pub fn all_places_reach_every_pod(lab: &impl Places) -> anyhow::Result<String> {
     let matrix = Matrix::ask(&lab.places(), |to| to.pod.then_some((to.address, PORT)));
     let failures = matrix.failures();
     ensure!(failures.is_empty(), "{matrix}\n{}", failures.join("\n"));
     Ok(format!("{} ordered pairs", matrix.asked()))
 }
 
-/// Inside each region everybody reaches everybody, hosts by their `InternalIP` too.
+/// Inside each region all places reach each other, hosts by their `InternalIP` too.
 ///
 /// # Errors
 ///
@@ -142,7 +142,7 @@ pub fn regions_are_undisturbed(lab: &Lab) -> anyhow::Result<String> {
                 continue;
             }
             let server = SocketAddr::from((to.address, PORT));
-            crate::traffic::who(&from.namespace, server)
+            crate::traffic::source_seen(&from.namespace, server)
                 .with_context(|| format!("{} -> {}", from.name, to.name))?;
             asked += 1;
         }
@@ -173,7 +173,7 @@ pub enum Pairs {
     /// All.
     All,
     /// All but hosts of other regions to a host's public address: they reach it without any
-    /// overlay, in clear, and that is their own business.
+    /// overlay, in clear, which the mesh does not concern.
     BesidesPublicHosts,
 }
 
@@ -243,7 +243,8 @@ pub fn master_reaches_every_kubelet(lab: &impl Places) -> anyhow::Result<String>
         .filter(|place| !place.pod && place.node != MASTER)
     {
         let kubelet = SocketAddr::from((place.address, KUBELET_PORT));
-        crate::traffic::who(&master.namespace, kubelet).with_context(|| place.name.clone())?;
+        crate::traffic::source_seen(&master.namespace, kubelet)
+            .with_context(|| place.name.clone())?;
     }
     Ok(String::new())
 }
@@ -261,7 +262,7 @@ pub struct WgPeer {
     pub keepalive: String,
 }
 
-/// What `wg show kilo0` tells on a node.
+/// What `wg show kilo0` prints on a node.
 ///
 /// # Errors
 ///
@@ -321,7 +322,7 @@ pub fn reached_within(
     let server = SocketAddr::from((to.address, PORT));
     let what = format!("{} -> {}", from.name, to.name);
     wait_for(&what, patience, || {
-        crate::traffic::who(&from.namespace, server).is_ok()
+        crate::traffic::source_seen(&from.namespace, server).is_ok()
     })
 }
 
@@ -330,17 +331,21 @@ pub fn reached_within(
 ///
 /// # Errors
 ///
-/// When nobody answers, or somebody farther away does, or with another size.
-pub fn too_large_is_told_at_home(lab: &Lab, node: &str, to: IpAddr) -> anyhow::Result<String> {
+/// When there is no answer, or one from farther away, or one with another size.
+pub fn too_large_is_refused_by_its_own_node(
+    lab: &Lab,
+    node: &str,
+    to: IpAddr,
+) -> anyhow::Result<String> {
     let pod = lab.pod(node)?;
     // With 8 bytes of ICMP and the header of IP what the pod's link of 1450 takes.
-    let (size, complaint) = match Family::of(to) {
+    let (payload, complaint) = match Family::of(to) {
         Family::V4 => (1422, "Frag needed"),
         Family::V6 => (1402, "Packet too big"),
     };
     let output = pod
         .namespace()
-        .attempt(&format!("ping -M do -s {size} -c 1 -W 2 {to}"))?;
+        .attempt(&format!("ping -M do -s {payload} -c 1 -W 2 {to}"))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let complaint = text
         .lines()
@@ -353,11 +358,11 @@ pub fn too_large_is_told_at_home(lab: &Lab, node: &str, to: IpAddr) -> anyhow::R
         .and_then(|word| word.trim_end_matches(':').parse().ok())
         .with_context(|| complaint.to_owned())?;
     let at_home = homes.iter().any(|home| home.contains(&from));
-    ensure!(at_home, "{node} is {homes:?}, but was told by {from}");
+    ensure!(at_home, "{node} is {homes:?}, but {from} answered");
     let mtu = lab.node(node)?.run("cat /sys/class/net/kilo0/mtu")?;
-    let told = complaint.trim_end_matches(')').rsplit(['=', ' ']).next();
+    let size = complaint.trim_end_matches(')').rsplit(['=', ' ']).next();
     ensure!(
-        told == Some(mtu.trim()),
+        size == Some(mtu.trim()),
         "the tunnel takes {mtu}: {complaint}"
     );
     Ok(complaint.trim().to_owned())
@@ -384,9 +389,9 @@ pub fn own_state(lab: &Lab, node: &str) -> anyhow::Result<String> {
         lines.push(format!("ip {option} -br address show dev kilo0"));
     }
     for line in lines {
-        // What is not there is state as well.
+        // That something is missing is state as well.
         let text = node.run(&line).unwrap_or_else(|error| error.to_string());
-        // The kernel lists IPv6 addresses by their age, and nobody goes by it.
+        // The kernel lists IPv6 addresses by their age, which means nothing here.
         let mut words: Vec<&str> = text.split_whitespace().collect();
         words.sort_unstable();
         let text = if line.contains(" address ") {
@@ -470,7 +475,7 @@ fn route_deletion(family: Family, table: u32, route: &str) -> String {
     format!("ip {option} route delete {target} table {table} {metric}")
 }
 
-/// Breaks something on a node and waits until Selvedge's state is what it was; tells how long.
+/// Breaks something on a node and waits until Selvedge's state is what it was; returns how long that took.
 ///
 /// # Errors
 ///

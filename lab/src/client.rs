@@ -203,7 +203,7 @@ impl Client {
 ///
 /// # Errors
 ///
-/// When nobody listens there or does not speak HTTP.
+/// When no server listens there, or one that does not speak HTTP.
 pub fn get_plain(
     namespace: &Path,
     server: SocketAddr,

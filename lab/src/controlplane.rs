@@ -33,7 +33,7 @@ pub fn kubernetes_service(primary: Family) -> IpAddr {
 /// How a control plane is reached, and what it hands out.
 #[derive(Clone, Debug)]
 pub struct Reach {
-    /// The address under which everybody else reaches the API server.
+    /// The address under which all others reach the API server.
     pub public: IpAddr,
     /// What the service `kubernetes` stands for: an address of the primary family.
     pub advertised: IpAddr,
@@ -119,7 +119,7 @@ pub fn program(name: &str) -> anyhow::Result<PathBuf> {
 
 impl ControlPlane {
     /// Starts all parts on `node` and waits until the API server is ready (three to four seconds
-    /// on two idle cores); everybody else reaches it as `reach` says.
+    /// on two idle cores); all others reach it as `reach` says.
     ///
     /// # Errors
     ///
@@ -194,7 +194,7 @@ impl ControlPlane {
         Ok(plane)
     }
 
-    /// A client with all rights, connecting on the master itself.
+    /// A client with all rights, connecting from the master.
     #[must_use]
     pub fn admin(&self) -> &Client {
         &self.admin

@@ -40,7 +40,7 @@ impl Dumps {
     /// dumped now.
     #[must_use]
     pub fn difference(&self, earlier: &Self) -> String {
-        let mut told = String::new();
+        let mut summary = String::new();
         let only = |place: &str, one: &str, other: &str, sign: char| -> String {
             one.lines()
                 .filter(|line| !other.lines().any(|same| same == *line))
@@ -52,11 +52,11 @@ impl Dumps {
                 let was = earlier.0.get(node).and_then(|dumps| dumps.get(command));
                 let was = was.map(String::as_str).unwrap_or_default();
                 let place = format!("{node}: {command}");
-                told += &only(&place, was, now, '-');
-                told += &only(&place, now, was, '+');
+                summary += &only(&place, was, now, '-');
+                summary += &only(&place, now, was, '+');
             }
         }
-        told
+        summary
     }
 }
 

@@ -16,10 +16,10 @@ pub enum Family {
 /// The families of pods, services and `InternalIP`s.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Inner {
-    /// IPv4 alone.
+    /// Only IPv4.
     #[default]
     V4,
-    /// IPv6 alone: flannel runs without IPv4.
+    /// Only IPv6: flannel runs without IPv4.
     V6,
     /// Both.
     Dual,

@@ -28,7 +28,7 @@ use crate::controlplane::program;
 use crate::lab::Lab;
 use crate::process::{Process, wait_for};
 
-/// Kilo checks in every 30 s, and tells only then where it saw its peers.
+/// Kilo checks in every 30 s, and publishes only then where it saw its peers.
 const CHECK_IN: Duration = Duration::from_secs(5);
 /// How often the cluster is looked at; `kg` watches it.
 const LOOK: Duration = Duration::from_millis(300);
@@ -91,7 +91,7 @@ impl Kg {
             conf: node.outside("/run/kg.conf"),
             log: node.log("kg"),
             api: lab.api().clone(),
-            told: None,
+            published: None,
             applied: Applied::default(),
         };
         let stop = Arc::new(AtomicBool::new(false));
@@ -145,7 +145,7 @@ struct Machine {
     log: PathBuf,
     api: Client,
     /// What was published last, and when.
-    told: Option<(Value, Instant)>,
+    published: Option<(Value, Instant)>,
     applied: Applied,
 }
 
@@ -208,7 +208,7 @@ impl Machine {
         let nodes = list["items"].as_array().context("a list of nodes")?;
         let now = unix_now();
         let segments = by_name(nodes.iter().filter_map(|node| read(node, now)));
-        // What this node sees itself, then what others tell, in the order of segments and names.
+        // What this node sees itself, then what others publish, in the order of segments and names.
         let mut discovered = self.heard()?;
         for node in segments.values().flatten() {
             for (key, endpoint) in &node.discovered {
@@ -235,8 +235,8 @@ impl Machine {
         let own = nodes
             .iter()
             .find(|node| node["metadata"]["name"] == json!(self.name));
-        self.tell(own.context("this node")?, ip, &discovered)?;
-        // It applies nothing while it does not count itself.
+        self.publish(own.context("this node")?, ip, &discovered)?;
+        // It applies nothing while its own Node does not count.
         match mine {
             Some(mine) => self.apply(&segments, mine),
             None => Ok(()),
@@ -254,8 +254,8 @@ impl Machine {
         Ok(peers.collect())
     }
 
-    /// Checks in when it is time, when something of it changed, or when somebody took it away.
-    fn tell(
+    /// Checks in when it is time, when something of it changed, or when it was taken away.
+    fn publish(
         &mut self,
         own: &Value,
         ip: Option<Ipv4Addr>,
@@ -280,9 +280,9 @@ impl Machine {
             kilo("cni-compatibility-ip"): "",
         });
         let fresh = self
-            .told
+            .published
             .as_ref()
-            .is_some_and(|(told, at)| *told == facts && at.elapsed() < CHECK_IN);
+            .is_some_and(|(published, at)| *published == facts && at.elapsed() < CHECK_IN);
         if fresh && annotation("key") == Some(&self.key) {
             return Ok(());
         }
@@ -291,7 +291,7 @@ impl Machine {
         let patch = json!({"metadata": {"annotations": annotations}});
         self.api
             .merge(&format!("/api/v1/nodes/{}", self.name), &patch)?;
-        self.told = Some((facts, Instant::now()));
+        self.published = Some((facts, Instant::now()));
         Ok(())
     }
 

@@ -26,10 +26,11 @@ use crate::traffic::Place;
 mod agents;
 mod bringup;
 mod dump;
+mod fixture;
 mod places;
 mod reboot;
 
-pub use agents::{Access, Mesh, SCENARIO_FLAGS};
+pub use agents::{AGENT_FLAGS, Access, Mesh};
 pub use bringup::{register_node, status};
 pub use places::{OfFamily, Places};
 
@@ -45,7 +46,7 @@ pub enum Proxy {
     Nftables,
 }
 
-/// Who plays Kubernetes and flannel.
+/// Which programs act as Kubernetes and flannel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Parts {
     /// The real kube-apiserver, etcd, flanneld and CNI plugins.
@@ -254,7 +255,7 @@ impl Lab {
             .arg("kubectl")
             .arg("--kubeconfig")
             .arg(self.plane()?.kubeconfig_path("admin"))
-            // What it learnt of another lab's API server, which had the same address, is not true here.
+            // A cache of another lab's API server, at the same address, would be wrong here.
             .arg("--cache-dir")
             .arg(self.directory().join("kubectl"))
             .args(arguments);

@@ -25,7 +25,7 @@ pub fn teardown(prefix: &str) -> anyhow::Result<usize> {
     let namespaces = namespaces(prefix)?;
     let processes = processes(&namespaces);
     for pid in &processes {
-        // It may have ended by itself.
+        // It may have ended already.
         let _ = kill(*pid, Signal::SIGTERM);
     }
     let gone = || processes_alive(&processes) == 0;
@@ -44,7 +44,7 @@ pub fn teardown(prefix: &str) -> anyhow::Result<usize> {
 fn namespaces(prefix: &str) -> anyhow::Result<Vec<PathBuf>> {
     let start = format!("{prefix}-");
     let Ok(entries) = fs::read_dir("/run/netns") else {
-        // Nobody has made one since the machine started.
+        // There was none since the machine started.
         return Ok(Vec::new());
     };
     let mut found = Vec::new();
@@ -57,7 +57,7 @@ fn namespaces(prefix: &str) -> anyhow::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The processes that live in one of the namespaces, told by the inode of what they live in.
+/// The processes that live in one of the namespaces, found by the inode of the namespace.
 fn processes(namespaces: &[PathBuf]) -> Vec<Pid> {
     let inode = |path: &Path| fs::metadata(path).ok().map(|data| data.ino());
     let inodes: Vec<u64> = namespaces.iter().filter_map(|path| inode(path)).collect();

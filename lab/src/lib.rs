@@ -1,7 +1,7 @@
 //! The test bench of Selvedge: network namespaces, the parts of a flannel cluster that run in
 //! them, and the questions a test asks about packets.
 //!
-//! Tests and `examples/lab` share it; the product itself never depends on it.
+//! Tests and `examples/lab` share it; the product never depends on it.
 
 pub mod api;
 pub mod apiserver;

@@ -1,10 +1,10 @@
-//! Who reaches whom: every ordered pair of places, asked at once.
+//! Which place reaches which: every ordered pair of places, asked at once.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use crate::traffic::{Place, who};
+use crate::traffic::{Place, source_seen};
 
 /// The answers of all pairs. A pair is ordered: from, to.
 #[derive(Clone, Debug, Default)]
@@ -27,7 +27,7 @@ impl Matrix {
             let threads: Vec<_> = pairs
                 .filter_map(|(from, to)| Some((from, to, target(to)?)))
                 .map(|(from, to, server)| {
-                    let ask = move || who(&from.namespace, SocketAddr::from(server));
+                    let ask = move || source_seen(&from.namespace, SocketAddr::from(server));
                     ((from.name.clone(), to.name.clone()), scope.spawn(ask))
                 })
                 .collect();

@@ -70,7 +70,7 @@ impl Namespace {
         self.keep = true;
     }
 
-    /// A command that will run inside; its process id is that of `program` itself.
+    /// A command that will run inside; its process id is that of `program`.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("ip");
@@ -189,7 +189,7 @@ impl Drop for Namespace {
         if self.keep {
             return;
         }
-        // Errors have nobody to go to here; the next run has other names in any case.
+        // There is no caller to return an error to; the next run has other names in any case.
         let path = self.path();
         let _ = umount2(&path, MntFlags::MNT_DETACH);
         let _ = fs::remove_file(path);

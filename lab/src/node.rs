@@ -50,7 +50,7 @@ impl Node {
         Self::with_addresses(name, &[address.into()], namespace, directory)
     }
 
-    /// The same, with an address of each family that Kubernetes is told, the primary one first.
+    /// The same, with an address of each family for Kubernetes, the primary one first.
     ///
     /// # Errors
     ///
@@ -120,7 +120,7 @@ impl Node {
         &mut self.namespace
     }
 
-    /// Where a file that the node sees under `/run` or `/var/lib` lies for everybody else.
+    /// Where a file that the node sees under `/run` or `/var/lib` lies on the host.
     ///
     /// Other paths are the same for all.
     #[must_use]
@@ -254,10 +254,10 @@ mod tests {
         let directory = crate::scratch("nodes").unwrap();
         let (one, two) = (node("one", directory.path()), node("two", directory.path()));
 
-        one.within(|| fs::write("/run/who", "one")).unwrap();
+        one.within(|| fs::write("/run/name", "one")).unwrap();
 
-        assert_eq!(fs::read_to_string(one.outside("/run/who")).unwrap(), "one");
-        assert!(two.run("cat /run/who").is_err());
+        assert_eq!(fs::read_to_string(one.outside("/run/name")).unwrap(), "one");
+        assert!(two.run("cat /run/name").is_err());
         assert_eq!(one.run("hostname").unwrap().trim(), "one");
     }
 

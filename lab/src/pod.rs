@@ -21,7 +21,7 @@ pub struct Pod {
     addresses: Vec<IpAddr>,
 }
 
-/// What a node's `subnet.env` tells about its pods.
+/// What a node's `subnet.env` says about its pods.
 struct Subnet {
     /// The bridge's addresses, with the lengths of the pod CIDRs.
     gateways: Vec<IpNet>,

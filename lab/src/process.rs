@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 /// How long a process may take to end after SIGTERM before it is killed: many seconds on a busy machine.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// How often a condition that somebody waits for is looked at.
+/// How often a condition that is waited for is checked.
 const POLL: Duration = Duration::from_millis(20);
 
 /// A running program in a process group of its own, stopped when the value is dropped.
@@ -88,7 +88,7 @@ impl Process {
         let _ = killpg(group, signal);
     }
 
-    /// Asks it to end (SIGTERM), waits, and tells how it ended; kills it after twenty seconds.
+    /// Asks it to end (SIGTERM), waits, and returns how it ended; kills it after twenty seconds.
     ///
     /// # Errors
     ///
@@ -104,7 +104,7 @@ impl Process {
         let _ = self.child.wait();
     }
 
-    /// Waits until it ends by itself, and tells how.
+    /// Waits until it ends without being stopped, and returns how.
     ///
     /// # Errors
     ///
@@ -136,7 +136,7 @@ impl Drop for Process {
     }
 }
 
-/// Waits until `condition` holds, and tells how long that took.
+/// Waits until `condition` holds, and returns how long that took.
 ///
 /// # Errors
 ///

@@ -1,4 +1,4 @@
-//! The network of scenario 000 in namespaces: a master with a public address, a private data centre
+//! The network of two regions in namespaces: a master with a public address, a private data centre
 //! behind a NAT router that admits nothing inbound, and, if asked, a third region.
 //!
 //! ```text
@@ -107,11 +107,20 @@ impl Default for Shape {
     }
 }
 
-/// The address under which everybody reaches the master over IPv4.
+/// The address under which all nodes reach the master over IPv4.
 pub const MASTER_PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
 
 /// The name of the master.
 pub const MASTER: &str = "node-master";
+
+/// The node that leads the data centre, where the operator or the order of the names decides.
+pub const LEADER: &str = "node-agent-01";
+
+/// A node of the data centre that follows [`LEADER`].
+pub const FOLLOWER: &str = "node-agent-02";
+
+/// The node that leads the third region.
+pub const THIRD_LEADER: &str = "node-third-01";
 
 /// A network that is up; taken down when the value is dropped.
 #[derive(Debug)]
@@ -167,7 +176,7 @@ impl Site {
         }
     }
 
-    /// The region that scenario 000 labels the site's nodes with.
+    /// The region that the site's nodes are labelled with.
     #[must_use]
     pub fn region(self) -> &'static str {
         match self {
@@ -192,7 +201,7 @@ impl Shape {
         self.wan == family || self.inner.has(family)
     }
 
-    /// The address under which everybody reaches the master.
+    /// The address under which all nodes reach the master.
     #[must_use]
     pub fn master_public(&self) -> IpAddr {
         match self.wan {
@@ -545,7 +554,7 @@ impl Network {
                  ip route add default via {a}.{b}.{c}.1"
             ))?;
         }
-        // Not by router advertisements: who forwards ignores them.
+        // Not by router advertisements: a host that forwards ignores them.
         let (own, global) = (site.unique_local(v6), site.global(v6));
         let public = shape.wan == Family::V6 && site == Site::Cloud;
         let v6 = if public { global } else { own };
@@ -625,7 +634,7 @@ fn internet(prefix: &str, shape: Shape) -> anyhow::Result<Namespace> {
     Ok(internet)
 }
 
-/// New namespaces inherit some sysctls from whoever runs the test; start from known ones.
+/// New namespaces inherit some sysctls from the process that runs the test; start from known ones.
 fn relax(namespace: &Namespace) -> anyhow::Result<()> {
     namespace.sysctl("ipv4/conf/all/rp_filter", "0")?;
     namespace.sysctl("ipv4/conf/default/rp_filter", "0")?;

@@ -1,4 +1,4 @@
-//! Traffic between the places of a lab: small servers in every place, and clients that ask them who
+//! Traffic between the places of a lab: small servers in every place, and clients that ask them which
 //! they see, move megabytes and compare every byte, or count what is lost while something happens.
 
 use std::collections::BTreeSet;
@@ -93,7 +93,7 @@ impl Servers {
 /// # Errors
 ///
 /// When it does not answer within a few seconds.
-pub fn who(from: &Path, to: SocketAddr) -> anyhow::Result<IpAddr> {
+pub fn source_seen(from: &Path, to: SocketAddr) -> anyhow::Result<IpAddr> {
     let mut stream = connect(from, to)?;
     stream.write_all(&0_u64.to_be_bytes())?;
     let mut answer = String::new();
@@ -109,7 +109,10 @@ pub fn who(from: &Path, to: SocketAddr) -> anyhow::Result<IpAddr> {
 ///
 /// When a byte differs, or when nothing moves for ten seconds.
 pub fn transfer(from: &Path, to: SocketAddr, bytes: u64) -> anyhow::Result<Duration> {
-    ensure!(bytes > 0, "a transfer of nothing is the question `who`");
+    ensure!(
+        bytes > 0,
+        "a transfer of nothing is the question `source_seen`"
+    );
     let start = Instant::now();
     let mut stream = connect(from, to)?;
     stream.write_all(&bytes.to_be_bytes())?;
@@ -185,7 +188,7 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Whoever reads it wants to know how it began, and not two thousand numbers.
+        // A reader needs to know how it began, not two thousand numbers.
         const SHOWN: usize = 5;
         let Self { sent, silence, .. } = self;
         let lost = self.lost();
@@ -239,12 +242,12 @@ impl Stream {
         Self::go_on(socket)
     }
 
-    /// Starts sending where somebody has just answered: for claims about what a change does to traffic
+    /// Starts sending where a server has just answered: for claims about what a change does to traffic
     /// that flows, not about how traffic begins.
     ///
     /// # Errors
     ///
-    /// When no socket can be made there, or nobody answers within ten seconds.
+    /// When no socket can be made there, or no answer comes within ten seconds.
     pub fn start_warm(from: &Path, to: SocketAddr) -> anyhow::Result<Self> {
         const PATIENCE: Duration = Duration::from_secs(10);
         let socket = within_path(from, || unbound(to))??;
@@ -277,7 +280,7 @@ impl Stream {
         Ok(Self { stop, worker })
     }
 
-    /// Stops sending, waits half a second for what is under way, and tells what happened.
+    /// Stops sending, waits half a second for what is under way, and reports what happened.
     ///
     /// # Errors
     ///
@@ -398,7 +401,7 @@ impl Conversation {
     ///
     /// # Errors
     ///
-    /// When nobody answers.
+    /// When the server does not answer.
     pub fn start(from: &Path, to: SocketAddr) -> anyhow::Result<Self> {
         let stream = connect(from, to)?;
         stream.set_read_timeout(Some(Self::PATIENCE))?;
@@ -411,7 +414,7 @@ impl Conversation {
         Ok(Self { stop, worker })
     }
 
-    /// Ends it and tells what happened; nothing is ever lost on a connection that holds.
+    /// Ends it and reports what happened; nothing is ever lost on a connection that holds.
     ///
     /// # Errors
     ///
@@ -486,7 +489,7 @@ async fn accept(listener: tokio::net::TcpListener) {
 /// Instead of a length: whatever follows comes back at once.
 const ECHO: u64 = u64::MAX;
 
-/// The protocol: eight bytes of length. Zero asks who is calling, [`ECHO`] for an echo; else that much
+/// The protocol: eight bytes of length. Zero asks for the caller's address, [`ECHO`] for an echo; else that much
 /// payload follows, is answered by a verdict of one byte, and is returned.
 async fn serve(mut stream: tokio::net::TcpStream, peer: IpAddr) -> io::Result<()> {
     let bytes = stream.read_u64().await?;
@@ -591,7 +594,10 @@ mod tests {
         let _servers = Servers::start(std::slice::from_ref(&place)).unwrap();
         let server = SocketAddr::from((place.address, PORT));
 
-        assert_eq!(who(&place.namespace, server).unwrap(), Ipv4Addr::LOCALHOST);
+        assert_eq!(
+            source_seen(&place.namespace, server).unwrap(),
+            Ipv4Addr::LOCALHOST
+        );
         transfer(&place.namespace, server, 10_000_000).unwrap();
     }
 

@@ -61,7 +61,7 @@ fn state(backend: Backend, parts: Parts) -> anyhow::Result<State> {
             }
         }
     }
-    // flannel draws its devices' addresses by lot, and pod CIDRs go to whoever comes first.
+    // flannel's devices have random addresses, and pod CIDRs go to the node that comes first.
     for text in state.values_mut() {
         for (name, meaning) in &names {
             *text = text.replace(name, meaning);
@@ -73,7 +73,7 @@ fn state(backend: Backend, parts: Parts) -> anyhow::Result<State> {
     Ok(state)
 }
 
-/// Without counters, comments, link numbers and entries the kernel makes for itself.
+/// Without counters, comments, link numbers and entries that the kernel adds.
 fn steady(text: &str) -> String {
     let mut lines = Vec::new();
     for line in text.lines() {

@@ -1,7 +1,7 @@
 //! The API server hangs, on a real flannel and a real kube-apiserver: nothing that works stops
 //! working, and an agent that starts meanwhile, even after a reboot, does its work from its cache.
 //!
-//! The server is stopped in its tracks and not ended: its connections stand, and nobody answers.
+//! The server is stopped by SIGSTOP and not ended: its connections stay open, and no answer comes.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -11,16 +11,11 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use selvedge_lab::claims::{self, By};
 use selvedge_lab::lab::{Mesh, Options};
-use selvedge_lab::netns::unique_prefix;
-use selvedge_lab::topology::MASTER;
-use selvedge_lab::traffic::Servers;
-use selvedge_lab::{Lab, Steps, scratch, wait_for};
+use selvedge_lab::topology::{FOLLOWER, LEADER, MASTER};
+use selvedge_lab::{Lab, Steps, wait_for};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
-
-const LEADER: &str = "node-agent-01";
-const FOLLOWER: &str = "node-agent-02";
 
 /// A tunnel is up within two seconds of the agent's start; a busy CI machine gets some more.
 const START: Duration = Duration::from_secs(15);
@@ -28,7 +23,7 @@ const START: Duration = Duration::from_secs(15);
 const LIVE_AGAIN: Duration = Duration::from_secs(120);
 
 fn mesh() -> Mesh<'static> {
-    Mesh::scenario(Path::new(SELVEDGE), Path::new(MANIFEST))
+    Mesh::annotated(Path::new(SELVEDGE), Path::new(MANIFEST))
 }
 
 fn main() -> ExitCode {
@@ -38,15 +33,8 @@ fn main() -> ExitCode {
 }
 
 fn run(steps: &mut Steps) -> Option<()> {
-    let mut lab = steps.required("the_cluster_comes_up", || {
-        Lab::up(
-            &unique_prefix(),
-            scratch("outage")?,
-            Options::default(),
-            &|_| {},
-        )
-    })?;
-    let _servers = Servers::start(&lab.places()).ok()?;
+    let (mut lab, _servers) =
+        steps.cluster("the_cluster_comes_up", "outage", Options::default())?;
     steps.required("all_agents_become_ready", || {
         let time = lab.join(&mesh())?;
         claims::reached_within(&lab, "pod@node-agent-03", "pod@node-master", START)?;
@@ -60,8 +48,8 @@ fn run(steps: &mut Steps) -> Option<()> {
         ensure!(!lab.api().ready(), "it still answers");
         Ok(String::new())
     })?;
-    steps.step("everybody_still_reaches_everybody", || {
-        claims::everybody_reaches_everybody(&lab, By::OwnAddress)
+    steps.step("all_pods_and_nodes_still_reach_each_other", || {
+        claims::all_places_reach_each_other(&lab, By::OwnAddress)
     });
     for node in [LEADER, FOLLOWER, MASTER] {
         let name = node.replace('-', "_");
@@ -75,8 +63,8 @@ fn run(steps: &mut Steps) -> Option<()> {
             starts(&mut lab, node)
         });
     }
-    steps.step("everybody_reaches_everybody_after_all_this", || {
-        claims::everybody_reaches_everybody(&lab, By::OwnAddress)
+    steps.step("all_pods_and_nodes_reach_each_other_after_all_this", || {
+        claims::all_places_reach_each_other(&lab, By::OwnAddress)
     });
     steps.required("the_api_server_goes_on", || {
         lab.plane()?.freeze(false);
@@ -84,8 +72,8 @@ fn run(steps: &mut Steps) -> Option<()> {
         Ok(format!("{:.1} s", time.as_secs_f64()))
     })?;
     steps.step("all_agents_follow_the_cluster_again", || follow(&lab));
-    steps.step("everybody_reaches_everybody_in_the_end", || {
-        claims::everybody_reaches_everybody(&lab, By::OwnAddress)
+    steps.step("all_pods_and_nodes_reach_each_other_in_the_end", || {
+        claims::all_places_reach_each_other(&lab, By::OwnAddress)
     });
     Some(())
 }

@@ -21,17 +21,15 @@ use selvedge_lab::capture::{Capture, Findings};
 use selvedge_lab::claims;
 use selvedge_lab::controlplane::POD_NETWORK;
 use selvedge_lab::lab::{Mesh, Options};
-use selvedge_lab::netns::{unique_prefix, within_path};
-use selvedge_lab::topology::{MASTER, Shape, Third};
+use selvedge_lab::netns::within_path;
+use selvedge_lab::topology::{FOLLOWER, LEADER, MASTER, Shape, Third};
 use selvedge_lab::traffic::{MAGIC, PORT, Servers};
-use selvedge_lab::{Lab, Steps, scratch, wait_for};
+use selvedge_lab::{Lab, Steps, wait_for};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
 const STATE: &str = "/var/lib/selvedge";
 
-const LEADER: &str = "node-agent-01";
-const FOLLOWER: &str = "node-agent-02";
 const FAR: &str = "node-third-02";
 
 /// How long is sent and listened while a node has no agent.
@@ -40,7 +38,7 @@ const LOOK: Duration = Duration::from_secs(3);
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn mesh() -> Mesh<'static> {
-    Mesh::scenario(Path::new(SELVEDGE), Path::new(MANIFEST))
+    Mesh::annotated(Path::new(SELVEDGE), Path::new(MANIFEST))
 }
 
 fn main() -> ExitCode {
@@ -58,10 +56,8 @@ fn run(steps: &mut Steps) -> Option<()> {
         },
         ..Options::default()
     };
-    let mut lab = steps.required("the_cluster_comes_up", || {
-        Lab::up(&unique_prefix(), scratch("boot")?, options, &|_| {})
-    })?;
-    let mut servers = vec![Servers::start(&lab.places()).ok()?];
+    let (mut lab, servers) = steps.cluster("the_cluster_comes_up", "boot", options)?;
+    let mut servers = vec![servers];
 
     steps.required(
         "the_very_first_boot_leaves_in_clear_until_the_agents_first_pass",
@@ -78,8 +74,8 @@ fn run(steps: &mut Steps) -> Option<()> {
     })?;
     steps.step("beside_a_running_agent_the_guard_does_nothing", || {
         let before = claims::own_state(&lab, FOLLOWER)?;
-        let told = guard(&lab, FOLLOWER)?;
-        ensure!(told.contains("the agent runs"), "{told}");
+        let output = guard(&lab, FOLLOWER)?;
+        ensure!(output.contains("the agent runs"), "{output}");
         ensure!(
             claims::own_state(&lab, FOLLOWER)? == before,
             "it did something"
@@ -103,8 +99,8 @@ fn run(steps: &mut Steps) -> Option<()> {
         command.arg("cleanup");
         let output = lab.node(FOLLOWER)?.output(command)?;
         ensure!(output.status.success(), "{output:?}");
-        let told = guard(&lab, FOLLOWER)?;
-        ensure!(told.contains("nothing is to be guarded"), "{told}");
+        let output = guard(&lab, FOLLOWER)?;
+        ensure!(output.contains("nothing is to be guarded"), "{output}");
         let rules = lab.node(FOLLOWER)?.run("ip rule")?;
         ensure!(!rules.contains("513"), "{rules}");
         Ok(String::new())
@@ -116,7 +112,7 @@ fn run(steps: &mut Steps) -> Option<()> {
 fn first_boot(lab: &mut Lab) -> anyhow::Result<String> {
     let mesh = mesh();
     lab.kubectl_apply(mesh.manifest)?;
-    lab.annotate_scenario()?;
+    lab.annotate_nodes()?;
     let capture = capture(lab, "first")?;
     let sender = Sender::start(lab, &format!("pod@{MASTER}"), &[&format!("pod@{LEADER}")])?;
     sleep(Duration::from_secs(1));
@@ -167,9 +163,9 @@ fn boots_unguarded(lab: &mut Lab, node: &str) -> anyhow::Result<String> {
 fn boots_guarded(lab: &mut Lab, servers: &mut Vec<Servers>, node: &str) -> anyhow::Result<String> {
     lab.power_off(node)?;
     let begun = Instant::now();
-    let told = guard(lab, node)?;
+    let output = guard(lab, node)?;
     let time = begun.elapsed();
-    ensure!(told.contains("guard this node until"), "{told}");
+    ensure!(output.contains("guard this node until"), "{output}");
 
     let silent = capture(lab, &format!("guarded-{node}"))?;
     let host = from_host(lab, node)?;
@@ -251,7 +247,7 @@ fn capture(lab: &Lab, name: &str) -> anyhow::Result<Capture> {
     Capture::start(lab.network().internet(), &file)
 }
 
-/// Sends recognisable datagrams every two milliseconds, whatever the network says to them.
+/// Sends recognisable datagrams every two milliseconds, whatever errors the network returns.
 struct Sender {
     end: Arc<AtomicBool>,
     refused: Arc<AtomicU32>,

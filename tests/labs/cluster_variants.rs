@@ -17,10 +17,8 @@ use selvedge_lab::claims::{self, By, Pairs};
 use selvedge_lab::controlplane::POD_NETWORK;
 use selvedge_lab::flannel::{Backend, Firewall};
 use selvedge_lab::lab::{Access, Mesh, Options, Proxy};
-use selvedge_lab::netns::unique_prefix;
 use selvedge_lab::topology::{MASTER, Master, Nat, Shape, Third};
-use selvedge_lab::traffic::Servers;
-use selvedge_lab::{Lab, Steps, scratch, wait_for};
+use selvedge_lab::{Lab, Steps, wait_for};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
@@ -30,7 +28,7 @@ struct Variant {
     name: &'static str,
     options: Options,
     access: Access,
-    /// Whether the nodes get scenario 000's annotations, or only their regions' labels.
+    /// Whether the nodes are annotated, or have only their regions' labels.
     annotate: bool,
 }
 
@@ -129,11 +127,11 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
     if !steps.selects(name) {
         return None;
     }
-    let mut lab = steps.required(&format!("{name}::the_cluster_comes_up"), || {
-        Lab::up(&unique_prefix(), scratch("variants")?, *options, &|_| {})
-    })?;
-    let places = lab.places();
-    let _servers = Servers::start(&places).ok()?;
+    let (mut lab, _servers) = steps.cluster(
+        &format!("{name}::the_cluster_comes_up"),
+        "variants",
+        *options,
+    )?;
     let routed = options.shape.routed;
     if routed {
         steps.step(
@@ -150,7 +148,7 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
     let mesh = Mesh {
         access: *access,
         annotate: *annotate,
-        ..Mesh::scenario(Path::new(SELVEDGE), Path::new(MANIFEST))
+        ..Mesh::annotated(Path::new(SELVEDGE), Path::new(MANIFEST))
     };
     steps.required(&format!("{name}::all_agents_become_ready"), || {
         let time = lab.join(&mesh)?;
@@ -166,9 +164,10 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
         || joined(&lab),
     );
     if overlapping {
-        steps.step(&format!("{name}::everybody_reaches_every_pod"), || {
-            claims::everybody_reaches_every_pod(&lab)
-        });
+        steps.step(
+            &format!("{name}::all_pods_and_nodes_reach_every_pod"),
+            || claims::all_places_reach_every_pod(&lab),
+        );
         steps.step(&format!("{name}::pods_reach_pods_everywhere"), || {
             claims::pods_keep_their_address(&lab)
         });
@@ -177,12 +176,13 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
             || claims::regions_are_undisturbed(&lab),
         );
     } else {
-        steps.step(&format!("{name}::everybody_reaches_everybody"), || {
-            claims::everybody_reaches_everybody(&lab, By::OwnAddress)
-        });
         steps.step(
-            &format!("{name}::everybody_reaches_everybody_by_cluster_ip"),
-            || claims::everybody_reaches_everybody(&lab, By::Service),
+            &format!("{name}::all_pods_and_nodes_reach_each_other"),
+            || claims::all_places_reach_each_other(&lab, By::OwnAddress),
+        );
+        steps.step(
+            &format!("{name}::all_pods_and_nodes_reach_each_other_by_cluster_ip"),
+            || claims::all_places_reach_each_other(&lab, By::Service),
         );
         steps.step(
             &format!("{name}::a_server_sees_the_address_of_the_pod"),
@@ -224,8 +224,8 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
     );
     if !annotate {
         steps.step(
-            &format!("{name}::leaders_and_addresses_are_found_out"),
-            || found_out(&lab),
+            &format!("{name}::leaders_and_addresses_are_agreed_without_annotations"),
+            || agreed(&lab),
         );
     }
     Some(())
@@ -235,7 +235,7 @@ fn run(steps: &mut Steps, variant: &Variant) -> Option<()> {
 fn in_clear(lab: &Lab) -> anyhow::Result<String> {
     let file = lab.directory().join("flannel-alone.pcap");
     let capture = Capture::start(lab.network().internet(), &file)?;
-    let reached = claims::everybody_reaches_every_pod(lab)?;
+    let reached = claims::all_places_reach_every_pod(lab)?;
     let findings = capture.finish(POD_NETWORK.parse()?)?;
     ensure!(!findings.nothing_in_clear(), "{findings}");
     Ok(format!("{reached}: {findings}"))
@@ -243,15 +243,15 @@ fn in_clear(lab: &Lab) -> anyhow::Result<String> {
 
 /// The leaders speak from and to their private addresses, which no router has translated.
 fn untranslated(lab: &Lab) -> anyhow::Result<String> {
-    let mut told = Vec::new();
+    let mut summary = Vec::new();
     for (leader, other) in [(MASTER, "node-agent-01"), ("node-agent-01", MASTER)] {
         let expected = format!("{}:51820", lab.node(other)?.address());
         let peers = claims::wg_show(lab, leader)?;
         let endpoints = peers.iter().map(|peer| peer.endpoint.as_str());
         ensure!(endpoints.eq([expected.as_str()]), "{leader}: {peers:?}");
-        told.push(format!("{leader} to {expected}"));
+        summary.push(format!("{leader} to {expected}"));
     }
-    Ok(told.join(", "))
+    Ok(summary.join(", "))
 }
 
 /// From the last node of each region to the last of each other one.
@@ -272,9 +272,9 @@ fn joined(lab: &Lab) -> anyhow::Result<String> {
 
 /// Without annotations the agents still agree on leaders and number them.
 ///
-/// Who begins first leads first, and keeps its number when another leads: numbers tell no leaders, but
-/// the tunnel's link does, which is up on nobody else.
-fn found_out(lab: &Lab) -> anyhow::Result<String> {
+/// The first node to start leads first, and keeps its number when another one leads. So a leader is known by
+/// the tunnel's link, which is up on leaders only.
+fn agreed(lab: &Lab) -> anyhow::Result<String> {
     let mut leaders = Vec::new();
     wait_for(
         "a leader in each of two regions",
@@ -291,11 +291,11 @@ fn found_out(lab: &Lab) -> anyhow::Result<String> {
     )
     .with_context(|| format!("{leaders:?}"))?;
     for (addresses, name) in &leaders {
-        let told = wireguard_ip(lab, name).with_context(|| format!("{name} has no number"))?;
-        let (address, _) = told.split_once('/').unwrap_or_default();
+        let published = wireguard_ip(lab, name).with_context(|| format!("{name} has no number"))?;
+        let (address, _) = published.split_once('/').unwrap_or_default();
         ensure!(
-            told.starts_with("10.4.") && addresses.contains(&format!(" {address}/")),
-            "{name} tells {told} and has {addresses}"
+            published.starts_with("10.4.") && addresses.contains(&format!(" {address}/")),
+            "{name} publishes {published} and has {addresses}"
         );
     }
     Ok(format!("{leaders:?}"))

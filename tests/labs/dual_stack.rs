@@ -3,7 +3,7 @@
 //!
 //! Each is a master and a data centre of two nodes behind a router, with strict reverse path filters
 //! and a FORWARD policy of DROP; IPv6 is never translated, so there the router is a firewall that
-//! admits nothing inbound. What holds for both families alike is shown in `two_regions_behind_nat`.
+//! admits nothing inbound. What applies to both families alike is shown in `two_regions_behind_nat`.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -12,22 +12,16 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use selvedge_lab::capture::Capture;
 use selvedge_lab::claims::{self, By, Pairs};
 use selvedge_lab::dumps::Dumps;
 use selvedge_lab::family::{Family, Inner};
-use selvedge_lab::lab::{Access, Mesh, Options, Places as _, Proxy, SCENARIO_FLAGS};
-use selvedge_lab::netns::unique_prefix;
-use selvedge_lab::topology::{MASTER, Shape};
-use selvedge_lab::traffic::{PORT, Servers, shout};
-use selvedge_lab::{Lab, Steps, scratch, wait_for};
+use selvedge_lab::lab::{AGENT_FLAGS, Access, Mesh, Options, Places as _, Proxy};
+use selvedge_lab::topology::{FOLLOWER, LEADER, MASTER, Shape};
+use selvedge_lab::traffic::{PORT, shout};
+use selvedge_lab::{Lab, Steps, wait_for};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
-
-/// The data centre's leader and its follower.
-const LEADER: &str = "node-agent-01";
-const FOLLOWER: &str = "node-agent-02";
 
 /// Repairs are promised within one second; a busy CI machine gets some more before it is a failure.
 const REPAIR: Duration = Duration::from_secs(5);
@@ -96,16 +90,17 @@ fn run(steps: &mut Steps, case: &Case) -> Option<()> {
         proxy: Proxy::Iptables,
         ..Options::default()
     };
-    let mut lab = steps.required(&format!("{name}::the_cluster_comes_up"), || {
-        Lab::up(&unique_prefix(), scratch("dual-stack")?, options, &|_| {})
-    })?;
-    let _servers = Servers::start(&lab.places_of_all_families()).ok()?;
+    let (mut lab, _servers) = steps.cluster(
+        &format!("{name}::the_cluster_comes_up"),
+        "dual-stack",
+        options,
+    )?;
     without_selvedge(steps, name, &lab);
     let before = steps.required(&format!("{name}::the_nodes_are_dumped"), || {
         Dumps::take(&lab)
     })?;
 
-    let mut flags = SCENARIO_FLAGS.to_vec();
+    let mut flags = AGENT_FLAGS.to_vec();
     flags.push("--subnet=10.4.0.0/16,fd0a:4::/64");
     let mesh = Mesh {
         binary: Path::new(SELVEDGE),
@@ -115,7 +110,7 @@ fn run(steps: &mut Steps, case: &Case) -> Option<()> {
         annotate: false,
     };
     steps.required(&format!("{name}::all_agents_become_ready"), || {
-        lab.annotate_scenario()?;
+        lab.annotate_nodes()?;
         let wish = (
             "kilo.squat.ai/wireguard-ip",
             Some("10.4.0.2/16,fd0a:4::77/64"),
@@ -124,7 +119,7 @@ fn run(steps: &mut Steps, case: &Case) -> Option<()> {
         let time = lab.join(&mesh)?;
         Ok(format!("{time:.1?} after the last was started"))
     })?;
-    let capture = wan_capture(&lab, "ready").ok()?;
+    let capture = lab.capture_internet("ready").ok()?;
     for family in lab.families() {
         reachability(steps, name, &lab, family);
     }
@@ -156,7 +151,7 @@ fn run(steps: &mut Steps, case: &Case) -> Option<()> {
     );
     if case.faults {
         steps.step(
-            &format!("{name}::a_node_with_ipv6_off_keeps_ipv4_and_says_so_once"),
+            &format!("{name}::a_node_with_ipv6_off_keeps_ipv4_and_warns_once"),
             || ipv6_off(&mut lab, &mesh),
         );
     }
@@ -177,7 +172,7 @@ fn without_selvedge(steps: &mut Steps, name: &str, lab: &Lab) {
         steps.step(
             &format!("{name}::flannel_alone_sends_{inner}_of_pods_in_clear"),
             || {
-                let capture = wan_capture(lab, "flannel-alone")?;
+                let capture = lab.capture_internet("flannel-alone")?;
                 let from = lab.of(family).place("pod@node-master")?;
                 let to = lab.of(family).place("pod@node-agent-01")?;
                 for _ in 0..20 {
@@ -198,25 +193,25 @@ fn reachability(steps: &mut Steps, name: &str, lab: &Lab, family: Family) {
     steps.step(
         &format!("{name}::the_regions_are_joined_by_{inner}"),
         || {
-            let mut told = Vec::new();
+            let mut summary = Vec::new();
             for (from, to) in [
                 ("pod@node-agent-02", "pod@node-master"),
                 ("pod@node-master", "pod@node-agent-02"),
                 ("node-master", "node-agent-01"),
             ] {
                 let time = claims::reached_within(&view, from, to, JOINED)?;
-                told.push(format!("{from} -> {to} after {time:.1?} more"));
+                summary.push(format!("{from} -> {to} after {time:.1?} more"));
             }
-            Ok(told.join(", "))
+            Ok(summary.join(", "))
         },
     );
     steps.step(
-        &format!("{name}::everybody_reaches_everybody_by_{inner}"),
-        || claims::everybody_reaches_everybody(&view, By::OwnAddress),
+        &format!("{name}::all_pods_and_nodes_reach_each_other_by_{inner}"),
+        || claims::all_places_reach_each_other(&view, By::OwnAddress),
     );
     steps.step(
-        &format!("{name}::everybody_reaches_every_service_by_{inner}"),
-        || claims::everybody_reaches_everybody(&view, By::Service),
+        &format!("{name}::all_pods_and_nodes_reach_every_service_by_{inner}"),
+        || claims::all_places_reach_each_other(&view, By::Service),
     );
     steps.step(
         &format!("{name}::a_server_sees_the_pods_own_{inner}_address"),
@@ -242,8 +237,8 @@ fn reachability(steps: &mut Steps, name: &str, lab: &Lab, family: Family) {
         &format!("{name}::an_{inner}_packet_too_large_is_refused_by_its_own_node"),
         || {
             let master = view.place("pod@node-master")?.address;
-            claims::too_large_is_told_at_home(lab, LEADER, master)?;
-            claims::too_large_is_told_at_home(lab, FOLLOWER, master)
+            claims::too_large_is_refused_by_its_own_node(lab, LEADER, master)?;
+            claims::too_large_is_refused_by_its_own_node(lab, FOLLOWER, master)
         },
     );
     steps.step(
@@ -292,7 +287,7 @@ fn backstops(lab: &Lab, family: Family) -> anyhow::Result<String> {
 
 /// Both leaders speak over the family of the internet.
 fn endpoints(lab: &Lab, wan: Family) -> anyhow::Result<String> {
-    let mut told = Vec::new();
+    let mut summary = Vec::new();
     for leader in [MASTER, LEADER] {
         let peers = claims::wg_show(lab, leader)?;
         ensure!(peers.len() == 1, "{leader} has {} peers", peers.len());
@@ -301,9 +296,9 @@ fn endpoints(lab: &Lab, wan: Family) -> anyhow::Result<String> {
             Family::of(endpoint.ip()) == wan,
             "{leader} sends to {endpoint}"
         );
-        told.push(format!("{leader} -> {endpoint}"));
+        summary.push(format!("{leader} -> {endpoint}"));
     }
-    Ok(told.join(", "))
+    Ok(summary.join(", "))
 }
 
 fn faults(steps: &mut Steps, name: &str, lab: &Lab) {
@@ -316,8 +311,8 @@ fn faults(steps: &mut Steps, name: &str, lab: &Lab) {
     for family in Family::BOTH {
         let inner = family_name(family);
         steps.step(
-            &format!("{name}::everybody_still_reaches_everybody_by_{inner}"),
-            || claims::everybody_reaches_everybody(&lab.of(family), By::OwnAddress),
+            &format!("{name}::all_pods_and_nodes_still_reach_each_other_by_{inner}"),
+            || claims::all_places_reach_each_other(&lab.of(family), By::OwnAddress),
         );
     }
 }
@@ -357,7 +352,7 @@ fn ipv6_off(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
         warnings.join("\n")
     );
     claims::what_is_deleted_is_repaired(lab, FOLLOWER, Family::V4, REPAIR)?;
-    claims::everybody_reaches_everybody(&lab.of(Family::V4), By::OwnAddress)?;
+    claims::all_places_reach_each_other(&lab.of(Family::V4), By::OwnAddress)?;
     let log = std::fs::read_to_string(lab.node(FOLLOWER)?.log("agent"))?;
     ensure!(
         log.get(before..)
@@ -365,10 +360,10 @@ fn ipv6_off(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
             .matches("IPv6 is off")
             .count()
             == 1,
-        "it was said again that IPv6 is off"
+        "the warning that IPv6 is off was repeated"
     );
     let (status, _) = lab.ask_agent(FOLLOWER, "/ready")?;
-    ensure!(status == 200, "/ready says {status}");
+    ensure!(status == 200, "/ready answers {status}");
     Ok(String::new())
 }
 
@@ -377,9 +372,4 @@ fn family_name(family: Family) -> &'static str {
         Family::V4 => "ipv4",
         Family::V6 => "ipv6",
     }
-}
-
-fn wan_capture(lab: &Lab, name: &str) -> anyhow::Result<Capture> {
-    let file = lab.directory().join(format!("{name}.pcap"));
-    Capture::start(lab.network().internet(), &file)
 }

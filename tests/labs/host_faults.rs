@@ -1,4 +1,4 @@
-//! What the field does to a node, on a real flannel and a real kube-apiserver: large frames on the NIC, a
+//! What happens to hosts in production, on a real flannel and a real kube-apiserver: large frames on the NIC, a
 //! region label that goes and comes, a cloned disk, a port that is taken, a kernel and a firewall that
 //! forward nothing.
 //!
@@ -18,18 +18,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use selvedge_lab::claims;
-use selvedge_lab::lab::{Mesh, Options, SCENARIO_FLAGS};
-use selvedge_lab::netns::unique_prefix;
-use selvedge_lab::topology::{MASTER, Shape};
-use selvedge_lab::traffic::{PORT, Servers, Stream};
-use selvedge_lab::{Lab, Namespace, Steps, scratch, wait_for};
+use selvedge_lab::lab::{AGENT_FLAGS, Mesh, Options};
+use selvedge_lab::topology::{FOLLOWER, LEADER, MASTER, Shape};
+use selvedge_lab::traffic::{PORT, Stream};
+use selvedge_lab::{Lab, Namespace, Steps, wait_for};
 use serde_json::Value;
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
 
-const LEADER: &str = "node-agent-01";
-const FOLLOWER: &str = "node-agent-02";
 const REGION: &str = "topology.kubernetes.io/region";
 
 /// The agent looks each second; a busy CI machine gets some more.
@@ -51,13 +48,10 @@ fn run(steps: &mut Steps) -> Option<()> {
         },
         ..Options::default()
     };
-    let mut lab = steps.required("the_cluster_comes_up", || {
-        Lab::up(&unique_prefix(), scratch("hosts")?, options, &|_| {})
-    })?;
-    let _servers = Servers::start(&lab.places()).ok()?;
+    let (mut lab, _servers) = steps.cluster("the_cluster_comes_up", "hosts", options)?;
     steps.required("all_agents_become_ready_with_nics_of_9000_bytes", || {
         large_frames(&lab)?;
-        let mesh = Mesh::scenario(Path::new(SELVEDGE), Path::new(MANIFEST));
+        let mesh = Mesh::annotated(Path::new(SELVEDGE), Path::new(MANIFEST));
         let time = lab.join(&mesh)?;
         claims::reached_within(&lab, "pod@node-agent-02", "pod@node-master", SOON)?;
         Ok(format!("{:.1} s", time.as_secs_f64()))
@@ -80,7 +74,7 @@ fn run(steps: &mut Steps) -> Option<()> {
         || label_stays_away(&lab),
     );
     steps.step(
-        "a_cloned_disk_is_left_out_not_ready_and_told_the_command",
+        "a_cloned_disk_is_left_out_not_ready_and_shown_the_command",
         || cloned_disk(&mut lab),
     );
     steps.step(
@@ -235,10 +229,10 @@ fn cloned_disk(lab: &mut Lab) -> anyhow::Result<String> {
     }
     restart(lab, FOLLOWER, &[])?;
     let command = "rm -f /var/lib/selvedge/key";
-    let told = not_ready(lab, FOLLOWER, command, SOON)?;
+    let reason = not_ready(lab, FOLLOWER, command, SOON)?;
     ensure!(
-        told.contains("node node-agent-01 has the private key"),
-        "{told}"
+        reason.contains("node node-agent-01 has the private key"),
+        "{reason}"
     );
     event(lab, FOLLOWER, command)?;
     for text in [doctor(lab, FOLLOWER)?, status(lab, FOLLOWER, "text")?] {
@@ -253,7 +247,7 @@ fn cloned_disk(lab: &mut Lab) -> anyhow::Result<String> {
     restart(lab, FOLLOWER, &[])?;
     lab.wait_agents(SOON)?;
     claims::reached_within(lab, "pod@node-agent-02", "pod@node-master", SOON)?;
-    Ok(told)
+    Ok(reason)
 }
 
 fn taken_port(lab: &mut Lab) -> anyhow::Result<String> {
@@ -263,7 +257,7 @@ fn taken_port(lab: &mut Lab) -> anyhow::Result<String> {
         .node(LEADER)?
         .within(|| UdpSocket::bind("0.0.0.0:51820"))?;
     restart(lab, LEADER, &[])?;
-    let told = not_ready(lab, LEADER, "UDP port 51820 is held by ", SOON)?;
+    let reason = not_ready(lab, LEADER, "UDP port 51820 is held by ", SOON)?;
     event(lab, LEADER, "UDP port 51820 is held by ")?;
     // What it begins itself goes on, and nothing was taken away meanwhile.
     claims::reached_within(lab, "pod@node-agent-02", "pod@node-master", SOON)?;
@@ -277,7 +271,7 @@ fn taken_port(lab: &mut Lab) -> anyhow::Result<String> {
     let after = begun.elapsed();
     claims::reached_within(lab, "pod@node-master", "pod@node-agent-02", SOON)?;
     Ok(format!(
-        "ready {after:.1?} after it was free; before: {told}"
+        "ready {after:.1?} after it was free; before: {reason}"
     ))
 }
 
@@ -295,12 +289,12 @@ fn no_forwarding(lab: &Lab) -> anyhow::Result<String> {
 
     set(LEADER, "0")?;
     let command = "sysctl -w net.ipv4.ip_forward=1";
-    let told = not_ready(lab, LEADER, command, SOON);
-    let told_by_event = event(lab, LEADER, command);
+    let reason = not_ready(lab, LEADER, command, SOON);
+    let event_seen = event(lab, LEADER, command);
     set(LEADER, "1")?;
-    told_by_event?;
+    event_seen?;
     wait_for("forwarding", SOON, || is_ready(lab, LEADER))?;
-    told
+    reason
 }
 
 fn closed_firewall(lab: &Lab) -> anyhow::Result<String> {
@@ -315,20 +309,20 @@ fn closed_firewall(lab: &Lab) -> anyhow::Result<String> {
         "nft add chain inet closed forwarded { type filter hook forward priority 10 ; policy drop ; }",
     )?;
     let found = "The chain forwarded of the firewall table inet closed drops";
-    let told = not_ready(lab, LEADER, found, FIREWALL);
-    let told_by_event = event(lab, LEADER, found);
+    let reason = not_ready(lab, LEADER, found, FIREWALL);
+    let event_seen = event(lab, LEADER, found);
     node.run("nft delete table inet closed")?;
-    told_by_event?;
+    event_seen?;
     wait_for("an open firewall", FIREWALL, || is_ready(lab, LEADER))?;
-    told
+    reason
 }
 
 fn restart(lab: &mut Lab, node: &str, more: &[&str]) -> anyhow::Result<()> {
     if lab.agent(node).is_some() {
         lab.take_agent(node)?.stop()?;
     }
-    let flags = [&SCENARIO_FLAGS[..], more].concat();
-    let mesh = Mesh::scenario(Path::new(SELVEDGE), Path::new(MANIFEST));
+    let flags = [&AGENT_FLAGS[..], more].concat();
+    let mesh = Mesh::annotated(Path::new(SELVEDGE), Path::new(MANIFEST));
     lab.restart_agent(mesh.binary, node, mesh.access, &flags)
 }
 
@@ -349,7 +343,7 @@ fn not_ready(lab: &Lab, node: &str, why: &str, patience: Duration) -> anyhow::Re
         }
         line.is_some() && last.starts_with("503")
     });
-    waited.with_context(|| format!("it said {last}"))?;
+    waited.with_context(|| format!("the last answer was {last}"))?;
     line.context("no reason")
 }
 
@@ -384,17 +378,17 @@ fn region_of(lab: &Lab, asked: &str, node: &str) -> anyhow::Result<String> {
 }
 
 fn status(lab: &Lab, node: &str, output: &str) -> anyhow::Result<String> {
-    said(lab, node, &["status", "--output", output])
+    printed(lab, node, &["status", "--output", output])
 }
 
 fn doctor(lab: &Lab, node: &str) -> anyhow::Result<String> {
     let hostname = format!("--hostname={node}");
     let kubeconfig = "--kubeconfig=/run/selvedge-lab.kubeconfig";
-    said(lab, node, &["doctor", kubeconfig, &hostname])
+    printed(lab, node, &["doctor", kubeconfig, &hostname])
 }
 
 /// What the program prints on a node; it may well find something wrong.
-fn said(lab: &Lab, node: &str, arguments: &[&str]) -> anyhow::Result<String> {
+fn printed(lab: &Lab, node: &str, arguments: &[&str]) -> anyhow::Result<String> {
     let mut command = std::process::Command::new(SELVEDGE);
     command.args(arguments);
     let output = lab.node(node)?.output(command)?;

@@ -1,7 +1,7 @@
 //! Real agents beside stand-ins of Kilo's, on a real flannel and a real kube-apiserver: a running mesh
 //! is moved to Selvedge node by node, back to Kilo, and forth again in another order.
 //!
-//! After every node everybody reaches everybody: Selvedge leads Kilo's followers, and follows Kilo's
+//! After every node all pods and nodes reach each other: Selvedge leads Kilo's followers, and follows Kilo's
 //! leaders. A connection that Selvedge's leaders carry is kept over the change of the algorithm and over
 //! the change back, its own node's turn included. What Kilo's leaders carry is masqueraded there by
 //! flannel, so it ends with its leader's turn, as with any other change of a leader in Kilo.
@@ -15,17 +15,14 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use selvedge_lab::claims::{self, By};
 use selvedge_lab::kg::Kg;
-use selvedge_lab::lab::{Access, Options, SCENARIO_FLAGS};
-use selvedge_lab::netns::unique_prefix;
-use selvedge_lab::topology::{MASTER, Master, Shape};
+use selvedge_lab::lab::{AGENT_FLAGS, Access, Options};
+use selvedge_lab::topology::{FOLLOWER, LEADER, MASTER, Master, Shape};
 use selvedge_lab::traffic::{Conversation, PORT, Servers, Stream};
-use selvedge_lab::{Lab, Steps, scratch, wait_for};
+use selvedge_lab::{Lab, Steps, wait_for};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
 
-const LEADER: &str = "node-agent-01";
-const FOLLOWER: &str = "node-agent-02";
 const LAST: &str = "node-agent-03";
 
 /// How long the mesh may take to follow a change on a loaded machine: both Kilo and Selvedge look
@@ -34,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(40);
 
 /// What the migration guide starts agents with while both are in the mesh.
 fn flags() -> Vec<&'static str> {
-    [SCENARIO_FLAGS.as_slice(), &["--beside-kilo"]].concat()
+    [AGENT_FLAGS.as_slice(), &["--beside-kilo"]].concat()
 }
 
 fn main() -> ExitCode {
@@ -58,9 +55,10 @@ impl selvedge_lab::steps::Outcome for Mixed {
 fn run(steps: &mut Steps) -> Option<()> {
     let mut mesh = steps.required("a_mesh_of_kilos_comes_up", Mixed::up)?;
     let _servers = Servers::start(&mesh.lab.places()).ok()?;
-    steps.required("in_a_mesh_of_kilos_everybody_reaches_everybody", || {
-        mesh.settled()
-    })?;
+    steps.required(
+        "in_a_mesh_of_kilos_all_pods_and_nodes_reach_each_other",
+        || mesh.settled(),
+    )?;
     for node in [MASTER, LEADER] {
         steps.required(&format!("leaders_first_{node}_moves_to_selvedge"), || {
             mesh.give_to_selvedge(node)?;
@@ -81,22 +79,22 @@ fn run(steps: &mut Steps) -> Option<()> {
         },
     )?;
     steps.required(
-        "when_the_last_kilo_leaves_nobody_else_loses_a_packet",
+        "when_the_last_kilo_leaves_no_other_node_loses_a_packet",
         || mesh.undisturbed(|mesh| mesh.give_to_selvedge(LAST)),
     )?;
-    steps.required("the_agents_say_that_kilos_algorithm_is_over", || {
-        mesh.says(&[])
+    steps.required("the_agents_report_that_kilos_algorithm_is_over", || {
+        mesh.reports_algorithm(&[])
     })?;
-    steps.required("when_a_kilo_appears_nobody_else_loses_a_packet", || {
+    steps.required("when_a_kilo_appears_no_other_node_loses_a_packet", || {
         mesh.undisturbed(|mesh| mesh.give_to_kilo(LAST))
     })?;
-    steps.required("the_agents_say_that_kilos_algorithm_is_back", || {
-        mesh.says(&[LAST])
+    steps.required("the_agents_report_that_kilos_algorithm_is_back", || {
+        mesh.reports_algorithm(&[LAST])
     })?;
     steps.required("a_mark_that_an_agent_left_behind_hides_no_kilo", || {
         let mark = ("selvedge.dev/agent", Some("0.1.0"));
         mesh.undisturbed(|mesh| mesh.lab.api().annotate(LAST, &[mark]))?;
-        mesh.says(&[LAST])
+        mesh.reports_algorithm(&[LAST])
     })?;
     steps.required(
         "the_connection_was_kept_over_the_change_and_the_change_back",
@@ -137,10 +135,10 @@ impl Mixed {
             },
             ..Options::default()
         };
-        let lab = Lab::up(&unique_prefix(), scratch("migration")?, options, &|_| {})?;
+        let lab = Lab::for_test("migration", options)?;
         lab.kubectl_apply(Path::new(MANIFEST))?;
-        lab.annotate_scenario()?;
-        // Where nobody else accepts what is forwarded, Kilo's followers reach no remote node.
+        lab.annotate_nodes()?;
+        // Where no other rule accepts what is forwarded, Kilo's followers reach no remote node.
         lab.policy_of_forward("ACCEPT")?;
         let mut kilos = BTreeMap::new();
         for node in lab.node_names() {
@@ -167,7 +165,7 @@ impl Mixed {
         Ok(())
     }
 
-    /// The way back, as the migration guide tells it.
+    /// The way back, as the migration guide describes it.
     fn give_to_kilo(&mut self, node: &str) -> anyhow::Result<()> {
         self.lab.take_agent(node)?.stop()?;
         let mesh_flags = flags();
@@ -182,7 +180,10 @@ impl Mixed {
         self.lab.take_agent(node)?.stop()?;
         let object = self.lab.api().get(&format!("/api/v1/nodes/{node}"))?;
         let marker = &object["metadata"]["annotations"]["selvedge.dev/agent"];
-        ensure!(marker.is_null(), "the node still says that it is ours");
+        ensure!(
+            marker.is_null(),
+            "the Node still has the mark of a Selvedge agent"
+        );
         self.kilos
             .insert(node.to_owned(), Kg::start(&self.lab, node)?);
         Ok(())
@@ -194,11 +195,11 @@ impl Mixed {
             let logs = nodes.iter().map(|node| self.lab.tail(node, "kg"));
             logs.collect::<Vec<_>>().join("\n")
         };
-        claims::everybody_comes_to_reach_everybody(&self.lab, By::OwnAddress, PATIENCE)
+        claims::all_places_come_to_reach_each_other(&self.lab, By::OwnAddress, PATIENCE)
             .with_context(logs)
     }
 
-    /// While something happens to one node, two others of two regions talk.
+    /// While one node changes, traffic between two others of two regions goes on.
     fn undisturbed(
         &mut self,
         change: impl FnOnce(&mut Self) -> anyhow::Result<()>,
@@ -218,8 +219,8 @@ impl Mixed {
         ))
     }
 
-    /// Status, log and metrics tell which algorithm holds, and why.
-    fn says(&self, kilos: &[&str]) -> anyhow::Result<String> {
+    /// Status, log and metrics show which algorithm is in force, and why.
+    fn reports_algorithm(&self, kilos: &[&str]) -> anyhow::Result<String> {
         let expected = if kilos.is_empty() {
             "Selvedge's own algorithm".to_owned()
         } else {
@@ -230,7 +231,7 @@ impl Mixed {
         };
         for node in [MASTER, LEADER, FOLLOWER] {
             let mut seen = String::new();
-            wait_for("the agent's word", PATIENCE, || {
+            wait_for("the agent's status", PATIENCE, || {
                 let answer = self.lab.ask_agent(node, "/status");
                 seen = answer.map(|(_, text)| text).unwrap_or_default();
                 seen.contains(&expected)
@@ -240,12 +241,12 @@ impl Mixed {
             let line = format!("selvedge_kilo_nodes {}", kilos.len());
             ensure!(metrics.lines().any(|other| other == line), "{metrics}");
             let log = std::fs::read_to_string(self.lab.node(node)?.log("agent"))?;
-            let told = log
+            let last = log
                 .lines()
                 .rfind(|line| line.contains("mesh algorithm changed"));
             ensure!(
-                told.is_some_and(|line| line.contains(&expected)),
-                "{node}: {told:?}"
+                last.is_some_and(|line| line.contains(&expected)),
+                "{node}: {last:?}"
             );
         }
         Ok(expected)

@@ -73,7 +73,7 @@ impl Node {
         command
     }
 
-    /// Waits until nobody has a port. What another test starts holds all sockets of this process until
+    /// Waits until no socket has a port. What another test starts holds all sockets of this process until
     /// it runs.
     fn wait_free(&self, protocol: &str, port: u16) {
         let taken = || {
@@ -236,7 +236,7 @@ fn a_second_agent_on_a_node_is_refused() {
 }
 
 #[test]
-fn the_doctor_finds_no_fault_where_none_is_but_for_what_does_not_run() {
+fn doctor_on_a_sound_host_reports_only_what_does_not_run() {
     let node = Node::new();
     node.namespace.sysctl("ipv4/ip_forward", "1").unwrap();
 
@@ -259,7 +259,7 @@ fn the_doctor_finds_no_fault_where_none_is_but_for_what_does_not_run() {
 }
 
 #[test]
-fn the_doctor_names_who_has_the_tunnels_port() {
+fn doctor_names_the_process_that_has_the_tunnels_port() {
     let node = Node::new();
     let socket = node
         .namespace
@@ -276,7 +276,7 @@ fn the_doctor_names_who_has_the_tunnels_port() {
 }
 
 #[test]
-fn the_doctor_lists_what_kilo_left() {
+fn doctor_lists_what_kilo_left() {
     let node = Node::new();
     assert!(!node.doctor(&[]).contains("Kilo's routing table"));
     // As after a kg that was killed.
@@ -293,7 +293,7 @@ fn the_doctor_lists_what_kilo_left() {
         ),
         "{text}"
     );
-    // What it says is to be done is enough.
+    // The commands that it prints are enough.
     let (_, todo) = text.split_once("If no kg runs on this node: ").unwrap();
     let todo = todo.lines().next().unwrap().trim_end_matches('.');
     for command in todo.split("; ") {
@@ -303,7 +303,7 @@ fn the_doctor_lists_what_kilo_left() {
 }
 
 #[test]
-fn the_doctor_says_what_an_agent_would_refuse() {
+fn doctor_says_what_an_agent_would_refuse() {
     let node = Node::new();
     node.namespace
         .run("ip rule add pref 100 lookup 5131")
@@ -335,7 +335,7 @@ fn the_doctor_says_what_an_agent_would_refuse() {
 }
 
 #[test]
-fn the_doctor_looks_at_the_hosts_settings_and_firewalls() {
+fn doctor_looks_at_the_hosts_settings_and_firewalls() {
     let node = Node::new();
     node.namespace.sysctl("ipv4/ip_forward", "0").unwrap();
     node.namespace.run("iptables -P FORWARD DROP").unwrap();

@@ -93,7 +93,7 @@ fn the_commands_ask_the_cluster() {
         plane.admin().merge(&path, &status).unwrap();
     }
 
-    // Names do not resolve here, which is nobody's concern but theirs.
+    // DNS names do not resolve here, which affects only the nodes that use them.
     let mut mesh = Mesh::from_yaml(include_str!("../testdata/mixed.yaml")).unwrap();
     mesh.agreed.granularity = Granularity::Location;
     let expected = mesh.topology();

@@ -171,7 +171,7 @@ fn as_a_plugin_of_kubectls_it_sees_the_cluster_that_kubectl_sees() {
         "{shown}"
     );
 
-    // By a flag, before the command or behind it, and where kubectl looks by itself.
+    // By a flag, before the command or behind it, and where kubectl looks without a flag.
     for line in [
         format!("kubectl selvedge graph --kubeconfig {admin}"),
         format!("kubectl selvedge --kubeconfig={admin} graph"),

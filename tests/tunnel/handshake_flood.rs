@@ -1,6 +1,6 @@
 //! A device under a flood of handshakes: what it carries meanwhile, what it spends, whom it answers.
 //!
-//! Strangers who know the public key send 100,000 valid initiations per second, from one address and
+//! Strangers that know the public key send 100,000 valid initiations per second, from one address and
 //! from 65,536 made-up ones (20,000 from 16,384 to the program that is not optimized), on the same CPUs.
 //! The tunnel goes on, memory does not grow, no answer is longer than its question, a new peer gets in,
 //! and afterwards all is as before.
@@ -50,7 +50,7 @@ const MEMORY: u64 = 16 << 10;
 const VICTIM: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 1);
 const PORT: u16 = 51820;
 
-/// A device with a peer, and a line to people who are none.
+/// A device with a peer, and a link to strangers.
 struct Arena {
     victim: Tunnel,
     victim_key: Key,
@@ -173,7 +173,7 @@ impl Arena {
         Ok(kib.context("no VmRSS")?.parse()?)
     }
 
-    /// How long somebody takes to get in who has never been there.
+    /// How long the handshake of a new peer takes.
     fn newcomer(&self) -> Result<Duration> {
         self.victim.set(&format!(
             "peer {} allowed-ips 10.96.0.3/32",
@@ -232,7 +232,10 @@ impl Arena {
             100.0 * theirs
         );
         ensure!(rate > FLOOD, "the flood was no flood");
-        ensure!(answers > 0, "nobody was answered: the flood did not arrive");
+        ensure!(
+            answers > 0,
+            "no initiation was answered: the flood did not arrive"
+        );
         ensure!(longer == 0, "{longer} answers were longer than the request");
         ensure!(grown <= MEMORY, "memory grew by {grown} KiB");
         ensure!(measured > SHARE / 5.0 * idle, "nothing passes meanwhile");

@@ -1,5 +1,5 @@
 //! The tunnel under stress, in network namespaces: a flood of handshakes, sessions that are renewed under load,
-//! strangers who try everything.
+//! and everything that a sender without a key can try.
 //!
 //! One test at a time, since most of them measure.
 

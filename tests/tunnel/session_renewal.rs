@@ -50,7 +50,7 @@ struct Account {
     disorderly: u64,
 }
 
-/// Sends numbers from one namespace to an address in the other until told to stop; counts there.
+/// Sends numbers from one namespace to an address in the other until `stop` is set; counts there.
 fn stream(from: &Namespace, to: &Namespace, address: &str, stop: &AtomicBool) -> Result<Account> {
     let receiver = to.within(|| UdpSocket::bind((address, 0)))?;
     setsockopt(&receiver, sockopt::RcvBufForce, &BUFFER)?;
@@ -154,7 +154,7 @@ fn no_number_is_lost(pairing: Pairing, time: Duration) -> Result<()> {
             (account.lost, account.disorderly) == (0, 0),
             "{account:?} with {renewed} renewals"
         );
-        // A second in which nobody sent would have nothing to lose.
+        // A second without traffic could lose nothing.
         ensure!(
             account.sent > time.as_millis() as u64 / 5,
             "only {} were sent",

@@ -1,5 +1,5 @@
-//! What somebody learns of a device who has no key of its peers: nothing, by a million datagrams of all
-//! kinds, by every TCP port, and by what was recorded of others.
+//! A stranger, without a key of a peer, gets no answer from a device: not to a million datagrams of all kinds,
+//! not at any TCP port, not to recorded datagrams of others.
 //!
 //! Each silence has a control that is answered. The scenarios of `conformance` say the same of a few
 //! datagrams, next to wireguard-go.
@@ -46,7 +46,7 @@ const WAITING: u64 = 1 << 20;
 /// A device takes itself to be under load for a second after the last sign of it.
 const AFTER_LOAD: Duration = Duration::from_millis(1500);
 
-/// A device, and a line to people who are none of its peers.
+/// A device, and a link to strangers.
 struct Arena {
     victim: Tunnel,
     key: Key,
@@ -157,7 +157,7 @@ fn run_of_datagrams(
             *byte = value;
         }
         if n % 16 == 0 && size == wrong.len() {
-            // Well made, but for somebody else.
+            // Well formed, but for another device.
             datagram.copy_from_slice(wrong);
         }
     }
@@ -180,7 +180,7 @@ fn a_million_datagrams_from_strangers_are_not_answered() {
             setsockopt(socket, sockopt::UdpGsoSegment, &i32::try_from(size)?)?;
             match socket.send(&datagrams) {
                 Ok(length) => sent += u32::try_from(length / size)?,
-                Err(error) => bail!("a stranger was told {error} in round {round}"),
+                Err(error) => bail!("a stranger got {error} in round {round}"),
             }
             round += 1;
             if round % 16 == 0 {
@@ -195,7 +195,7 @@ fn a_million_datagrams_from_strangers_are_not_answered() {
             }
         }
         arena.keep_pace(0)?;
-        // Late answers; and who asks a device under load gets a cookie first.
+        // Late answers; and a device under load answers with a cookie first.
         sleep(AFTER_LOAD);
         let (_, dropped) = arena.sockets()?;
         let answers = arena.answers()?;
@@ -229,7 +229,7 @@ fn no_tcp_port_of_a_device_is_open() {
     let _alone = alone();
     let run = || -> Result<()> {
         let arena = Arena::new()?;
-        // The control: somebody else's port is found.
+        // The control: the port of another program is found.
         let found = arena.here.within(|| TcpListener::bind((VICTIM4, 0)))?;
         let other = found.local_addr()?.port();
         let open = arena.outside.within(|| {
@@ -466,7 +466,7 @@ impl Caller {
     }
 }
 
-/// What a responder that was killed had accepted is refused when someone sends it again from elsewhere.
+/// What a responder that was killed had accepted is refused when it is sent again from elsewhere.
 #[test]
 fn a_recorded_initiation_is_refused_after_the_responder_was_killed() {
     let _alone = alone();

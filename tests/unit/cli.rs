@@ -41,7 +41,7 @@ fn a_bad_configuration_file_is_named() {
 }
 
 #[test]
-fn nobody_to_ask_is_said() {
+fn status_without_an_agent_says_so() {
     refused(
         selvedge(&["status", "--control-socket=/nonexistent"]),
         78,

@@ -21,7 +21,7 @@ enum Here {
     Same,
     /// Same name and meaning; another default, or more values.
     Better(&'static str),
-    /// Accepted; said once where the given value asks for what does not happen here.
+    /// Accepted; one log line where the given value asks for what does not happen here.
     NoMeaning,
 }
 use Here::{Better, NoMeaning, Same};
@@ -187,25 +187,25 @@ fn agent(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
         .unwrap()
 }
 
-/// What the agent says that does not start: one line, and no more.
+/// What an agent prints that does not start: one line, and no more.
 fn refusal(arguments: &[&str], environment: &[(&str, &str)]) -> String {
     let output = agent(arguments, environment);
-    let told = String::from_utf8(output.stderr).unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
     let code = output.status.code();
     assert!(
         matches!(code, Some(64 | 78)),
-        "{arguments:?} {environment:?}: {code:?} {told}"
+        "{arguments:?} {environment:?}: {code:?} {text}"
     );
     assert_eq!(
-        told.lines().count(),
+        text.lines().count(),
         1,
-        "{arguments:?} {environment:?}: {told}"
+        "{arguments:?} {environment:?}: {text}"
     );
-    told
+    text
 }
 
-/// The defaults that `--help` tells, by flag.
-fn told_defaults() -> BTreeMap<String, String> {
+/// The defaults that `--help` shows, by flag.
+fn shown_defaults() -> BTreeMap<String, String> {
     let output = agent(&["--help"], &[]);
     let help = String::from_utf8(output.stdout).unwrap();
     let mut defaults = BTreeMap::new();
@@ -228,10 +228,10 @@ fn told_defaults() -> BTreeMap<String, String> {
 
 #[test]
 fn every_flag_of_kgs_is_there_with_its_default() {
-    let told = told_defaults();
+    let text = shown_defaults();
     for flag in valued() {
         let name = flag.name;
-        let default = told.get(name);
+        let default = text.get(name);
         let default = default.unwrap_or_else(|| panic!("--{name} is not in --help"));
         match flag.here {
             // Where the machine decides, words say how.
@@ -273,20 +273,20 @@ fn every_flag_of_kgs_takes_its_value_in_both_forms() {
 
 #[test]
 fn a_flag_with_a_meaning_changes_the_configuration() {
-    let told = |arguments: &[&str]| {
+    let text = |arguments: &[&str]| {
         let arguments = [&["--hostname=a"], arguments].concat();
         format!("{:?}", Config::from_args(arguments).unwrap())
     };
-    let defaults = told(&[]);
+    let defaults = text(&[]);
     for flag in valued() {
         let given = format!("--{}={}", flag.name, flag.good);
-        let changed = told(&[&given]) != defaults;
+        let changed = text(&[&given]) != defaults;
         // One value alone is possible, or ours is Kilo's other one.
         let same = matches!(flag.name, "backend" | "compatibility" | "clean-up");
         let notes = flag.here == NoMeaning;
         assert_eq!(changed, !same || notes, "{given}");
     }
-    assert_ne!(told(&["--clean-up"]), defaults);
+    assert_ne!(text(&["--clean-up"]), defaults);
 }
 
 #[test]
@@ -319,9 +319,9 @@ fn a_bad_value_is_refused_in_one_sentence_wherever_it_stands() {
     for flag in valued() {
         for bad in flag.bad {
             let name = flag.name;
-            let told = refusal(&["--hostname=a", &format!("--{name}={bad}")], &[]);
-            assert!(told.starts_with("selvedge: --"), "{told}");
-            assert!(told.contains(&format!("--{name}")), "{told}");
+            let text = refusal(&["--hostname=a", &format!("--{name}={bad}")], &[]);
+            assert!(text.starts_with("selvedge: --"), "{text}");
+            assert!(text.contains(&format!("--{name}")), "{text}");
 
             // An empty variable is as good as none to those who write manifests.
             if bad.is_empty() {
@@ -333,24 +333,24 @@ fn a_bad_value_is_refused_in_one_sentence_wherever_it_stands() {
             } else {
                 &["--hostname=a"]
             };
-            let told = refusal(hostname, &[(&variable, bad)]);
+            let text = refusal(hostname, &[(&variable, bad)]);
             let blamed = format!("selvedge: {variable} ");
-            assert!(told.starts_with(&blamed), "{variable}={bad}: {told}");
+            assert!(text.starts_with(&blamed), "{variable}={bad}: {text}");
 
             std::fs::write(&file, format!("# ours\n{name}: {bad}\n")).unwrap();
             let config = format!("--config={}", file.display());
-            let told = refusal(&[hostname, &[config.as_str()]].concat(), &[]);
+            let text = refusal(&[hostname, &[config.as_str()]].concat(), &[]);
             let line = format!("selvedge: line 2 of {}: {name} ", file.display());
-            assert!(told.starts_with(&line), "{name}: {bad} in a file: {told}");
+            assert!(text.starts_with(&line), "{name}: {bad} in a file: {text}");
         }
     }
 }
 
 /// A flag, a value that it takes, and Kilo's default where `--help` has one.
-type Told = (&'static str, &'static str, &'static str);
+type Row = (&'static str, &'static str, &'static str);
 
 /// Every flag of `kgctl`'s, by command.
-const KGCTL: [(&[&str], &[Told]); 4] = [
+const KGCTL: [(&[&str], &[Row]); 4] = [
     (&["graph"], EVERYWHERE),
     (&["showconf", "node", "a"], SHOWCONF),
     (&["showconf", "peer", "a"], SHOWCONF),
@@ -379,7 +379,7 @@ const KGCTL: [(&[&str], &[Told]); 4] = [
         ],
     ),
 ];
-const EVERYWHERE: &[Told] = &[
+const EVERYWHERE: &[Row] = &[
     ("--backend", "kubernetes", ""),
     ("--mesh-granularity", "full", "auto"),
     ("--port", "51820", ""),
@@ -389,7 +389,7 @@ const EVERYWHERE: &[Told] = &[
         "topology.kubernetes.io/region",
     ),
 ];
-const SHOWCONF: &[Told] = &[
+const SHOWCONF: &[Row] = &[
     ("--backend", "kubernetes", ""),
     ("--mesh-granularity", "full", "auto"),
     ("--port", "51820", ""),
@@ -427,12 +427,12 @@ fn every_flag_of_kgctls_is_there_with_its_default() {
             }
             for form in forms {
                 let output = selvedge(&[command, &form, &[no_cluster]].concat());
-                let told = String::from_utf8(output.stderr).unwrap();
+                let text = String::from_utf8(output.stderr).unwrap();
                 // What only shapes a Peer says so before, where none is asked for.
-                let last = told.lines().last().unwrap_or_default();
+                let last = text.lines().last().unwrap_or_default();
                 assert!(
                     last.starts_with("selvedge: ") && last.contains("/nonexistent"),
-                    "{command:?} {form:?}: {told}"
+                    "{command:?} {form:?}: {text}"
                 );
             }
             let line = help.lines().find(|line| {
@@ -448,8 +448,8 @@ fn every_flag_of_kgctls_is_there_with_its_default() {
         }
     }
     let as_peer = ["showconf", "node", "a", "--as-peer", no_cluster];
-    let told = String::from_utf8(selvedge(&as_peer).stderr).unwrap();
-    assert!(told.contains("/nonexistent"), "{told}");
+    let text = String::from_utf8(selvedge(&as_peer).stderr).unwrap();
+    assert!(text.contains("/nonexistent"), "{text}");
 }
 
 #[test]
@@ -502,9 +502,9 @@ fn a_bad_value_of_a_commands_is_refused_in_one_sentence() {
         (&["nosuch"], "unrecognized subcommand 'nosuch'"),
     ] {
         let output = selvedge(arguments);
-        let told = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(64), "{arguments:?}: {told}");
-        assert!(told.starts_with(&format!("selvedge: {expected}")), "{told}");
-        assert_eq!(told.lines().count(), 1, "{told}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(64), "{arguments:?}: {text}");
+        assert!(text.starts_with(&format!("selvedge: {expected}")), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
     }
 }

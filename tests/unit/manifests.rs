@@ -134,12 +134,12 @@ fn the_boot_guards_command_is_valid() {
             .arg(format!("--systemd-dir={}", host.path().display()))
             .output()
             .unwrap();
-        let told = String::from_utf8_lossy(&output.stdout);
+        let output_text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success(), "{output:?}");
         for directory in drop_ins(overlay) {
             let unit = directory.rsplit('/').next().unwrap();
             let path = host.path().join(unit).join("50-selvedge-guard.conf");
-            assert!(path.exists() && told.contains(unit), "{told}");
+            assert!(path.exists() && output_text.contains(unit), "{output_text}");
         }
     }
 }

@@ -240,7 +240,7 @@ pub(crate) fn is_v6(net: &IpNet) -> bool {
     net.addr().is_ipv6()
 }
 
-/// A key that is easy to tell from others.
+/// A key that is easy to distinguish from others.
 pub(crate) fn key(seed: u8) -> PublicKey {
     PublicKey([seed; 32])
 }

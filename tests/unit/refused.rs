@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// A second is promised; a busy machine gets some more before it is a failure.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Runs the program to its end and checks how it tells what is wrong.
+/// Runs the program to its end and checks its exit code and its last line on stderr.
 pub(crate) fn refused(mut command: Command, code: i32, expected: &str) {
     let begun = Instant::now();
     let mut child = command

@@ -17,7 +17,7 @@ pub struct Faults {
     pub short_watches: bool,
     /// So many watches from a version get 410.
     pub gone: u32,
-    /// Whether that 410 is the answer itself, and not an event on the watch.
+    /// Whether that 410 is the answer, and not an event on the watch.
     pub gone_as_status: bool,
     /// So many requests get 429 with this `Retry-After` in seconds.
     pub busy: (u32, u64),

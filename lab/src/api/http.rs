@@ -211,7 +211,7 @@ fn answer(
             let mut object = parse(body)?;
             validate(target.kind, &object)?;
             if let Some(object) = object.as_object_mut().filter(|_| target.kind.status) {
-                // As real servers do: who creates an object does not say how it is.
+                // As real servers do: a request that creates an object does not set its status.
                 object.remove("status");
             }
             let created = state.store.create(target.kind, &namespace, object)?;

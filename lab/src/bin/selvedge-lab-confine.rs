@@ -2,7 +2,7 @@
 //! runtime: `selvedge-lab-confine ROOT MANIFEST PROGRAM ARGS...`. Where ARGS begin with `guard`, it is the
 //! init container.
 //!
-//! ROOT is the image's file system; MANIFEST tells which capabilities the container has, which of the
+//! ROOT is the image's file system; MANIFEST says which capabilities the container has, which of the
 //! host's paths it sees, and that it writes nowhere else. The network is the one this is started in,
 //! as with `hostNetwork`. Left out are seccomp, cgroups and the namespace of processes.
 #![expect(unsafe_code, reason = "nix cannot drop capabilities")]

@@ -13,10 +13,10 @@ use crate::controlplane::kubernetes_service;
 use crate::process::{Process, wait_for};
 use crate::topology::{MASTER, Site};
 
-/// How an agent is told where the API server is.
+/// How an agent finds the API server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Access {
-    /// By `--kubeconfig`, as scenario 000 does.
+    /// By `--kubeconfig`.
     #[default]
     Kubeconfig,
     /// As a pod of a DaemonSet: a service account's files and two environment variables.
@@ -26,8 +26,8 @@ pub enum Access {
 /// Where an agent finds its kubeconfig, on its node.
 const KUBECONFIG: &str = "/run/selvedge-lab.kubeconfig";
 
-/// The flags of scenario 000, after `--kubeconfig` and `--hostname`.
-pub const SCENARIO_FLAGS: [&str; 4] = [
+/// The flags that an operator gives agents beside flannel, after `--kubeconfig` and `--hostname`.
+pub const AGENT_FLAGS: [&str; 4] = [
     "--cni=false",
     "--compatibility=flannel",
     "--local=false",
@@ -45,20 +45,30 @@ pub struct Mesh<'a> {
     pub access: Access,
     /// Flags after `--kubeconfig` and `--hostname`.
     pub flags: &'a [&'a str],
-    /// Whether the nodes get scenario 000's annotations, or only their regions' labels.
+    /// Whether the nodes are annotated ([`Lab::annotate_nodes`]), or have only their regions' labels.
     pub annotate: bool,
 }
 
 impl<'a> Mesh<'a> {
-    /// Scenario 000 as its users have it: its flags and annotations, and a kubeconfig for each agent.
+    /// Nodes annotated as an operator of two regions does, and a kubeconfig for each agent.
     #[must_use]
-    pub fn scenario(binary: &'a Path, manifest: &'a Path) -> Self {
+    pub fn annotated(binary: &'a Path, manifest: &'a Path) -> Self {
         Self {
             binary,
             manifest,
             access: Access::Kubeconfig,
-            flags: &SCENARIO_FLAGS,
+            flags: &AGENT_FLAGS,
             annotate: true,
+        }
+    }
+
+    /// Nodes with their regions' labels and no annotation, agents with these flags and a kubeconfig each.
+    #[must_use]
+    pub fn labelled(binary: &'a Path, manifest: &'a Path, flags: &'a [&'a str]) -> Self {
+        Self {
+            flags,
+            annotate: false,
+            ..Self::annotated(binary, manifest)
         }
     }
 }
@@ -78,12 +88,12 @@ impl Lab {
         Ok(())
     }
 
-    /// Labels and annotates the nodes as scenario 000 does, command by command.
+    /// Labels and annotates the nodes as an operator of two regions does, command by command.
     ///
     /// # Errors
     ///
     /// When the API server refuses.
-    pub fn annotate_scenario(&self) -> anyhow::Result<()> {
+    pub fn annotate_nodes(&self) -> anyhow::Result<()> {
         self.label_regions()?;
         let endpoint = SocketAddr::new(self.options.shape.master_public(), 51820).to_string();
         self.api().annotate(
@@ -121,7 +131,7 @@ impl Lab {
             self.kubectl_apply(mesh.manifest)?;
         }
         if mesh.annotate {
-            self.annotate_scenario()?;
+            self.annotate_nodes()?;
         } else {
             self.label_regions()?;
         }

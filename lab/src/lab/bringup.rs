@@ -22,7 +22,7 @@ use crate::topology::{MASTER, Network};
 use crate::traffic::PORT;
 
 impl Lab {
-    /// Brings up a cluster without agents; `progress` is told what is being done.
+    /// Brings up a cluster without agents; `progress` gets a line for each part.
     ///
     /// # Errors
     ///
@@ -120,7 +120,7 @@ impl Lab {
     fn register(&self) -> anyhow::Result<()> {
         for (number, node) in self.network.nodes().iter().enumerate() {
             let name = node.name();
-            // The stand-in has no controllers, and so nobody who would hand out pod CIDRs.
+            // The stand-in has no controllers that would assign pod CIDRs.
             let stand_in = self.options.parts == Parts::StandIns;
             let families = self.families().into_iter().filter(|_| stand_in);
             let pods = families.map(|family| match family {
@@ -297,7 +297,7 @@ pub fn status(address: IpAddr, name: &str, ready: bool) -> Value {
 }
 
 fn status_with(addresses: &[IpAddr], name: &str, ready: bool) -> Value {
-    // Times are compared by nobody here, and a clock is one more thing that can differ.
+    // No test compares these times, and a clock is one more thing that can differ.
     const THEN: &str = "2026-01-01T00:00:00Z";
     let ready = if ready { "True" } else { "False" };
     let addresses = addresses.iter();

@@ -37,7 +37,7 @@ impl Lab {
     }
 }
 
-/// A dump without the lines and words that change while nobody does anything.
+/// A dump without the lines and words that change without any cause.
 fn steady(text: &str) -> String {
     let mut steady = Vec::new();
     for line in text.lines() {
@@ -48,7 +48,7 @@ fn steady(text: &str) -> String {
         {
             continue;
         }
-        // Numbers of links change when one is made anew.
+        // Numbers of links change when one is deleted and added again.
         let (number, rest) = line.split_once(": ").unwrap_or(("", line));
         let line = if number.parse::<u32>().is_ok() {
             rest

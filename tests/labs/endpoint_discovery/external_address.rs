@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use selvedge_lab::topology::{MASTER, Shape};
-use selvedge_lab::traffic::Servers;
 use selvedge_lab::{Lab, Steps, claims, wait_for};
 use serde_json::json;
 
@@ -14,7 +13,7 @@ use crate::{FOLLOWER, LEADER, PATIENCE, flags, mesh, reached_both_ways, remember
 /// A rest that is longer than a home router remembers.
 const REST: Duration = Duration::from_secs(60);
 
-/// Nodes whose cloud provider calls the address of their NAT their own.
+/// Nodes whose cloud provider reports the address of their NAT as their own.
 pub(super) fn external_address_of_the_nat(steps: &mut Steps) -> Option<()> {
     if !steps.selects("external_address_of_the_nat") {
         return None;
@@ -23,10 +22,11 @@ pub(super) fn external_address_of_the_nat(steps: &mut Steps) -> Option<()> {
         agents: 2,
         ..Shape::default()
     };
-    let mut lab = steps.required("external_address_of_the_nat::a_cluster_comes_up", || {
-        up(shape)
-    })?;
-    let _servers = Servers::start(&lab.places()).ok()?;
+    let (mut lab, _servers) = up(
+        steps,
+        "external_address_of_the_nat::a_cluster_comes_up",
+        shape,
+    )?;
     let flags = flags(&[]);
     steps.required(
         "external_address_of_the_nat::its_agents_become_ready",
@@ -66,7 +66,7 @@ pub(super) fn external_address_of_the_nat(steps: &mut Steps) -> Option<()> {
                 claims::wg_show(&lab, LEADER)
                     .is_ok_and(|peers| peers.iter().all(|peer| peer.keepalive == "off"))
             };
-            wait_for("the operator's word", PATIENCE, off)?;
+            wait_for("the operator's setting", PATIENCE, off)?;
             let lost = lost_after_a_rest(&lab)?;
             ensure!(lost == 15, "{lost} of 15 pings were lost");
             Ok("15 of 15 pings lost".to_owned())
@@ -75,7 +75,7 @@ pub(super) fn external_address_of_the_nat(steps: &mut Steps) -> Option<()> {
     Some(())
 }
 
-/// How many of fifteen pings from outside are lost after a minute in which no pod said anything.
+/// How many of fifteen pings from outside are lost after a minute in which no pod sent anything.
 fn lost_after_a_rest(lab: &Lab) -> anyhow::Result<u32> {
     reached_both_ways(lab, MASTER, LEADER, PATIENCE)?;
     sleep(REST);
@@ -87,5 +87,5 @@ fn lost_after_a_rest(lab: &Lab) -> anyhow::Result<u32> {
         let count = part.strip_suffix(" received")?;
         count.parse::<u32>().ok()
     });
-    Ok(15 - received.with_context(|| format!("ping said {text}"))?)
+    Ok(15 - received.with_context(|| format!("ping printed {text}"))?)
 }

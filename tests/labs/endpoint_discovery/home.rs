@@ -5,12 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use selvedge_lab::topology::{MASTER, Shape, Third};
-use selvedge_lab::traffic::Servers;
 use selvedge_lab::{Lab, Steps, claims, wait_for};
 
 use crate::{
-    LEADER, PATIENCE, THIRD_LEADER, annotation, flags, looks, mesh, reached_both_ways,
-    remember_as_at_home, up,
+    LEADER, PATIENCE, THIRD_LEADER, flags, looks, mesh, reached_both_ways, remember_as_at_home, up,
 };
 
 /// A leader whose router hands out IPv6, while the internet of the others has IPv4 only.
@@ -23,8 +21,7 @@ pub(super) fn home_with_ipv6(steps: &mut Steps) -> Option<()> {
         third: Third::Distinct,
         ..Shape::default()
     };
-    let mut lab = steps.required("home_with_ipv6::a_cluster_comes_up", || up(shape))?;
-    let _servers = Servers::start(&lab.places()).ok()?;
+    let (mut lab, _servers) = up(steps, "home_with_ipv6::a_cluster_comes_up", shape)?;
     let flags = flags(&[]);
     steps.required("home_with_ipv6::its_agents_become_ready", || {
         hand_out_ipv6(&lab)?;
@@ -33,8 +30,8 @@ pub(super) fn home_with_ipv6(steps: &mut Steps) -> Option<()> {
         Ok(String::new())
     })?;
     steps.step(
-        "home_with_ipv6::temporary_and_deprecated_addresses_are_offered_to_nobody",
-        || offered(&lab),
+        "home_with_ipv6::temporary_and_deprecated_addresses_are_not_published",
+        || published(&lab),
     );
     steps.step(
         "home_with_ipv6::a_leader_with_an_ipv6_address_that_others_cannot_call_is_found_at_its_nat",
@@ -45,8 +42,8 @@ pub(super) fn home_with_ipv6(steps: &mut Steps) -> Option<()> {
         || called_after_restart(&mut lab, &flags),
     );
     steps.step(
-        "home_with_ipv6::status_and_doctor_tell_what_came_of_each_candidate",
-        || told(&lab),
+        "home_with_ipv6::status_and_doctor_show_the_outcome_of_each_candidate",
+        || candidates_shown(&lab),
     );
     Some(())
 }
@@ -68,8 +65,8 @@ fn hand_out_ipv6(lab: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn offered(lab: &Lab) -> anyhow::Result<String> {
-    let candidates = annotation(lab, LEADER, "selvedge.dev/candidates")?;
+fn published(lab: &Lab) -> anyhow::Result<String> {
+    let candidates = lab.annotation(LEADER, "selvedge.dev/candidates")?;
     let mut offered: Vec<_> = candidates.split(',').collect();
     offered.sort_unstable();
     let expected = ["192.168.50.11:51820", "[2001:db8:0:50::11]:51820"];
@@ -102,7 +99,7 @@ fn called_after_restart(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String>
     ))
 }
 
-fn told(lab: &Lab) -> anyhow::Result<String> {
+fn candidates_shown(lab: &Lab) -> anyhow::Result<String> {
     let mut line = String::new();
     for text in looks(lab, THIRD_LEADER)? {
         let of = |address: &str| {

@@ -1,4 +1,4 @@
-//! Which address of a leader answers is tried, not told from its look: regions whose routers hand out IPv6,
+//! Endpoint discovery: every candidate of a leader is tried, and none is judged by its range. Regions whose routers hand out IPv6,
 //! nodes with their NAT's address, and regions behind NAT whose agents start in every order.
 //!
 //! Real flannel, a real kube-apiserver, real NATs; no node has the annotation `persistent-keepalive`.
@@ -8,14 +8,14 @@
 )]
 
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use selvedge_lab::lab::{Access, Mesh, Options, SCENARIO_FLAGS};
-use selvedge_lab::netns::unique_prefix;
-use selvedge_lab::topology::Shape;
-use selvedge_lab::{Lab, Steps, claims, scratch};
+use selvedge_lab::lab::{AGENT_FLAGS, Mesh, Options};
+use selvedge_lab::topology::{FOLLOWER, LEADER, Shape, THIRD_LEADER};
+use selvedge_lab::traffic::Servers;
+use selvedge_lab::{Lab, Steps, claims};
 
 mod external_address;
 mod home;
@@ -23,10 +23,6 @@ mod start_orders;
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
-
-const LEADER: &str = "node-agent-01";
-const FOLLOWER: &str = "node-agent-02";
-const THIRD_LEADER: &str = "node-third-01";
 
 /// How long the mesh may take to follow a change in a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -42,27 +38,21 @@ fn main() -> ExitCode {
     steps.finish()
 }
 
-fn up(shape: Shape) -> anyhow::Result<Lab> {
+fn up(steps: &mut Steps, step: &str, shape: Shape) -> Option<(Lab, Servers)> {
     let options = Options {
         shape,
         ..Options::default()
     };
-    Lab::up(&unique_prefix(), scratch("endpoints")?, options, &|_| {})
+    steps.cluster(step, "endpoints", options)
 }
 
 fn flags<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    SCENARIO_FLAGS.iter().chain(more).copied().collect()
+    AGENT_FLAGS.iter().chain(more).copied().collect()
 }
 
 /// Agents whose nodes have their regions' labels and no annotation.
 fn mesh<'a>(flags: &'a [&'a str]) -> Mesh<'a> {
-    Mesh {
-        binary: Path::new(SELVEDGE),
-        manifest: Path::new(MANIFEST),
-        access: Access::Kubeconfig,
-        flags,
-        annotate: false,
-    }
+    Mesh::labelled(Path::new(SELVEDGE), Path::new(MANIFEST), flags)
 }
 
 fn remember_as_at_home(lab: &Lab, routers: &[&str]) -> anyhow::Result<()> {
@@ -75,21 +65,11 @@ fn remember_as_at_home(lab: &Lab, routers: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn annotation(lab: &Lab, node: &str, key: &str) -> anyhow::Result<String> {
-    let object = lab.api().get(&format!("/api/v1/nodes/{node}"))?;
-    let value = object["metadata"]["annotations"][key].as_str();
-    Ok(value.unwrap_or_default().to_owned())
-}
-
 /// What `selvedge doctor` and `selvedge status` print on a node.
 fn looks(lab: &Lab, node: &str) -> anyhow::Result<[String; 2]> {
-    let look = |command: &str| {
-        let mut program = Command::new(SELVEDGE);
-        program.arg(command);
-        let output = lab.node(node)?.output(program)?;
-        anyhow::Ok(String::from_utf8(output.stdout)?)
-    };
-    Ok([look("doctor")?, look("status")?])
+    let program = Path::new(SELVEDGE);
+    let doctor = lab.selvedge(program, node, &["doctor"])?;
+    Ok([doctor, lab.selvedge(program, node, &["status"])?])
 }
 
 fn reached_both_ways(

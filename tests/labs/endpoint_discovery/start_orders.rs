@@ -7,12 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use selvedge_lab::topology::{MASTER, Shape, Third};
-use selvedge_lab::traffic::Servers;
 use selvedge_lab::{Lab, Steps};
 
 use crate::{
-    FOLLOWER, LEADER, THIRD_LEADER, annotation, flags, looks, mesh, reached_both_ways,
-    remember_as_at_home, up,
+    FOLLOWER, LEADER, THIRD_LEADER, flags, looks, mesh, reached_both_ways, remember_as_at_home, up,
 };
 
 /// Two regions behind NAT whose agents start afresh, in one order after another.
@@ -25,8 +23,7 @@ pub(super) fn orders_of_start(steps: &mut Steps) -> Option<()> {
         third: Third::Distinct,
         ..Shape::default()
     };
-    let mut lab = steps.required("orders_of_start::a_cluster_comes_up", || up(shape))?;
-    let _servers = Servers::start(&lab.places()).ok()?;
+    let (mut lab, _servers) = up(steps, "orders_of_start::a_cluster_comes_up", shape)?;
     let flags = flags(&["--clean-up=true", "--clean-up-interface"]);
     steps.required("orders_of_start::its_agents_become_ready", || {
         remember_as_at_home(&lab, &["nat1", "nat2"])?;
@@ -146,11 +143,11 @@ fn start_in_order(
     Ok(begun.elapsed())
 }
 
-/// What each leader knows of the other, for the one who reads a failure.
+/// What each leader knows of the other, for the message of a failure.
 fn evidence(lab: &Lab) -> String {
     let mut text = String::new();
     let nodes = [LEADER, FOLLOWER, THIRD_LEADER, MASTER];
-    let mut seen = BTreeMap::new();
+    let mut observed = BTreeMap::new();
     for node in nodes {
         let status = looks(lab, node).map(|[_, status]| status);
         let status = status.unwrap_or_else(|error| error.to_string());
@@ -162,9 +159,9 @@ fn evidence(lab: &Lab) -> String {
         });
         let lines: Vec<_> = lines.collect();
         let _ = writeln!(text, "{}", lines.join("\n"));
-        let told = annotation(lab, node, "kilo.squat.ai/discovered-endpoints");
-        seen.insert(node, told.unwrap_or_default());
+        let endpoints = lab.annotation(node, "kilo.squat.ai/discovered-endpoints");
+        observed.insert(node, endpoints.unwrap_or_default());
     }
-    let _ = writeln!(text, "seen: {seen:?}");
+    let _ = writeln!(text, "observed: {observed:?}");
     text
 }

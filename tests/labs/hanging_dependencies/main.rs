@@ -56,7 +56,7 @@ fn wait_until(is_so: impl Fn() -> bool) {
 }
 
 fn mesh() -> Mesh<'static> {
-    Mesh::scenario(Path::new(SELVEDGE), Path::new(MANIFEST))
+    Mesh::annotated(Path::new(SELVEDGE), Path::new(MANIFEST))
 }
 
 fn lab(label: &str) -> Lab {
@@ -251,7 +251,7 @@ fn an_endpoint_by_name_is_followed_and_kept_while_nobody_answers() {
         )
         .unwrap();
     let mesh = mesh();
-    lab.annotate_scenario().unwrap();
+    lab.annotate_nodes().unwrap();
     let endpoint = format!("{MOVES}:51820");
     let endpoint = ("kilo.squat.ai/force-endpoint", Some(endpoint.as_str()));
     lab.api().annotate(MASTER, &[endpoint]).unwrap();
@@ -286,7 +286,7 @@ fn an_endpoint_by_name_is_followed_and_kept_while_nobody_answers() {
     let from = lab.place("pod@node-agent-02").unwrap();
     let to = lab.place("pod@node-master").unwrap();
     let server = (to.address, selvedge_lab::traffic::PORT).into();
-    let cut = selvedge_lab::traffic::who(&from.namespace, server);
+    let cut = selvedge_lab::traffic::source_seen(&from.namespace, server);
     assert!(cut.is_err(), "the control: nobody notices that it moved");
     dns.answer(SILENT, None);
     dns.answer(MOVES, Some(NEW));

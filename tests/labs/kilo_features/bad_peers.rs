@@ -1,5 +1,5 @@
 //! Peers that the API server lets in, since it cannot know what nodes and other peers have, and that the
-//! mesh leaves out: each is told by an Event and a condition, and nobody else notices.
+//! mesh leaves out: each gets an Event and a condition, and no other peer or node is affected.
 
 use std::net::SocketAddr;
 use std::thread::sleep;
@@ -40,12 +40,12 @@ fn owners(lab: &Lab) -> anyhow::Result<Vec<String>> {
     Ok(owners)
 }
 
-pub(super) fn left_out_and_told(lab: &Lab) -> anyhow::Result<String> {
+pub(super) fn left_out_with_event_and_condition(lab: &Lab) -> anyhow::Result<String> {
     let spec = |net: &str, key: &str| json!({"allowedIPs": [net], "publicKey": key});
     let (good, last) = (longest("g"), longest("b"));
     create_peer(lab, &good, &spec("10.10.13.1/32", GOOD))?;
     on_the_master(lab, &["10.10.13.1/32"])?;
-    // Ages are told in whole seconds, and of equal ones the name decides.
+    // Ages are in whole seconds, and of equal ones the name decides.
     sleep(Duration::from_millis(1100));
 
     let server = SocketAddr::from((lab.pod(FOLLOWER)?.address(), PORT));
@@ -66,7 +66,7 @@ pub(super) fn left_out_and_told(lab: &Lab) -> anyhow::Result<String> {
     for (name, ..) in bad {
         let mut seen = Value::Null;
         wait_for("an Event and a condition", PATIENCE, || {
-            let told = lab.api().get(EVENTS).is_ok_and(|events| {
+            let event = lab.api().get(EVENTS).is_ok_and(|events| {
                 let mut events = events["items"].as_array().into_iter().flatten();
                 events.any(|event| {
                     event["regarding"]["name"] == name && event["reportingController"] == "selvedge"
@@ -74,7 +74,7 @@ pub(super) fn left_out_and_told(lab: &Lab) -> anyhow::Result<String> {
             });
             let peer = lab.api().get(&format!("{PEERS}/{name}"));
             seen = peer.map_or(Value::Null, |peer| peer["status"]["conditions"][0].clone());
-            told && seen["type"] == "Accepted" && seen["status"] == "False"
+            event && seen["type"] == "Accepted" && seen["status"] == "False"
         })
         .with_context(|| format!("{name}: {seen}\n{}", lab.tail(MASTER, "agent")))?;
     }

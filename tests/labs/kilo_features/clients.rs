@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use selvedge_lab::claims;
 use selvedge_lab::controlplane::program;
 use selvedge_lab::topology::MASTER;
-use selvedge_lab::traffic::{PORT, Place, Servers, Stream, transfer, who};
+use selvedge_lab::traffic::{PORT, Place, Servers, Stream, source_seen, transfer};
 use selvedge_lab::{Lab, Namespace, Node, Process, Steps, wait_for};
 use serde_json::{Value, json};
 
@@ -31,7 +31,7 @@ pub(crate) fn clients(steps: &mut Steps, lab: &Lab) -> Option<()> {
     steps.step("without_a_tunnel_a_client_reaches_nothing", || {
         let pod = lab.pod(LEADER)?.address();
         let from = home.laptop.namespace().path();
-        ensure!(who(&from, SocketAddr::from((pod, PORT))).is_err());
+        ensure!(source_seen(&from, SocketAddr::from((pod, PORT))).is_err());
         Ok(String::new())
     });
     let process = connect(&home.laptop, lab).unwrap();
@@ -59,7 +59,8 @@ pub(crate) fn clients(steps: &mut Steps, lab: &Lab) -> Option<()> {
         };
         let _server = Servers::start(std::slice::from_ref(&laptop))?;
         for place in lab.places() {
-            who(&place.namespace, SocketAddr::from((laptop.address, PORT))).context(place.name)?;
+            source_seen(&place.namespace, SocketAddr::from((laptop.address, PORT)))
+                .context(place.name)?;
         }
         Ok(String::new())
     });
@@ -76,16 +77,16 @@ pub(crate) fn clients(steps: &mut Steps, lab: &Lab) -> Option<()> {
         "a_connected_laptop_follows_a_leader_whose_nat_forgot_it",
         || follows_its_leader(lab, &home.laptop),
     );
-    steps.step("peers_that_come_change_and_go_disturb_nobody", || {
-        peers_disturb_nobody(lab)
+    steps.step("peers_that_come_change_and_go_disturb_no_other", || {
+        peers_disturb_no_other(lab)
     });
     steps.step(
-        "of_two_equal_claims_the_older_keeps_and_the_other_is_told",
+        "of_two_equal_claims_the_older_wins_and_the_other_peer_gets_an_event",
         || duplicate_claim(lab),
     );
     steps.step(
-        "bad_peers_are_left_out_with_an_event_and_a_condition_and_disturb_nobody",
-        || bad_peers::left_out_and_told(lab),
+        "bad_peers_are_left_out_with_an_event_and_a_condition_and_disturb_no_other",
+        || bad_peers::left_out_with_event_and_condition(lab),
     );
     steps.step(
         "a_location_without_a_route_back_is_masqueraded_for_clients",
@@ -179,7 +180,7 @@ fn unreached(lab: &Lab, client: &Node, services: bool) -> Vec<String> {
         let threads: Vec<_> = targets
             .iter()
             .map(|(name, address)| {
-                let ask = || who(&from, SocketAddr::from((*address, PORT)));
+                let ask = || source_seen(&from, SocketAddr::from((*address, PORT)));
                 (name, scope.spawn(ask))
             })
             .collect();
@@ -249,7 +250,7 @@ fn reaches_everything(lab: &Lab, client: &Node, services: bool) -> anyhow::Resul
 fn sees(lab: &Lab, client: &Node, expected: [u8; 4]) -> anyhow::Result<String> {
     for place in lab.places().iter().filter(|place| place.pod) {
         let server = SocketAddr::from((place.address, PORT));
-        let seen = who(&client.namespace().path(), server)?;
+        let seen = source_seen(&client.namespace().path(), server)?;
         ensure!(
             seen == Ipv4Addr::from(expected),
             "{} sees {seen}",
@@ -268,7 +269,7 @@ impl selvedge_lab::steps::Outcome for Plain {
     }
 }
 
-/// Registers a Peer and sets wireguard-go up with `showconf peer`, as Kilo's guide tells.
+/// Registers a Peer and sets wireguard-go up with `showconf peer`, as Kilo's guide describes.
 fn plain_wireguard(client: &Node, lab: &Lab) -> anyhow::Result<Process> {
     let key = client.run("wg genkey")?;
     std::fs::write(client.outside("/run/key"), key.trim())?;
@@ -366,7 +367,7 @@ fn follows_its_leader(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
 }
 
 /// Peers without an endpoint, with a name that resolves nowhere, changed and deleted, while pods talk.
-fn peers_disturb_nobody(lab: &Lab) -> anyhow::Result<String> {
+fn peers_disturb_no_other(lab: &Lab) -> anyhow::Result<String> {
     let server = SocketAddr::from((lab.pod(FOLLOWER)?.address(), PORT));
     let stream = Stream::start_warm(&lab.pod(MASTER)?.namespace().path(), server)?;
     // Its key sorts before every other.
@@ -422,7 +423,7 @@ fn duplicate_claim(lab: &Lab) -> anyhow::Result<String> {
         "z-older",
         &spec("oGFwdG9wUHVibGljS2V5Rm9yRG9jc09ubHkwMDAwMDA="),
     )?;
-    // Ages are told in whole seconds.
+    // Ages are in whole seconds.
     sleep(Duration::from_millis(1100));
     create_peer(
         lab,
@@ -430,30 +431,30 @@ fn duplicate_claim(lab: &Lab) -> anyhow::Result<String> {
         &spec("zGFwdG9wUHVibGljS2V5Rm9yRG9jc09ubHkwMDAwMDA="),
     )?;
     on_the_master(lab, &["10.10.12.1/32"])?;
-    let told = wait_for("an Event about the newer one", PATIENCE, || {
+    let waited = wait_for("an Event about the newer one", PATIENCE, || {
         lab.kubectl(&["get", "events", "--all-namespaces"])
             .is_ok_and(|events| events.contains("a-newer"))
     });
-    told.with_context(|| lab.tail(MASTER, "agent"))?;
+    waited.with_context(|| lab.tail(MASTER, "agent"))?;
     let condition = |name: &str| -> anyhow::Result<(String, String)> {
         let peer = lab.api().get(&format!("{PEERS}/{name}"))?;
         let condition = &peer["status"]["conditions"][0];
         let field = |name: &str| condition[name].as_str().unwrap_or_default().to_owned();
         Ok((field("status"), field("message")))
     };
-    let told = wait_for("the conditions", PATIENCE, || {
+    let waited = wait_for("the conditions", PATIENCE, || {
         let (newer, older) = (condition("a-newer"), condition("z-older"));
         newer.is_ok_and(|(status, message)| status == "False" && message.contains("z-older"))
             && older.is_ok_and(|(status, _)| status == "True")
     });
-    told.with_context(|| format!("{:?} {:?}", condition("a-newer"), condition("z-older")))?;
+    waited.with_context(|| format!("{:?} {:?}", condition("a-newer"), condition("z-older")))?;
     let owner = || -> anyhow::Result<String> {
         let dump = lab.node(MASTER)?.run("wg show kilo0 allowed-ips")?;
         let owner = dump.lines().find(|line| line.contains("10.10.12.1/32"));
         Ok(owner.unwrap_or_default().to_owned())
     };
     ensure!(owner()?.starts_with("oGFwdG9w"), "{}", owner()?);
-    // The other has waited, and is told when its turn has come.
+    // The other one has waited, and its condition changes when it is accepted.
     lab.api().delete(&format!("{PEERS}/z-older"))?;
     let taken_over = wait_for("the newer one's turn", PATIENCE, || {
         owner().is_ok_and(|owner| owner.starts_with("zGFwdG9w"))
@@ -487,9 +488,9 @@ fn allowed_location(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     lab.api().annotate(LEADER, &[annotation])?;
     let target = SocketAddr::from((place.address, PORT));
     let from_laptop = laptop.namespace().path();
-    let mut seen = Err(anyhow::anyhow!("nobody asked"));
+    let mut seen = Err(anyhow::anyhow!("not asked yet"));
     wait_for("the printer", PATIENCE, || {
-        seen = who(&from_laptop, target);
+        seen = source_seen(&from_laptop, target);
         seen.is_ok()
     })
     .with_context(|| format!("{seen:?}"))?;
@@ -497,9 +498,9 @@ fn allowed_location(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     ensure!(seen? == Ipv4Addr::new(192, 168, 50, 11));
     // The laptop's own program and each agent hear of the change at times of their own.
     let from_pod = lab.pod(MASTER)?.namespace().path();
-    let mut seen = Err(anyhow::anyhow!("nobody asked"));
+    let mut seen = Err(anyhow::anyhow!("not asked yet"));
     wait_for("the printer, from a pod elsewhere", PATIENCE, || {
-        seen = who(&from_pod, target);
+        seen = source_seen(&from_pod, target);
         seen.is_ok()
     })
     .with_context(|| format!("{seen:?}"))?;
@@ -535,9 +536,9 @@ fn behind_a_follower(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
         laptop.namespace().path(),
         lab.pod(MASTER)?.namespace().path(),
     ] {
-        let mut seen = Err(anyhow::anyhow!("nobody asked"));
+        let mut seen = Err(anyhow::anyhow!("not asked yet"));
         wait_for("the scanner", PATIENCE, || {
-            seen = who(&from, target);
+            seen = source_seen(&from, target);
             seen.is_ok()
         })
         .with_context(|| format!("{seen:?} from {}", from.display()))?;

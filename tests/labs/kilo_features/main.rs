@@ -14,11 +14,10 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use selvedge_lab::claims::{self, By};
-use selvedge_lab::lab::{Access, Mesh, Options, Proxy, SCENARIO_FLAGS};
-use selvedge_lab::netns::unique_prefix;
-use selvedge_lab::topology::{Shape, Third};
+use selvedge_lab::lab::{AGENT_FLAGS, Mesh, Options, Proxy};
+use selvedge_lab::topology::{FOLLOWER, LEADER, Shape, THIRD_LEADER, Third};
 use selvedge_lab::traffic::Servers;
-use selvedge_lab::{Lab, Node, Steps, scratch};
+use selvedge_lab::{Lab, Node, Steps};
 
 mod bad_peers;
 mod clients;
@@ -27,10 +26,6 @@ mod nat;
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
-
-const LEADER: &str = "node-agent-01";
-const FOLLOWER: &str = "node-agent-02";
-const THIRD_LEADER: &str = "node-third-01";
 
 /// How long the mesh may take to follow a change in a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -54,46 +49,40 @@ fn behind_nat(steps: &mut Steps) -> Option<()> {
         third: Third::Distinct,
         ..Shape::default()
     };
-    let mut lab = steps.required("a_cluster_of_three_regions_comes_up", || {
-        up(shape, Proxy::Iptables)
-    })?;
-    let _servers = Servers::start(&lab.places()).ok()?;
+    let (mut lab, _servers) = up(
+        steps,
+        "a_cluster_of_three_regions_comes_up",
+        shape,
+        Proxy::Iptables,
+    )?;
     let flags = flags(&["--service-cidr=10.43.0.0/16"]);
     steps.required("its_agents_become_ready", || {
         lab.join(&mesh(&flags, true))?;
         Ok(String::new())
     })?;
-    steps.step("everybody_reaches_everybody", || settled(&lab));
+    steps.step("all_pods_and_nodes_reach_each_other", || settled(&lab));
     nat::regions(steps, &mut lab, &flags);
     clients::clients(steps, &lab)
 }
 
 fn mesh<'a>(flags: &'a [&'a str], annotate: bool) -> Mesh<'a> {
     Mesh {
-        binary: Path::new(SELVEDGE),
-        manifest: Path::new(MANIFEST),
-        access: Access::Kubeconfig,
-        flags,
         annotate,
+        ..Mesh::labelled(Path::new(SELVEDGE), Path::new(MANIFEST), flags)
     }
 }
 
 fn flags<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    SCENARIO_FLAGS.iter().chain(more).copied().collect()
+    AGENT_FLAGS.iter().chain(more).copied().collect()
 }
 
-fn up(shape: Shape, proxy: Proxy) -> anyhow::Result<Lab> {
+fn up(steps: &mut Steps, step: &str, shape: Shape, proxy: Proxy) -> Option<(Lab, Servers)> {
     let options = Options {
         shape,
         proxy,
         ..Options::default()
     };
-    Lab::up(
-        &unique_prefix(),
-        scratch("kilo-features")?,
-        options,
-        &|_| {},
-    )
+    steps.cluster(step, "kilo-features", options)
 }
 
 fn selvedge(client: &Node, lab: &Lab, arguments: &[&str]) -> anyhow::Result<String> {
@@ -107,7 +96,7 @@ fn selvedge(client: &Node, lab: &Lab, arguments: &[&str]) -> anyhow::Result<Stri
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Everybody reaches everybody, at the latest when the nodes behind NAT have found each other.
+/// All pods and nodes reach each other, at the latest when the leaders behind NAT have found each other.
 fn settled(lab: &Lab) -> anyhow::Result<String> {
-    claims::everybody_comes_to_reach_everybody(lab, By::OwnAddress, Duration::from_secs(40))
+    claims::all_places_come_to_reach_each_other(lab, By::OwnAddress, Duration::from_secs(40))
 }

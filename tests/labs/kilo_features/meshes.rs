@@ -6,7 +6,6 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use selvedge_lab::lab::Proxy;
 use selvedge_lab::topology::{MASTER, MASTER_PUBLIC, Master, Shape, Third, public_address};
-use selvedge_lab::traffic::Servers;
 use selvedge_lab::{Lab, Steps, claims, wait_for};
 
 use crate::{
@@ -23,8 +22,7 @@ pub(crate) fn granularities(steps: &mut Steps, granularity: &str) -> Option<()> 
     let name = format!("a_{granularity}_mesh_comes_up");
     let flag = format!("--mesh-granularity={granularity}");
     let flags = flags(&[&flag]);
-    let mut lab = steps.required(&name, || up(shape, Proxy::None))?;
-    let _servers = Servers::start(&lab.places()).ok()?;
+    let (mut lab, _servers) = up(steps, &name, shape, Proxy::None)?;
     steps.required(
         &format!("the_agents_of_the_{granularity}_mesh_become_ready"),
         || {
@@ -33,7 +31,7 @@ pub(crate) fn granularities(steps: &mut Steps, granularity: &str) -> Option<()> 
         },
     )?;
     steps.step(
-        &format!("in_a_{granularity}_mesh_everybody_reaches_everybody"),
+        &format!("in_a_{granularity}_mesh_all_pods_and_nodes_reach_each_other"),
         || settled(&lab),
     );
     steps.step(
@@ -57,10 +55,12 @@ pub(crate) fn granularities(steps: &mut Steps, granularity: &str) -> Option<()> 
 
 /// Logical groups: two of a data centre's three nodes form one, the third stands for itself.
 pub(crate) fn mixed(steps: &mut Steps) -> Option<()> {
-    let mut lab = steps.required("a_mixed_mesh_comes_up", || {
-        up(Shape::default(), Proxy::None)
-    })?;
-    let _servers = Servers::start(&lab.places()).ok()?;
+    let (mut lab, _servers) = up(
+        steps,
+        "a_mixed_mesh_comes_up",
+        Shape::default(),
+        Proxy::None,
+    )?;
     let flags = flags(&[]);
     steps.required("the_agents_of_the_mixed_mesh_become_ready", || {
         let location = ("kilo.squat.ai/location", Some("edge"));
@@ -68,9 +68,10 @@ pub(crate) fn mixed(steps: &mut Steps) -> Option<()> {
         lab.join(&mesh(&flags, true))?;
         Ok(String::new())
     })?;
-    steps.step("in_a_mixed_mesh_everybody_reaches_everybody", || {
-        settled(&lab)
-    });
+    steps.step(
+        "in_a_mixed_mesh_all_pods_and_nodes_reach_each_other",
+        || settled(&lab),
+    );
     steps.step("in_a_mixed_mesh_each_group_has_a_leader", || {
         for (node, tunnels) in [
             (MASTER, 2),
@@ -94,8 +95,7 @@ pub(crate) fn six_clouds(steps: &mut Steps) -> Option<()> {
         clouds: 4,
         ..Shape::default()
     };
-    let mut lab = steps.required("five_clouds_come_up", || up(shape, Proxy::None))?;
-    let _servers = Servers::start(&lab.places()).ok()?;
+    let (mut lab, _servers) = up(steps, "five_clouds_come_up", shape, Proxy::None)?;
     let flags = flags(&[]);
     steps.required("the_agents_in_five_clouds_become_ready", || {
         let publics = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1)].map(|(cloud, number)| {
@@ -114,9 +114,10 @@ pub(crate) fn six_clouds(steps: &mut Steps) -> Option<()> {
         lab.join(&mesh(&flags, false))?;
         Ok(String::new())
     })?;
-    steps.step("across_five_clouds_everybody_reaches_everybody", || {
-        settled(&lab)
-    });
+    steps.step(
+        "across_five_clouds_all_pods_and_nodes_reach_each_other",
+        || settled(&lab),
+    );
     steps.step("across_five_clouds_each_leader_has_four_tunnels", || {
         // By name of the region: cloud-1 .1, cloud-2 .2, cloud-3 .3, cloud-4 .4, default .5.
         let expected = [

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use selvedge_lab::claims;
 use selvedge_lab::lab::Proxy;
 use selvedge_lab::topology::{MASTER, Nat, Shape, Third};
-use selvedge_lab::traffic::{PORT, Servers, Stream, transfer};
+use selvedge_lab::traffic::{PORT, Stream, transfer};
 use selvedge_lab::{Lab, Namespace, Process, Steps, wait_for};
 
 use crate::{
@@ -23,7 +23,7 @@ const CLOUD: &str = "203.0.113.10:";
 pub(crate) const DATA_CENTRE: &str = "203.0.113.20:";
 const THIRD: &str = "203.0.113.30:";
 
-/// What scenario 000 annotates the leaders behind NAT with.
+/// The keepalive that the leaders behind NAT are annotated with.
 const KEEPALIVE: Duration = Duration::from_secs(25);
 /// After so long agents see to it that a silent connection to the API server is there.
 const API_PROBES: Duration = Duration::from_secs(10);
@@ -32,7 +32,7 @@ pub(crate) fn regions(steps: &mut Steps, lab: &mut Lab, flags: &[&str]) {
     steps.step("two_regions_behind_nat_find_each_other", || {
         found_each_other(lab)
     });
-    steps.step("what_they_say_to_each_other_passes_nobody_else", || {
+    steps.step("their_traffic_passes_no_other_leader", || {
         goes_directly(lab)
     });
     steps.step("they_find_each_other_while_no_api_server_answers", || {
@@ -100,7 +100,7 @@ fn goes_directly(lab: &Lab) -> anyhow::Result<String> {
     ))
 }
 
-/// tcpdump on a router's way out: who sends UDP to whom, and how much of it.
+/// tcpdump on a router's way out: how many bytes of UDP from which source to which destination.
 struct Listener {
     tcpdump: Process,
     file: PathBuf,
@@ -150,7 +150,7 @@ impl Listener {
     }
 }
 
-/// Both leaders' agents begin anew with nothing but what they kept on disk.
+/// Both leaders' agents restart with nothing but their state on disk.
 fn without_the_api(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String> {
     // What an agent keeps is written within five seconds of a change.
     sleep(Duration::from_secs(6));
@@ -199,17 +199,17 @@ fn follows_new_mappings(lab: &Lab, routers: &[(&str, &str, &str)]) -> anyhow::Re
         restart_router(lab, name, ports)?;
     }
     let begun = Instant::now();
-    // The router forgot this leader's connection to the API, too: what happens now is heard all the same.
+    // The router forgot this leader's connection to the API, too: the change must reach it all the same.
     let location_ips = "kilo.squat.ai/allowed-location-ips";
     lab.api()
         .annotate(MASTER, &[(location_ips, Some("10.77.0.0/24"))])?;
-    let mut told = None;
+    let mut heard = None;
     let mut times = String::new();
-    // The public leader is spoken to with the next keepalive, and tells the others.
+    // The public leader gets the next keepalive and publishes its source for the others.
     for observers in [&[MASTER][..], &[LEADER, THIRD_LEADER]] {
         let waited = wait_for("the new mappings", 5 * KEEPALIVE, || {
-            if told.is_none() && knows(lab, "10.77.0.0/24") {
-                told = Some(begun.elapsed());
+            if heard.is_none() && knows(lab, "10.77.0.0/24") {
+                heard = Some(begun.elapsed());
             }
             routers.iter().all(|(_, address, ports)| {
                 // 40000-40999: one thousand.
@@ -225,8 +225,8 @@ fn follows_new_mappings(lab: &Lab, routers: &[(&str, &str, &str)]) -> anyhow::Re
         waited.with_context(|| lab.tail(THIRD_LEADER, "agent"))?;
         times += &format!("{:.1} s, ", begun.elapsed().as_secs_f64());
     }
-    let told = match told {
-        Some(told) => told,
+    let heard = match heard {
+        Some(heard) => heard,
         None => {
             wait_for("a change in the API", 5 * API_PROBES, || {
                 knows(lab, "10.77.0.0/24")
@@ -235,8 +235,8 @@ fn follows_new_mappings(lab: &Lab, routers: &[(&str, &str, &str)]) -> anyhow::Re
         }
     };
     ensure!(
-        told < 5 * API_PROBES,
-        "a change was heard of after {told:?}"
+        heard < 5 * API_PROBES,
+        "a change was heard of after {heard:?}"
     );
     lab.api().annotate(MASTER, &[(location_ips, None)])?;
     let pairs = settled(lab)?;
@@ -248,7 +248,7 @@ fn follows_new_mappings(lab: &Lab, routers: &[(&str, &str, &str)]) -> anyhow::Re
     Ok(format!(
         "seen by the master and by the other leader after {times}a connection was silent for {:.1} s; of a change in the API the leader heard after {:.1} s; {written} writes; {pairs}",
         report.silence.as_secs_f64(),
-        told.as_secs_f64()
+        heard.as_secs_f64()
     ))
 }
 
@@ -277,10 +277,12 @@ pub(crate) fn symmetric(steps: &mut Steps) -> Option<()> {
         nat: Nat::Symmetric,
         ..Shape::default()
     };
-    let mut lab = steps.required("two_regions_behind_symmetric_nats_come_up", || {
-        up(shape, Proxy::None)
-    })?;
-    let _servers = Servers::start(&lab.places()).ok()?;
+    let (mut lab, _servers) = up(
+        steps,
+        "two_regions_behind_symmetric_nats_come_up",
+        shape,
+        Proxy::None,
+    )?;
     let flags = flags(&[]);
     steps.required("their_agents_become_ready", || {
         lab.join(&mesh(&flags, true))?;
@@ -295,25 +297,28 @@ pub(crate) fn symmetric(steps: &mut Steps) -> Option<()> {
         }
         Ok(String::new())
     });
-    steps.step("they_do_not_reach_each_other_and_are_told_why", || {
-        let (from, to) = (format!("pod@{LEADER}"), format!("pod@{THIRD_LEADER}"));
-        let reached = claims::reached_within(&lab, &from, &to, Duration::from_secs(3));
-        ensure!(reached.is_err(), "they reach each other");
-        for (node, other) in [(LEADER, "location:third"), (THIRD_LEADER, "location:nd")] {
-            let mut command = Command::new(SELVEDGE);
-            command.arg("doctor");
-            let doctor = String::from_utf8(lab.node(node)?.output(command)?.stdout)?;
-            let status = selvedge(lab.node(node)?, &lab, &["status"])?;
-            for text in [doctor, status] {
-                ensure!(
-                    text.contains(other) && text.contains("both behind NAT"),
-                    "{text}"
-                );
+    steps.step(
+        "they_do_not_reach_each_other_and_status_and_doctor_say_why",
+        || {
+            let (from, to) = (format!("pod@{LEADER}"), format!("pod@{THIRD_LEADER}"));
+            let reached = claims::reached_within(&lab, &from, &to, Duration::from_secs(3));
+            ensure!(reached.is_err(), "they reach each other");
+            for (node, other) in [(LEADER, "location:third"), (THIRD_LEADER, "location:nd")] {
+                let mut command = Command::new(SELVEDGE);
+                command.arg("doctor");
+                let doctor = String::from_utf8(lab.node(node)?.output(command)?.stdout)?;
+                let status = selvedge(lab.node(node)?, &lab, &["status"])?;
+                for text in [doctor, status] {
+                    ensure!(
+                        text.contains(other) && text.contains("both behind NAT"),
+                        "{text}"
+                    );
+                }
             }
-        }
-        Ok(String::new())
-    });
-    steps.step("nobody_writes_about_it_again_and_again", || {
+            Ok(String::new())
+        },
+    );
+    steps.step("no_agent_writes_about_it_repeatedly", || {
         let before = writes(&lab)?;
         ensure!(
             before > 0,

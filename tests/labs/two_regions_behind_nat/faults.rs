@@ -14,7 +14,7 @@ use selvedge_lab::topology::MASTER;
 use selvedge_lab::traffic::PORT;
 use selvedge_lab::{Lab, Steps, wait_for};
 
-use super::{FOLLOWER, LEADER, doctor, leak_something, stream, wan_capture};
+use super::{FOLLOWER, LEADER, doctor, leak_something, stream};
 
 /// Repairs are promised within one second; a busy CI machine gets some more before it is a failure.
 const REPAIR: Duration = Duration::from_secs(5);
@@ -35,9 +35,9 @@ pub(super) fn all(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
         lab.policy_of_forward("ACCEPT")?;
         let outcome = flannel_restarts(lab, &POD_PAIRS);
         lab.policy_of_forward("DROP")?;
-        let Restarts { lost, told, .. } = outcome?;
-        ensure!(lost == 0, "{told}");
-        Ok(told)
+        let Restarts { lost, summary, .. } = outcome?;
+        ensure!(lost == 0, "{summary}");
+        Ok(summary)
     });
     steps.step(
         "flannel_restarts_under_a_policy_of_drop_and_only_its_own_gap_is_felt",
@@ -45,18 +45,18 @@ pub(super) fn all(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
             let Restarts {
                 lost,
                 dropped,
-                told,
+                summary,
             } = flannel_restarts(lab, &POD_PAIRS)?;
             ensure!(
                 lost <= dropped,
-                "{lost} lost, of which FORWARD dropped {dropped}: {told}"
+                "{lost} lost, of which FORWARD dropped {dropped}: {summary}"
             );
             // Between the leaders themselves nothing is forwarded.
             let hosts = flannel_restarts(lab, &[(MASTER, LEADER), (LEADER, FOLLOWER)])?;
-            ensure!(hosts.lost == 0, "{}", hosts.told);
+            ensure!(hosts.lost == 0, "{}", hosts.summary);
             Ok(format!(
                 "pods lost {lost}, FORWARD dropped {dropped} packets meanwhile; hosts: {}",
-                hosts.told
+                hosts.summary
             ))
         },
     );
@@ -74,23 +74,24 @@ pub(super) fn all(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
         });
     }
     steps.step(
-        "an_agent_out_of_file_descriptors_still_mends_routes",
+        "an_agent_out_of_file_descriptors_still_repairs_routes",
         || out_of_descriptors(lab),
     );
-    steps.step("everybody_still_reaches_everybody", || {
-        claims::everybody_reaches_everybody(lab, By::OwnAddress)
+    steps.step("all_pods_and_nodes_still_reach_each_other", || {
+        claims::all_places_reach_each_other(lab, By::OwnAddress)
     });
     steps.step(
         "an_agent_is_killed_and_nothing_leaves_in_clear_meanwhile",
-        || killed_in_the_dark(lab, mesh),
+        || agents_killed(lab, mesh),
     );
     steps.step(
         "the_control_run_without_our_state_sees_clear_packets",
         || circumvented(lab, mesh),
     );
-    steps.step("everybody_reaches_everybody_after_all_this", || {
-        claims::everybody_reaches_everybody(lab, By::OwnAddress)
-    });
+    steps.step(
+        "all_pods_and_nodes_reach_each_other_after_all_faults",
+        || claims::all_places_reach_each_other(lab, By::OwnAddress),
+    );
 }
 
 /// Takes the streams' packets out of the nodes' connection tracking, or puts them back.
@@ -115,7 +116,7 @@ pub(super) struct Restarts {
     /// How many of their packets the chain `FORWARD` of some node dropped.
     pub(super) dropped: u32,
     /// Each one's report.
-    pub(super) told: String,
+    pub(super) summary: String,
 }
 
 /// flannel takes its own rules out and in again when it starts. Where nothing else lets its packets
@@ -144,12 +145,12 @@ pub(super) fn flannel_restarts(lab: &mut Lab, pairs: &[(&str, &str)]) -> anyhow:
     let mut restarts = Restarts {
         lost: 0,
         dropped: 0,
-        told: String::new(),
+        summary: String::new(),
     };
     for (stream, (from, to)) in streams.into_iter().zip(pairs) {
         let report = stream.stop()?;
         restarts.lost += report.lost();
-        restarts.told += &format!("{from} -> {to}: {report}; ");
+        restarts.summary += &format!("{from} -> {to}: {report}; ");
     }
     for name in lab.node_names() {
         let node = lab.node(&name)?;
@@ -172,14 +173,14 @@ pub(super) fn flannel_restarts(lab: &mut Lab, pairs: &[(&str, &str)]) -> anyhow:
     Ok(restarts)
 }
 
-/// One neighbour and one forwarding entry of flannel's: it does not notice itself.
+/// One neighbour and one forwarding entry of flannel's: flannel does not notice.
 fn flannel_entries_deleted(lab: &Lab) -> anyhow::Result<String> {
     let mac = lab
         .node(LEADER)?
         .run("cat /sys/class/net/flannel.1/address")?;
     let mac = mac.trim();
     let gateway = lab.pod_cidr(LEADER)?.network();
-    let mut told = Vec::new();
+    let mut summary = Vec::new();
     for command in [
         format!("ip neigh del {gateway} dev flannel.1"),
         format!("bridge fdb del {mac} dev flannel.1"),
@@ -192,13 +193,13 @@ fn flannel_entries_deleted(lab: &Lab) -> anyhow::Result<String> {
         for stream in [near, far] {
             let report = stream.stop()?;
             ensure!(report.silence < REPAIR, "{command}: {report}");
-            told.push(format!("{command}: {report}"));
+            summary.push(format!("{command}: {report}"));
         }
     }
-    Ok(told.join("; "))
+    Ok(summary.join("; "))
 }
 
-/// What is mended by netlink takes no descriptor; what `nft` must do waits until there are some again.
+/// A repair by netlink needs no descriptor; a repair by `nft` waits until there are some again.
 fn out_of_descriptors(lab: &mut Lab) -> anyhow::Result<String> {
     let pid = lab.agent(FOLLOWER).context("no agent")?.pid();
     // The hard limit stays, so that there is a way back.
@@ -216,20 +217,20 @@ fn out_of_descriptors(lab: &mut Lab) -> anyhow::Result<String> {
     limit(20)?;
     follower.run("nft delete table inet selvedge")?;
     follower.run(&format!("ip route del {route} metric 0"))?;
-    let mended = wait_for("the route", REPAIR, || {
+    let repaired = wait_for("the route", REPAIR, || {
         follower
             .run(&format!("ip route show {route}"))
             .is_ok_and(|routes| routes.contains("flannel.1"))
     });
     limit(1024)?;
-    let mended = mended?;
+    let repaired = repaired?;
     let firewall = wait_for("the nft table", Duration::from_secs(60), || {
         follower.run("nft list table inet selvedge").is_ok()
     })?;
     let report = stream.stop()?;
     ensure!(report.silence < REPAIR, "{report}");
     Ok(format!(
-        "the route after {mended:.1?}, the firewall {firewall:.1?} after there were some; {report}"
+        "the route after {repaired:.1?}, the firewall {firewall:.1?} after there were some; {report}"
     ))
 }
 
@@ -242,21 +243,21 @@ fn flannel_device_deleted(lab: &mut Lab, node: &str) -> anyhow::Result<String> {
     sleep(Duration::from_millis(500));
     lab.node(node)?.run("ip link delete flannel.1")?;
     sleep(LOOK);
-    let mut told = Vec::new();
+    let mut summary = Vec::new();
     for stream in streams {
         let report = stream.stop()?;
         ensure!(report.silence < REPAIR, "{report}");
-        told.push(report.to_string());
+        summary.push(report.to_string());
     }
     // What it knew of other regions, which only it uses, it learns again when it starts.
     lab.restart_flannel(node)?;
-    Ok(told.join("; "))
+    Ok(summary.join("; "))
 }
 
-fn killed_in_the_dark(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
-    let mut told = Vec::new();
+fn agents_killed(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
+    let mut summary = Vec::new();
     for node in [LEADER, FOLLOWER, MASTER] {
-        let capture = wan_capture(lab, &format!("killed-{node}"))?;
+        let capture = lab.capture_internet(&format!("killed-{node}"))?;
         let stream = stream(lab, "pod@node-agent-02", "pod@node-master")?;
         let back = super::stream(lab, "pod@node-master", "pod@node-agent-01")?;
         sleep(Duration::from_millis(500));
@@ -274,9 +275,9 @@ fn killed_in_the_dark(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> 
         let findings = capture.finish(POD_NETWORK.parse()?)?;
         ensure!(findings.nothing_in_clear(), "{node}: {findings}");
         ensure!(report.answered > 0, "{node}: {report}");
-        told.push(format!("{node}: {report}; {back}"));
+        summary.push(format!("{node}: {report}; {back}"));
     }
-    Ok(told.join("; "))
+    Ok(summary.join("; "))
 }
 
 /// The proof that the capture would have seen it: the same traffic, with our state taken away.
@@ -285,7 +286,7 @@ fn circumvented(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
     lab.node(MASTER)?
         .run("ip rule add priority 1 lookup main")?;
     lab.node(MASTER)?.run("nft delete table inet selvedge")?;
-    let capture = wan_capture(lab, "circumvented")?;
+    let capture = lab.capture_internet("circumvented")?;
     leak_something(lab)?;
     let findings = capture.finish(POD_NETWORK.parse()?)?;
     lab.node(MASTER)?.run("ip rule delete priority 1")?;

@@ -1,4 +1,4 @@
-//! Scenario 000 end to end, on a real flannel and a real kube-apiserver: a public master, three
+//! Two regions end to end, on a real flannel and a real kube-apiserver: a public master, three
 //! agents behind NAT, strict reverse path filters, a FORWARD policy of DROP, kube-proxy.
 //!
 //! First without Selvedge, then with it, then with one fault after the other, and at last without it
@@ -20,10 +20,9 @@ use selvedge_lab::claims::{self, By, Pairs};
 use selvedge_lab::controlplane::POD_NETWORK;
 use selvedge_lab::dumps::Dumps;
 use selvedge_lab::lab::{Mesh, Options, Proxy};
-use selvedge_lab::netns::unique_prefix;
-use selvedge_lab::topology::{MASTER, Site};
-use selvedge_lab::traffic::{PORT, Servers, Stream, shout};
-use selvedge_lab::{Lab, Steps, scratch, wait_for};
+use selvedge_lab::topology::{FOLLOWER, LEADER, MASTER, Site};
+use selvedge_lab::traffic::{PORT, Stream, shout};
+use selvedge_lab::{Lab, Steps, wait_for};
 
 mod faults;
 mod node_ports;
@@ -32,10 +31,6 @@ use faults::{Restarts, flannel_restarts, untracked};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
-
-/// The data centre's leader and one of its followers.
-const LEADER: &str = "node-agent-01";
-const FOLLOWER: &str = "node-agent-02";
 
 fn main() -> ExitCode {
     let mut steps = Steps::from_args("two_regions_behind_nat");
@@ -48,16 +43,12 @@ fn run(steps: &mut Steps) -> Option<()> {
         proxy: Proxy::Iptables,
         ..Options::default()
     };
-    let mut lab = steps.required("the_cluster_comes_up", || {
-        Lab::up(&unique_prefix(), scratch("two-regions")?, options, &|_| {})
-    })?;
-    let places = lab.places();
-    let _servers = Servers::start(&places).ok()?;
+    let (mut lab, _servers) = steps.cluster("the_cluster_comes_up", "two-regions", options)?;
 
     without_selvedge(steps, &mut lab);
     let before = steps.required("the_nodes_are_dumped_before_selvedge", || Dumps::take(&lab))?;
 
-    let mesh = Mesh::scenario(Path::new(SELVEDGE), Path::new(MANIFEST));
+    let mesh = Mesh::annotated(Path::new(SELVEDGE), Path::new(MANIFEST));
     steps.required("all_agents_become_ready", || {
         let time = lab.join(&mesh)?;
         Ok(format!(
@@ -69,10 +60,10 @@ fn run(steps: &mut Steps) -> Option<()> {
     steady_state(steps, &mut lab);
     faults::all(steps, &mut lab, &mesh);
     steps.step("sigterm_leaves_the_data_plane_at_work", || {
-        told_to_stop(&mut lab)
+        terminated(&mut lab)
     });
     steps.step("with_clean_up_sigterm_leaves_nothing", || {
-        told_to_clean_up(&mut lab, &mesh, &before)
+        terminated_with_clean_up(&mut lab, &mesh, &before)
     });
     steps.step("cleanup_leaves_the_nodes_as_they_were", || {
         claims::cleanup_leaves_nothing(&mut lab, Path::new(SELVEDGE), &before)
@@ -88,7 +79,7 @@ fn without_selvedge(steps: &mut Steps, lab: &mut Lab) {
     steps.step(
         "flannel_alone_sends_pod_traffic_between_regions_in_clear",
         || {
-            let capture = wan_capture(lab, "flannel-alone")?;
+            let capture = lab.capture_internet("flannel-alone")?;
             leak_something(lab)?;
             let findings = capture.finish(POD_NETWORK.parse()?)?;
             ensure!(findings.magic > 0 && findings.vxlan > 0, "{findings}");
@@ -106,7 +97,7 @@ fn without_selvedge(steps: &mut Steps, lab: &mut Lab) {
             let Restarts {
                 lost,
                 dropped,
-                told,
+                summary,
             } = {
                 // As a leader's transit is, and unlike what kube-proxy lets pass as established.
                 untracked(lab, true)?;
@@ -114,9 +105,9 @@ fn without_selvedge(steps: &mut Steps, lab: &mut Lab) {
                 untracked(lab, false)?;
                 outcome?
             };
-            ensure!(lost <= dropped, "{lost} lost, {dropped} dropped: {told}");
+            ensure!(lost <= dropped, "{lost} lost, {dropped} dropped: {summary}");
             Ok(format!(
-                "{lost} lost, FORWARD dropped {dropped} packets: {told}"
+                "{lost} lost, FORWARD dropped {dropped} packets: {summary}"
             ))
         },
     );
@@ -125,26 +116,26 @@ fn without_selvedge(steps: &mut Steps, lab: &mut Lab) {
 fn reachability(steps: &mut Steps, lab: &Lab) {
     let capture = steps.required(
         "listening_on_the_internet_since_the_agents_are_ready",
-        || Ok(Listening(wan_capture(lab, "ready")?)),
+        || Ok(Listening(lab.capture_internet("ready")?)),
     );
     steps.step("the_regions_are_joined_within_ten_seconds", || {
-        let mut told = Vec::new();
+        let mut summary = Vec::new();
         for (from, to) in [
             ("pod@node-agent-03", "pod@node-master"),
             ("pod@node-master", "pod@node-agent-03"),
             ("node-master", "node-agent-01"),
         ] {
             let time = claims::reached_within(lab, from, to, Duration::from_secs(10))?;
-            told.push(format!("{from} -> {to} after {time:.1?} more"));
+            summary.push(format!("{from} -> {to} after {time:.1?} more"));
         }
-        Ok(told.join(", "))
+        Ok(summary.join(", "))
     });
     steps.step(
-        "everybody_reaches_everybody_by_pod_ip_and_internal_ip",
-        || claims::everybody_comes_to_reach_everybody(lab, By::OwnAddress, claims::SETTLING),
+        "all_pods_and_nodes_reach_each_other_by_pod_ip_and_internal_ip",
+        || claims::all_places_come_to_reach_each_other(lab, By::OwnAddress, claims::SETTLING),
     );
-    steps.step("everybody_reaches_everybody_by_cluster_ip", || {
-        claims::everybody_reaches_everybody(lab, By::Service)
+    steps.step("all_pods_and_nodes_reach_each_other_by_cluster_ip", || {
+        claims::all_places_reach_each_other(lab, By::Service)
     });
     steps.step("pods_reach_the_service_kubernetes", || {
         claims::pods_reach_the_api(lab)
@@ -170,7 +161,7 @@ fn reachability(steps: &mut Steps, lab: &Lab) {
         || node_ports::of_the_own_leader(lab),
     );
     steps.step(
-        "the_doctor_finds_the_policy_of_drop_and_nothing_else",
+        "doctor_reports_the_forward_policy_of_drop_and_nothing_else",
         || {
             for name in lab.node_names() {
                 let text = doctor(lab, &name)?;
@@ -193,8 +184,8 @@ fn reachability(steps: &mut Steps, lab: &Lab) {
         "a_packet_too_large_for_the_tunnel_is_refused_by_its_own_node",
         || {
             let master = lab.pod(MASTER)?.address();
-            claims::too_large_is_told_at_home(lab, LEADER, master)?;
-            claims::too_large_is_told_at_home(lab, FOLLOWER, master)
+            claims::too_large_is_refused_by_its_own_node(lab, LEADER, master)?;
+            claims::too_large_is_refused_by_its_own_node(lab, FOLLOWER, master)
         },
     );
     steps.step("a_megabyte_arrives_intact_between_all_pairs", || {
@@ -280,7 +271,7 @@ fn doctor(lab: &Lab, node: &str) -> anyhow::Result<String> {
 
 fn wg_on_both_leaders(lab: &Lab) -> anyhow::Result<String> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-    let mut told = Vec::new();
+    let mut summary = Vec::new();
     for (leader, far, far_ip) in [
         (MASTER, Site::DataCentre, "10.4.0.2"),
         (LEADER, Site::Cloud, "10.4.0.1"),
@@ -297,19 +288,19 @@ fn wg_on_both_leaders(lab: &Lab) -> anyhow::Result<String> {
         );
         let age = now.saturating_sub(peer.handshake);
         ensure!(age < 180, "{leader}: the last handshake is {age} s old");
-        told.push(format!("{leader}: {age} s, {}", peer.endpoint));
+        summary.push(format!("{leader}: {age} s, {}", peer.endpoint));
     }
     let keepalive = &claims::wg_show(lab, LEADER)?[0].keepalive;
     ensure!(
         keepalive == "25",
         "{LEADER} behind NAT has keepalive {keepalive}"
     );
-    Ok(told.join("; "))
+    Ok(summary.join("; "))
 }
 
 /// What an agent installed outlives it, so that the next one finds it at work. The tunnel itself
 /// pauses with a leader's process; a follower's absence is not felt.
-fn told_to_stop(lab: &mut Lab) -> anyhow::Result<String> {
+fn terminated(lab: &mut Lab) -> anyhow::Result<String> {
     let before = claims::own_state(lab, FOLLOWER)?;
     let stream = stream(lab, "pod@node-agent-02", "pod@node-master")?;
     sleep(Duration::from_millis(300));
@@ -323,7 +314,11 @@ fn told_to_stop(lab: &mut Lab) -> anyhow::Result<String> {
 }
 
 /// `--clean-up` and `--clean-up-interface`, which Kilo has on and off by default, and this agent off.
-fn told_to_clean_up(lab: &mut Lab, mesh: &Mesh<'_>, before: &Dumps) -> anyhow::Result<String> {
+fn terminated_with_clean_up(
+    lab: &mut Lab,
+    mesh: &Mesh<'_>,
+    before: &Dumps,
+) -> anyhow::Result<String> {
     let mut flags = mesh.flags.to_vec();
     flags.extend(["--clean-up=true", "--clean-up-interface=true"]);
     for node in [FOLLOWER, LEADER] {
@@ -360,11 +355,6 @@ impl selvedge_lab::steps::Outcome for Listening {
     fn detail(&self) -> String {
         String::new()
     }
-}
-
-fn wan_capture(lab: &Lab, name: &str) -> anyhow::Result<Capture> {
-    let file = lab.directory().join(format!("{name}.pcap"));
-    Capture::start(lab.network().internet(), &file)
 }
 
 fn stream(lab: &Lab, from: &str, to: &str) -> anyhow::Result<Stream> {

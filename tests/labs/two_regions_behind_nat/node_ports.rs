@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use selvedge_lab::topology::MASTER;
-use selvedge_lab::traffic::{PORT, who};
+use selvedge_lab::traffic::{PORT, source_seen};
 use selvedge_lab::{Lab, wait_for};
 use serde_json::json;
 
@@ -22,16 +22,16 @@ const COLLECTIONS: [&str; 2] = [
 
 /// From outside of the cluster, and from a node of the region for a pod of the region.
 pub(super) fn lead_to_pods(lab: &Lab) -> anyhow::Result<String> {
-    let mut told = Vec::new();
+    let mut summary = Vec::new();
     for (number, leader, from) in [
         (30_700, MASTER, lab.network().internet().path()),
         (30_701, LEADER, namespace(lab, "node-agent-03")?),
     ] {
         let port = NodePort::open(lab, number, leader, FOLLOWER)?;
         wait_for(&port.what, HEARD, || port.answers(&from))?;
-        told.push(port.what.clone());
+        summary.push(port.what.clone());
     }
-    Ok(told.join("; "))
+    Ok(summary.join("; "))
 }
 
 /// A follower that calls its own leader for a pod elsewhere is answered where both hosts filter loosely.
@@ -97,14 +97,14 @@ impl<'a> NodePort<'a> {
     }
 
     fn answers(&self, from: &std::path::Path) -> bool {
-        who(from, self.server).is_ok()
+        source_seen(from, self.server).is_ok()
     }
 }
 
 impl Drop for NodePort<'_> {
     fn drop(&mut self) {
         for collection in COLLECTIONS {
-            // Who sees the end of the lab needs no clean API server.
+            // At the end of the lab the API server may be gone.
             let _ = self
                 .lab
                 .api()

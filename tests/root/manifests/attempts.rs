@@ -190,7 +190,7 @@ fn account(cluster: &Cluster, name: &str, resource: &str, node: &str) -> Client 
     cluster.bound(NAMESPACE, name, &pod.unwrap())
 }
 
-/// All who take part.
+/// All identities that take part.
 struct Parties {
     admin: Client,
     agent_a: Client,

@@ -234,16 +234,17 @@ fn the_networks_that_no_peer_may_claim_are_written_as_people_write_lists() {
     let mistake = json!({"data": {"networks": "172.31.0.0,10.42.0.0/16"}});
     let (status, answer) = patch(api, &format!("{list}/of-people"), &mistake);
     assert_eq!(status, 200, "{answer}");
-    let mut told = (201, String::new());
+    let mut answer = (201, String::new());
     wait_for("a list with a mistake", Duration::from_secs(30), || {
-        told = create("172.30.7.0/24");
-        told.0 != 201
+        answer = create("172.30.7.0/24");
+        answer.0 != 201
     })
     .unwrap();
     assert!(
-        told.1
-            .contains("selvedge-networks holds 172.31.0.0, which is not a network"),
-        "{told:?}"
+        answer
+            .1
+            .contains("selvedge-networks holds 172.31.0.0, which is no network"),
+        "{answer:?}"
     );
 }
 

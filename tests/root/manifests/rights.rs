@@ -1,8 +1,8 @@
-//! Who may change what: an agent by its token, a kubelet, and everybody else as before.
+//! Which identity may change what: an agent by its token, a kubelet, and all others as before.
 
 use super::*;
 
-/// The annotations that are the operator's, and nobody's agent's or kubelet's.
+/// The annotations that only the operator may change, and no agent or kubelet.
 const OPERATORS: [&str; 6] = [
     "force-endpoint",
     "force-internal-ip",
@@ -123,7 +123,7 @@ fn an_agent_changes_its_own_annotations_on_its_own_node_and_nothing_else() {
         let policy = "ValidatingAdmissionPolicy 'selvedge-";
         assert!(message.contains(policy), "{what}: {message}");
     }
-    // The pod CIDR cannot be changed by anybody: the API server itself says so.
+    // The pod CIDR cannot be changed: the API server refuses it.
     let (status, _) = patch(
         &agent,
         own,
@@ -167,7 +167,7 @@ fn a_kubelet_does_not_speak_for_the_operator() {
     }
     // Nor does it get rid of them by making its Node again: Kubernetes itself refuses that.
     assert!(kubelet.delete(node).is_err());
-    // What the operator said stays, and all else is the kubelet's business.
+    // The operator's annotations stay; the kubelet may change the rest.
     let leader = annotations(&json!({"kilo.squat.ai/leader": "true"}));
     let withdrawn = annotations(&json!({"kilo.squat.ai/leader": null}));
     assert_eq!(patch(cluster.api(), node, &leader).0, 200);

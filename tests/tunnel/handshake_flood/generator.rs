@@ -1,4 +1,4 @@
-//! Makes more handshake initiations than anybody should answer.
+//! Makes more handshake initiations than any device should answer.
 //!
 //! Each is a genuine one from a stranger: the first MAC is right, which takes no more than the
 //! device's public key, so that all the device can do is to work or to refuse. They are made before
@@ -128,7 +128,7 @@ impl Drop for Flood {
     }
 }
 
-/// Sends some and tells how many.
+/// Sends some and returns how many.
 type Send = Box<dyn FnMut() -> io::Result<u64> + std::marker::Send>;
 
 /// In large sends that the kernel cuts up, the cheapest a single attacker can do.
@@ -191,7 +191,7 @@ fn from_many(to: SocketAddrV4, messages: Vec<Vec<u8>>) -> io::Result<Send> {
     }))
 }
 
-/// Initiations to a device, from nobody it knows.
+/// Initiations to a device, from strangers.
 fn initiations(public_key: &str) -> Result<Vec<Vec<u8>>> {
     let public_key: selvedge::wireguard::key::PublicKey = public_key.parse()?;
     let secret = x25519::StaticSecret::from(PrivateKey::generate().0);

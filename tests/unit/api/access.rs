@@ -18,7 +18,7 @@ fn with_token(token: &str) -> Options {
     }
 }
 
-/// A port where nobody listens.
+/// A port without a server.
 fn dead() -> SocketAddr {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     listener.local_addr().unwrap()

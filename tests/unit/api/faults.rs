@@ -73,7 +73,7 @@ async fn a_storm_of_410_does_not_become_a_storm_of_lists() {
         stand_in.api.cut_connections();
         seconds(9.0).await;
         let lists = of_nodes(&stand_in.api.requests(), Logged::is_list);
-        // Three at once, then one each four seconds, and the one that is told to ask for pages.
+        // Three at once, then one each four seconds, and the one that falls back to pages.
         assert!((1..=6).contains(&lists), "{lists} lists");
 
         stand_in.api.fault(|faults| faults.gone = 0);

@@ -96,7 +96,7 @@ pub(super) fn agents(table: &mut Table, all: &Parties) {
     table.allowed("the operator", admin, &taints);
 }
 
-/// A node that says it is one of Kilo's.
+/// A node that claims to run Kilo.
 pub(super) fn marks(table: &mut Table, all: &Parties) {
     parties!(all; agent_a = "agent of node-a");
     let kilo = annotate(
@@ -116,17 +116,17 @@ pub(super) fn marks(table: &mut Table, all: &Parties) {
             json!({"selvedge.dev/agent": mark, "kilo.squat.ai/last-seen": seen}),
         )
     };
-    let told = json!("0.1.0 last-seen=1767225600");
+    let mark = json!("0.1.0 last-seen=1767225600");
     table.allowed(
         "with the mark of the same time",
         agent_a,
-        &marked(told.clone(), json!("1767225600")),
+        &marked(mark.clone(), json!("1767225600")),
     );
     table.refused(
         "another last-seen than the mark's",
         agent_a,
         "annotations",
-        &marked(told, json!("1767225601")),
+        &marked(mark, json!("1767225601")),
     );
     let twice = json!("0 last-seen=1 last-seen=1767225602");
     table.refused(

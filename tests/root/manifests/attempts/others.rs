@@ -122,7 +122,7 @@ pub(super) fn kubelets(table: &mut Table, all: &Parties) {
     );
 }
 
-/// Others who may patch Nodes.
+/// Other identities that may patch Nodes.
 pub(super) fn strangers(table: &mut Table, all: &Parties) {
     parties!(all; admin = "cluster-admin", agent_a = "agent of node-a", flannel = "flannel", cloud = "cloud controllers");
     let key = |path| annotate(path, json!({"kilo.squat.ai/key": "other"}));
