@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Builds the image's file system as deploy/Dockerfile does, without a container engine, and runs the
-# lab with agents inside of it: read-only, with the DaemonSet's capabilities and volumes only, without
-# a way to more rights. As root; `make image-check`.
+# lab with agents inside it: read-only, with the DaemonSet's capabilities and volumes only, without
+# privilege escalation. Needs root; `make image-check`.
 #
-# nft and its libraries are this system's and not Alpine's; all else is as in the image.
+# nft and its libraries are this system's, not Alpine's; everything else is as in the image.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 
@@ -41,10 +41,10 @@ END
 chmod +x "$image.run"
 "$image.run" agent --help >/dev/null
 # The init container, on a host whose /etc and /var/lib are empty.
-told=$(unshare --mount sh -c "mount -t tmpfs none /etc && mount -t tmpfs none /var/lib &&
+output=$(unshare --mount sh -c "mount -t tmpfs none /etc && mount -t tmpfs none /var/lib &&
   exec '$image.run' guard --install --unit=k3s.service --unit=k3s-agent.service")
 for path in /var/lib/selvedge/bin/selvedge /etc/systemd/system/k3s{,-agent}.service.d/50-selvedge-guard.conf; do
-  grep -qx "wrote $path" <<<"$told" || { echo "check-image: $path was not installed: $told" >&2; exit 1; }
+  grep -qx "wrote $path" <<<"$output" || { echo "check-image: $path was not installed: $output" >&2; exit 1; }
 done
 SELVEDGE_BIN=$image.run "$targets/debug/examples/lab" "$@"
 echo "check-image: the lab works with agents inside the image"

@@ -243,7 +243,7 @@ fn the_networks_that_no_peer_may_claim_are_written_as_people_write_lists() {
     assert!(
         answer
             .1
-            .contains("selvedge-networks holds 172.31.0.0, which is no network"),
+            .contains("selvedge-networks holds 172.31.0.0, which is not a network"),
         "{answer:?}"
     );
 }
