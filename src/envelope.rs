@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 
-/// How a file of the state directory begins: with what tells whether the rest may be believed.
+/// The envelope of a file: its format and checksum, and the content.
 #[derive(Deserialize, Serialize)]
 pub(crate) struct Envelope<'a> {
     format: u32,
@@ -25,14 +25,14 @@ impl<'a> Envelope<'a> {
         }
     }
 
-    /// Takes the state out of the text of an envelope of this `format`.
+    /// Reads the state from the text of an envelope of this `format`.
     ///
     /// # Errors
     ///
-    /// When the text is damaged or of another format. No error repeats any of it, because there may be
-    /// preshared keys in it.
+    /// The text is damaged or has another format. No error quotes it, because it may hold preshared
+    /// keys.
     pub(crate) fn open(text: &'a str, format: u32) -> anyhow::Result<&'a RawValue> {
-        // Errors of serde quote the text.
+        // Errors of serde quote the text, so they are dropped.
         let envelope: Self = serde_json::from_str(text).ok().context("it is damaged")?;
         ensure!(
             envelope.format == format,

@@ -314,7 +314,7 @@ mod tests {
         assert_eq!(error, "it has format 2, and this version reads format 1");
 
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
-        assert_eq!(complaint(), "others may read or write it");
+        assert_eq!(complaint(), "other users may read or write it");
         fs::rename(&path, dir.path().join("elsewhere")).unwrap();
         symlink(dir.path().join("elsewhere"), &path).unwrap();
         assert!(complaint().contains("symbolic link"), "{}", complaint());

@@ -11,10 +11,10 @@ use nix::sys::socket::sockopt::PeerCredentials;
 
 use crate::refusal::Refusal;
 
-/// Held for as long as this process is the agent of its network namespace.
+/// The lock of this process as the agent of its network namespace.
 ///
-/// The name lives in the namespace itself and goes with the process, however that ends: no stale
-/// lock, and agents on other nodes of a lab on one machine are not in the way.
+/// The name exists in the namespace only and disappears with the process, also after a crash. So there is
+/// no stale lock, and agents in other namespaces of a lab on one host do not conflict.
 #[derive(Debug)]
 pub(crate) struct NodeLock {
     _listener: StdListener,
@@ -43,9 +43,9 @@ impl NodeLock {
 
 /// Whether an agent of this user holds the lock of this network namespace for the link `interface`.
 ///
-/// Any user can bind the lock's name. What another user holds is no agent.
+/// Any user can bind the lock's name. A lock of another user does not count as an agent.
 pub(crate) fn agent_runs(interface: &str) -> bool {
-    // A connection tells without taking the lock, which an agent that starts now would miss.
+    // A connection attempt does not take the lock, which could stop an agent that starts now.
     let stream = SocketAddr::from_abstract_name(format!("selvedge.{interface}"))
         .and_then(|address| StdStream::connect_addr(&address));
     let held_by = stream

@@ -1,16 +1,16 @@
-//! What an operator may choose about how traffic travels.
+//! The operator's choices about the paths of traffic.
 //!
-//! The flags that set these values are read by [`crate::config`]; [`crate::plan`] follows them.
+//! [`crate::config`] reads the flags that set these values; [`crate::plan`] follows them.
 
 use std::str::FromStr;
 
 /// `--encapsulate`: how the nodes of a region reach their leader.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Encapsulation {
-    /// As flannel itself reaches it: VXLAN across subnets, directly where flannel goes directly.
+    /// By flannel's routes: VXLAN across subnets, directly where flannel routes directly.
     CrossSubnet,
-    /// The same beside flannel, in Kilo as here: where flannel goes directly (`DirectRouting`, `host-gw`),
-    /// its VXLAN device, if any, knows no near node. Kilo's default.
+    /// The same with flannel, as in Kilo: where flannel routes directly (`DirectRouting`, `host-gw`),
+    /// its VXLAN device, if any, has no entries for nodes of the same subnet. Kilo's default.
     #[default]
     Always,
     /// By the leader's own address, which must be on the same subnet.

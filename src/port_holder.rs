@@ -1,4 +1,4 @@
-//! Who holds the tunnel's UDP port while the agent does not.
+//! Finds the program that holds the tunnel's UDP port.
 
 use std::fmt;
 use std::fs;
@@ -10,12 +10,12 @@ use crate::text;
 /// `net/ipv4/udp.c`).
 const SOCKETS: [&str; 2] = ["/proc/net/udp", "/proc/net/udp6"];
 
-/// Who has a socket.
+/// The owner of a socket.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) enum Holder {
     /// A process, by its name and number.
     Process(String, u32),
-    /// One that this process cannot see: of another container, or the kernel.
+    /// An owner that this process cannot see: in another container, or the kernel.
     Unseen,
 }
 
@@ -24,30 +24,30 @@ impl fmt::Display for Holder {
         match self {
             Self::Process(name, pid) => write!(f, "{} (process {pid})", text::quote(name)),
             Self::Unseen => f.write_str(
-                "something that cannot be seen from here: a process of another container, or a WireGuard link of the kernel",
+                "an owner not visible from here: a process of another container, or a WireGuard link of the kernel",
             ),
         }
     }
 }
 
-/// The sentence on a UDP port that is another's.
+/// The sentence about a UDP port held by another program.
 pub(crate) fn taken(port: u16) -> String {
     let holder = holder(port).map_or_else(
-        || "by a socket that was closed just now".to_owned(),
+        || "by a socket that has just been closed".to_owned(),
         |holder| format!("by {holder}"),
     );
     format!(
-        "UDP port {port} is held {holder}, so others cannot call this node: stop that, or choose another port with --port on all nodes; the agent tries again each second"
+        "UDP port {port} is held {holder}, so other nodes cannot reach this node: stop that program, or choose another port with --port on all nodes; the agent retries each second"
     )
 }
 
-/// Who holds a UDP port, so that it cannot be bound; none where it is free.
+/// The owner of a UDP port, so that it cannot be bound; `None` where the port is free.
 pub(crate) fn holder(port: u16) -> Option<Holder> {
     let inode = socket(port)?;
     Some(process(Path::new("/proc"), inode).unwrap_or(Holder::Unseen))
 }
 
-/// The inode of the socket on a UDP port of this network namespace: 0 for one of the kernel's, none where
+/// The inode of the socket on a UDP port of this network namespace: 0 for a socket of the kernel, `None` where
 /// the port is free.
 pub(crate) fn socket(port: u16) -> Option<u64> {
     SOCKETS
@@ -55,7 +55,7 @@ pub(crate) fn socket(port: u16) -> Option<u64> {
         .find_map(|list| inode(&fs::read_to_string(list).ok()?, port))
 }
 
-/// The inode of the socket on a port, from the text of a list; 0 for one that no process holds.
+/// The inode of the socket on a port, from the text of a list; 0 for a socket without a process.
 fn inode(list: &str, port: u16) -> Option<u64> {
     list.lines().skip(1).find_map(|line| {
         let fields = line.split_whitespace().collect::<Vec<_>>();
@@ -65,7 +65,7 @@ fn inode(list: &str, port: u16) -> Option<u64> {
     })
 }
 
-/// The process that has a socket open.
+/// The process with an open file descriptor of a socket.
 fn process(proc: &Path, inode: u64) -> Option<Holder> {
     let wanted = format!("socket:[{inode}]");
     fs::read_dir(proc).ok()?.flatten().find_map(|entry| {

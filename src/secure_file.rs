@@ -1,5 +1,4 @@
-//! Files that are the agent's alone: read only where nobody else can have put them, replaced as a
-//! whole.
+//! Files of the agent: read only if no other user could have written them, replaced atomically.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -9,13 +8,13 @@ use std::path::Path;
 use anyhow::{bail, ensure};
 use zeroize::Zeroizing;
 
-/// Opens a file for reading; none where there is no such file. A symbolic link fails with `ELOOP`.
+/// Opens a file for reading; `None` where there is no such file. A symbolic link fails with `ELOOP`.
 ///
-/// Whose the file is, and what it is, its metadata tells: a pipe opens at once.
+/// The caller checks owner and type by the file's metadata: a pipe opens without waiting.
 pub(crate) fn open(path: &Path) -> io::Result<Option<File>> {
     let opened = OpenOptions::new()
         .read(true)
-        // Not through a link that someone put there, and not for ever from a pipe.
+        // Do not follow a planted link, and do not block on a pipe.
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC)
         .open(path);
     match opened {
@@ -25,7 +24,7 @@ pub(crate) fn open(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Reads a file that no other user could have written, of `max` bytes at most; none where there is no such
+/// Reads a file that no other user could have written, of at most `max` bytes; `None` where there is no such
 /// file.
 pub(crate) fn read(path: &Path, max: u64) -> anyhow::Result<Option<Zeroizing<String>>> {
     let Some(file) = open(path)? else {
@@ -35,7 +34,7 @@ pub(crate) fn read(path: &Path, max: u64) -> anyhow::Result<Option<Zeroizing<Str
     ensure!(metadata.is_file(), "it is not a file");
     ensure!(
         metadata.uid() == nix::unistd::geteuid().as_raw() && metadata.mode() & 0o077 == 0,
-        "others may read or write it"
+        "other users may read or write it"
     );
     if metadata.len() > max {
         bail!("it is too large");
@@ -45,7 +44,7 @@ pub(crate) fn read(path: &Path, max: u64) -> anyhow::Result<Option<Zeroizing<Str
     Ok(Some(text))
 }
 
-/// Removes a file. It is no error if there is none.
+/// Removes a file. A missing file is no error.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -53,7 +52,7 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Replaces a file as a whole: what is there is the old or the new, whenever the power fails.
+/// Replaces a file atomically: after a power failure it has either the old or the new content.
 pub(crate) fn replace(dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
     let new = dir.join(format!(".{name}.new"));
     let written = (|| {
@@ -67,11 +66,11 @@ pub(crate) fn replace(dir: &Path, name: &str, content: &[u8]) -> io::Result<()> 
         file.write_all(content)?;
         file.sync_all()?;
         fs::rename(&new, dir.join(name))?;
-        // The rename itself is in the directory.
+        // The rename is stored in the directory.
         File::open(dir)?.sync_all()
     })();
     if written.is_err() {
-        // Half a file on a full disk helps nobody; the first error is the one to tell.
+        // Remove the partial file; the first error is the one to report.
         let _ = fs::remove_file(&new);
     }
     written

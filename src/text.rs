@@ -1,8 +1,8 @@
-//! Text that others wrote, made fit to be shown: in logs, Events, metrics, pages and on terminals.
+//! Escapes foreign text for logs, Events, metrics, pages and terminals.
 //!
 //! A region, a reason or a program's message may hold a line break that forges a log line, an escape
-//! sequence that drives a terminal, or a mark such as U+202E that turns the order of what follows. All of
-//! it is shown as an escape. What a text means, and whether it is taken at all, is decided elsewhere.
+//! sequence that controls a terminal, or a mark such as U+202E that reorders the text after it. All of these
+//! are escaped. Other modules decide what a text means and whether it is valid.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -10,15 +10,15 @@ use std::fmt::Write as _;
 /// Longest quotation in bytes, after escaping.
 const MAX_QUOTE: usize = 256;
 
-/// Whether a character shows nothing of its own, or changes how others are shown: control characters,
-/// format characters (Unicode category Cf: bidirectional marks, zero-width characters, tags), separators
-/// of lines, what is not assigned, and the letters that Unicode calls ignorable.
+/// Whether a character is invisible, or changes how others are displayed: control characters, format
+/// characters (Unicode category Cf: bidirectional marks, zero-width characters, tags), line separators,
+/// unassigned characters, and the letters that Unicode calls ignorable.
 pub fn is_unsafe(c: char) -> bool {
-    /// Fillers of Hangul, which are letters and show nothing.
+    /// Fillers of Hangul: invisible letters.
     const FILLERS: [char; 4] = ['\u{115f}', '\u{1160}', '\u{3164}', '\u{ffa0}'];
 
-    // The standard library keeps the table: it escapes all of the categories C and Z but the space, and
-    // characters that only extend the one before. Those are part of many languages' words.
+    // The standard library has the table: it escapes the categories C and Z except the space, and
+    // characters that extend the previous one. The latter are part of words in many languages.
     let escapes = || {
         let mut escaped = c.escape_debug();
         escaped.next() == Some('\\') && escaped.next() == Some('u')
@@ -28,38 +28,38 @@ pub fn is_unsafe(c: char) -> bool {
         || (!c.is_ascii() && escapes() && !is_mark(c))
 }
 
-/// Whether the standard library escapes a character only because it extends the one before it.
+/// Whether the standard library escapes a character only because it extends the previous one.
 fn is_mark(c: char) -> bool {
-    // Behind a letter such a character stays as it is, which is how `str` tells the two apart.
+    // After a letter `str` does not escape such a character.
     let mut pair = String::from("a");
     pair.push(c);
     pair.escape_debug().count() == 2
 }
 
-/// Text of several lines for a terminal: every unsafe character but the line break is escaped.
+/// Escapes text of several lines for a terminal: every unsafe character except the line break.
 pub fn lines(text: &str) -> Cow<'_, str> {
     escape(text, |c| c != '\n' && is_unsafe(c), write_rust)
 }
 
-/// Text of one line: every unsafe character is escaped.
+/// Escapes text of one line: every unsafe character.
 pub fn line(text: &str) -> Cow<'_, str> {
     escape(text, is_unsafe, write_rust)
 }
 
-/// JSON whose strings hold no unsafe character: they are escaped as JSON does it.
+/// Escapes unsafe characters in the strings of a JSON text, with JSON's escapes.
 ///
-/// Only characters that JSON leaves as they are in strings are touched, so the meaning is the same.
+/// Only characters that JSON allows unescaped in strings are changed, so the value stays the same.
 pub fn json(text: &str) -> Cow<'_, str> {
     let unsafe_in_json = |c: char| !c.is_ascii() && is_unsafe(c);
     escape(text, unsafe_in_json, |out, c| {
         for unit in c.encode_utf16(&mut [0; 2]) {
-            write!(out, "\\u{unit:04x}").expect("a String takes all that is written to it");
+            write!(out, "\\u{unit:04x}").expect("writing to a String does not fail");
         }
     })
 }
 
-/// Foreign text that is to stand between quotes: unsafe characters, quotes and backslashes are escaped,
-/// and the result is cut to 256 bytes.
+/// Escapes foreign text for use between quotes: unsafe characters, quotes and backslashes. The result is cut
+/// to 256 bytes.
 pub fn quote(text: &str) -> String {
     cut(text.chars().map(|c| match c {
         '"' | '\'' | '\\' => format!("\\{c}"),
@@ -67,7 +67,7 @@ pub fn quote(text: &str) -> String {
     }))
 }
 
-/// Another program's message: as [`quote`], but quotes stay as they are.
+/// Escapes another program's message: as [`quote`], but quotes stay unchanged.
 pub fn message(text: &str) -> String {
     cut(text.chars().map(|c| match c {
         '\\' => "\\\\".to_owned(),
@@ -138,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn marks_that_turn_or_hide_text_are_escaped() {
+    fn bidirectional_and_invisible_characters_are_escaped() {
         for c in [
             '\u{202e}',
             '\u{202a}',
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn names_in_every_language_stay_as_they_are() {
+    fn names_in_every_language_stay_unchanged() {
         for text in [
             "nd",
             "Hönö",
@@ -188,13 +188,13 @@ mod tests {
     }
 
     #[test]
-    fn a_text_of_several_lines_keeps_its_lines_and_no_other_control() {
+    fn a_text_of_several_lines_keeps_only_its_line_breaks() {
         assert_eq!(lines("a\nb\u{202e}c\r\n"), "a\nb\\u{202e}c\\r\n");
         assert_eq!(line("a\nb"), "a\\nb");
     }
 
     #[test]
-    fn json_means_the_same_after_it() {
+    fn escaped_json_has_the_same_value() {
         let value = serde_json::json!({"na\u{202e}me": "x\u{e0041}\n\u{200b}"});
         let text = serde_json::to_string_pretty(&value).unwrap();
         let shown = json(&text);
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_keep_their_quotes_and_nothing_else() {
+    fn messages_keep_their_quotes() {
         assert_eq!(message("no \"file\"\u{7}"), "no \"file\"\\u{7}");
     }
 

@@ -1,14 +1,14 @@
-//! Gives back the memory of what only the start of the program needs.
+//! Releases memory that only the start of the program needs.
 //!
 //! Parsing flags and setting up the log touch code all over a program of 16 MB, and the kernel maps
-//! 64 KiB around each piece of it. Once a small daemon runs, two thirds of that are never used again.
+//! 64 KiB around each piece of it. Once the agent runs, two thirds of that are never used again.
 #![expect(unsafe_code, reason = "madvise on the program's own code")]
 
 use std::fs;
 use std::ops::Range;
 
-/// Unmaps the program's code. What is used from now on comes back from the page cache, a few
-/// microseconds for each piece, once.
+/// Drops the program's code pages. Pages that are used later are read from the page cache, at a few
+/// microseconds each, once.
 pub(crate) fn forget() {
     let program = fs::read_link("/proc/self/exe").ok();
     let maps = fs::read_to_string("/proc/self/maps").ok();
@@ -21,12 +21,12 @@ pub(crate) fn forget() {
     {
         // SAFETY: a private mapping of a file that is mapped without the right to write, so that each
         // page of it is read from the file again when it is next used, this very code's among them.
-        // What comes of it does not matter: the memory stays as it was if the kernel refuses.
+        // The result does not matter: if the kernel refuses, the memory stays unchanged.
         unsafe { libc::madvise(range.start as *mut _, range.len(), libc::MADV_DONTNEED) };
     }
 }
 
-/// The addresses that a line of `/proc/self/maps` names, if the program's code is there.
+/// The address range in a line of `/proc/self/maps`, if it holds the program's code.
 fn code(line: &str, program: &str) -> Option<Range<usize>> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
