@@ -1,7 +1,7 @@
 //! Draws the mesh: DOT as Kilo's, SVG, and text for a terminal.
 //!
-//! Everything is rendered here, without graphviz, from the [`Topology`] alone. What flows through the
-//! tunnels at the moment is `selvedge status`'s subject, not this module's.
+//! Everything is rendered here, without graphviz, from the [`Topology`] alone. The present traffic of the tunnels
+//! is shown by `selvedge status`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -21,15 +21,15 @@ pub use text::text;
 /// The layouts that `/graph` accepts. They were graphviz's engines in Kilo; here all mean the same.
 const LAYOUTS: [&str; 5] = ["circo", "dot", "neato", "twopi", "fdp"];
 
-/// What the mesh can be drawn as.
+/// The format of a drawing.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Format {
     /// The language of graphviz, byte for byte as Kilo prints it.
     #[default]
     Dot,
-    /// A picture.
+    /// SVG.
     Svg,
-    /// For a terminal.
+    /// Text for a terminal.
     Text,
 }
 
@@ -64,13 +64,13 @@ pub struct Page {
     pub body: String,
 }
 
-/// Why `/graph` has no answer; its text is the body of a 500, in Kilo's words.
+/// The reason for which `/graph` fails. Its text is the body of a 500, in Kilo's words.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum PageError {
     /// `format` is none of dot, gv, svg and text. Kilo's other formats need graphviz.
     #[error("unsupported format")]
     Format,
-    /// `layout` is none that Kilo knows.
+    /// `layout` is none of Kilo's.
     #[error("unsupported layout")]
     Layout,
     /// There is nothing to draw.
@@ -78,7 +78,7 @@ pub enum PageError {
     NoNodes,
 }
 
-/// Answers `/graph?format=&layout=`; without a format it is a picture.
+/// Answers `/graph?format=&layout=`; the default format is SVG.
 ///
 /// # Errors
 ///

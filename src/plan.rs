@@ -1,4 +1,4 @@
-//! Derives what this node's kernel and tunnel should look like from the topology.
+//! Derives the desired state of this node's kernel and tunnel from the topology.
 //!
 //! Pure: no clock, no I/O.
 
@@ -22,12 +22,12 @@ mod routes;
 mod site;
 mod tunnel;
 
-pub use candidates::{Candidates, candidates, seen};
+pub use candidates::{Candidates, candidates, observed_addresses};
 pub use caveat::{Caveat, caveats};
 pub use precedence::{Place, place};
 use site::Site;
 
-/// What this node's operator asked of it.
+/// This node's own flags.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Settings {
     /// `--interface`.
@@ -38,7 +38,7 @@ pub struct Settings {
     pub port: NonZeroU16,
     /// `--fwmark` of the tunnel's own datagrams, compared whole.
     pub fwmark: u32,
-    /// `--rule-priority`: where the agent's rules begin, unless a rule of another program is in the way.
+    /// `--rule-priority`: the priority of the agent's first rule, unless a rule of another program is in the way.
     pub rule_priority: u32,
     /// `--encapsulate`.
     pub encapsulation: Encapsulation,
@@ -50,37 +50,37 @@ pub struct Settings {
     pub peer_internet: bool,
 }
 
-/// Everything [`plan`] looks at.
+/// The inputs of [`plan()`].
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
-    /// Who is where.
+    /// The topology of the mesh.
     pub topology: &'a Topology,
     /// The node to plan for.
     pub me: &'a NodeName,
     /// flannel on this node.
     pub flannel: &'a Flannel,
-    /// What this node's operator asked of it.
+    /// This node's own flags.
     pub settings: &'a Settings,
-    /// The addresses of the API servers that answer this host directly: without the tunnel, as a
-    /// connection that carries the tunnel's mark does. A private address that is only advertised must
-    /// not be among them, or this host could not reach its node at all.
+    /// The addresses of the API servers that answer this host without the tunnel, on a connection that carries
+    /// the tunnel's mark. A private address that is only advertised must not be among them, or this host could
+    /// not reach its node at all.
     pub api_servers: &'a BTreeSet<IpAddr>,
-    /// Where the tunnel device itself last heard each peer from, if the session with it is alive.
+    /// The endpoint at which the tunnel device last received from each peer, if the session with it is alive.
     pub observed: &'a BTreeMap<PublicKey, SocketAddr>,
     /// The networks this node is connected to, without the tunnel's, flannel's and the pods' bridge.
     pub connected: &'a BTreeSet<IpNet>,
     /// The routing policy rules of other programs.
     pub other_rules: &'a [OtherRule],
-    /// The peers that have shown that they can call this node although it had sent them nothing for minutes:
-    /// no NAT or firewall in front of it has to be kept open for them.
+    /// The peers that opened a session with this node although it had sent them nothing for minutes. They need
+    /// no keepalives that hold a NAT or a firewall in front of this node open.
     pub callers: &'a BTreeSet<PublicKey>,
 }
 
-/// Returns the state this node should have; `None` to leave everything as it is, because the
-/// cluster does not (or no longer) know the node.
+/// Returns the state this node should have; `None` to leave everything as it is, because the cluster does not
+/// (or no longer) know the node.
 ///
-/// A node that takes no part (it has no key yet) refuses what is meant for other regions, so that
-/// nothing goes there in clear, and leaves everything else to flannel.
+/// A node that takes no part in the mesh (it has no key yet) refuses traffic to other regions, so that none
+/// leaves in clear, and leaves everything else to flannel.
 pub fn plan(inputs: &Inputs<'_>) -> Option<State> {
     let site = Site::new(inputs)?;
     let routes = routes::routes(&site);

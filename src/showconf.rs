@@ -1,8 +1,8 @@
 //! `selvedge showconf`: the WireGuard configuration of a node or peer, in Kilo's form.
 //!
-//! Pure: a [`Topology`] in, text out. Corrected against Kilo: keepalives are in seconds, names stay
-//! names, a peer without an endpoint has none, the listening port is the node's own, and asking for a
-//! node that does not lead is an error.
+//! Pure: a [`Topology`] in, text out. Unlike in Kilo, keepalives are in seconds, names are not resolved, a peer
+//! without an endpoint has none, the listening port is the node's own, and a node that does not lead is an
+//! error.
 
 use std::fmt;
 use std::str::FromStr;
@@ -43,7 +43,7 @@ impl FromStr for Output {
     }
 }
 
-/// In what shape it is shown.
+/// The options of the output.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Shape {
     /// `--as-peer`: what another WireGuard device needs to have the node or peer as its peer.
@@ -56,7 +56,7 @@ pub struct Shape {
     pub listen_port: Option<u16>,
 }
 
-/// Why there is nothing to show.
+/// The reason for which there is nothing to show.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum NothingToShow {
     /// No node takes part.
@@ -65,17 +65,17 @@ pub enum NothingToShow {
     /// There is no such Node.
     #[error("did not find any node named {:?} in the cluster", .0.0)]
     NoSuchNode(NodeName),
-    /// The Node is there but takes no part.
+    /// The Node exists but takes no part in the mesh.
     #[error("node {:?} is not in the mesh: see selvedge graph --format text", .0.0)]
     NotInTheMesh(NodeName),
     /// Another node carries its traffic.
     #[error("Node {:?} is not a leader node; {:?} leads {segment}", node.0, leader.0)]
     NotALeader {
-        /// The node asked for.
+        /// The requested node.
         node: NodeName,
-        /// Who leads.
+        /// The leader.
         leader: NodeName,
-        /// What it leads.
+        /// The segment that it leads.
         segment: String,
     },
     /// There is no such Peer, or it was refused.
@@ -83,7 +83,7 @@ pub enum NothingToShow {
     NoSuchPeer(String),
 }
 
-/// Renders what was asked for.
+/// Renders the configuration of a node or peer.
 ///
 /// # Errors
 ///
@@ -139,11 +139,11 @@ fn led_by<'a>(
     }
 }
 
-/// A whole configuration, displayed as `wg setconf` reads it. It holds no private key: that never
-/// leaves its node.
+/// A whole configuration, displayed as `wg setconf` reads it. It holds no private key, which never leaves its
+/// node.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Configuration {
-    /// The listening port; none leaves the `[Interface]` section out.
+    /// The listening port; `None` leaves the `[Interface]` section out.
     pub listen_port: Option<u16>,
     /// The peers, in Kilo's order.
     pub peers: Vec<Section>,
@@ -154,13 +154,13 @@ pub struct Configuration {
 pub struct Section {
     /// In Kilo's order, see [`crate::topology::Segment::allowed_ips`].
     pub allowed_ips: Vec<IpNet>,
-    /// A name stays a name.
+    /// A name is not resolved.
     pub endpoint: Option<Endpoint>,
     /// Seconds; 0 is off.
     pub persistent_keepalive: u16,
     /// The preshared key.
     pub preshared_key: Option<PresharedKey>,
-    /// Who it is.
+    /// The public key.
     pub public_key: PublicKey,
 }
 
@@ -204,7 +204,7 @@ impl Configuration {
             .filter(|peer| peer.name != own.name)
             .map(|peer| Section {
                 persistent_keepalive: keepalive,
-                // Shared between that peer and the mesh, and no business of this one.
+                // That peer and the mesh share it. Other peers must not know it.
                 preshared_key: None,
                 ..Section::of_peer(topology, peer)
             });
@@ -378,8 +378,8 @@ impl Section {
     }
 }
 
-/// The same object as YAML. Its values are names, prefixes, numbers and base64: of these only a name
-/// that looks like a number needs quotes.
+/// The same object as YAML. Its values are names, prefixes, numbers and base64. Only a name that looks like a
+/// number needs quotes.
 fn yaml(name: &str, section: &Section) -> String {
     let spec = section.to_spec();
     let mut lines = vec![
@@ -413,7 +413,7 @@ fn yaml(name: &str, section: &Section) -> String {
     lines.join("\n") + "\n"
 }
 
-/// A YAML scalar that is read back as the same string, plain where that is possible.
+/// A YAML scalar that parsers read as the same string, without quotes where possible.
 fn scalar(text: &str) -> String {
     let plain = text
         .bytes()

@@ -13,7 +13,7 @@ use super::publication;
 use crate::cluster::Annotations;
 use crate::config::Config;
 use crate::flannel::Flannel;
-use crate::plan::{self, Candidates, Caveat, candidates, plan, seen};
+use crate::plan::{self, Candidates, Caveat, candidates, observed_addresses, plan};
 use crate::state::{OtherRule, State};
 use crate::topology::{self, Endpoint, InterfaceAddr, Resolved, SegmentName, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
@@ -138,7 +138,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             .segment_of(&config.node)
             .into_iter()
             .flat_map(|own| &own.leaders)
-            .flat_map(|leader| seen(&leader.candidates))
+            .flat_map(|leader| observed_addresses(&leader.candidates))
             .collect(),
         topology: Arc::new(topology),
         desired,

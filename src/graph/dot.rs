@@ -23,7 +23,7 @@ pub fn dot(topology: &Topology) -> String {
 
     let mut subgraphs: Vec<_> = groups(topology).iter().map(location).collect();
     subgraphs.push(peers(&topology.peers));
-    // As graphs of Go programs do: by their name, not by that of the segment.
+    // By their own names, as Kilo's library for graphs sorts them, not by those of the segments.
     subgraphs.sort();
     for (_, body) in subgraphs {
         out.push_str(&body);

@@ -7,7 +7,7 @@ use crate::cluster::annotation::format_granularity;
 use crate::text::line as shown;
 use crate::topology::{Leader, Mode, Topology};
 
-/// Draws the mesh as aligned columns: regions with their nodes, peers, tunnels, and who is left out.
+/// Draws the mesh as aligned columns: regions with their nodes, peers, tunnels, and the nodes that take no part.
 pub fn text(topology: &Topology) -> String {
     let mut out = format!(
         "{}, granularity {}{}\n",

@@ -1,4 +1,4 @@
-//! Which candidates of the peers a leader tries.
+//! The candidates that a leader tries for each of its peers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -9,11 +9,11 @@ use crate::wireguard::key::PublicKey;
 /// The candidates of each peer, the likeliest first.
 pub type Candidates = BTreeMap<PublicKey, Vec<Candidate>>;
 
-/// The candidates of every peer that are of use to this node; none where it does not lead.
+/// The candidates of every peer that this node can use; none where it does not lead.
 ///
-/// An address of this node's own region is not where a leader elsewhere is: two regions may use the same
-/// subnet. Two regions that others see at one address are behind one router, which need not let a packet out
-/// and in again: they meet at their private addresses.
+/// An address of this node's own region is no candidate for a leader of another one: two regions may use the
+/// same subnet. Two regions that others observe at one address are behind one router, which may not route a
+/// packet back inside, so they use each other's private addresses.
 pub fn candidates(topology: &Topology, me: &NodeName) -> Candidates {
     let Some(own) = topology.segment_of(me) else {
         return Candidates::new();
@@ -21,13 +21,15 @@ pub fn candidates(topology: &Topology, me: &NodeName) -> Candidates {
     let Some(leader) = own.leader(me) else {
         return Candidates::new();
     };
-    let near = topology.segments.iter();
-    let near = near.filter(|segment| segment.group == own.group);
-    let region: BTreeSet<_> = near
+    let neighbours = topology.segments.iter();
+    let neighbours = neighbours.filter(|segment| segment.group == own.group);
+    let own_region: BTreeSet<_> = neighbours
         .flat_map(|segment| &segment.nodes)
         .flat_map(|node| &node.underlay)
         .collect();
-    let router: BTreeSet<_> = seen(&leader.candidates).map(|at| at.ip()).collect();
+    let own_router: BTreeSet<_> = observed_addresses(&leader.candidates)
+        .map(|at| at.ip())
+        .collect();
     let mut candidates: Candidates = topology
         .leaders()
         .filter(|(segment, _)| segment.group != own.group)
@@ -35,8 +37,8 @@ pub fn candidates(topology: &Topology, me: &NodeName) -> Candidates {
             let candidates = leader.candidates.iter().copied();
             let useful = candidates.filter(|candidate| {
                 let ip = candidate.address.ip();
-                let is_beside_us = is_outside(candidate) && router.contains(&ip);
-                !(region.contains(&ip) || is_beside_us)
+                let is_behind_own_router = is_outside(candidate) && own_router.contains(&ip);
+                !(own_region.contains(&ip) || is_behind_own_router)
             });
             (leader.public_key(), useful.collect())
         })
@@ -47,7 +49,7 @@ pub fn candidates(topology: &Topology, me: &NodeName) -> Candidates {
             .into_iter()
             .flat_map(|peer_addresses| peer_addresses.candidates.iter().copied())
             .filter(|candidate| {
-                candidate.origin == Origin::Forced || !region.contains(&candidate.address.ip())
+                candidate.origin == Origin::Forced || !own_region.contains(&candidate.address.ip())
             });
         candidates
             .entry(peer.public_key)
@@ -56,15 +58,15 @@ pub fn candidates(topology: &Topology, me: &NodeName) -> Candidates {
     candidates
 }
 
-/// Where other leaders see a node of which these are the candidates.
-pub fn seen(candidates: &[Candidate]) -> impl Iterator<Item = SocketAddr> + '_ {
+/// The addresses among a leader's candidates at which other leaders observed it.
+pub fn observed_addresses(candidates: &[Candidate]) -> impl Iterator<Item = SocketAddr> + '_ {
     candidates
         .iter()
         .filter(|candidate| candidate.origin == Origin::Discovered)
         .map(|candidate| candidate.address)
 }
 
-/// Whether a candidate is an address of a router's, found out by others.
+/// Whether a candidate is an address of a router, found by other leaders.
 fn is_outside(candidate: &Candidate) -> bool {
     matches!(candidate.origin, Origin::Discovered | Origin::PortKept)
 }
@@ -119,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn regions_behind_one_router_meet_at_their_private_addresses() {
+    fn regions_behind_one_router_use_each_others_private_addresses() {
         let topology = Topology {
             segments: vec![
                 segment("home", 2, &[("203.0.113.2:1", Origin::Discovered)]),
@@ -143,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_of_the_own_region_is_not_where_a_leader_elsewhere_is() {
+    fn an_address_of_the_own_region_is_no_candidate_for_a_leader_of_another() {
         let topology = Topology {
             segments: vec![
                 segment("home", 2, &[]),

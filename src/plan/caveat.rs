@@ -1,5 +1,5 @@
-//! What the plan of this node leaves out or cannot reach, as values that the shell turns into Events,
-//! metrics and problems.
+//! The destinations that the plan of this node leaves out or cannot protect, as values. The agent turns them into
+//! Events, metrics and problems.
 //!
 //! Their `Display` is one sentence for the operator, without the full stop.
 
@@ -13,7 +13,7 @@ use super::{Inputs, routes};
 use crate::state::{OtherRule, State};
 use crate::topology::{NodeName, Object};
 
-/// Something about the plan of this node that its operator should know.
+/// A limitation of this node's plan that its operator should know.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Caveat {
     /// A rule of another program stands in front of the agent's, and there is no room before it.
@@ -21,16 +21,16 @@ pub enum Caveat {
     /// A prefix of the mesh lies in a network that this node is connected to, so this node does not
     /// carry it.
     Connected {
-        /// What is left out.
+        /// The prefix that is left out.
         net: IpNet,
-        /// The node or `Peer` it is for.
+        /// The Node or Peer that the prefix belongs to.
         of: Object,
         /// The network this node is connected to.
         network: IpNet,
     },
 }
 
-/// What of the plan for a node its operator should know; `state` is what was planned from the inputs.
+/// The caveats of a node's plan. `state` is the plan from these inputs.
 pub fn caveats(inputs: &Inputs<'_>, state: &State) -> Vec<Caveat> {
     let Some(site) = Site::new(inputs) else {
         return Vec::new();
@@ -81,7 +81,7 @@ impl fmt::Display for Caveat {
         match self {
             Self::RuleInTheWay(rule) => write!(
                 f,
-                "the rule \"{rule}\" of another program is asked before the agent's rules and may send packets for other regions elsewhere, and there is no room for the agent's rules before it: give that rule a priority above {}",
+                "the rule \"{rule}\" of another program comes before the agent's rules and may send packets for other regions elsewhere, and no priorities are free before it: give that rule a priority above {}",
                 crate::state::RULES
             ),
             Self::Connected { net, of, network } => {

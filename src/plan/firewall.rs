@@ -8,7 +8,7 @@ use super::site::{Role, Site};
 use crate::policy::OnTunnelDown;
 use crate::state::{Firewall, Guard, NextHop, Route, RouteKey, Table};
 
-/// What the nft table of this node must know.
+/// The values of this node's nft table.
 pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Firewall {
     let settings = site.inputs.settings;
     let flannel = site.inputs.flannel;
@@ -23,7 +23,7 @@ pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> F
             addresses.chain(leaders.flat_map(|leader| site.carried_wireguard_ips(leader)));
         addresses
             .map(IpNet::from)
-            .chain(site.carried_offers(segment))
+            .chain(site.carried_location_ips(segment))
     });
     let remote_nodes = remote_nodes.collect::<BTreeSet<_>>();
     let direct =
@@ -40,15 +40,15 @@ pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> F
         .chain(site.outside_neighbours().flat_map(|node| &node.pod_cidrs));
     let peers = topology.peers.iter().flat_map(|peer| &peer.allowed_ips);
     let masquerade_sources = peers.copied().collect::<BTreeSet<_>>();
-    // On every node of the region, as Kilo has it: what is offered may be behind one that does not lead,
-    // and hosts there know that node at best.
+    // On every node of the region, as in Kilo: these networks may be behind a node that does not lead, and hosts
+    // there may have a route to that node alone.
     let masquerade_destinations = site
         .segment
         .into_iter()
         .flat_map(|segment| segment.allowed_location_ips.iter().copied())
         .collect::<BTreeSet<_>>();
-    // As Kilo has it: between what the mesh knows nothing is masqueraded. Nobody asks where nothing is
-    // masqueraded at all.
+    // As in Kilo: traffic between destinations of the mesh is not masqueraded. Where there is no masquerading at
+    // all, the set is not needed.
     let known = if masquerade_sources.is_empty() && masquerade_destinations.is_empty() {
         BTreeSet::new()
     } else {
@@ -94,7 +94,7 @@ pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> F
     }
 }
 
-/// How the other nodes of the region are reached.
+/// The next hops to the other nodes of the region.
 fn region_hops<'s>(site: &'s Site<'_>) -> impl Iterator<Item = NextHop> + 's {
     let members = site.other_members();
     let families = |node| [false, true].map(|v6| (node, v6));
@@ -103,9 +103,9 @@ fn region_hops<'s>(site: &'s Site<'_>) -> impl Iterator<Item = NextHop> + 's {
         .filter_map(|(node, v6)| site.hop_to(node, v6))
 }
 
-/// Whose VXLAN is taken. flannel sends from the address of its device's underlay, which a node of the
-/// region that has several addresses need not announce, but which is in a network of the region. Where
-/// the region has no other node, nothing that arrives is flannel's.
+/// The sources from which VXLAN is accepted. flannel sends from the address of its device's underlay. A node
+/// with several addresses need not announce that one, but it is in a network of the region. Where the region
+/// has no other node, no VXLAN packet is flannel's.
 fn vxlan_sources(site: &Site<'_>) -> BTreeSet<IpNet> {
     let others = site.other_members().next().is_some();
     let me = site.inputs.me;
@@ -119,10 +119,11 @@ fn vxlan_sources(site: &Site<'_>) -> BTreeSet<IpNet> {
         .collect()
 }
 
-/// The guard by the routes: what they send through the mesh or refuse, and what they throw back to main.
+/// The guard derived from the routes: the prefixes that they send through the mesh or refuse, and those that they
+/// leave to table main.
 ///
-/// A set of prefixes knows no longest match. So what contains something near is looked up after that, and
-/// everything else before it. The pods of other regions lie in the cluster network.
+/// A set of prefixes has no longest match. So a prefix that contains a local one is looked up after that, and all
+/// others before it. The pods of other regions are inside the cluster network.
 fn guard(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Guard {
     let networks = &site.inputs.flannel.networks;
     let tunnel = &site.inputs.settings.interface;

@@ -1,24 +1,24 @@
-//! Where the agent's rules stand among the rules of other programs.
+//! The priorities of the agent's rules among the rules of other programs.
 //!
-//! The kernel asks rules in the order of their priorities, and the first route found decides. A rule of
-//! another program in front of the agent's may find flannel's route to a pod of another region, or a
-//! default route to a node there. So the agent's rules stand in front of every such rule. Pure.
+//! The kernel evaluates rules in the order of their priorities, and the first route found decides. A rule of
+//! another program before the agent's may find flannel's route to a pod of another region, or a default route to
+//! a node there. So the agent's rules come before every such rule. Pure.
 
 use ipnet::IpNet;
 
 use crate::state::{OtherAction, OtherRule, RULES};
 
-/// The place of the agent's rules.
+/// The priorities of the agent's rules.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Place {
     /// The priority of the first of [`RULES`] rules.
     pub first: u32,
-    /// The rule that stands in front of them all the same, because there is no room before it.
+    /// A rule of another program that comes before them, because no priorities are free before it.
     pub obstacle: Option<OtherRule>,
 }
 
 impl OtherRule {
-    /// Whether it may send a packet to one of these destinations somewhere else.
+    /// Whether it may send a packet for one of these destinations elsewhere.
     fn diverts<'a>(&self, mut destinations: impl Iterator<Item = &'a IpNet>) -> bool {
         match self.action {
             OtherAction::Deliver | OtherAction::Vrf | OtherAction::Refuse => false,
@@ -30,9 +30,9 @@ impl OtherRule {
     }
 }
 
-/// Chooses the place of the agent's rules, the same for both families: at `preferred` if no rule in
-/// front of that sends packets to one of the `destinations` elsewhere, else right before the first that
-/// does. A priority that another program's rule has is not used.
+/// Chooses the priorities of the agent's rules, the same for both families: from `preferred` on if no rule
+/// before that sends packets for one of the `destinations` elsewhere, else right before the first that does. A
+/// priority of another program's rule is not used.
 pub fn place<'a, I>(preferred: u32, others: &[OtherRule], destinations: impl Fn() -> I) -> Place
 where
     I: Iterator<Item = &'a IpNet>,
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_rule_in_the_way_the_preferred_priority_is_taken() {
+    fn the_preferred_priority_is_used_where_no_rule_is_in_the_way() {
         let main = rule(32766, OtherAction::Lookup(MAIN));
         let local = rule(0, OtherAction::Deliver);
         let vrf = rule(1000, OtherAction::Vrf);
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rules_stand_in_front_of_a_vpns() {
+    fn the_agents_rules_come_before_those_of_a_vpn() {
         let suppress = rule(100, OtherAction::Lookup(MAIN));
         let vpn = rule(110, OtherAction::Lookup(7120));
         assert_eq!(first(&[suppress, vpn]), 97);
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn priorities_of_others_are_not_used() {
+    fn priorities_of_other_programs_are_not_used() {
         let harmless = rule(5191, OtherAction::Refuse);
         assert_eq!(first(&[harmless]), 5188);
         let close = rule(98, OtherAction::Refuse);
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_that_leaves_no_room_is_named() {
+    fn a_rule_with_no_free_priorities_before_it_is_reported() {
         for priority in [0, 1, 3] {
             let obstacle = rule(priority, OtherAction::Lookup(2004));
             let place = chosen(&[rule(4000, OtherAction::Lookup(9)), obstacle.clone()]);

@@ -2,21 +2,22 @@
 //!
 //! Three look-ups, from the first priority on, which [`super::place`] chooses:
 //!
-//! 0. What arrives from the tunnel: `Members`. A leader hands a member's node address to flannel's
-//!    device, as it does its pods; on the underlay a packet with a pod's source would be dropped by
-//!    any cloud. The kernel's strict reverse-path check of what a leader forwards into the tunnel
-//!    also looks here (it asks for the route back with the outgoing device as the incoming one), so
-//!    what a member's host answers through flannel's device is accepted.
-//! 1. What has a source in the cluster network: `Pods`, the addresses that the host itself reaches
-//!    directly. Selected by source and not by the pods' bridge, because on followers and leaders
-//!    alike the check of the answer asks for a route from the pod.
-//! 2. Everything but the tunnel's own datagrams: `Mesh`. It holds what is elsewhere, never a default
-//!    route, and it ends with the cluster network, `unreachable`: a pod that no node has goes nowhere.
+//! 0. Packets from the tunnel: `Members`. A leader sends packets for a member's node address through flannel's
+//!    device, like those for its pods. On the underlay, clouds drop packets with a pod's source. The kernel's
+//!    strict reverse-path check of packets that a leader forwards into the tunnel also looks here (it looks up
+//!    the route back with the outgoing device as the incoming one), so the answers of a member's host through
+//!    flannel's device are accepted.
+//! 1. Packets with a source in the cluster network: `Pods`, the addresses that the host itself reaches directly.
+//!    They are selected by source and not by the pods' bridge, because on followers and leaders alike the
+//!    reverse-path check of the answer looks up a route from the pod.
+//! 2. All packets but the tunnel's own datagrams: `Mesh`. It holds the destinations of other regions, never a
+//!    default route, and it ends with the cluster network, `unreachable`: packets for a pod that no node has are
+//!    refused.
 //!
-//! The tunnel's own datagrams carry a mark, which the last rule leaves out. The first two select none of
-//! them: they neither arrive from the tunnel nor have a source in the cluster network. So they are routed
-//! by the host's other rules and its table main, as any socket's are. Nothing else is selected by mark: a
-//! reverse-path check carries none.
+//! The tunnel's own datagrams carry a mark, which the last rule leaves out. The first two rules select none of
+//! them: they neither arrive from the tunnel nor have a source in the cluster network. So the host's other rules
+//! and its table main route them, like those of any socket. Nothing else is selected by mark: a reverse-path
+//! check carries none.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -28,7 +29,7 @@ use super::{Place, place};
 use crate::policy::OnTunnelDown;
 use crate::state::{BACKSTOP_METRIC, NextHop, Route, RouteKey, Rule, Table};
 
-/// The metric of routes that are no backstops. IPv6 has no zero, and 1024 is flannel's.
+/// The metric of IPv6 routes that are not backstops. Zero is not possible, and 1024 is flannel's.
 const METRIC_V6: u32 = 512;
 
 /// The routes of this node.
@@ -44,11 +45,11 @@ pub(super) fn routes(site: &Site<'_>) -> BTreeMap<RouteKey, Route> {
     routes.add_neighbours();
     routes.add_followers();
     routes.end_cluster_networks();
-    routes.guard_what_is_near();
+    routes.except_local_destinations();
     routes.routes
 }
 
-/// Where the rules stand that lead to these routes.
+/// The priorities of the rules that lead to these routes.
 pub(super) fn rules_place(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Place {
     let destinations = || {
         let leads = |key: &&RouteKey| key.table != Table::Members;
@@ -102,7 +103,7 @@ pub(super) fn rules(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> BTre
 
 struct Routes<'a> {
     site: &'a Site<'a>,
-    /// Prefixes in `Mesh` that may hold addresses which are not for them, with their next hops.
+    /// Prefixes in `Mesh` that may contain local destinations, with their next hops.
     wide: BTreeMap<IpNet, BTreeSet<NextHop>>,
     routes: BTreeMap<RouteKey, Route>,
 }
@@ -132,14 +133,14 @@ impl Routes<'_> {
                         self.add(Table::Mesh, IpNet::from(ip), &hops);
                     }
                 }
-                for net in self.site.carried_offers(segment).filter(of_family) {
+                for net in self.site.carried_location_ips(segment).filter(of_family) {
                     self.add_wide(net, hops.clone());
                 }
             }
         }
     }
 
-    /// Where this host itself goes directly, only what comes from pods takes the tunnel.
+    /// Where this host itself reaches an address directly, only packets from pods use the tunnel.
     fn add_node_address(&mut self, ip: IpAddr, hops: &BTreeSet<NextHop>) {
         let table = if self.site.is_direct(ip) {
             Table::Pods
@@ -149,7 +150,7 @@ impl Routes<'_> {
         self.add(table, ip.into(), hops);
     }
 
-    /// Nobody carries what is sent to their pods, and flannel must not send it in clear.
+    /// No leader carries traffic to their pods, and flannel must not send it in clear.
     fn add_remote_outsiders(&mut self) {
         for node in self.site.remote_outsiders() {
             for net in &node.pod_cidrs {
@@ -172,8 +173,8 @@ impl Routes<'_> {
         }
     }
 
-    /// Refuses what is inside the cluster network and no pod's: a Node that was deleted, an address that
-    /// no node has. By main it would leave in clear. The region's pods are flannel's.
+    /// Refuses the rest of the cluster network: the pods of a deleted Node, an address that no node has. By table
+    /// main such packets would leave in clear. The region's pods are left to flannel.
     fn end_cluster_networks(&mut self) {
         if self.site.inputs.settings.on_tunnel_down != OnTunnelDown::Closed {
             return;
@@ -190,7 +191,7 @@ impl Routes<'_> {
         }
     }
 
-    /// The WireGuard addresses of the own region, by flannel's way to their nodes.
+    /// The WireGuard addresses of the own region, by flannel's next hop to their nodes.
     fn add_neighbours(&mut self) {
         if matches!(self.site.role, Role::Outsider) {
             return;
@@ -210,8 +211,8 @@ impl Routes<'_> {
         }
     }
 
-    /// What a leader takes out of the tunnel for its members' hosts. Where flannel goes directly,
-    /// main has the same way.
+    /// Routes for packets from the tunnel to the hosts of a leader's members. Where flannel sends directly, table
+    /// main has the same next hop.
     fn add_followers(&mut self) {
         for node in self.site.followers() {
             for ip in &node.addresses {
@@ -237,9 +238,9 @@ impl Routes<'_> {
         }
     }
 
-    /// Sends back to main what a wide prefix of another region would take from this host: its own pods,
-    /// the networks of its region and those it is connected to, and what it must reach directly.
-    fn guard_what_is_near(&mut self) {
+    /// Leaves local destinations inside a wide prefix of another region to table main: this host's own pods, the
+    /// networks of its region and those it is connected to, and the addresses that it must reach directly.
+    fn except_local_destinations(&mut self) {
         for net in &self.site.inputs.flannel.subnets {
             self.throw(*net);
         }
@@ -247,22 +248,25 @@ impl Routes<'_> {
             return;
         }
         let wide = std::mem::take(&mut self.wide);
-        for near in self
+        for network in self
             .site
             .region_networks
             .iter()
             .chain(self.site.inputs.connected)
         {
-            if wide.keys().any(|net| net.contains(near)) {
-                self.throw(*near);
+            if wide.keys().any(|net| net.contains(network)) {
+                self.throw(*network);
             }
         }
-        // Where the tunnel hears a peer from, unless that is a node's address, which is seen to.
-        let heard = self.site.inputs.observed.values().map(SocketAddr::ip);
-        let heard = heard.filter(|ip| !self.is_routed(Table::Mesh, *ip));
-        let near = self.site.region_underlay.iter().copied();
+        // The observed endpoints of peers, except node addresses, which have routes of their own.
+        let observed = self.site.inputs.observed.values().map(SocketAddr::ip);
+        let observed = observed.filter(|ip| !self.is_routed(Table::Mesh, *ip));
+        let region = self.site.region_underlay.iter().copied();
         let direct = self.site.direct.iter().copied();
-        let all = direct.chain(near).chain(heard).collect::<BTreeSet<_>>();
+        let all = direct
+            .chain(region)
+            .chain(observed)
+            .collect::<BTreeSet<_>>();
         for ip in all {
             let dst = IpNet::from(ip);
             // The longest prefix comes last.
@@ -281,14 +285,14 @@ impl Routes<'_> {
         self.routes.contains_key(&RouteKey { table, dst, metric })
     }
 
-    /// Adds a prefix that is not a node's own, so that it may hold what is near.
+    /// Adds a prefix that is not a node's own, so that it may contain local destinations.
     fn add_wide(&mut self, net: IpNet, hops: BTreeSet<NextHop>) {
         self.add(Table::Mesh, net, &hops);
         self.wide.insert(net, hops);
     }
 
-    /// Adds the way to a prefix, and behind it the backstop: whatever goes down, what is meant for
-    /// another region never falls through to flannel's route in main.
+    /// Adds the route to a prefix, and its backstop: if the route is lost, packets for another region never fall
+    /// through to flannel's route in table main.
     fn add(&mut self, table: Table, dst: IpNet, hops: &BTreeSet<NextHop>) {
         let v6 = is_v6(&dst);
         if !hops.is_empty() {
@@ -303,7 +307,7 @@ impl Routes<'_> {
         self.refuse(table, dst);
     }
 
-    /// Adds the backstop alone: the last route of a prefix refuses what the ones before it did not take.
+    /// Adds the backstop alone, which refuses packets for which no other route is left.
     fn refuse(&mut self, table: Table, dst: IpNet) {
         if self.site.inputs.settings.on_tunnel_down == OnTunnelDown::Closed {
             let metric = BACKSTOP_METRIC;
@@ -312,6 +316,7 @@ impl Routes<'_> {
         }
     }
 
+    /// Leaves a prefix to the next rules, and so to table main.
     fn throw(&mut self, dst: IpNet) {
         let table = Table::Mesh;
         let backstop = RouteKey {

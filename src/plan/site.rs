@@ -1,4 +1,4 @@
-//! This node's place in the topology: which segments are elsewhere, and how to get there.
+//! The topology as this node sees it: its own region, the remote segments, and the next hops to them.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -14,24 +14,24 @@ use crate::topology::{
     Endpoint, ExternalPeer, Leader, Member, Mode, Outsider, Segment, SegmentName, is_public,
 };
 
-/// What a node does for its region.
+/// The role of a node in its segment.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Role<'a> {
     /// It carries its segment's traffic through its own tunnel.
     Leader(&'a Leader),
-    /// It sends what goes elsewhere to the leaders of its segment.
+    /// It sends traffic for other regions to the leaders of its segment.
     Follower,
-    /// It takes no part: it sends nothing elsewhere.
+    /// It takes no part in the mesh and sends nothing to other regions.
     Outsider,
 }
 
-/// Everything the plan derives from where this node is.
+/// This node's position in the topology, with the values that the plan derives from it.
 pub(super) struct Site<'a> {
     pub(super) inputs: &'a Inputs<'a>,
     pub(super) role: Role<'a>,
-    /// What this node reaches without the tunnel.
+    /// The group of nodes that this node reaches without the tunnel.
     group: &'a SegmentName,
-    /// This node's segment; none for an outsider.
+    /// This node's segment; `None` for an outsider.
     pub(super) segment: Option<&'a Segment>,
     /// This node's pod CIDRs, as far as flannel uses what the cluster gave it.
     subnets: Vec<IpNet>,
@@ -39,11 +39,11 @@ pub(super) struct Site<'a> {
     pub(super) region_underlay: BTreeSet<IpAddr>,
     /// The networks of the own region's nodes.
     pub(super) region_networks: BTreeSet<IpNet>,
-    /// What this host must reach without the tunnel, beside all public addresses.
+    /// The addresses that this host must reach without the tunnel, beside all public ones.
     pub(super) direct: BTreeSet<IpAddr>,
     endpoint: Option<&'a Endpoint>,
     private_ip: Option<IpNet>,
-    /// Where the other leaders and the VPN peers may be.
+    /// The candidates of the other leaders and the VPN peers.
     candidates: Candidates,
 }
 
@@ -121,9 +121,9 @@ impl<'a> Site<'a> {
         Some(site)
     }
 
-    /// Addresses that only flannel's annotations name, of nodes of the own region: those on a network
-    /// that this node is connected to. One that is a remote leader's endpoint is not among them, or an
-    /// annotation would cut this node off from that leader.
+    /// Addresses of the own region's nodes that only flannel's annotations name and that are on a network this
+    /// node is connected to. A remote leader's endpoint is not among them, or an annotation would cut this node
+    /// off from that leader.
     fn connected_flannel_ips(&self) -> Vec<IpAddr> {
         let leaders = self.remotes().flat_map(|segment| &segment.leaders);
         let endpoints = leaders
@@ -149,35 +149,35 @@ impl<'a> Site<'a> {
         segments.filter(move |segment| segment.group == *group)
     }
 
-    /// The segments that are elsewhere.
+    /// The segments of other regions.
     pub(super) fn remotes(&self) -> impl Iterator<Item = &'a Segment> + use<'a> {
         let group = self.group;
         let segments = self.inputs.topology.segments.iter();
         segments.filter(move |segment| segment.group != *group)
     }
 
-    /// The nodes of the own region that take no part; this one may be among them.
+    /// The nodes of the own region that take no part in the mesh. This one may be among them.
     pub(super) fn outside_neighbours(&self) -> impl Iterator<Item = &'a Outsider> + use<'a> {
         let group = self.group;
         let outsiders = self.inputs.topology.outsiders.iter();
         outsiders.filter(move |node| node.group == *group)
     }
 
-    /// The nodes elsewhere that take no part.
+    /// The nodes of other regions that take no part in the mesh.
     pub(super) fn remote_outsiders(&self) -> impl Iterator<Item = &'a Outsider> + use<'a> {
         let group = self.group;
         let outsiders = self.inputs.topology.outsiders.iter();
         outsiders.filter(move |node| node.group != *group)
     }
 
-    /// The other nodes of the own region that take part.
+    /// The other nodes of the own region that take part in the mesh.
     pub(super) fn other_members(&self) -> impl Iterator<Item = &'a Member> + use<'a> {
         let me = self.inputs.me;
         let nodes = self.neighbours().flat_map(|segment| &segment.nodes);
         nodes.filter(move |node| node.name != *me)
     }
 
-    /// The pods of the own region's other nodes, whether they take part yet or not.
+    /// The pods of the own region's other nodes, outsiders among them.
     pub(super) fn region_pods(&self) -> impl Iterator<Item = IpNet> + '_ {
         let members = self.other_members().flat_map(|node| &node.pod_cidrs);
         let outsiders = self.outside_neighbours().flat_map(|node| &node.pod_cidrs);
@@ -186,8 +186,8 @@ impl<'a> Site<'a> {
         all.filter(|net| !own.contains(net))
     }
 
-    /// The addresses of a node elsewhere that this node carries. Two regions may use the same subnet: what
-    /// is near is never looked for elsewhere, nor what a network is for that this node is connected to.
+    /// The addresses of a remote node that this node carries. Two regions may use the same subnet: an address of
+    /// the own region or of a network that this node is connected to is not carried.
     pub(super) fn carried_addresses<'s>(
         &'s self,
         segment: &'s Segment,
@@ -208,16 +208,16 @@ impl<'a> Site<'a> {
         ips.filter(|ip| self.connected_to(&IpNet::from(*ip)).is_none())
     }
 
-    /// The `allowed-location-ips` of a segment that this node carries. What lies inside a network of the
-    /// own region is the region's.
-    pub(super) fn carried_offers<'s>(
+    /// The `allowed-location-ips` of a segment that this node carries. Those inside a network of the own region
+    /// belong to the region.
+    pub(super) fn carried_location_ips<'s>(
         &'s self,
         segment: &'s Segment,
     ) -> impl Iterator<Item = IpNet> + 's {
-        let offers = segment.allowed_location_ips.iter().copied();
-        offers.filter(|net| {
-            let mut near = self.region_networks.iter();
-            !near.any(|near| near.contains(net)) && self.connected_to(net).is_none()
+        let nets = segment.allowed_location_ips.iter().copied();
+        nets.filter(|net| {
+            let mut own = self.region_networks.iter();
+            !own.any(|network| network.contains(net)) && self.connected_to(net).is_none()
         })
     }
 
@@ -230,20 +230,20 @@ impl<'a> Site<'a> {
         nets.filter(|net| self.connected_to(net).is_none())
     }
 
-    /// The network this node is connected to, if any, that a prefix lies in.
+    /// The network this node is connected to, if any, that contains a prefix.
     pub(super) fn connected_to(&self, net: &IpNet) -> Option<IpNet> {
         let mut connected = self.inputs.connected.iter();
         connected.find(|network| network.contains(net)).copied()
     }
 
-    /// The network this node is connected to, if any, that the address of a node elsewhere lies in. An
-    /// address that the tunnel hears that node's leader from is the node's: its handshake proves it.
+    /// The network this node is connected to, if any, that contains the address of a remote node. An address at
+    /// which the tunnel receives from a leader of that node's segment is the segment's: the handshake proves it.
     pub(super) fn connected_for(&self, segment: &Segment, ip: IpAddr) -> Option<IpNet> {
-        let is_heard_there = |leader: &Leader| {
-            let heard = self.inputs.observed.get(&leader.public_key());
-            heard.is_some_and(|heard| heard.ip() == ip)
+        let is_observed_there = |leader: &Leader| {
+            let observed = self.inputs.observed.get(&leader.public_key());
+            observed.is_some_and(|observed| observed.ip() == ip)
         };
-        if segment.leaders.iter().any(is_heard_there) {
+        if segment.leaders.iter().any(is_observed_there) {
             return None;
         }
         self.connected_to(&IpNet::from(ip))
@@ -265,20 +265,18 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// Whether an address elsewhere has to be reached by this host's own processes without the
-    /// tunnel.
+    /// Whether this host's own processes must reach an address of another region without the tunnel.
     ///
-    /// A public address is reached directly from everywhere, so its host answers directly too. Were
-    /// it routed into the tunnel here, strict reverse-path filtering would drop what comes from it;
-    /// the same holds for the addresses the tunnel's own datagrams come from, whatever they are,
-    /// since the check of what arrives knows no mark. And the way to the API server must not depend
-    /// on the tunnel that is configured through it.
+    /// A public address is reached directly from every host, so its host answers directly too. If it were routed
+    /// into the tunnel here, strict reverse-path filtering would drop packets from it. The same holds for the
+    /// source addresses of the tunnel's own datagrams, because the check of an arriving packet has no mark. And
+    /// the route to the API server must not depend on the tunnel that is configured through it.
     pub(super) fn is_direct(&self, ip: IpAddr) -> bool {
         is_public(ip) || self.direct.contains(&ip)
     }
 
-    /// Where this node's tunnel sends to another leader: where it hears it, else at the likeliest of the
-    /// candidates, all of which are tried ([`super::candidates()`]).
+    /// The endpoint at which this node's tunnel sends to another leader: the observed one, else the likeliest of
+    /// the candidates, all of which are tried ([`super::candidates()`]).
     pub(super) fn endpoint_of(&self, leader: &Leader) -> Option<SocketAddr> {
         let key = leader.public_key();
         let observed = self.inputs.observed.get(&key).copied();
@@ -292,41 +290,41 @@ impl<'a> Site<'a> {
         endpoint.filter(|address| !self.region_underlay.contains(&address.ip()))
     }
 
-    /// Kilo's rule: a leader whose operator set a keepalive is where it was seen, others are where they say.
+    /// Kilo's rule: the observed endpoint for a leader whose operator set a keepalive, the announced one for others.
     fn kilos_endpoint_of(
         &self,
         leader: &Leader,
         observed: Option<SocketAddr>,
     ) -> Option<SocketAddr> {
         let own = self.own_lead().and_then(|own| own.discovered);
-        let beside_us = |seen: &SocketAddr| own.is_some_and(|own| own.ip() == seen.ip());
-        let seen = observed.or_else(|| leader.discovered.filter(|seen| !beside_us(seen)));
+        let same_router = |seen: &SocketAddr| own.is_some_and(|own| own.ip() == seen.ip());
+        let seen = observed.or_else(|| leader.discovered.filter(|seen| !same_router(seen)));
         seen.filter(|_| leader.behind_nat).or(leader.address)
     }
 
-    /// Where it sends to an external peer. One without an endpoint of its own roams: while this node
-    /// hears it, the device knows better than any configuration.
+    /// The endpoint at which it sends to an external peer. A peer without a configured endpoint roams: while this
+    /// node receives from it, the device has the newest endpoint.
     pub(super) fn endpoint_of_peer(&self, peer: &ExternalPeer) -> Option<SocketAddr> {
         let peer_addresses = self.inputs.topology.peer_addresses.get(&peer.public_key)?;
-        let heard = self.inputs.observed.contains_key(&peer.public_key);
-        let discovered = peer_addresses.discovered.filter(|_| !heard);
+        let is_observed = self.inputs.observed.contains_key(&peer.public_key);
+        let discovered = peer_addresses.discovered.filter(|_| !is_observed);
         peer_addresses.address.or(discovered)
     }
 
-    /// The UDP port of this node's tunnel: its endpoint's, as Kilo has it.
+    /// The UDP port of this node's tunnel: its endpoint's, as in Kilo.
     pub(super) fn listen_port(&self) -> NonZeroU16 {
         self.endpoint
             .and_then(|endpoint| NonZeroU16::new(endpoint.port()))
             .unwrap_or(self.inputs.settings.port)
     }
 
-    /// Whether this node has pods of a family. Of others it carries nothing.
+    /// Whether this node has pods of a family. It carries no traffic of the other.
     pub(super) fn has_family(&self, v6: bool) -> bool {
         self.source(v6).is_some()
     }
 
-    /// This node's address inside the cluster network, the same as flannel's: the first of its pod
-    /// CIDR. Everybody has a route to it.
+    /// This node's address inside the cluster network, the same as flannel's: the first of its pod CIDR. Every
+    /// node has a route to it.
     pub(super) fn source(&self, v6: bool) -> Option<IpAddr> {
         let subnets = self.subnets.iter();
         subnets
@@ -334,17 +332,17 @@ impl<'a> Site<'a> {
             .find(|address| address.is_ipv6() == v6)
     }
 
-    /// How to reach what is in a remote segment, for a family: by each of its leaders on a leader, by each
-    /// leader of the own segment on a follower.
+    /// The next hops to a remote segment, for a family: its leaders on a leader, the leaders of the own segment on
+    /// a follower.
     ///
-    /// On a leader all of these next hops are behind the tunnel, which looks at a packet's destination
-    /// alone: the peers' allowed IPs say which leader receives it.
+    /// On a leader all of these next hops are behind the tunnel, which looks at a packet's destination alone: the
+    /// peers' routes decide which of the leaders receives it.
     pub(super) fn next_hops(&self, remote: &Segment, v6: bool) -> BTreeSet<NextHop> {
         if self.own_lead().is_none() {
             return self.tunnel_hops(v6);
         }
-        // With a gateway flannel's DirectRouting never takes what is behind the tunnel for
-        // directly connected: it asks the kernel for the route and looks whether that has one.
+        // flannel's DirectRouting takes a destination for directly connected if the kernel's route to it has no
+        // gateway. With one it never does.
         let ips = remote
             .leaders
             .iter()
@@ -364,7 +362,7 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// How to reach what is behind the tunnel but has no gateway: external peers.
+    /// The next hops to destinations behind the tunnel that have no gateway: external peers.
     pub(super) fn tunnel_hops(&self, v6: bool) -> BTreeSet<NextHop> {
         match self.role {
             Role::Leader(_) => [self.tunnel()].into(),
@@ -373,7 +371,7 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// How to reach the leaders of the own segment.
+    /// The next hops to the leaders of the own segment.
     fn hops_to_leaders(&self, v6: bool) -> BTreeSet<NextHop> {
         let segment = self.segment.into_iter();
         let leaders = segment.flat_map(|segment| {
@@ -393,18 +391,18 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// How to reach another node of the own region from this host.
+    /// The next hop to another node of the own region.
     pub(super) fn hop_to(&self, node: &Member, v6: bool) -> Option<NextHop> {
         let flannel = self.inputs.flannel;
         let pods = node.pod_cidrs.iter();
         let pods = pods.into_iter().find(|net| net.addr().is_ipv6() == v6)?;
-        // Kilo judges no claims: two nodes may have the same pods, and this may be one of them.
+        // In Kilo's mode claims are not judged: two nodes may have the same pods, and this may be one of them.
         if flannel.subnets.contains(pods) {
             return None;
         }
         let hop = flannel_hop(flannel, pods);
         match self.inputs.settings.encapsulation {
-            // Where flannel itself goes directly its VXLAN device has no neighbour to send to.
+            // Where flannel itself sends directly, its VXLAN device has no neighbour entry.
             Encapsulation::CrossSubnet | Encapsulation::Always => hop,
             Encapsulation::Never => self.direct_hop(node, v6).or(hop),
         }
@@ -423,7 +421,7 @@ impl<'a> Site<'a> {
         })
     }
 
-    /// Whether flannel's device carries what this host sends to a node of the own region.
+    /// Whether a next hop to a node of the own region leads through flannel's VXLAN device.
     pub(super) fn is_encapsulated(&self, hop: &NextHop) -> bool {
         let vteps = &self.inputs.flannel.vteps;
         vteps.iter().any(|vtep| vtep.name == hop.dev)
@@ -435,9 +433,8 @@ fn subnets(flannel: &Flannel, pod_cidrs: &[IpNet]) -> Vec<IpNet> {
     subnets.filter(|net| pod_cidrs.contains(net)).collect()
 }
 
-/// flannel's own next hop to a node's pods.
-///
-/// Where flannel has lost it (its device was recreated), what flannel will install.
+/// flannel's own next hop to a node's pods, or where flannel lost it (its device was recreated) the one that
+/// flannel would install.
 fn flannel_hop(flannel: &Flannel, pods: &IpNet) -> Option<NextHop> {
     if let Some(hop) = flannel.next_hops.get(pods) {
         return Some(hop.clone());
