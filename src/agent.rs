@@ -229,8 +229,8 @@ impl Agent {
                     // A full queue means that the names are about to be looked at anyway.
                     let _ = self.names.try_send(names);
                 }
-                Effect::FindPeer { key, candidates } => {
-                    self.reconciler.tunnel().look_for(&key, &candidates);
+                Effect::FindPeer { id, candidates } => {
+                    self.reconciler.tunnel().try_candidates(&id, &candidates);
                 }
                 Effect::Reconcile(desired) => self.reconciler.reconcile(desired),
                 Effect::Show(topology) => {

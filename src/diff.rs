@@ -9,10 +9,9 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 
-use crate::state::{
-    Firewall, Link, MAIN, PROTOCOL, Peer, Route, RouteKey, Rule, Ruleset, Scope, State,
-};
+use crate::state::{Firewall, Link, MAIN, PROTOCOL, Route, RouteKey, Rule, Ruleset, Scope, State};
 use crate::wireguard::key::PublicKey;
+use crate::wireguard::{PeerConfig, PeerId};
 
 /// One idempotent operation on the kernel or the tunnel device.
 ///
@@ -65,10 +64,12 @@ pub enum Change {
     SetPeer {
         /// The link.
         dev: String,
-        /// Whose.
-        key: PublicKey,
+        /// The peer.
+        id: PeerId,
+        /// The key that it has now, where it is another one.
+        replaced: Option<PublicKey>,
         /// What it should be.
-        peer: Peer,
+        peer: PeerConfig,
     },
     /// Makes the nft table this one in one transaction; where only prefixes differ, by its sets' elements.
     ReplaceFirewall(Box<Firewall>),
@@ -89,7 +90,9 @@ pub enum Change {
     RemovePeer {
         /// The link.
         dev: String,
-        /// Whose.
+        /// The peer.
+        id: PeerId,
+        /// Its key.
         key: PublicKey,
     },
     /// Deletes an address of the tunnel's link.
@@ -223,17 +226,17 @@ fn add_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec<Ch
     {
         changes.push(Change::SetListenPort { dev: name(), port });
     }
-    changes.extend(
-        desired
-            .peers
-            .iter()
-            .filter(|(key, peer)| old.peers.get(*key) != Some(peer))
-            .map(|(&key, peer)| Change::SetPeer {
-                dev: name(),
-                key,
-                peer: peer.clone(),
-            }),
-    );
+    let changed = |(id, peer): &(&PeerId, &PeerConfig)| old.peers.get(*id) != Some(peer);
+    let changed = by_key(desired.peers.iter().filter(changed));
+    changes.extend(changed.map(|(id, peer)| {
+        let before = old.peers.get(id).map(|before| before.public_key);
+        Change::SetPeer {
+            dev: name(),
+            id: id.clone(),
+            replaced: before.filter(|key| *key != peer.public_key),
+            peer: peer.clone(),
+        }
+    }));
 }
 
 fn delete(observed: &State, desired: &State, changes: &mut Vec<Change>) {
@@ -262,12 +265,13 @@ fn delete_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec
         changes.push(Change::DeleteLink { name: name() });
         return;
     }
-    let removed = observed.peers.keys();
-    changes.extend(
-        removed
-            .filter(|key| !desired.peers.contains_key(*key))
-            .map(|&key| Change::RemovePeer { dev: name(), key }),
-    );
+    let removed = observed.peers.iter();
+    let removed = by_key(removed.filter(|(id, _)| !desired.peers.contains_key(*id)));
+    changes.extend(removed.map(|(id, peer)| Change::RemovePeer {
+        dev: name(),
+        id: id.clone(),
+        key: peer.public_key,
+    }));
     changes.extend(
         stale(observed, desired)
             .filter(|address| is_last(address, desired))
@@ -279,6 +283,15 @@ fn delete_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec
     if link.up && desired.link.as_ref().is_some_and(|new| !new.up) {
         changes.push(Change::SetDown { name: name() });
     }
+}
+
+/// Peers in the order of their keys, as `wg` lists them.
+fn by_key<'a>(
+    peers: impl Iterator<Item = (&'a PeerId, &'a PeerConfig)>,
+) -> impl Iterator<Item = (&'a PeerId, &'a PeerConfig)> {
+    let mut peers: Vec<_> = peers.collect();
+    peers.sort_by_key(|(_, peer)| peer.public_key);
+    peers.into_iter()
 }
 
 /// The addresses that must go.
@@ -325,7 +338,18 @@ impl fmt::Display for Change {
                 }
             }
             Self::SetListenPort { dev, port } => write!(f, "wg set {dev} listen-port {port}"),
-            Self::SetPeer { dev, key, peer } => write!(f, "wg set {dev} peer {key}{peer}"),
+            Self::SetPeer {
+                dev,
+                replaced,
+                peer,
+                ..
+            } => {
+                write!(f, "wg set {dev}")?;
+                if let Some(key) = replaced {
+                    write!(f, " peer {key} remove")?;
+                }
+                write!(f, " peer {}{peer}", peer.public_key)
+            }
             Self::ReplaceFirewall(_) => f.write_str("nft -f -"),
             Self::ReplaceRoute { key, route } => {
                 write!(f, "{}", RouteCommand("replace", key, Some(route)))
@@ -333,7 +357,7 @@ impl fmt::Display for Change {
             Self::AddRule(rule) => write!(f, "ip {}rule add {rule}", family(rule.v6)),
             Self::DeleteRule(rule) => write!(f, "ip {}rule del {rule}", family(rule.v6)),
             Self::DeleteRoute(key) => write!(f, "{}", RouteCommand("del", key, None)),
-            Self::RemovePeer { dev, key } => write!(f, "wg set {dev} peer {key} remove"),
+            Self::RemovePeer { dev, key, .. } => write!(f, "wg set {dev} peer {key} remove"),
             Self::DeleteAddress { dev, address } => write!(f, "ip addr del {address} dev {dev}"),
             Self::SetDown { name } => write!(f, "ip link set {name} down"),
             Self::DeleteLink { name } => write!(f, "ip link del {name}"),
@@ -446,27 +470,6 @@ impl fmt::Display for Rule {
             table => write!(f, " lookup {table}")?,
         }
         write!(f, " proto {PROTOCOL}")
-    }
-}
-
-impl fmt::Display for Peer {
-    /// What follows the key. A preshared key is only mentioned.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.preshared_key.is_some() {
-            f.write_str(" preshared-key (hidden)")?;
-        }
-        if let Some(endpoint) = self.endpoint {
-            write!(f, " endpoint {endpoint}")?;
-        }
-        if let Some(seconds) = self.persistent_keepalive {
-            write!(f, " persistent-keepalive {seconds}")?;
-        }
-        f.write_str(" allowed-ips ")?;
-        for (index, net) in self.allowed_ips.iter().enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            write!(f, "{comma}{net}")?;
-        }
-        Ok(())
     }
 }
 

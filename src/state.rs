@@ -6,13 +6,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::wireguard::key::{PresharedKey, PublicKey};
+use crate::wireguard::{PeerConfig, PeerId};
 
 /// The protocol number (`RTPROT`) of every route and rule the agent installs.
 pub const PROTOCOL: u8 = 118;
@@ -152,19 +152,6 @@ impl Scope {
     }
 }
 
-/// A peer of the tunnel device, as the plan wants it.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Peer {
-    /// Where to send until the peer is heard from elsewhere.
-    pub endpoint: Option<SocketAddr>,
-    /// The preshared key.
-    pub preshared_key: Option<PresharedKey>,
-    /// Seconds between keepalives; `None` is off.
-    pub persistent_keepalive: Option<NonZeroU16>,
-    /// What may come from it and is sent to it.
-    pub allowed_ips: BTreeSet<IpNet>,
-}
-
 /// The values of the agent's own nft table `inet selvedge`; `kernel::nft` renders them.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Firewall {
@@ -261,7 +248,7 @@ pub struct State {
     /// The UDP port the tunnel listens on.
     pub listen_port: Option<NonZeroU16>,
     /// The peers of the tunnel device.
-    pub peers: BTreeMap<PublicKey, Peer>,
+    pub peers: BTreeMap<PeerId, PeerConfig>,
     /// Routes in the agent's own tables.
     pub routes: BTreeMap<RouteKey, Route>,
     /// Rules that lead there.

@@ -11,6 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::wireguard::PeerId;
 use crate::wireguard::key::PublicKey;
 
 mod address;
@@ -373,6 +374,13 @@ impl Endpoint {
             Self::Addr(address) => address.port(),
             Self::Dns { port, .. } => *port,
         }
+    }
+}
+
+impl ExternalPeer {
+    /// The peer's name in a tunnel device.
+    pub fn peer_id(&self) -> PeerId {
+        PeerId::new(format!("peer/{}", self.name))
     }
 }
 

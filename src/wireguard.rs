@@ -77,7 +77,7 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 
 use self::clock::Time;
-pub use self::config::{MAX_CANDIDATES, PeerConfig};
+pub use self::config::{MAX_CANDIDATES, PeerConfig, PeerId};
 use self::core::Core;
 pub use self::core::UNASKED_AFTER;
 pub use self::drops::Dropped;
@@ -163,7 +163,7 @@ pub enum StartError {
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
     /// By peer.
-    pub peers: BTreeMap<PublicKey, PeerStats>,
+    pub peers: BTreeMap<PeerId, PeerStats>,
     /// Packets that went no further, by reason.
     pub drops: BTreeMap<Dropped, u64>,
 }
@@ -171,6 +171,8 @@ pub struct Stats {
 /// Counters of a peer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct PeerStats {
+    /// Its key.
+    pub public_key: PublicKey,
     /// Where it is: configured, or heard from.
     pub endpoint: Option<SocketAddr>,
     /// Bytes of authenticated messages, with WireGuard's headers.
@@ -262,22 +264,32 @@ impl Device {
         Ok(Self { core, io, threads })
     }
 
-    /// Makes these the peers. Whatever is as it should be is left alone: sessions of peers that stay,
-    /// and the endpoint of a peer that roamed, until the configured one changes.
+    /// Makes these the peers. What is the same already is left alone: sessions of peers that stay, and the
+    /// endpoint of a peer that roamed, until the configured one changes.
+    ///
+    /// A peer whose key changes keeps its prefixes, its endpoint, its counters and the packets that wait
+    /// for a session; its sessions end, and a handshake with the new key begins. A peer with the key of
+    /// the device, or with that of a peer whose name comes before its own, is left out.
     ///
     /// Several peers may own one prefix: a flow to it keeps to one of them that has a session, and
     /// packets from it are taken from each.
-    pub fn set_peers(&self, peers: &BTreeMap<PublicKey, PeerConfig>) {
+    pub fn set_peers(&self, peers: &BTreeMap<PeerId, PeerConfig>) {
         self.core.set_peers(peers, Time::now());
+    }
+
+    /// The peers as they are configured, with every change that `wg` made. An endpoint is the configured
+    /// one, wherever the peer is now.
+    pub fn peers(&self) -> BTreeMap<PeerId, PeerConfig> {
+        self.core.peer_configs()
     }
 
     /// Tries candidate endpoints of a peer: one and the same handshake initiation goes to all of them,
     /// which also opens the way through a NAT on this side. The peer answers the copy that arrives
     /// first, and the endpoint moves to where that answer comes from. Without an answer it stays.
     ///
-    /// Unknown keys and an empty list are ignored. Of a longer list the first [`MAX_CANDIDATES`] count.
-    pub fn look_for(&self, key: &PublicKey, candidates: &[SocketAddr]) {
-        self.core.look_for(key, candidates);
+    /// Unknown peers and an empty list are ignored. Of a longer list the first [`MAX_CANDIDATES`] count.
+    pub fn try_candidates(&self, id: &PeerId, candidates: &[SocketAddr]) {
+        self.core.try_candidates(id, candidates);
     }
 
     /// Changes the device's key, or takes it away. Every session ends.
@@ -338,6 +350,7 @@ impl Device {
     pub fn stats(&self) -> Stats {
         let now = Time::now();
         let peer = |peer: &Arc<peer::Peer>| PeerStats {
+            public_key: *peer.key(),
             endpoint: peer.endpoint().map(|endpoint| endpoint.remote),
             rx_bytes: peer.rx_bytes(),
             tx_bytes: peer.tx_bytes(),
@@ -354,8 +367,8 @@ impl Device {
         Stats {
             peers: table
                 .peers
-                .iter()
-                .map(|(&key, of)| (key, peer(of)))
+                .values()
+                .map(|of| (of.id().clone(), peer(of)))
                 .collect(),
             drops: Dropped::ALL
                 .iter()

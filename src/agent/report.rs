@@ -175,8 +175,9 @@ fn peers(inputs: &Inputs<'_>, desired: &State) -> Vec<Peer> {
     };
     let mut peers = desired
         .peers
-        .iter()
-        .map(|(key, peer)| {
+        .values()
+        .map(|peer| {
+            let key = &peer.public_key;
             let traffic = inputs.traffic.get(key).cloned().unwrap_or_default();
             Peer {
                 name: name(&inputs.decision.topology, key),
@@ -185,7 +186,7 @@ fn peers(inputs: &Inputs<'_>, desired: &State) -> Vec<Peer> {
                     .endpoint
                     .or(peer.endpoint)
                     .map(|endpoint| endpoint.to_string()),
-                allowed_ips: strings(&peer.allowed_ips),
+                allowed_ips: strings(peer.allowed_ips()),
                 handshake_age: traffic.handshake_age.map(|age| age.as_secs()),
                 received: traffic.received,
                 sent: traffic.sent,

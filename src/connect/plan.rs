@@ -6,10 +6,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::showconf::Configuration;
-use crate::state::{Link, NextHop, Peer, Route, RouteKey, Rule, Scope, State, Table};
+use crate::state::{Link, NextHop, Route, RouteKey, Rule, Scope, State, Table};
 use crate::topology::{ExternalPeer, InterfaceAddr, Topology};
-use crate::wireguard::PeerConfig;
-use crate::wireguard::key::PublicKey;
+use crate::wireguard::{PeerConfig, PeerId};
 
 /// The mark of the tunnel's own datagrams, as the agent's `--fwmark`.
 pub(super) const FWMARK: u32 = 0x51e0_0000;
@@ -42,7 +41,14 @@ pub(super) fn peers(
     topology: &Topology,
     own: &ExternalPeer,
     request: &Request,
-) -> BTreeMap<PublicKey, PeerConfig> {
+) -> BTreeMap<PeerId, PeerConfig> {
+    let leaders = topology.leaders();
+    let ids = leaders.map(|(_, leader)| (leader.public_key(), leader.peer_id()));
+    let external = topology.peers.iter();
+    let ids: BTreeMap<_, _> = external
+        .map(|peer| (peer.public_key, peer.peer_id()))
+        .chain(ids)
+        .collect();
     let addresses = topology
         .leaders()
         .map(|(_, leader)| (leader.public_key(), leader.discovered.or(leader.address)));
@@ -62,13 +68,15 @@ pub(super) fn peers(
         if Some(section.public_key) == first {
             allowed_ips.extend(request.extra.iter().copied());
         }
+        let key = section.public_key;
         let config = PeerConfig {
-            endpoint: addresses.get(&section.public_key).copied().flatten(),
+            endpoint: addresses.get(&key).copied().flatten(),
             preshared_key: section.preshared_key,
             persistent_keepalive: section.persistent_keepalive.try_into().ok(),
-            allowed_ips,
+            ..PeerConfig::new(key).with_allowed_ips(allowed_ips)
         };
-        (section.public_key, config)
+        let id = ids.get(&key).cloned();
+        (id.unwrap_or_else(|| PeerId::from(&key)), config)
     });
     configs.collect()
 }
@@ -77,9 +85,9 @@ pub(super) fn peers(
 ///
 /// The tunnel's own datagrams are marked and keep out of the mesh's table, so that an address may be both
 /// an endpoint and reached through the tunnel without a loop.
-pub(super) fn state(peers: &BTreeMap<PublicKey, PeerConfig>, request: &Request) -> State {
+pub(super) fn state(peers: &BTreeMap<PeerId, PeerConfig>, request: &Request) -> State {
     let own = request.address.addr();
-    let reached = peers.values().flat_map(|peer| &peer.allowed_ips);
+    let reached = peers.values().flat_map(|peer| &peer.routes);
     let reached: BTreeSet<_> = reached.filter(|net| !is_direct(net, request)).collect();
     let routes: BTreeMap<_, _> = reached
         .into_iter()
@@ -104,22 +112,13 @@ pub(super) fn state(peers: &BTreeMap<PublicKey, PeerConfig>, request: &Request) 
         not: true,
         table: Table::Mesh.id(),
     });
-    let peers_of = |(key, peer): (&PublicKey, &PeerConfig)| {
-        let peer = Peer {
-            endpoint: peer.endpoint,
-            preshared_key: peer.preshared_key.clone(),
-            persistent_keepalive: peer.persistent_keepalive,
-            allowed_ips: peer.allowed_ips.clone(),
-        };
-        (*key, peer)
-    };
     State {
         link: Some(Link {
             name: request.interface.clone(),
             mtu: request.mtu,
             up: true,
         }),
-        peers: peers.iter().map(peers_of).collect(),
+        peers: peers.clone(),
         addresses: [(request.address, Scope::Global)].into(),
         rules: rules.collect(),
         routes,
@@ -150,6 +149,7 @@ mod tests {
     use super::*;
     use crate::diff::diff;
     use crate::topology::{Endpoint, Leader, Member, NodeName, RegionName, Segment, SegmentName};
+    use crate::wireguard::key::PublicKey;
 
     fn request() -> Request {
         Request {
@@ -265,11 +265,12 @@ mod tests {
     fn a_node_without_an_endpoint_disturbs_no_other() {
         let peers = peers(&two_regions(), &own(), &request());
 
-        assert_eq!(peers[&PublicKey([1; 32])].endpoint, None);
-        assert!(peers[&PublicKey([2; 32])].endpoint.is_some());
+        let [away, cloud] = ["node/away-1", "node/cloud-1"].map(|name| &peers[&PeerId::new(name)]);
+        assert_eq!(away.endpoint, None);
+        assert!(cloud.endpoint.is_some());
         let services = "10.43.0.0/16".parse().unwrap();
-        assert!(peers[&PublicKey([2; 32])].allowed_ips.contains(&services));
-        assert!(!peers[&PublicKey([1; 32])].allowed_ips.contains(&services));
+        assert!(cloud.routes.contains(&services));
+        assert!(!away.routes.contains(&services));
     }
 
     #[test]

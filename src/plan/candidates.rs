@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use crate::topology::{Candidate, NodeName, Origin, Topology};
-use crate::wireguard::key::PublicKey;
+use crate::wireguard::PeerId;
 
 /// The candidates of each peer, the likeliest first.
-pub type Candidates = BTreeMap<PublicKey, Vec<Candidate>>;
+pub type Candidates = BTreeMap<PeerId, Vec<Candidate>>;
 
 /// The candidates of every peer that this node can use; none where it does not lead.
 ///
@@ -40,7 +40,7 @@ pub fn candidates(topology: &Topology, me: &NodeName) -> Candidates {
                 let is_behind_own_router = is_outside(candidate) && own_router.contains(&ip);
                 !(own_region.contains(&ip) || is_behind_own_router)
             });
-            (leader.public_key(), useful.collect())
+            (leader.peer_id(), useful.collect())
         })
         .collect();
     for peer in &topology.peers {
@@ -52,7 +52,7 @@ pub fn candidates(topology: &Topology, me: &NodeName) -> Candidates {
                 candidate.origin == Origin::Forced || !own_region.contains(&candidate.address.ip())
             });
         candidates
-            .entry(peer.public_key)
+            .entry(peer.peer_id())
             .or_insert_with(|| useful.collect());
     }
     candidates
@@ -75,6 +75,7 @@ fn is_outside(candidate: &Candidate) -> bool {
 mod tests {
     use super::*;
     use crate::topology::{Leader, Member, RegionName, Segment, SegmentName};
+    use crate::wireguard::key::PublicKey;
 
     fn at(text: &str) -> SocketAddr {
         text.parse().unwrap()
@@ -115,9 +116,9 @@ mod tests {
         }
     }
 
-    fn addresses(candidates: &Candidates, key: u8) -> Vec<SocketAddr> {
-        let of_key = candidates[&PublicKey([key; 32])].iter();
-        of_key.map(|candidate| candidate.address).collect()
+    fn addresses(candidates: &Candidates, leader: &str) -> Vec<SocketAddr> {
+        let of_leader = candidates[&PeerId::new(format!("node/{leader}"))].iter();
+        of_leader.map(|candidate| candidate.address).collect()
     }
 
     #[test]
@@ -139,8 +140,8 @@ mod tests {
             ..Topology::default()
         };
         let candidates = candidates(&topology, &NodeName("home".into()));
-        assert_eq!(addresses(&candidates, 4), [at("192.168.4.11:51820")]);
-        assert_eq!(addresses(&candidates, 3), [at("203.0.113.3:3")]);
+        assert_eq!(addresses(&candidates, "beside"), [at("192.168.4.11:51820")]);
+        assert_eq!(addresses(&candidates, "office"), [at("203.0.113.3:3")]);
         assert_eq!(candidates.len(), 2, "its own segment is not among them");
     }
 
@@ -161,7 +162,7 @@ mod tests {
             ..Topology::default()
         };
         let candidates = candidates(&topology, &NodeName("home".into()));
-        assert_eq!(addresses(&candidates, 3), [at("203.0.113.3:3")]);
+        assert_eq!(addresses(&candidates, "same-subnet"), [at("203.0.113.3:3")]);
     }
 
     #[test]

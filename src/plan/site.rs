@@ -282,7 +282,7 @@ impl<'a> Site<'a> {
         let observed = self.inputs.observed.get(&key).copied();
         let endpoint = match self.inputs.topology.mode {
             Mode::Native => observed.or_else(|| {
-                let candidates = self.candidates.get(&key)?;
+                let candidates = self.candidates.get(&leader.peer_id())?;
                 Some(candidates.first()?.address)
             }),
             Mode::Kilo(_) => self.kilos_endpoint_of(leader, observed),

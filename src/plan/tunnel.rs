@@ -7,9 +7,10 @@ use ipnet::IpNet;
 
 use super::site::{Role, Site};
 use crate::flannel::Backend;
-use crate::state::{Link, Peer, Scope};
+use crate::state::{Link, Scope};
 use crate::topology::{ExternalPeer, Leader, Segment};
 use crate::wireguard::key::PublicKey;
+use crate::wireguard::{PeerConfig, PeerId};
 
 /// Seconds between keepalives: less than the 30 seconds after which common NATs forget a UDP mapping.
 const KEEPALIVE: Option<NonZeroU16> = NonZeroU16::new(25);
@@ -72,12 +73,13 @@ pub(super) fn sysctls(site: &Site<'_>) -> BTreeMap<String, String> {
 }
 
 /// The peers of a leader: the leaders elsewhere and the external peers.
-pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
+pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PeerId, PeerConfig> {
     let Some(own) = site.own_lead() else {
         return BTreeMap::new();
     };
     // Native topologies are disjoint already; in Kilo's, of two equal claims the first stays.
     let mut taken = BTreeSet::new();
+    // And of two peers with one key the last stays.
     let mut peers = BTreeMap::new();
     for segment in site.remotes() {
         for leader in &segment.leaders {
@@ -86,26 +88,26 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PublicKey, Peer> {
                 .filter(|net| !is_near(site, segment, net) && taken.insert(*net))
                 .collect();
             let key = leader.public_key();
-            let peer = Peer {
+            let peer = PeerConfig {
                 endpoint: site.endpoint_of(leader),
-                preshared_key: None,
                 persistent_keepalive: keepalive(site, own, &key, None),
-                allowed_ips,
+                ..PeerConfig::new(key).with_allowed_ips(allowed_ips)
             };
-            peers.insert(key, peer);
+            peers.insert(key, (leader.peer_id(), peer));
         }
     }
     for vpn in &site.inputs.topology.peers {
         let nets = site.carried_allowed_ips(vpn);
-        let peer = Peer {
+        let allowed_ips = nets.filter(|net| taken.insert(*net)).collect();
+        let peer = PeerConfig {
             endpoint: site.endpoint_of_peer(vpn),
             preshared_key: vpn.preshared_key.clone(),
             persistent_keepalive: keepalive(site, own, &vpn.public_key, Some(vpn)),
-            allowed_ips: nets.filter(|net| taken.insert(*net)).collect(),
+            ..PeerConfig::new(vpn.public_key).with_allowed_ips(allowed_ips)
         };
-        peers.insert(vpn.public_key, peer);
+        peers.insert(vpn.public_key, (vpn.peer_id(), peer));
     }
-    peers
+    peers.into_values().collect()
 }
 
 /// The keepalives that a leader sends to a peer: as its operator or the Peer object wants them, else to every

@@ -20,7 +20,7 @@ use crate::diff::{Change, diff};
 use crate::kernel::flannel_repair::Repair;
 use crate::kernel::nft;
 use crate::state::{Firewall, RouteKey, Rule, Ruleset, State};
-use crate::wireguard::key::PublicKey;
+use crate::wireguard::PeerId;
 
 /// First pause before a failed change is made again; doubled each time.
 const RETRY: Duration = Duration::from_millis(100);
@@ -117,7 +117,7 @@ enum Item {
     Sysctl(String),
     Address(ipnet::IpNet),
     ListenPort,
-    Peer(PublicKey),
+    Peer(PeerId),
     Firewall,
     Route(RouteKey),
     Rule(Rule),
@@ -136,7 +136,7 @@ impl Item {
                 Self::Address(*address)
             }
             Change::SetListenPort { .. } => Self::ListenPort,
-            Change::SetPeer { key, .. } | Change::RemovePeer { key, .. } => Self::Peer(*key),
+            Change::SetPeer { id, .. } | Change::RemovePeer { id, .. } => Self::Peer(id.clone()),
             Change::ReplaceFirewall(_) | Change::DeleteFirewall => Self::Firewall,
             Change::ReplaceRoute { key, .. } | Change::DeleteRoute(key) => Self::Route(*key),
             Change::AddRule(rule) | Change::DeleteRule(rule) => Self::Rule(rule.clone()),

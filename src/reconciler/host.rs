@@ -12,18 +12,16 @@ use crate::diff::Change;
 use crate::kernel::Rtnetlink;
 use crate::kernel::flannel_repair::Repair;
 use crate::port_holder;
-use crate::state::{Peer, State};
-use crate::wireguard::key::PublicKey;
-use crate::wireguard::uapi::Control as _;
-use crate::wireguard::{Device, PeerConfig};
+use crate::state::State;
+use crate::wireguard::{Device, PeerConfig, PeerId};
 
 /// A node with a running tunnel.
 pub struct Host {
     rtnetlink: Rtnetlink,
     tunnel: Arc<Device>,
-    /// What the peers were last asked to be. The tunnel itself only tells where a peer is now, and
-    /// that of one that roams is not what was asked for.
-    asked: BTreeMap<PublicKey, PeerConfig>,
+    /// The peers as they were last set. An endpoint that an operator sets with `wg` is not in it, and
+    /// stays until the plan has another one.
+    asked: BTreeMap<PeerId, PeerConfig>,
     /// A port that is another's: its number, the inode of the socket that has it, and the sentence on it.
     port_taken: Option<(u16, Option<u64>, String)>,
 }
@@ -81,22 +79,15 @@ impl Host {
         self.tunnel.set_persistent(false)
     }
 
-    /// The peers as they are. A change by `wg set` is noticed, but for an endpoint.
-    fn peers(&self) -> BTreeMap<PublicKey, Peer> {
-        let peers = self.tunnel.get().peers;
+    /// The peers as they are. A change by `wg set` is noticed, except to an endpoint.
+    fn peers(&self) -> BTreeMap<PeerId, PeerConfig> {
+        let mut peers = self.tunnel.peers();
+        for (id, peer) in &mut peers {
+            if let Some(asked) = self.asked.get(id) {
+                peer.endpoint = asked.endpoint;
+            }
+        }
         peers
-            .into_iter()
-            .map(|peer| {
-                let asked = self.asked.get(&peer.public_key);
-                let found = Peer {
-                    endpoint: asked.map_or(peer.endpoint, |asked| asked.endpoint),
-                    preshared_key: peer.preshared_key,
-                    persistent_keepalive: NonZeroU16::new(peer.persistent_keepalive),
-                    allowed_ips: peer.allowed_ips.into_iter().collect(),
-                };
-                (peer.public_key, found)
-            })
-            .collect()
     }
 
     /// Makes a run of changes that are all the tunnel's.
@@ -117,11 +108,11 @@ impl Host {
                         failed.push((change, anyhow!(sentence)));
                     }
                 }
-                Change::SetPeer { key, peer, .. } => {
-                    self.asked.insert(*key, config(peer));
+                Change::SetPeer { id, peer, .. } => {
+                    self.asked.insert(id.clone(), peer.clone());
                 }
-                Change::RemovePeer { key, .. } => {
-                    self.asked.remove(key);
+                Change::RemovePeer { id, .. } => {
+                    self.asked.remove(id);
                 }
                 _ => failed.push((change, anyhow!("this is the kernel's: {change}"))),
             }
@@ -140,7 +131,7 @@ impl Platform for Host {
     fn observe(&mut self) -> anyhow::Result<State> {
         let peers = self.peers();
         // Peers that another program removed are forgotten, so that they are set again.
-        self.asked.retain(|key, _| peers.contains_key(key));
+        self.asked.retain(|id, _| peers.contains_key(id));
         Ok(State {
             peers,
             listen_port: NonZeroU16::new(self.tunnel.listen_port()),
@@ -173,13 +164,4 @@ fn is_of_tunnel(change: &Change) -> bool {
             | Change::SetPeer { .. }
             | Change::RemovePeer { .. }
     )
-}
-
-fn config(peer: &Peer) -> PeerConfig {
-    PeerConfig {
-        endpoint: peer.endpoint,
-        preshared_key: peer.preshared_key.clone(),
-        persistent_keepalive: peer.persistent_keepalive,
-        allowed_ips: peer.allowed_ips.clone(),
-    }
 }

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use super::{Endpoint, NodeName};
+use crate::wireguard::PeerId;
 use crate::wireguard::key::PublicKey;
 
 /// A node that carries the traffic of its segment through its own tunnel, and what other nodes need to
@@ -40,6 +41,11 @@ impl Leader {
     pub fn public_key(&self) -> PublicKey {
         let key = self.keys.first();
         *key.expect("a node without a key takes no part in the election")
+    }
+
+    /// The leader's name in a tunnel device.
+    pub fn peer_id(&self) -> PeerId {
+        PeerId::new(format!("node/{}", self.node))
     }
 
     /// The WireGuard addresses as prefixes.

@@ -42,7 +42,7 @@ pub(super) enum Job {
     /// Something was to be sent to a peer, and there is no session or it is old.
     Initiate(Arc<Peer>),
     /// The peer may be at one of these addresses by now.
-    LookFor(Arc<Peer>, Vec<SocketAddr>),
+    TryCandidates(Arc<Peer>, Vec<SocketAddr>),
     /// The peer called an address of ours: whether it is the source by the route of now is looked up.
     Source(Arc<Peer>, Endpoint),
     /// A session is in use now: what waited for it may go.

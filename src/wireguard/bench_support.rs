@@ -14,7 +14,7 @@ use boringtun::noise::handshake::SessionKeys;
 use zeroize::Zeroizing;
 
 use super::clock::Time;
-use super::config::PeerConfig;
+use super::config::{PeerConfig, PeerId};
 use super::core::Core;
 use super::key::PublicKey;
 use super::packet::Outer;
@@ -93,13 +93,12 @@ impl Side {
         );
         core.link_changed(true);
         let network = ipnet::Ipv4Net::new_assert(Ipv4Addr::new(10, 0, other, 0), 24);
+        let key = PublicKey([other; 32]);
         let config = PeerConfig {
             endpoint: Some(SocketAddr::new([192, 0, 2, other].into(), 51820)),
-            allowed_ips: BTreeSet::from([network.into()]),
-            ..PeerConfig::default()
+            ..PeerConfig::new(key).with_allowed_ips(BTreeSet::from([network.into()]))
         };
-        let key = PublicKey([other; 32]);
-        core.set_peers(&BTreeMap::from([(key, config)]), now);
+        core.set_peers(&BTreeMap::from([(PeerId::from(&key), config)]), now);
         let peer = core.table.load().peers[&key].clone();
         let keys = SessionKeys {
             local_index: own.into(),

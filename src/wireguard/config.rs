@@ -1,25 +1,118 @@
-//! A peer as it is configured: what the embedder says.
+//! A peer as it is configured, by the embedder or through the UAPI socket.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::key::PresharedKey;
+use super::key::{PresharedKey, PublicKey};
 
 /// The most candidate endpoints that one initiation is sent to.
 pub const MAX_CANDIDATES: usize = 16;
 
+/// The name of a peer. It stays the same while the peer's key, endpoint and prefixes change.
+///
+/// The device compares names and does not read them. The plan calls a leader `node/<name>` and an
+/// external peer `peer/<name>`. A peer that `wg` adds is called by its public key in base64.
+#[derive(Clone, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct PeerId(Arc<str>);
+
+impl PeerId {
+    /// A peer of this name.
+    pub fn new(name: impl Into<Arc<str>>) -> Self {
+        Self(name.into())
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&PublicKey> for PeerId {
+    fn from(key: &PublicKey) -> Self {
+        Self::new(key.to_string())
+    }
+}
+
+impl fmt::Display for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// A peer as it is configured.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub struct PeerConfig {
+    /// The peer's key. No two peers of a device have the same one.
+    pub public_key: PublicKey,
     /// Where to send until the peer is heard from elsewhere.
     pub endpoint: Option<SocketAddr>,
     /// The key mixed into handshakes.
     pub preshared_key: Option<PresharedKey>,
     /// Seconds between keepalives; `None` is off.
     pub persistent_keepalive: Option<NonZeroU16>,
-    /// What may come from it and is sent to it.
-    pub allowed_ips: BTreeSet<IpNet>,
+    /// The destinations that are sent to it.
+    pub routes: BTreeSet<IpNet>,
+    /// The sources that packets from it may have.
+    pub accepts: BTreeSet<IpNet>,
+}
+
+impl PeerConfig {
+    /// A peer of this key, without endpoint, keepalives and prefixes.
+    pub const fn new(public_key: PublicKey) -> Self {
+        Self {
+            public_key,
+            endpoint: None,
+            preshared_key: None,
+            persistent_keepalive: None,
+            routes: BTreeSet::new(),
+            accepts: BTreeSet::new(),
+        }
+    }
+
+    /// The same peer with these prefixes alone, as both routes and accepted sources.
+    #[must_use]
+    pub fn with_allowed_ips(self, prefixes: BTreeSet<IpNet>) -> Self {
+        Self {
+            routes: prefixes.clone(),
+            accepts: prefixes,
+            ..self
+        }
+    }
+
+    /// The prefixes as `wg` shows them: it knows no difference between routes and accepted sources.
+    pub fn allowed_ips(&self) -> impl Iterator<Item = &IpNet> {
+        self.routes.union(&self.accepts)
+    }
+}
+
+impl fmt::Display for PeerConfig {
+    /// The arguments of `wg set` behind the key. A preshared key is only mentioned.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.preshared_key.is_some() {
+            f.write_str(" preshared-key (hidden)")?;
+        }
+        if let Some(endpoint) = self.endpoint {
+            write!(f, " endpoint {endpoint}")?;
+        }
+        if let Some(seconds) = self.persistent_keepalive {
+            write!(f, " persistent-keepalive {seconds}")?;
+        }
+        f.write_str(" allowed-ips ")?;
+        for (index, net) in self.allowed_ips().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{net}")?;
+        }
+        Ok(())
+    }
 }

@@ -15,6 +15,7 @@ use ipnet::IpNet;
 
 use super::admission::{Job, Jobs};
 use super::clock::Time;
+use super::config::PeerId;
 use super::drops::{Dropped, Drops};
 use super::indices::Indices;
 use super::key::{PrivateKey, PublicKey};
@@ -53,20 +54,24 @@ pub(super) struct Core {
     started: Time,
 }
 
-/// What was configured last.
+/// The configuration as it was last set.
 #[derive(Default)]
 pub(super) struct Configured {
-    pub(super) peers: BTreeMap<PublicKey, ConfiguredPeer>,
-    /// The owners of each prefix: one by UAPI, several by the agent.
-    pub(super) allowed_ips: BTreeMap<IpNet, BTreeSet<PublicKey>>,
-    /// When something was last sent to peers that were removed, the latest `MAX_REMOVED` of them: one
-    /// that comes back was not silent meanwhile, see [`super::PeerStats::heard_unasked`].
+    pub(super) peers: BTreeMap<PeerId, ConfiguredPeer>,
+    /// The peer of each key.
+    pub(super) ids: BTreeMap<PublicKey, PeerId>,
+    /// The peers that each destination is sent to: one by UAPI, several by the embedder.
+    pub(super) routes: BTreeMap<IpNet, BTreeSet<PeerId>>,
+    /// The peers that each source is accepted from.
+    pub(super) accepts: BTreeMap<IpNet, BTreeSet<PeerId>>,
+    /// When something was last sent to the peers that were removed last, at most `MAX_REMOVED`. A peer that
+    /// comes back is no caller that had been sent nothing, see `PeerStats::heard_unasked`.
     pub(super) removed: BTreeMap<PublicKey, Time>,
 }
 
 pub(super) struct ConfiguredPeer {
     pub(super) peer: Arc<Peer>,
-    /// The endpoint that was asked for; the peer may have roamed since.
+    /// The configured endpoint. The peer may have roamed since.
     pub(super) endpoint: Option<SocketAddr>,
 }
 

@@ -93,7 +93,9 @@ impl Handshaker {
                         .store(false, std::sync::atomic::Ordering::Relaxed);
                     self.initiate(&peer, Attempt::First, wire, now);
                 }
-                Job::LookFor(peer, candidates) => self.look_for(&peer, &candidates, wire, now),
+                Job::TryCandidates(peer, candidates) => {
+                    self.try_candidates(&peer, &candidates, wire, now);
+                }
                 Job::Source(peer, from) => peer.judge_source(from, wire.leads(&from)),
                 Job::Flush(peer) => {
                     self.transmit.flush_staged(&core, wire, &peer, now);
@@ -216,7 +218,7 @@ impl Handshaker {
         if !self.begin(peer, &mut buffer, now) {
             return;
         }
-        tracing::debug!(peer = %peer.key(), ?attempt, "sending a handshake initiation");
+        tracing::debug!(peer = %peer.id(), ?attempt, "sending a handshake initiation");
         peer.timers.sent(false, now);
         peer.timers.initiated(attempt, now);
         let sent = peer.send(
@@ -237,12 +239,18 @@ impl Handshaker {
     /// The answer moves the endpoint to where it comes from. Without an answer, the attempts that follow
     /// go to the endpoint as it was. The peer takes one copy of the initiation, the first: the others
     /// are no newer (paper, 5.1).
-    fn look_for(&self, peer: &Arc<Peer>, candidates: &[SocketAddr], wire: &impl Wire, now: Time) {
+    fn try_candidates(
+        &self,
+        peer: &Arc<Peer>,
+        candidates: &[SocketAddr],
+        wire: &impl Wire,
+        now: Time,
+    ) {
         let mut buffer = [0; INITIATION_SIZE];
         if !self.begin(peer, &mut buffer, now) {
             return;
         }
-        tracing::debug!(peer = %peer.key(), ?candidates, "trying candidates");
+        tracing::debug!(peer = %peer.id(), ?candidates, "trying candidates");
         peer.timers.initiated(Attempt::First, now);
         for &candidate in candidates {
             let to = candidate.into();
@@ -315,7 +323,7 @@ impl Handshaker {
                 .retire(peer.install_initiated(session, yields, now));
             note_awaiting(&core, &mut state);
         }
-        tracing::debug!(peer = %peer.key(), "handshake completed as initiator");
+        tracing::debug!(peer = %peer.id(), "handshake completed as initiator");
         peer.note_answer(message.from.remote, now);
         core.roam(&peer, message.from);
         peer.count_received(RESPONSE_SIZE);
@@ -376,7 +384,7 @@ fn respond(
     if core.is_unasked(peer, message.from.remote.ip(), now) {
         peer.note_unasked(now);
     }
-    tracing::debug!(peer = %peer.key(), "answering a handshake initiation");
+    tracing::debug!(peer = %peer.id(), "answering a handshake initiation");
     peer.count_received(INITIATION_SIZE);
     peer.timers.received(false, now);
     peer.timers.session_derived(now);

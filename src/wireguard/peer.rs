@@ -13,6 +13,7 @@ use arc_swap::{ArcSwapOption, Guard};
 use boringtun::noise::handshake::Handshake;
 
 use super::clock::Time;
+use super::config::PeerId;
 use super::drops::{Dropped, Drops};
 use super::key::{PresharedKey, PublicKey};
 use super::packet::Outer;
@@ -57,6 +58,7 @@ pub(super) trait Wire {
 
 /// The state of one peer, as long as it is configured.
 pub(super) struct Peer {
+    id: PeerId,
     key: PublicKey,
     pub(super) timers: Timers,
     /// What is sent with, where there is a session.
@@ -157,8 +159,9 @@ fn crossed(own: &Session, other: &Session) -> bool {
 }
 
 impl Peer {
-    pub(super) fn new(key: PublicKey) -> Self {
+    pub(super) fn new(id: PeerId, key: PublicKey) -> Self {
         Self {
+            id,
             key,
             timers: Timers::default(),
             current: ArcSwapOption::empty(),
@@ -182,8 +185,29 @@ impl Peer {
         }
     }
 
+    pub(super) fn id(&self) -> &PeerId {
+        &self.id
+    }
+
     pub(super) fn key(&self) -> &PublicKey {
         &self.key
+    }
+
+    /// Takes over what outlives a key: the endpoint, the counters, and the packets that wait for a
+    /// session.
+    pub(super) fn inherit(&self, before: &Self) {
+        lock(&self.place).endpoint = before.endpoint();
+        for (own, before) in [
+            (&self.rx_bytes, &before.rx_bytes),
+            (&self.tx_bytes, &before.tx_bytes),
+            (&self.last_sent, &before.last_sent),
+            (&self.heard_unasked, &before.heard_unasked),
+        ] {
+            own.store(before.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        let staged = std::mem::take(&mut *before.staged());
+        self.has_staged.store(!staged.is_empty(), Ordering::Release);
+        *self.staged() = staged;
     }
 
     pub(super) fn handshake(&self) -> MutexGuard<'_, HandshakeState> {
@@ -379,14 +403,14 @@ impl Peer {
                     self.offload_after
                         .store(after.as_nanos(), Ordering::Relaxed);
                     if !self.offload_told.swap(true, Ordering::Relaxed) {
-                        tracing::info!(peer = %self.key, "the path does not take segmentation offload: datagrams are sent one by one, and offload is tried again each minute");
+                        tracing::info!(peer = %self.id, "the path does not take segmentation offload: datagrams are sent one by one, and offload is tried again each minute");
                     }
                 }
                 self.tx_bytes.fetch_add(run.len() as u64, Ordering::Relaxed);
                 self.note_sent(now);
                 if self.refusal_told.load(Ordering::Relaxed) {
                     self.refusal_told.store(false, Ordering::Relaxed);
-                    tracing::info!(peer = %self.key, "the kernel sends to the peer again");
+                    tracing::info!(peer = %self.id, "the kernel sends to the peer again");
                 }
                 true
             }
@@ -407,7 +431,7 @@ impl Peer {
         let until = now + REFUSAL_PAUSE;
         self.refusal_untold_until
             .store(until.as_nanos(), Ordering::Relaxed);
-        tracing::warn!(peer = %self.key, %endpoint, %error, "the kernel refuses to send to the peer: what is sent is lost, and handshakes are tried again");
+        tracing::warn!(peer = %self.id, %endpoint, %error, "the kernel refuses to send to the peer: what is sent is lost, and handshakes are tried again");
     }
 
     pub(super) fn count_received(&self, bytes: usize) {
@@ -482,6 +506,6 @@ impl Peer {
 
 impl std::fmt::Debug for Peer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Peer").field(&self.key).finish()
+        f.debug_tuple("Peer").field(&self.id).finish()
     }
 }

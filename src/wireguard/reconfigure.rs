@@ -1,11 +1,12 @@
-//! What a device is told: by the agent as a whole, by `wg` as changes.
+//! How a device is configured: by the embedder as a whole, by `wg` as changes.
 //!
-//! A change to a live peer leaves its sessions alone unless it is the key that changed.
+//! A change to a live peer leaves its sessions alone unless a key changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use boringtun::noise::handshake::Handshake;
 use boringtun::x25519;
@@ -13,12 +14,12 @@ use ipnet::IpNet;
 
 use super::admission::Job;
 use super::clock::Time;
-use super::config::{MAX_CANDIDATES, PeerConfig};
+use super::config::{MAX_CANDIDATES, PeerConfig, PeerId};
 use super::core::{Configured, ConfiguredPeer, Core, Identity};
 use super::handshake::forget_handshakes;
 use super::key::{PresharedKey, PrivateKey, PublicKey};
 use super::peer::{HandshakeState, Peer};
-use super::table::Table;
+use super::table::{Owners, Table};
 use super::uapi::{AllowedIp, KeyUpdate, PeerGet, PeerSet};
 
 /// More peers than this do not come and go within minutes.
@@ -31,32 +32,41 @@ impl Core {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes these the peers, and leaves alone what is as it should be.
+    /// Makes these the peers, and changes only what differs.
     ///
-    /// A peer with the device's own key is left out, as in the kernel.
-    pub(super) fn set_peers(&self, peers: &BTreeMap<PublicKey, PeerConfig>, now: Time) {
+    /// A peer with the device's own key is left out, as in the kernel. Of several peers with one key the
+    /// first by name counts.
+    pub(super) fn set_peers(&self, peers: &BTreeMap<PeerId, PeerConfig>, now: Time) {
         let mut configured = self.configured();
-        let gone: Vec<_> = configured
-            .peers
-            .keys()
-            .filter(|key| !peers.contains_key(key))
-            .copied()
+        let mut keys = BTreeSet::new();
+        let is_valid = |(_, config): &(&PeerId, &PeerConfig)| {
+            !self.is_own(&config.public_key) && keys.insert(config.public_key)
+        };
+        let wanted: BTreeMap<_, _> = peers.iter().filter(is_valid).collect();
+        let known = configured.peers.keys();
+        let gone: Vec<_> = known
+            .filter(|id| !wanted.contains_key(id))
+            .cloned()
             .collect();
-        for key in gone {
-            self.remove_peer(&mut configured, &key);
+        for id in gone {
+            self.remove_peer(&mut configured, &id);
         }
-        configured.allowed_ips.clear();
-        for (&key, config) in peers {
-            if self.is_own(&key) {
-                continue;
-            }
-            let known = self.peer(&mut configured, key);
+        // Before any key is taken into use: two peers may exchange theirs.
+        configured.ids.retain(|key, id| {
+            wanted
+                .get(&*id)
+                .is_some_and(|config| config.public_key == *key)
+        });
+        configured.routes.clear();
+        configured.accepts.clear();
+        for (&id, &config) in &wanted {
+            let known = self.peer(&mut configured, id, config.public_key);
             if known.endpoint != config.endpoint {
                 known.endpoint = config.endpoint;
                 if let Some(endpoint) = config.endpoint {
                     known.peer.set_endpoint(endpoint);
-                    // Whoever keeps a way through a NAT open opens one to the new place at once: the
-                    // peer may be waiting before it.
+                    // A persistent keepalive is there to open the NAT on this side. The new endpoint
+                    // needs one at once: the peer may be sending already.
                     if config.persistent_keepalive.is_some() && known.peer.has_session() {
                         self.jobs.push(Job::Keepalive(known.peer.clone()));
                     }
@@ -69,16 +79,11 @@ impl Core {
                 config.persistent_keepalive.map_or(0, NonZeroU16::get),
                 now,
             );
-            for net in &config.allowed_ips {
-                configured
-                    .allowed_ips
-                    .entry(net.trunc())
-                    .or_default()
-                    .insert(key);
-            }
+            own(&mut configured.routes, &config.routes, id);
+            own(&mut configured.accepts, &config.accepts, id);
         }
         self.publish(&configured);
-        // A tunnel that is wanted is brought up before its first packet, which then need not wait.
+        // A tunnel is brought up before its first packet, which then need not wait.
         for known in configured.peers.values() {
             if known.endpoint.is_some()
                 && known.peer.last_initiation().is_none()
@@ -89,14 +94,15 @@ impl Core {
         }
     }
 
-    /// Tries candidate endpoints of a peer. It stays where it is until it answers from one of them.
-    pub(super) fn look_for(&self, key: &PublicKey, candidates: &[SocketAddr]) {
+    /// Tries candidate endpoints of a peer. The endpoint changes only when the peer answers from one.
+    pub(super) fn try_candidates(&self, id: &PeerId, candidates: &[SocketAddr]) {
         let candidates: Vec<_> = candidates.iter().take(MAX_CANDIDATES).copied().collect();
         if candidates.is_empty() {
             return;
         }
-        if let Some(peer) = self.table.load().peers.get(key) {
-            self.jobs.push(Job::LookFor(peer.clone(), candidates));
+        if let Some(known) = self.configured().peers.get(id) {
+            self.jobs
+                .push(Job::TryCandidates(known.peer.clone(), candidates));
         }
     }
 
@@ -109,18 +115,18 @@ impl Core {
                 .filter(|change| !change.remove)
                 .map(|change| change.public_key)
                 .collect();
-            let gone: Vec<_> = configured
-                .peers
-                .keys()
-                .filter(|key| !named.contains(key))
-                .copied()
-                .collect();
-            for key in gone {
-                self.remove_peer(&mut configured, &key);
+            let unnamed = configured
+                .ids
+                .iter()
+                .filter(|(key, _)| !named.contains(key));
+            let gone: Vec<_> = unnamed.map(|(_, id)| id.clone()).collect();
+            for id in gone {
+                self.remove_peer(&mut configured, &id);
             }
-            // A peer that is named again begins anew, but for what is alive: its sessions, and where
-            // they lead.
-            configured.allowed_ips.clear();
+            // A peer that is named again loses its configuration, but keeps its sessions and the
+            // endpoint that they lead to.
+            configured.routes.clear();
+            configured.accepts.clear();
             for known in configured.peers.values_mut() {
                 set_preshared_key(&mut known.peer.handshake(), None);
                 self.set_keepalive(&known.peer, 0, now);
@@ -138,13 +144,18 @@ impl Core {
 
     fn change_peer(&self, configured: &mut Configured, change: PeerSet, now: Time) {
         let key = change.public_key;
+        let id = configured.ids.get(&key).cloned();
         if change.remove {
-            return self.remove_peer(configured, &key);
-        }
-        if self.is_own(&key) || change.update_only && !configured.peers.contains_key(&key) {
+            if let Some(id) = id {
+                self.remove_peer(configured, &id);
+            }
             return;
         }
-        let known = self.peer(configured, key);
+        if self.is_own(&key) || change.update_only && id.is_none() {
+            return;
+        }
+        let id = id.unwrap_or_else(|| PeerId::from(&key));
+        let known = self.peer(configured, &id, key);
         if let Some(endpoint) = change.endpoint {
             known.endpoint = Some(endpoint);
             known.peer.set_endpoint(endpoint);
@@ -159,16 +170,16 @@ impl Core {
             self.set_keepalive(&peer, seconds, now);
         }
         if change.replace_allowed_ips {
-            configured.disown(&key, |_| true);
+            configured.disown(&id, |_| true);
         }
         for allowed_ip in change.allowed_ips {
             match allowed_ip {
                 AllowedIp::Add(net) => {
-                    configured
-                        .allowed_ips
-                        .insert(net.trunc(), BTreeSet::from([key]));
+                    let owner = BTreeSet::from([id.clone()]);
+                    configured.routes.insert(net.trunc(), owner.clone());
+                    configured.accepts.insert(net.trunc(), owner);
                 }
-                AllowedIp::Remove(net) => configured.disown(&key, |owned| *owned == net.trunc()),
+                AllowedIp::Remove(net) => configured.disown(&id, |owned| *owned == net.trunc()),
             }
         }
     }
@@ -181,8 +192,11 @@ impl Core {
             return;
         }
         let identity = private.map(|private| Arc::new(Identity::new(private)));
-        if let Some(identity) = &identity {
-            self.remove_peer(&mut configured, &identity.public);
+        let own = identity
+            .as_ref()
+            .and_then(|identity| configured.ids.get(&identity.public).cloned());
+        if let Some(own) = own {
+            self.remove_peer(&mut configured, &own);
         }
         self.identity.store(identity.clone());
         for known in configured.peers.values() {
@@ -205,35 +219,64 @@ impl Core {
             .is_some_and(|identity| identity.public == *key)
     }
 
-    /// The peer of this key, made if there is none.
-    fn peer<'a>(&self, configured: &'a mut Configured, key: PublicKey) -> &'a mut ConfiguredPeer {
-        let Configured { peers, removed, .. } = configured;
-        peers.entry(key).or_insert_with(|| {
-            let peer = Arc::new(Peer::new(key));
+    /// The peer of this name with this key. It is made if there is none, and if it has another key its
+    /// state is made anew but for what does not depend on the key.
+    fn peer<'a>(
+        &self,
+        configured: &'a mut Configured,
+        id: &PeerId,
+        key: PublicKey,
+    ) -> &'a mut ConfiguredPeer {
+        let Configured {
+            peers,
+            ids,
+            removed,
+            ..
+        } = configured;
+        ids.insert(key, id.clone());
+        let known = peers.entry(id.clone()).or_insert_with(|| {
+            let peer = self.new_peer(id, key);
             if let Some(at) = removed.remove(&key) {
                 peer.note_sent(at);
-            }
-            if let Some(identity) = self.identity.load().as_ref() {
-                let mut state = peer.handshake();
-                state.noise = Some(self.noise(identity, &peer, &state));
             }
             ConfiguredPeer {
                 peer,
                 endpoint: None,
             }
-        })
+        });
+        if *known.peer.key() != key {
+            let peer = self.new_peer(id, key);
+            peer.inherit(&known.peer);
+            self.shut_down(&known.peer);
+            known.peer = peer;
+        }
+        known
     }
 
-    fn remove_peer(&self, configured: &mut Configured, key: &PublicKey) {
-        let Some(known) = configured.peers.remove(key) else {
+    fn new_peer(&self, id: &PeerId, key: PublicKey) -> Arc<Peer> {
+        let peer = Arc::new(Peer::new(id.clone(), key));
+        if let Some(identity) = self.identity.load().as_ref() {
+            let mut state = peer.handshake();
+            state.noise = Some(self.noise(identity, &peer, &state));
+        }
+        peer
+    }
+
+    fn remove_peer(&self, configured: &mut Configured, id: &PeerId) {
+        let Some(known) = configured.peers.remove(id) else {
             return;
         };
+        configured.ids.remove(known.peer.key());
         configured.note_removed(&known.peer);
-        configured.disown(key, |_| true);
-        let peer = known.peer;
+        configured.disown(id, |_| true);
+        self.shut_down(&known.peer);
+    }
+
+    /// Ends the sessions and handshakes of a peer that is no longer in use.
+    fn shut_down(&self, peer: &Peer) {
         let mut state = peer.handshake();
         forget_handshakes(self, &mut state);
-        // Whoever still holds the peer finds nothing to shake hands with.
+        // A thread that still holds the peer begins no handshake without this.
         state.noise = None;
         self.indices.retire(peer.forget_sessions());
         peer.staged().clear();
@@ -256,7 +299,7 @@ impl Core {
         }
     }
 
-    /// Takes note that the link went up or down.
+    /// Records that the link went up or down.
     pub(super) fn link_changed(&self, up: bool) {
         if !self.set_up(up) || !up {
             return;
@@ -269,38 +312,64 @@ impl Core {
     }
 
     fn publish(&self, configured: &Configured) {
-        let peers = configured
-            .peers
-            .iter()
-            .map(|(&key, known)| (key, known.peer.clone()));
-        let owners = |keys: &BTreeSet<PublicKey>| {
-            let known = keys.iter().filter_map(|key| configured.peers.get(key));
+        let peers = configured.peers.values();
+        let peers = peers.map(|known| (*known.peer.key(), known.peer.clone()));
+        let owners = |ids: &BTreeSet<PeerId>| -> Vec<_> {
+            let known = ids.iter().filter_map(|id| configured.peers.get(id));
             known.map(|known| known.peer.clone()).collect()
         };
-        let allowed_ips = configured
-            .allowed_ips
-            .iter()
-            .map(|(&net, keys)| (net, owners(keys)));
-        let table = Table::new(peers.collect(), allowed_ips.collect());
+        let allowed_ips = |prefixes: &BTreeMap<IpNet, BTreeSet<PeerId>>| {
+            let owned = prefixes.iter().map(|(&net, ids)| (net, owners(ids)));
+            Arc::new(Owners::new(owned.collect()))
+        };
+        let routes = allowed_ips(&configured.routes);
+        let accepts = if configured.accepts == configured.routes {
+            routes.clone()
+        } else {
+            allowed_ips(&configured.accepts)
+        };
+        let table = Table::new(peers.collect(), routes, accepts);
         self.table.store(Arc::new(table));
         self.note_known_addresses();
     }
 
-    /// The peers as `wg` shows them.
-    pub(super) fn peers_for_uapi(
-        &self,
-        unix: impl Fn(Time) -> std::time::Duration,
-    ) -> Vec<PeerGet> {
+    /// The peers as they are configured. An endpoint is the configured one, wherever the peer is now.
+    pub(super) fn peer_configs(&self) -> BTreeMap<PeerId, PeerConfig> {
         let configured = self.configured();
-        let mut owned: BTreeMap<PublicKey, Vec<IpNet>> = BTreeMap::new();
-        for (&net, keys) in &configured.allowed_ips {
-            for key in keys {
-                owned.entry(*key).or_default().push(net);
+        let config = |known: &ConfiguredPeer| PeerConfig {
+            endpoint: known.endpoint,
+            preshared_key: known.peer.handshake().preshared_key.clone(),
+            persistent_keepalive: NonZeroU16::new(known.peer.timers.persistent_keepalive()),
+            ..PeerConfig::new(*known.peer.key())
+        };
+        let peers = configured.peers.iter();
+        let mut configs: BTreeMap<_, _> = peers
+            .map(|(id, known)| (id.clone(), config(known)))
+            .collect();
+        for (&net, id) in owned(&configured.routes) {
+            if let Some(config) = configs.get_mut(id) {
+                config.routes.insert(net);
             }
         }
-        let show = |(&key, known): (&PublicKey, &ConfiguredPeer)| {
-            let peer = &known.peer;
-            PeerGet {
+        for (&net, id) in owned(&configured.accepts) {
+            if let Some(config) = configs.get_mut(id) {
+                config.accepts.insert(net);
+            }
+        }
+        configs
+    }
+
+    /// The peers as `wg` shows them, in the order of their keys.
+    pub(super) fn peers_for_uapi(&self, unix: impl Fn(Time) -> Duration) -> Vec<PeerGet> {
+        let configured = self.configured();
+        let mut prefixes: BTreeMap<&PeerId, BTreeSet<IpNet>> = BTreeMap::new();
+        for (&net, id) in owned(&configured.routes).chain(owned(&configured.accepts)) {
+            prefixes.entry(id).or_default().insert(net);
+        }
+        let show = |(&key, id): (&PublicKey, &PeerId)| {
+            let peer = &configured.peers.get(id)?.peer;
+            let allowed_ips = prefixes.remove(id).unwrap_or_default();
+            Some(PeerGet {
                 public_key: key,
                 preshared_key: peer.handshake().preshared_key.clone(),
                 endpoint: peer.endpoint().map(|endpoint| endpoint.remote),
@@ -308,10 +377,10 @@ impl Core {
                 rx_bytes: peer.rx_bytes(),
                 tx_bytes: peer.tx_bytes(),
                 persistent_keepalive: peer.timers.persistent_keepalive(),
-                allowed_ips: owned.remove(&key).unwrap_or_default(),
-            }
+                allowed_ips: allowed_ips.into_iter().collect(),
+            })
         };
-        configured.peers.iter().map(show).collect()
+        configured.ids.iter().filter_map(show).collect()
     }
 }
 
@@ -329,14 +398,29 @@ impl Configured {
     }
 
     /// Takes prefixes from a peer.
-    fn disown(&mut self, key: &PublicKey, which: impl Fn(&IpNet) -> bool) {
-        self.allowed_ips.retain(|net, owners| {
-            if which(net) {
-                owners.remove(key);
-            }
-            !owners.is_empty()
-        });
+    fn disown(&mut self, id: &PeerId, which: impl Fn(&IpNet) -> bool) {
+        for prefixes in [&mut self.routes, &mut self.accepts] {
+            prefixes.retain(|net, owners| {
+                if which(net) {
+                    owners.remove(id);
+                }
+                !owners.is_empty()
+            });
+        }
     }
+}
+
+/// Gives prefixes to a peer, beside those that have them already.
+fn own(owners: &mut BTreeMap<IpNet, BTreeSet<PeerId>>, prefixes: &BTreeSet<IpNet>, id: &PeerId) {
+    for net in prefixes {
+        owners.entry(net.trunc()).or_default().insert(id.clone());
+    }
+}
+
+/// Every prefix with each of its owners.
+fn owned(prefixes: &BTreeMap<IpNet, BTreeSet<PeerId>>) -> impl Iterator<Item = (&IpNet, &PeerId)> {
+    let owners = prefixes.iter();
+    owners.flat_map(|(net, ids)| ids.iter().map(move |id| (net, id)))
 }
 
 fn set_preshared_key(state: &mut HandshakeState, key: Option<PresharedKey>) {

@@ -130,23 +130,31 @@ impl<T> AllowedIps<T> {
     }
 }
 
-/// The peers of a device, and who of them owns which address.
+/// Which peers own an address.
+pub(super) type Owners = AllowedIps<Vec<Arc<Peer>>>;
+
+/// The peers of a device by key, the destinations that are sent to each, and the sources that are
+/// accepted from each.
 #[derive(Default)]
 pub(super) struct Table {
     pub(super) peers: BTreeMap<PublicKey, Arc<Peer>>,
-    allowed_ips: AllowedIps<Vec<Arc<Peer>>>,
+    routes: Arc<Owners>,
+    accepts: Arc<Owners>,
     spread: RandomState,
 }
 
 impl Table {
-    /// A table of peers; each prefix has at least one owner, all of them among the peers.
+    /// A table of peers. Each prefix has at least one owner, all of them among the peers. Where routes
+    /// and accepted sources are the same they may share their memory.
     pub(super) fn new(
         peers: BTreeMap<PublicKey, Arc<Peer>>,
-        allowed_ips: BTreeMap<IpNet, Vec<Arc<Peer>>>,
+        routes: Arc<Owners>,
+        accepts: Arc<Owners>,
     ) -> Self {
         Self {
             peers,
-            allowed_ips: AllowedIps::new(allowed_ips),
+            routes,
+            accepts,
             spread: RandomState::new(),
         }
     }
@@ -156,19 +164,19 @@ impl Table {
     /// Where several own the address, the flow goes to one of those that have a session, or to any
     /// if none has: by rendezvous hashing, so that a peer that comes or goes moves only its share.
     pub(super) fn route(&self, destination: IpAddr, flow: impl Fn() -> u64) -> Option<&Arc<Peer>> {
-        let owners = self.allowed_ips.get(destination)?;
+        let owners = self.routes.get(destination)?;
         if let [owner] = owners.as_slice() {
             return Some(owner);
         }
         let flow = flow();
         owners
             .iter()
-            .max_by_key(|peer| (peer.has_session(), self.spread.hash_one((flow, peer.key()))))
+            .max_by_key(|peer| (peer.has_session(), self.spread.hash_one((flow, peer.id()))))
     }
 
     /// Whether a peer may send from an address.
     pub(super) fn accepts(&self, source: IpAddr, from: &Arc<Peer>) -> bool {
-        let owners = self.allowed_ips.get(source);
+        let owners = self.accepts.get(source);
         owners.is_some_and(|owners| owners.iter().any(|owner| Arc::ptr_eq(owner, from)))
     }
 }

@@ -15,6 +15,8 @@ mod failing;
 #[cfg(test)]
 mod garbage;
 #[cfg(test)]
+mod peer_names;
+#[cfg(test)]
 mod replayed;
 #[cfg_attr(
     test,
@@ -35,7 +37,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use super::clock::Time;
-use super::config::PeerConfig;
+use super::config::{PeerConfig, PeerId};
 use super::core::Core;
 use super::drops::Dropped;
 use super::handshake::Handshaker;
@@ -158,11 +160,13 @@ impl Host {
         self.key.public_key()
     }
 
+    /// The name that other hosts call it by.
+    fn id(&self) -> PeerId {
+        PeerId::from(&self.public())
+    }
+
     fn set_peers(&self, peers: &[(&Self, PeerConfig)], now: Time) {
-        let peers = peers
-            .iter()
-            .map(|(host, config)| (host.public(), config.clone()));
-        self.core.set_peers(&peers.collect(), now);
+        self.core.set_peers(&peers_of(peers), now);
     }
 
     fn peer(&self, host: &Self) -> Arc<Peer> {
@@ -179,12 +183,12 @@ fn address(n: u8) -> SocketAddr {
     (Ipv4Addr::new(192, 0, 2, n), 51820).into()
 }
 
-/// A peer at host `n` that owns 10.0.`n`.0/24.
+/// Host `n` as a peer that owns 10.0.`n`.0/24.
 fn config(n: u8) -> PeerConfig {
+    let key = PrivateKey([n; 32]).public_key();
     PeerConfig {
         endpoint: Some(address(n)),
-        allowed_ips: [net(&format!("10.0.{n}.0/24"))].into(),
-        ..PeerConfig::default()
+        ..PeerConfig::new(key).with_allowed_ips([net(&format!("10.0.{n}.0/24"))].into())
     }
 }
 
@@ -411,11 +415,17 @@ fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-fn peers_of(hosts: &[(&Host, PeerConfig)]) -> BTreeMap<PublicKey, PeerConfig> {
-    hosts
-        .iter()
-        .map(|(host, config)| (host.public(), config.clone()))
-        .collect()
+/// These peers, called by their keys as `wg` would call them.
+fn peers_of(hosts: &[(&Host, PeerConfig)]) -> BTreeMap<PeerId, PeerConfig> {
+    let peer = |(host, config): &(&Host, PeerConfig)| {
+        let public_key = host.public();
+        let config = PeerConfig {
+            public_key,
+            ..config.clone()
+        };
+        (PeerId::from(&public_key), config)
+    };
+    hosts.iter().map(peer).collect()
 }
 
 fn ip(text: &str) -> IpAddr {

@@ -25,7 +25,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use rand::SeedableRng as _;
 use selvedge::agent::timestamps;
 use selvedge::wireguard::key::{PrivateKey, PublicKey};
-use selvedge::wireguard::{Device, Options, PeerConfig, Timestamp};
+use selvedge::wireguard::{Device, Options, PeerConfig, PeerId, Timestamp};
 use selvedge_lab::netns::Namespace;
 use selvedge_lab::process::wait_for;
 
@@ -271,9 +271,14 @@ fn device(
     Ok(device)
 }
 
+/// One peer, called by its key.
+fn only(peer: PeerConfig) -> BTreeMap<PeerId, PeerConfig> {
+    BTreeMap::from([(PeerId::from(&peer.public_key), peer)])
+}
+
 /// The first handshake after a start, with a peer that has seen those of the run before.
-fn is_taken(space: &Namespace, device: &Device, peer: (PublicKey, PeerConfig)) -> bool {
-    device.set_peers(&BTreeMap::from([peer]));
+fn is_taken(space: &Namespace, device: &Device, peer: PeerConfig) -> bool {
+    device.set_peers(&only(peer));
     space.run("ping -q -n -c 1 -W 3 10.96.0.2").is_ok()
 }
 
@@ -295,13 +300,12 @@ fn a_clock_that_went_back_a_day_is_made_up_for_by_the_mark_on_disk() {
         ))?;
         right.run(&format!("ip address add 10.96.0.2/24 dev {}", peer.name))?;
         right.run(&format!("ip link set {} up", peer.name))?;
-        let other = || -> Result<(PublicKey, PeerConfig)> {
-            let config = PeerConfig {
+        let other = || -> Result<PeerConfig> {
+            let key = peer_key.public.parse()?;
+            Ok(PeerConfig {
                 endpoint: Some(SocketAddr::from(([10, 97, 0, 2], PORT))),
-                allowed_ips: ["10.96.0.2/32".parse()?].into(),
-                ..PeerConfig::default()
-            };
-            Ok((peer_key.public.parse()?, config))
+                ..PeerConfig::new(key).with_allowed_ips(["10.96.0.2/32".parse()?].into())
+            })
         };
 
         let disk = tempfile::tempdir()?;
@@ -361,10 +365,7 @@ fn a_device_that_is_killed() {
         options.store = Some(Box::new(timestamps::Disk::new(state.to_owned())));
         let device = Device::start(options)?;
         device.set_private_key(Some(std::env::var(OWN_KEY)?.parse()?));
-        device.set_peers(&BTreeMap::from([(
-            std::env::var(PEER_KEY)?.parse()?,
-            PeerConfig::default(),
-        )]));
+        device.set_peers(&only(PeerConfig::new(std::env::var(PEER_KEY)?.parse()?)));
         loop {
             let peers = device.stats().peers;
             let endpoint = peers.values().find_map(|peer| peer.endpoint);
@@ -559,9 +560,9 @@ fn restarts_do_not_put_timestamps_ahead_of_the_clock() {
             let device = device(&space, &key, Some(disk.path()), floor)?;
             let config = PeerConfig {
                 endpoint: Some(SocketAddr::from(([127, 0, 0, 1], 9))),
-                ..PeerConfig::default()
+                ..PeerConfig::new(peer)
             };
-            device.set_peers(&BTreeMap::from([(peer, config)]));
+            device.set_peers(&only(config));
             wait_for("an initiation", SOON, || {
                 device.stats().peers.values().any(|peer| peer.tx_bytes > 0)
             })?;

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use selvedge::diff::Change;
 use selvedge::state::{Link, NextHop, Route, RouteKey, State};
 use selvedge::topology::NodeName;
-use selvedge::wireguard::key::PublicKey;
+use selvedge::wireguard::PeerId;
 
 use crate::mesh::Mesh;
 
@@ -31,7 +31,7 @@ pub(crate) struct FakeKernel {
     pub(crate) links: BTreeMap<String, ForeignLink>,
     state: State,
     /// Peers that lost an allowed IP to another: telling them so again is not redundant.
-    robbed: BTreeSet<PublicKey>,
+    robbed: BTreeSet<PeerId>,
 }
 
 impl FakeKernel {
@@ -115,21 +115,29 @@ impl FakeKernel {
                 refuse(state.listen_port == Some(*port), "redundant")?;
                 state.listen_port = Some(*port);
             }
-            Change::SetPeer { dev, key, peer } => {
+            Change::SetPeer {
+                dev,
+                id,
+                replaced,
+                peer,
+            } => {
                 own(state, dev)?;
-                let robbed = self.robbed.remove(key);
-                let same = state.peers.get(key) == Some(peer);
-                refuse(same && !robbed, "redundant")?;
+                let robbed = self.robbed.remove(id);
+                let old = state.peers.get(id);
+                refuse(old == Some(peer) && !robbed, "redundant")?;
+                let old = old.map(|old| old.public_key);
+                let other_key = old.filter(|key| *key != peer.public_key);
+                refuse(*replaced != other_key, "another key is replaced")?;
                 // An allowed IP has one owner: the last it was given to.
-                for (other_key, other) in &mut state.peers {
-                    let before = other.allowed_ips.len();
-                    let taken = &peer.allowed_ips;
-                    other.allowed_ips.retain(|net| !taken.contains(net));
-                    if other_key != key && other.allowed_ips.len() < before {
-                        self.robbed.insert(*other_key);
+                for (other_id, other) in &mut state.peers {
+                    let before = other.routes.len() + other.accepts.len();
+                    other.routes.retain(|net| !peer.routes.contains(net));
+                    other.accepts.retain(|net| !peer.accepts.contains(net));
+                    if other_id != id && other.routes.len() + other.accepts.len() < before {
+                        self.robbed.insert(other_id.clone());
                     }
                 }
-                state.peers.insert(*key, peer.clone());
+                state.peers.insert(id.clone(), peer.clone());
             }
             Change::ReplaceFirewall(firewall) => {
                 let new = Some(selvedge::state::Ruleset::Planned(firewall.clone()));
@@ -142,9 +150,10 @@ impl FakeKernel {
             Change::DeleteRoute(key) => {
                 refuse(state.routes.remove(key).is_none(), "ESRCH")?;
             }
-            Change::RemovePeer { dev, key } => {
+            Change::RemovePeer { dev, id, key } => {
                 own(state, dev)?;
-                refuse(state.peers.remove(key).is_none(), "redundant")?;
+                let old = state.peers.remove(id).map(|old| old.public_key);
+                refuse(old != Some(*key), "redundant")?;
             }
             Change::DeleteAddress { dev, address } => {
                 own(state, dev)?;

@@ -574,7 +574,7 @@ proptest! {
         let topology = mesh.topology();
         for me in mesh.names() {
             let Some(state) = mesh.plan(&topology, me) else { continue };
-            let nets = state.peers.values().flat_map(|peer| &peer.allowed_ips);
+            let nets = state.peers.values().flat_map(|peer| &peer.routes);
             let nets = nets.collect::<Vec<_>>();
             let distinct = nets.iter().collect::<std::collections::BTreeSet<_>>();
             prop_assert_eq!(nets.len(), distinct.len());

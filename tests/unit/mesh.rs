@@ -17,6 +17,7 @@ use selvedge::topology::{
     self, Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName, Resolved,
     SegmentName, Snapshot, Topology,
 };
+use selvedge::wireguard::PeerConfig;
 use selvedge::wireguard::key::PublicKey;
 use serde::Deserialize;
 
@@ -243,6 +244,12 @@ pub(crate) fn is_v6(net: &IpNet) -> bool {
 /// A key that is easy to distinguish from others.
 pub(crate) fn key(seed: u8) -> PublicKey {
     PublicKey([seed; 32])
+}
+
+/// The peer with this key.
+pub(crate) fn peer_with(state: &State, key: PublicKey) -> &PeerConfig {
+    let mut peers = state.peers.values();
+    peers.find(|peer| peer.public_key == key).unwrap()
 }
 
 /// A node with an agent of ours, Ready, with a private address and pods, and nothing else.

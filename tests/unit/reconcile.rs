@@ -143,9 +143,10 @@ proptest! {
         for me in mesh.names() {
             let Some(state) = mesh.plan(&topology, me) else { continue };
             let mut owners = BTreeMap::new();
-            for (key, peer) in &state.peers {
-                for net in &peer.allowed_ips {
-                    prop_assert_eq!(owners.insert(*net, *key), None, "{} is claimed twice", net);
+            for (id, peer) in &state.peers {
+                prop_assert_eq!(&peer.routes, &peer.accepts);
+                for net in &peer.routes {
+                    prop_assert_eq!(owners.insert(*net, id), None, "{} is claimed twice", net);
                 }
             }
             let offered = topology.segments.iter().flat_map(|s| &s.allowed_location_ips);
@@ -225,9 +226,9 @@ proptest! {
         for (_, leader) in topology.leaders() {
             let state = mesh.plan(&topology, &leader.node).unwrap();
             for other in elsewhere(&topology, &leader.node) {
-                let peer = &state.peers[&other.primary().public_key()];
+                let peer = &state.peers[&other.primary().peer_id()];
                 let mut pods = other.nodes.iter().flat_map(|node| &node.pod_cidrs);
-                prop_assert!(pods.all(|net| peer.allowed_ips.contains(net)));
+                prop_assert!(pods.all(|net| peer.routes.contains(net)));
             }
             let leaders = elsewhere(&topology, &leader.node).flat_map(|segment| &segment.leaders);
             prop_assert_eq!(state.peers.len(), leaders.count() + topology.peers.len());
@@ -257,8 +258,8 @@ proptest! {
                 continue;
             };
             prop_assert_eq!(&before.addresses, &after.addresses);
-            for (key, peer) in &before.peers {
-                prop_assert_eq!(after.peers.get(key), Some(peer));
+            for (id, peer) in &before.peers {
+                prop_assert_eq!(after.peers.get(id), Some(peer));
             }
             for (key, route) in &before.routes {
                 prop_assert_eq!(after.routes.get(key), Some(route), "{:?} on {}", key, me);
@@ -326,13 +327,13 @@ proptest! {
                 new.segment_of(name).map(|segment| &segment.group).or(outside)
             };
             let near = group(me).is_some() && group(me) == group(&newcomer_name);
-            for (key, peer) in &before.peers {
-                let now = &after.peers[key];
-                let mut lost = peer.allowed_ips.difference(&now.allowed_ips);
+            for (id, peer) in &before.peers {
+                let now = &after.peers[id];
+                let mut lost = peer.routes.difference(&now.routes);
                 let own = |net: &IpNet| near && newcomer_ips.contains(&net.addr());
-                prop_assert!(lost.all(own), "{} on {}", key, me);
+                prop_assert!(lost.all(own), "{} on {}", id, me);
                 let own = near && peer.endpoint.is_some_and(|at| newcomer_ips.contains(&at.ip()));
-                prop_assert!(own || peer.endpoint == now.endpoint, "{} on {}", key, me);
+                prop_assert!(own || peer.endpoint == now.endpoint, "{} on {}", id, me);
             }
         }
     }

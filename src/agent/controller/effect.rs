@@ -9,7 +9,7 @@ use crate::cluster::{Annotations, Notice, Verdicts};
 use crate::guard::Guard;
 use crate::reconciler::core::Desired;
 use crate::topology::Topology;
-use crate::wireguard::key::PublicKey;
+use crate::wireguard::PeerId;
 
 /// One thing to do. None of them is waited for.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ pub enum Effect {
     /// Send one handshake initiation of a peer to these candidates.
     FindPeer {
         /// The peer.
-        key: PublicKey,
+        id: PeerId,
         /// The candidate endpoints.
         candidates: Vec<SocketAddr>,
     },

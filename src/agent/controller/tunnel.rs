@@ -32,8 +32,11 @@ impl Controller {
         let mut heard = BTreeMap::new();
         let mut callers = BTreeSet::new();
         self.traffic.clear();
-        for (key, peer) in &stats.peers {
-            let candidates = candidates.get(key).map_or(&[][..], Vec::as_slice);
+        let mut known = BTreeSet::new();
+        for (id, peer) in &stats.peers {
+            let key = &peer.public_key;
+            known.insert(*key);
+            let candidates = candidates.get(id).map_or(&[][..], Vec::as_slice);
             let sign = endpoint_discovery::Sign {
                 endpoint: peer.endpoint,
                 received: peer.rx_bytes,
@@ -62,7 +65,7 @@ impl Controller {
             }
             if !tried.is_empty() {
                 self.effects.push_back(Effect::FindPeer {
-                    key: *key,
+                    id: id.clone(),
                     candidates: tried,
                 });
             }
@@ -75,7 +78,7 @@ impl Controller {
             };
             self.traffic.insert(*key, traffic);
         }
-        self.discovery.retain(|key| stats.peers.contains_key(key));
+        self.discovery.retain(|key| known.contains(key));
         self.drops = stats
             .drops
             .iter()
@@ -97,8 +100,10 @@ impl Controller {
     pub(super) fn unheard(&self) -> usize {
         let desired = self.decision.desired.iter();
         desired
-            .flat_map(|desired| &desired.peers)
-            .filter(|(key, peer)| peer.endpoint.is_some() && !self.facts.heard.contains_key(key))
+            .flat_map(|desired| desired.peers.values())
+            .filter(|peer| {
+                peer.endpoint.is_some() && !self.facts.heard.contains_key(&peer.public_key)
+            })
             .count()
     }
 }

@@ -202,14 +202,8 @@ fn gap_9_a_peer_cannot_speak_for_a_more_specific_owner() {
         let [one, two, three] = world.hosts.as_slice() else {
             unreachable!()
         };
-        let wide = PeerConfig {
-            allowed_ips: [net("10.0.0.0/16")].into(),
-            ..config(2)
-        };
-        let narrow = PeerConfig {
-            allowed_ips: [net("10.0.3.0/24")].into(),
-            ..config(3)
-        };
+        let wide = config(2).with_allowed_ips([net("10.0.0.0/16")].into());
+        let narrow = config(3).with_allowed_ips([net("10.0.3.0/24")].into());
         one.set_peers(&[(two, wide), (three, narrow)], world.now);
         two.set_peers(&[(one, config(1))], world.now);
         three.set_peers(&[(one, config(1))], world.now);
@@ -398,13 +392,12 @@ fn gap_12_nothing_is_ever_sent_to_a_key_of_small_order() {
     for low in [0_u8, 1] {
         let mut key = [0; 32];
         key[0] = low;
-        let peers = BTreeMap::from([(
-            PublicKey(key),
-            PeerConfig {
-                persistent_keepalive: keepalive(1),
-                ..config(2)
-            },
-        )]);
+        let peer = PeerConfig {
+            public_key: PublicKey(key),
+            persistent_keepalive: keepalive(1),
+            ..config(2)
+        };
+        let peers = BTreeMap::from([(PeerId::new("low"), peer)]);
         world.hosts[0].core.set_peers(&peers, world.now);
         world.send(0, &packet(1, 2, b"hello"));
         world.pass(seconds(30));

@@ -12,12 +12,12 @@ fn endpoint(world: &World, of: usize, at: usize) -> Option<SocketAddr> {
 fn one_initiation_goes_to_all_candidates_and_the_first_that_answers_is_used() {
     let mut world = World::connected_pair();
     world.hosts[1].wire.address = address(9);
-    let key = world.hosts[1].public();
+    let id = world.hosts[1].id();
     world.now = world.now + seconds(1);
     let before = world.log.len();
     world.hosts[0]
         .core
-        .look_for(&key, &[address(7), address(8), address(9)]);
+        .try_candidates(&id, &[address(7), address(8), address(9)]);
     world.work();
 
     let sent: Vec<_> = world.log[before..].to_vec();
@@ -38,11 +38,11 @@ fn one_initiation_goes_to_all_candidates_and_the_first_that_answers_is_used() {
 #[test]
 fn a_second_copy_of_an_initiation_moves_nothing() {
     let mut world = World::connected_pair();
-    let key = world.hosts[1].public();
+    let id = world.hosts[1].id();
     world.now = world.now + seconds(1);
     world.hosts[0]
         .core
-        .look_for(&key, &[address(2), address(9)]);
+        .try_candidates(&id, &[address(2), address(9)]);
     world.work();
     let mut copies: Vec<_> = world.under_way.drain(..).collect();
     // Both candidates are ways to the same host, and host 1 is seen from another address on the second.
@@ -85,9 +85,9 @@ fn an_initiation_from_an_address_that_was_never_sent_to_is_unasked() {
 #[test]
 fn an_initiation_after_one_of_ours_is_not_unasked() {
     let mut world = pair_of_which_one_knows_no_endpoint();
-    let key = world.hosts[1].public();
+    let id = world.hosts[1].id();
     // A candidate that is wrong: the peer answers from elsewhere, through a hole that may be ours.
-    world.hosts[0].core.look_for(&key, &[address(9)]);
+    world.hosts[0].core.try_candidates(&id, &[address(9)]);
     world.settle();
     world.pass(UNASKED_AFTER.checked_sub(seconds(1)).unwrap());
     assert_eq!(called(&mut world), None);

@@ -57,9 +57,9 @@ impl Crossing {
     }
 
     fn begin(&mut self, from: usize) {
-        let key = self.world.hosts[1 - from].public();
+        let id = self.world.hosts[1 - from].id();
         let place = self.world.hosts[1 - from].wire.address;
-        self.world.hosts[from].core.look_for(&key, &[place]);
+        self.world.hosts[from].core.try_candidates(&id, &[place]);
         self.world.work();
     }
 

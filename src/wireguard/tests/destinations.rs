@@ -10,10 +10,7 @@ fn sent_to(unicast_only: bool, addresses: &[Ipv4Addr]) -> (usize, u64) {
     let [one, two] = world.hosts.as_slice() else {
         unreachable!()
     };
-    let everything = PeerConfig {
-        allowed_ips: [net("0.0.0.0/0")].into(),
-        ..config(2)
-    };
+    let everything = config(2).with_allowed_ips([net("0.0.0.0/0")].into());
     one.set_peers(&[(two, everything)], world.now);
     two.set_peers(&[(one, config(1))], world.now);
     for &address in addresses {

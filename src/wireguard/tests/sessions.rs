@@ -137,9 +137,9 @@ fn a_peer_that_others_see_elsewhere_is_found_there() {
     world.settle();
     assert_eq!(world.hosts[1].delivered.len(), 0);
 
-    let key = world.hosts[1].public();
+    let id = world.hosts[1].id();
     world.now = world.now + seconds(1);
-    world.hosts[0].core.look_for(&key, &[address(9)]);
+    world.hosts[0].core.try_candidates(&id, &[address(9)]);
     world.settle();
 
     let endpoint = world.hosts[0].peer(&world.hosts[1]).endpoint();
@@ -150,9 +150,9 @@ fn a_peer_that_others_see_elsewhere_is_found_there() {
 #[test]
 fn a_peer_that_others_see_wrongly_stays_where_it_is() {
     let mut world = World::connected_pair();
-    let key = world.hosts[1].public();
+    let id = world.hosts[1].id();
     for _ in 0..20 {
-        world.hosts[0].core.look_for(&key, &[address(9)]);
+        world.hosts[0].core.try_candidates(&id, &[address(9)]);
         world.send(0, &packet(1, 2, b"on the way"));
         world.pass(seconds(1));
     }
@@ -226,10 +226,7 @@ fn several_peers_may_own_a_prefix_and_flows_keep_to_one_of_them() {
         let [one, two, three] = world.hosts.as_slice() else {
             unreachable!()
         };
-        let shared = |n| PeerConfig {
-            allowed_ips: [net("10.0.9.0/24")].into(),
-            ..config(n)
-        };
+        let shared = |n| config(n).with_allowed_ips([net("10.0.9.0/24")].into());
         one.set_peers(&[(two, shared(2)), (three, shared(3))], world.now);
         two.set_peers(&[(one, config(1))], world.now);
         three.set_peers(&[(one, config(1))], world.now);
@@ -281,10 +278,7 @@ fn a_flow_goes_to_an_owner_that_has_a_session() {
         let [one, two, three] = world.hosts.as_slice() else {
             unreachable!()
         };
-        let shared = |n| PeerConfig {
-            allowed_ips: [net("10.0.9.0/24")].into(),
-            ..config(n)
-        };
+        let shared = |n| config(n).with_allowed_ips([net("10.0.9.0/24")].into());
         one.set_peers(&[(two, shared(2)), (three, shared(3))], world.now);
         two.set_peers(&[(one, config(1))], world.now);
     }
@@ -361,9 +355,11 @@ fn a_changed_private_key_means_a_new_handshake_at_once() {
     let mut world = World::connected_pair();
     let key = PrivateKey([7; 32]);
     world.hosts[0].core.set_private_key(Some(key.clone()));
-    let peers = BTreeMap::from([(key.public_key(), config(1))]);
-    world.hosts[1].core.set_peers(&peers, world.now);
     world.hosts[0].key = key;
+    let [one, two] = world.hosts.as_slice() else {
+        unreachable!()
+    };
+    two.set_peers(&[(one, config(1))], world.now);
     world.settle();
     world.assert_connected();
 }
@@ -372,9 +368,7 @@ fn a_changed_private_key_means_a_new_handshake_at_once() {
 fn the_devices_own_key_is_no_peer() {
     let world = World::of([1]);
     let own = world.hosts[0].public();
-    world.hosts[0]
-        .core
-        .set_peers(&BTreeMap::from([(own, config(1))]), world.now);
+    world.hosts[0].set_peers(&[(&world.hosts[0], config(1))], world.now);
     assert!(world.hosts[0].core.table.load().peers.is_empty());
     world.hosts[0]
         .core

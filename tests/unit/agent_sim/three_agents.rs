@@ -258,22 +258,26 @@ impl World {
         let peers = own.node.kernel.observe().peers;
         let peers: Vec<_> = peers
             .into_iter()
-            .map(|(peer, config)| {
+            .map(|(id, config)| {
+                let peer = config.public_key;
                 let other = self.agents.values().find(|other| other.key == peer);
                 let is_mutual = other.is_some_and(|other| {
-                    let state = other.node.kernel.observe();
+                    let peers = other.node.kernel.observe().peers;
+                    let back = peers.values().find(|peer| peer.public_key == key);
                     config.endpoint == Some(other.address)
-                        && state.peers.get(&key).and_then(|peer| peer.endpoint) == Some(address)
+                        && back.and_then(|peer| peer.endpoint) == Some(address)
                 });
-                (peer, config.endpoint, is_mutual)
+                (id, config, is_mutual)
             })
             .collect();
         let own = self.agents.get_mut(name).unwrap();
-        let stats = peers.into_iter().map(|(peer, endpoint, is_mutual)| {
-            let received = own.received.entry(peer).or_default();
+        let stats = peers.into_iter().map(|(id, config, is_mutual)| {
+            let public_key = config.public_key;
+            let received = own.received.entry(public_key).or_default();
             *received += u64::from(is_mutual) * 148;
             let stats = PeerStats {
-                endpoint,
+                public_key,
+                endpoint: config.endpoint,
                 rx_bytes: *received,
                 tx_bytes: 148,
                 last_handshake: is_mutual.then_some(Duration::from_secs(1)),
@@ -281,7 +285,7 @@ impl World {
                 unanswered: None,
                 answer: None,
             };
-            (peer, stats)
+            (id, stats)
         });
         Stats {
             peers: stats.collect(),

@@ -64,7 +64,7 @@ proptest! {
             let member = outcome.topology.member(&NodeName(name.into())).unwrap();
             prop_assert_eq!(&member.pod_cidrs[..], &pods[..], "{}", name);
             for state in outcome.states.values().flatten() {
-                let owners = state.peers.values().filter(|peer| peer.allowed_ips.contains(&pods[0]));
+                let owners = state.peers.values().filter(|peer| peer.routes.contains(&pods[0]));
                 prop_assert!(owners.count() <= 1, "{name}");
             }
         }

@@ -99,11 +99,11 @@ fn expect_nothing_taken(before: &Mesh, after: &Mesh, liar: &str) {
             before.plan(&old, me).unwrap(),
             after.plan(&new, me).unwrap(),
         );
-        for (key, peer) in &old.peers {
-            let now = &new.peers[key];
+        for (id, peer) in &old.peers {
+            let now = &new.peers[id];
             assert_eq!(peer.endpoint, now.endpoint, "a peer of {me}");
-            let kept = peer.allowed_ips.difference(&own);
-            let lost = kept.filter(|net| !now.allowed_ips.contains(*net));
+            let kept = peer.routes.difference(&own);
+            let lost = kept.filter(|net| !now.routes.contains(*net));
             assert_eq!(
                 lost.collect::<Vec<_>>(),
                 Vec::<&IpNet>::new(),
@@ -310,7 +310,7 @@ fn what_only_flannels_annotation_names_is_not_near() {
     assert_eq!(near(&mesh, "a1"), own);
     let master = key(1);
     assert_eq!(
-        mesh.state("a1").peers[&master].endpoint,
+        peer_with(&mesh.state("a1"), master).endpoint,
         Some("203.0.113.10:51820".parse().unwrap())
     );
 
@@ -432,8 +432,8 @@ fn two_subnets_of_a_region_meet_in_tunnels_until_the_operator_declares_them() {
             .collect::<Vec<_>>()
     };
     assert_eq!(names(&mesh), ["location:nd", "location:third", "node:a2"]);
-    let a2 = mesh.state("a1").peers[&key(2)].clone();
-    assert!(a2.allowed_ips.contains(&net("192.168.51.12/32")));
+    let a2 = peer_with(&mesh.state("a1"), key(2)).clone();
+    assert!(a2.routes.contains(&net("192.168.51.12/32")));
 
     let networks = vec![net("192.168.50.0/24"), net("192.168.51.0/24")];
     mesh.agreed.region_networks = [(RegionName("nd".into()), networks)].into();

@@ -41,6 +41,8 @@ pub(super) fn entries_are_kilos(
         return Ok(());
     }
 
+    let peers = state.peers.values();
+    let peers: BTreeMap<_, _> = peers.map(|peer| (peer.public_key, peer)).collect();
     let mut expected = BTreeMap::new();
     for segment in segments.iter().filter(|segment| segment.name != own.name) {
         let leader = &mesh.snapshot.nodes[&NodeName(segment.leader.clone())];
@@ -62,18 +64,16 @@ pub(super) fn entries_are_kilos(
         let peer = &mesh.snapshot.peers[&name];
         hits.when(peer.preshared_key.is_some(), "a peer has its preshared key");
         // Where it is sent to is ours to know better: it calls by itself, and the device follows.
-        let endpoint = state
-            .peers
-            .get(&peer.public_key)
-            .and_then(|peer| peer.endpoint);
+        let entry = peers.get(&peer.public_key);
+        let endpoint = entry.and_then(|entry| entry.endpoint);
         expected.insert(peer.public_key, (endpoint, peer.preshared_key.clone()));
     }
     prop_assert_eq!(
-        state.peers.keys().collect::<Vec<_>>(),
+        peers.keys().collect::<Vec<_>>(),
         expected.keys().collect::<Vec<_>>()
     );
     for (key, (endpoint, preshared_key)) in expected {
-        let entry = &state.peers[&key];
+        let entry = peers[&key];
         let keepalive = entry.persistent_keepalive.map_or(0, u16::from);
         prop_assert_eq!(keepalive, node.persistent_keepalive.unwrap_or(0), "{}", me);
         hits.when(keepalive != 0, "every entry has the node's own keepalive");

@@ -202,10 +202,10 @@ pub(crate) fn wireguard(state: &State, names: &BTreeMap<String, &str>) -> String
             text += &format!("address {address}\n");
         }
     }
-    let mut peers: Vec<_> = state.peers.iter().collect();
-    peers.sort_by_key(|(key, _)| names.get(&key.to_string()).copied());
-    for (key, peer) in peers {
-        let key = key.to_string();
+    let mut peers: Vec<_> = state.peers.values().collect();
+    peers.sort_by_key(|peer| names.get(&peer.public_key.to_string()).copied());
+    for peer in peers {
+        let key = peer.public_key.to_string();
         let endpoint = peer
             .endpoint
             .map_or_else(|| "nowhere".to_owned(), |at| at.to_string());
@@ -215,7 +215,7 @@ pub(crate) fn wireguard(state: &State, names: &BTreeMap<String, &str>) -> String
         } else {
             ""
         };
-        let nets: Vec<_> = peer.allowed_ips.iter().map(ToString::to_string).collect();
+        let nets: Vec<_> = peer.allowed_ips().map(ToString::to_string).collect();
         let name = names.get(&key).copied().unwrap_or(&key);
         text += &format!(
             "{name} at {endpoint} every {keepalive}{secret}: {}\n",

@@ -268,11 +268,11 @@ fn peers_are_kilos() {
 
         let state = mesh.state("ty1.k3s");
         assert_eq!(state.peers.len(), 4);
-        let baidu = &state.peers[&key(104)];
+        let baidu = peer_with(&state, key(104));
         assert_eq!(baidu.endpoint, "203.0.113.5:51820".parse().ok());
         assert_eq!(baidu.persistent_keepalive.map(u16::from), Some(20));
         assert_eq!(
-            baidu.allowed_ips.iter().copied().collect::<BTreeSet<_>>(),
+            baidu.routes.iter().copied().collect::<BTreeSet<_>>(),
             PEERS[1].1.split(", ").map(net).collect()
         );
     }

@@ -121,7 +121,11 @@ fn cross_links_every_node_to_every_node_elsewhere() {
     ");
     let state = mesh.state("a1");
     assert_eq!(
-        state.peers.keys().copied().collect::<Vec<_>>(),
+        state
+            .peers
+            .values()
+            .map(|peer| peer.public_key)
+            .collect::<Vec<_>>(),
         [key(3), key(4)]
     );
     assert_eq!(

@@ -78,9 +78,9 @@ fn when_the_winner_leaves_the_next_oldest_takes_over() {
     let owner = |mesh: &Mesh, prefix: &str| {
         let peers = mesh.state("node-master").peers;
         let mut owners = peers
-            .iter()
-            .filter(|(_, peer)| peer.allowed_ips.contains(&net(prefix)));
-        let owner = owners.next().map(|(key, _)| *key);
+            .values()
+            .filter(|peer| peer.routes.contains(&net(prefix)));
+        let owner = owners.next().map(|peer| peer.public_key);
         assert!(owners.next().is_none(), "{prefix} has two owners");
         owner
     };
@@ -121,6 +121,6 @@ fn what_they_send_elsewhere_is_masqueraded() {
 fn a_roaming_peers_endpoint_is_left_to_the_device() {
     let mut mesh = mesh();
     mesh.observed = [(key(101), "198.51.100.99:4000".parse().unwrap())].into();
-    let peers = mesh.state("node-master").peers;
-    assert_eq!(peers[&key(101)].endpoint, None);
+    let state = mesh.state("node-master");
+    assert_eq!(peer_with(&state, key(101)).endpoint, None);
 }

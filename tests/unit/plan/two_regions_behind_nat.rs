@@ -162,7 +162,7 @@ fn a_status_that_names_anothers_address_cuts_off_no_leader() {
         .internal_ips
         .push(ip("192.168.50.11"));
 
-    let endpoint = |mesh: &Mesh| mesh.state("node-master").peers[&nd].endpoint;
+    let endpoint = |mesh: &Mesh| peer_with(&mesh.state("node-master"), nd).endpoint;
     let annotated = Some("192.168.50.11:51820".parse().unwrap());
     assert_eq!(endpoint(&mesh), annotated);
 
@@ -283,7 +283,7 @@ fn the_firewall_knows_who_is_near_and_who_is_not() {
 fn a_leader_behind_nat_is_sent_to_where_it_was_seen() {
     let mut mesh = two_regions();
     let nd = mesh.node("node-agent-01").public_key.unwrap();
-    let endpoint = |mesh: &Mesh| mesh.state("node-master").peers[&nd].endpoint;
+    let endpoint = |mesh: &Mesh| peer_with(&mesh.state("node-master"), nd).endpoint;
     let annotated = "192.168.50.11:51820".parse().unwrap();
     let elsewhere = "198.51.100.7:24276".parse().unwrap();
     let here = "198.51.100.7:31000".parse().unwrap();
@@ -310,7 +310,7 @@ fn leaders_behind_one_router_meet_at_their_private_addresses() {
     let seen = |port| format!("198.51.100.7:{port}").parse().unwrap();
     mesh.node("node-master").discovered_endpoints = [(nd, seen(1001)), (edge, seen(1003))].into();
 
-    let endpoint = |me: &str, key| mesh.state(me).peers[&key].endpoint;
+    let endpoint = |me: &str, key| peer_with(&mesh.state(me), key).endpoint;
     let private = |last| Some(format!("192.168.50.{last}:51820").parse().unwrap());
     assert_eq!(endpoint("node-agent-01", edge), private(13));
     assert_eq!(endpoint("node-agent-03", nd), private(11));
@@ -342,8 +342,8 @@ fn followers_are_not_believed_what_they_saw() {
         mesh.node(name).discovered_endpoints = [(nd, trap)].into();
     }
 
-    let peer = &mesh.state("node-master").peers[&nd];
-    assert_ne!(peer.endpoint, Some(trap));
+    let state = mesh.state("node-master");
+    assert_ne!(peer_with(&state, nd).endpoint, Some(trap));
 }
 
 #[test]
@@ -353,8 +353,9 @@ fn nobody_says_where_a_public_leader_is_but_itself() {
     let trap = "198.51.100.66:51820".parse().unwrap();
     mesh.node("node-agent-01").discovered_endpoints = [(master, trap)].into();
 
-    let peer = &mesh.state("node-agent-01").peers[&master];
-    assert_eq!(peer.endpoint, Some("203.0.113.10:51820".parse().unwrap()));
+    let state = mesh.state("node-agent-01");
+    let endpoint = peer_with(&state, master).endpoint;
+    assert_eq!(endpoint, Some("203.0.113.10:51820".parse().unwrap()));
 }
 
 #[test]
