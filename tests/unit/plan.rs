@@ -28,7 +28,7 @@ mod several_leaders;
 mod two_regions_behind_nat;
 mod wireguard_addresses;
 
-use crate::mesh::{Mesh, With, addr, ip, key, lines, net, node, vpn_peer};
+use crate::mesh::{Mesh, With, addr, ip, key, lines, net, node, peer_with, vpn_peer};
 
 /// The routes, in all tables.
 const ROUTES: &[&str] = &["ip route replace table", "ip -6 route replace table"];

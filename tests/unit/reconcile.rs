@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 use proptest::prelude::*;
 use selvedge::diff::diff;
-use selvedge::state::{BACKSTOP_METRIC, Route, RouteKey, State, Table};
+use selvedge::state::{BACKSTOP_METRIC, Link, Route, RouteKey, State, Table};
 use selvedge::topology::{Claim, Ledger, Node, NodeName, Segment, SegmentName, Topology};
+use selvedge::wireguard::{PeerConfig, PeerId};
 
 use crate::cluster_strategy::{any_mesh, mesh, node};
 use crate::fake_kernel::FakeKernel;
-use crate::mesh::{Mesh, With, is_v6, lines, net, recorded};
+use crate::mesh::{Mesh, With, is_v6, key, lines, net, recorded};
 
 fn reach(kernel: &mut FakeKernel, desired: &State) -> Result<(), TestCaseError> {
     for change in diff(&kernel.observe(), desired) {
@@ -68,6 +69,34 @@ fn elsewhere<'a>(
     let group = topology.segment_of(me).map(|segment| &segment.group);
     let segments = topology.segments.iter();
     segments.filter(move |segment| Some(&segment.group) != group)
+}
+
+/// An operator sees that a key is exchanged: `wg set` takes both peers in one command.
+#[test]
+fn a_peer_whose_key_changes_is_changed_in_place() {
+    let (id, prefix) = (PeerId::new("node/a"), net("10.42.1.0/24"));
+    let with = |seed| {
+        let peer = PeerConfig::new(key(seed)).with_allowed_ips([prefix].into());
+        let link = Link {
+            name: "kilo0".into(),
+            mtu: 1420,
+            up: true,
+        };
+        State {
+            link: Some(link),
+            peers: [(id.clone(), peer)].into(),
+            ..State::default()
+        }
+    };
+    let changes = lines(&diff(&with(1), &with(2)));
+    assert_eq!(
+        changes.trim(),
+        format!(
+            "wg set kilo0 peer {} remove peer {} allowed-ips 10.42.1.0/24",
+            key(1),
+            key(2)
+        )
+    );
 }
 
 proptest! {

@@ -9,7 +9,7 @@ use selvedge::state::{Route, Table};
 use selvedge::topology::{Claim, Ledger, Mode, Node, RegionName, Segment, SegmentName};
 
 use super::*;
-use crate::mesh::{With, addr, ip, key, net, node, recorded};
+use crate::mesh::{With, addr, ip, key, net, node, peer_with, recorded};
 
 /// When all agents of the lab had recorded their claims, in Unix seconds.
 const SETTLED: i64 = 1_700_000_000;
