@@ -1,7 +1,7 @@
 //! `selvedge tunnel`: a plain WireGuard device, driven by `wg`.
 //!
-//! It stays in the foreground until SIGTERM or SIGINT, or until somebody deletes its link; then link
-//! and socket are gone. The socket appears when the device is ready.
+//! It stays in the foreground until SIGTERM or SIGINT, or until another program deletes its link. At the
+//! end link and socket are removed. The socket appears when the device is ready.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -31,10 +31,10 @@ pub struct Args {
     pub log_level: LogLevel,
 }
 
-/// Runs the device until it is told to end.
+/// Runs the device until a signal ends it.
 ///
 /// # Errors
-/// One sentence that says what is missing or in the way.
+/// One sentence that names what is missing or in the way.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     start_logging(args.log_level, LogFormat::default());
     // Blocked before any thread starts, so that only the wait below takes them.
@@ -46,8 +46,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let options = Options {
         mtu: args.mtu,
         on_link_gone: Box::new(|| {
-            tracing::info!("the interface was deleted");
-            // It fails only for a process that does not exist.
+            tracing::info!("interface deleted by another program");
+            // Fails only for a process that does not exist.
             let _ = kill(Pid::this(), Signal::SIGTERM);
         }),
         ..Options::new(args.interface.clone())
@@ -60,10 +60,10 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     tracing::info!(
         interface = args.interface,
         port = device.listen_port(),
-        "ready"
+        "tunnel ready"
     );
 
     let signal = signals.wait().context("waiting for a signal")?;
-    tracing::info!(%signal, "ending");
+    tracing::info!(%signal, "tunnel stopping");
     Ok(ExitCode::SUCCESS)
 }

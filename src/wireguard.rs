@@ -1,21 +1,22 @@
 //! A WireGuard device in userspace: a TUN link, a UDP port, and the threads between them.
 //!
-//! [`Device::start`] makes all of it; the agent then calls [`Device::set_peers`] whenever its plan
-//! changes, `wg` speaks to the same device through [`uapi`]. Nothing here knows of clusters.
+//! [`Device::start`] makes all of it. The agent calls [`Device::set_peers`] when its plan changes, and `wg`
+//! configures the same device through [`uapi`]. Events are reported to the embedder, see [`PeerEvents`].
+//! Nothing here knows of clusters.
 //!
 //! ```text
 //!  TUN queue ──read──► transmit: route, cut, pad, seal a batch ──sendmsg, UDP_SEGMENT──► UDP socket
 //!  TUN queue ◄─writev─ receive: open a batch, check source, join ◄──recvmmsg, UDP_GRO─── UDP socket
-//!                          │ handshake messages, wishes for a session
+//!                          │ handshake messages, requests for a session
 //!                          ▼
 //!                      handshake: Noise, cookies, timers, the link's state
 //! ```
 //!
 //! The threads share a `Core`: the peer table, which is replaced and never changed; the receiver
-//! indices; and peers, whose sessions may seal and open on several threads at once. No packet takes a
-//! lock that another peer's packets take.
+//! indices; and peers, whose sessions seal and open on several threads at the same time. Packets of two
+//! peers never take the same lock.
 //!
-//! What this device does that boringtun's does not is listed, with a test each, in `tests`.
+//! `tests` lists what this device does and boringtun's does not, with a test for each.
 
 mod abort;
 mod admission;
@@ -26,6 +27,7 @@ pub mod config;
 mod core;
 mod drops;
 mod duplex;
+mod events;
 pub mod gso;
 mod handshake;
 mod icmp;
@@ -48,7 +50,7 @@ mod staged;
 pub mod table;
 #[cfg(test)]
 mod tests;
-/// What the fuzzer drives.
+/// For the fuzzer.
 #[cfg(all(fuzzing, not(test)))]
 #[expect(
     clippy::unwrap_used,
@@ -81,9 +83,11 @@ pub use self::config::{MAX_CANDIDATES, PeerConfig, PeerId};
 use self::core::Core;
 pub use self::core::UNASKED_AFTER;
 pub use self::drops::Dropped;
+pub use self::events::PeerEvents;
 use self::io::{Io, OnGone, open_queues};
 use self::key::{PrivateKey, PublicKey};
 pub use self::protocol::REJECT_AFTER_TIME;
+pub use self::timers::SILENT_AFTER;
 pub use self::timestamp::{Accepted, Store, Tai64n, Timestamp};
 use self::timestamp_sequence::TimestampSequence;
 use self::timestamp_store::StoreWriter;
@@ -93,36 +97,38 @@ use self::udp::Sockets;
 /// The MTU of a new link: what is left of 1,500 bytes after IPv6, UDP and WireGuard.
 pub const DEFAULT_MTU: u32 = 1420;
 
-/// How a device is started.
+/// The options of a device.
 pub struct Options {
     /// The name of the TUN link.
     pub name: String,
-    /// Its MTU in bytes, if it has to be made.
+    /// The MTU in bytes of a link that does not exist yet.
     pub mtu: u32,
-    /// Keeps the link when the process ends, and makes it again when somebody else deletes it.
+    /// Keeps the link when the process ends, and makes it again when another program deletes it.
     pub persistent: bool,
     /// The UDP port; 0 takes a free one.
     pub listen_port: u16,
     /// The mark (`SO_MARK`) of every datagram that is sent; 0 is none.
     pub fwmark: u32,
-    /// Queues of the link and threads that read them; `None` follows the number of CPUs.
+    /// The number of queues of the link, each with a thread; `None` follows the number of CPUs.
     pub queues: Option<NonZeroUsize>,
-    /// The last timestamp that [`Store::keep_own`] was given, in any earlier run.
+    /// The argument of the last call to [`Store::keep_own`] in any earlier run.
     pub timestamp_floor: Timestamp,
-    /// What [`Store::keep_accepted`] was given last, in any earlier run.
+    /// The argument of the last call to [`Store::keep_accepted`] in any earlier run.
     pub accepted: Accepted,
     /// Keeps handshake timestamps over restarts. Handshakes do not wait for it.
     pub store: Option<Box<dyn Store>>,
-    /// Drops, with [`Dropped::ForeignDestination`], what peers send to loopback, link-local, multicast,
-    /// broadcast, unspecified and mapped addresses. The kernel's WireGuard passes it on, since a routing
-    /// protocol may want multicast.
+    /// Drops packets of peers to loopback, link-local, multicast, broadcast, unspecified and mapped addresses,
+    /// as [`Dropped::ForeignDestination`]. The kernel's WireGuard passes them on, since a routing protocol
+    /// may need multicast.
     pub unicast_only: bool,
-    /// Called once if the link is deleted by somebody else and is not persistent.
+    /// Called once if another program deletes the link and it is not persistent.
     pub on_link_gone: Box<dyn Fn() + Send + Sync>,
+    /// Called when there are events to take; see [`PeerEvents`] for the contract.
+    pub on_events: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Options {
-    /// A link of this name that goes with the process, on a free port, unmarked.
+    /// A link of this name that ends with the process, on a free port, without a mark.
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
@@ -136,25 +142,26 @@ impl Options {
             store: None,
             unicast_only: false,
             on_link_gone: Box::new(|| {}),
+            on_events: Box::new(|| {}),
         }
     }
 }
 
-/// Why a device did not start, in one sentence.
+/// The reason why a device did not start, in one sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// No link.
+    /// The link could not be made.
     #[error(transparent)]
     Tun(#[from] TunError),
-    /// The port is taken.
+    /// Another process has the port.
     #[error(
         "UDP port {0} is in use by another process (ss -lunp shows which): stop that process or choose another port"
     )]
     PortInUse(u16),
-    /// No socket.
+    /// The socket could not be opened.
     #[error("opening UDP port {0}: {1}")]
     Socket(u16, std::io::Error),
-    /// No thread, or no descriptor.
+    /// A thread or descriptor could not be made.
     #[error("starting the tunnel's threads: {0}")]
     Threads(std::io::Error),
 }
@@ -164,7 +171,7 @@ pub enum StartError {
 pub struct Stats {
     /// By peer.
     pub peers: BTreeMap<PeerId, PeerStats>,
-    /// Packets that went no further, by reason.
+    /// Dropped packets, by reason.
     pub drops: BTreeMap<Dropped, u64>,
 }
 
@@ -173,24 +180,25 @@ pub struct Stats {
 pub struct PeerStats {
     /// Its key.
     pub public_key: PublicKey,
-    /// Where it is: configured, or heard from.
+    /// The source of its last message, or else the configured endpoint.
     pub endpoint: Option<SocketAddr>,
-    /// Bytes of authenticated messages, with WireGuard's headers.
+    /// Bytes of authenticated messages received, with WireGuard's headers.
     pub rx_bytes: u64,
     /// Bytes of messages sent, with WireGuard's headers.
     pub tx_bytes: u64,
-    /// How long ago the last handshake ended.
+    /// How long ago the last handshake was completed.
     pub last_handshake: Option<Duration>,
-    /// How long ago an *unasked* initiation of the peer arrived last: one from an IP address to which this
+    /// How long ago the last *unasked* initiation of the peer arrived: one from an IP address to which this
     /// device had sent nothing for [`UNASKED_AFTER`], while it had sent nothing to the peer at any other
-    /// address either, and at least that long after the device started, since a process before it may
-    /// have sent. Then no state of a NAT or firewall in front of this host was made for that address.
+    /// address either, and at least that long after the device started, since an earlier process may have
+    /// sent. Then no mapping of a NAT or firewall in front of this host let it in.
     ///
-    /// It does not exclude a NAT that lets every source in while anything at all is sent through it
-    /// (endpoint-independent filtering, RFC 4787, section 5): there, a keepalive to any one peer has to go on.
+    /// This does not exclude a NAT that lets in every source while anything is sent through it
+    /// (endpoint-independent filtering, RFC 4787, section 5). Behind such a NAT, keepalives to one peer
+    /// must go on.
     pub heard_unasked: Option<Duration>,
-    /// How long ago the first data or initiation was sent after something last came from the peer; `None`
-    /// where nothing is awaited. A keepalive is not answered and does not count.
+    /// How long ago data or an initiation was first sent after the last message of the peer; `None` if
+    /// nothing is awaited. A keepalive gets no answer and does not count.
     pub unanswered: Option<Duration>,
     /// The last answer to an initiation of this device.
     pub answer: Option<Answer>,
@@ -199,7 +207,7 @@ pub struct PeerStats {
 /// An answer to a handshake initiation.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Answer {
-    /// Where it came from.
+    /// Its source.
     pub from: SocketAddr,
     /// How long after the initiation it came.
     pub round_trip: Duration,
@@ -215,13 +223,13 @@ pub struct Device {
 }
 
 impl Device {
-    /// Makes or takes over the link, opens the port and starts the threads. The link is there when
-    /// this returns; it is neither up nor has it addresses.
+    /// Makes or takes over the link, opens the port and starts the threads. The link exists when this
+    /// returns. A new link is down and has no addresses.
     ///
-    /// The sockets stay in the network namespace of the calling thread, wherever the link goes.
+    /// The sockets stay in the network namespace of the calling thread, even if the link moves to another.
     ///
     /// # Errors
-    /// See [`StartError`]; nothing is left behind.
+    /// See [`StartError`]. Nothing is left behind.
     pub fn start(options: Options) -> Result<Self, StartError> {
         let Options {
             name,
@@ -256,11 +264,11 @@ impl Device {
         let on_gone = if persistent {
             OnGone::Remake(name, mtu, persistent)
         } else {
-            OnGone::Tell(options.on_link_gone)
+            OnGone::Call(options.on_link_gone)
         };
         let io = Io::new(sockets, tuns, fwmark, on_gone).map_err(StartError::Threads)?;
         let io = Arc::new(io);
-        let threads = threads::start(&core, &io).map_err(StartError::Threads)?;
+        let threads = threads::start(&core, &io, options.on_events).map_err(StartError::Threads)?;
         Ok(Self { core, io, threads })
     }
 
@@ -283,16 +291,22 @@ impl Device {
         self.core.peer_configs()
     }
 
-    /// Tries candidate endpoints of a peer: one and the same handshake initiation goes to all of them,
-    /// which also opens the way through a NAT on this side. The peer answers the copy that arrives
-    /// first, and the endpoint moves to where that answer comes from. Without an answer it stays.
+    /// Takes the events of all peers since they were last taken: only peers with events are in the map.
+    /// [`PeerEvents`] has the contract.
+    pub fn take_events(&self) -> BTreeMap<PeerId, PeerEvents> {
+        self.core.take_events()
+    }
+
+    /// Tries candidate endpoints of a peer: the same handshake initiation is sent to all of them, which also
+    /// opens a NAT on this side. The peer answers the first copy that arrives, and the endpoint moves to the
+    /// source of that answer. Without an answer it stays.
     ///
     /// Unknown peers and an empty list are ignored. Of a longer list the first [`MAX_CANDIDATES`] count.
     pub fn try_candidates(&self, id: &PeerId, candidates: &[SocketAddr]) {
         self.core.try_candidates(id, candidates);
     }
 
-    /// Changes the device's key, or takes it away. Every session ends.
+    /// Changes or removes the device's key. Every session ends.
     pub fn set_private_key(&self, key: Option<PrivateKey>) {
         self.core.set_private_key(key);
     }
@@ -300,7 +314,7 @@ impl Device {
     /// Changes the UDP port; 0 takes a free one. Sessions go on.
     ///
     /// # Errors
-    /// `AddrInUse` if it is taken; then the port stays as it was.
+    /// `AddrInUse` if it is taken. On an error the port stays as it was.
     pub fn set_listen_port(&self, port: u16) -> std::io::Result<()> {
         if port != 0 && port == self.listen_port() {
             return Ok(());
@@ -327,17 +341,17 @@ impl Device {
         Ok(())
     }
 
-    /// Forgets from which addresses peers were spoken to: what decided that has changed.
+    /// Forgets the source addresses of endpoints, because sockets or marks have changed.
     fn clear_sources(&self) {
         for peer in self.core.table.load().peers.values() {
             peer.clear_source();
         }
     }
 
-    /// Keeps the link when the process ends, or lets it go with it.
+    /// Sets whether the link stays when the process ends.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The error of the kernel.
     pub fn set_persistent(&self, persistent: bool) -> std::io::Result<()> {
         self.io
             .tuns
@@ -382,7 +396,7 @@ impl uapi::Control for Device {
     fn set(&self, set: uapi::Set) -> Result<(), Errno> {
         let errno =
             |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
-        // First what may fail; after it nothing does.
+        // What may fail comes first: a request is applied whole or not at all.
         if let Some(port) = set.listen_port {
             self.set_listen_port(port).map_err(errno)?;
         }
@@ -420,13 +434,13 @@ impl Drop for Device {
     fn drop(&mut self) {
         self.io.stop();
         for thread in self.threads.drain(..) {
-            // A thread that panicked has ended the process.
+            // A panic of a thread has ended the process.
             let _ = thread.join();
         }
     }
 }
 
-/// One queue for each two CPUs: the other one receives. With one queue one thread does both.
+/// One queue for two CPUs, the second of which receives. With one queue, one thread does both.
 fn default_queues() -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     (cpus / 2).clamp(1, 4)
@@ -434,7 +448,7 @@ fn default_queues() -> usize {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "handshake timestamps are wall-clock time by the protocol, and wg shows it"
+    reason = "the protocol uses wall-clock time in handshakes, and wg shows it"
 )]
 fn wall_clock() -> Timestamp {
     let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);

@@ -1,8 +1,8 @@
-//! The queue of the handshake thread: what it has to do, and which handshake messages are admitted.
+//! The queue of the handshake thread: its jobs, and the handshake messages that are admitted.
 //!
-//! A flood of messages from made-up addresses must neither fill the lanes of peers nor keep out a
-//! stranger with a real one. [`recent_sources`] tells who asked just now, [`rate_limit`] how much one
-//! source may ask for.
+//! A flood of messages from forged addresses must neither fill the lanes of peers nor keep out an unknown
+//! sender with a real address. [`recent_sources`] finds the addresses that sent a message within the last
+//! seconds, [`rate_limit`] limits the messages of each source under load.
 
 pub(super) mod rate_limit;
 mod recent_sources;
@@ -22,36 +22,36 @@ use super::peer::Peer;
 use super::protocol::INITIATION_SIZE;
 use super::udp::Endpoint;
 
-/// The most handshake messages that wait, as in the kernel.
+/// The most handshake messages of unknown senders that wait, as in the kernel.
 const MAX_QUEUED: usize = 4096;
-/// The most that wait from addresses of peers, and from those that have shown a cookie.
+/// The most that wait from addresses of peers, and the most with a valid cookie.
 const MAX_QUEUED_KNOWN: usize = 512;
-/// In a flood those who asked just now are heard only while no more than so many wait.
+/// In a flood, a sender that repeats itself is admitted only while fewer messages than this wait.
 const FEW: usize = 16;
-/// So many messages of strangers within [`FLOOD_WINDOW`] mean a flood: to do what 512 of them ask for
-/// in a second takes a tenth of a CPU.
+/// More messages of unknown senders than this within [`FLOOD_WINDOW`] are a flood: to process 512 a second
+/// takes a tenth of a CPU.
 const FLOOD: u32 = 128;
 const FLOOD_WINDOW: Duration = Duration::from_millis(250);
-/// A flood lasts at least so long, so that it does not come and go with every batch.
+/// A flood lasts at least this long, so that the state does not change with every batch.
 pub(super) const LOAD_LASTS: Duration = Duration::from_secs(1);
 
 /// Work for the handshake thread.
 pub(super) enum Job {
-    /// A handshake message came.
+    /// A handshake message was received.
     Message(Box<HandshakeMessage>),
-    /// Something was to be sent to a peer, and there is no session or it is old.
+    /// There is a packet for a peer, and no session or an old one.
     Initiate(Arc<Peer>),
-    /// The peer may be at one of these addresses by now.
+    /// The peer may have moved to one of these addresses.
     TryCandidates(Arc<Peer>, Vec<SocketAddr>),
-    /// The peer called an address of ours: whether it is the source by the route of now is looked up.
+    /// The peer sent to a local address. Look up whether the present route uses it as its source.
     Source(Arc<Peer>, Endpoint),
-    /// A session is in use now: what waited for it may go.
+    /// A session is in use now: send the packets that waited for it.
     Flush(Arc<Peer>),
-    /// The peer is to hear from us now.
+    /// Send the peer a keepalive now.
     Keepalive(Arc<Peer>),
 }
 
-/// A handshake message as it came.
+/// A handshake message as it was received.
 pub(super) struct HandshakeMessage {
     pub(super) from: Endpoint,
     /// Whether it came from the address of a peer.
@@ -79,25 +79,25 @@ impl HandshakeMessage {
 
 /// The queue of the handshake thread.
 ///
-/// Messages from the addresses of peers have a lane of their own, and so have those with a cookie: a
-/// flood from elsewhere can neither fill them nor delay them. In a flood the strangers' lane is for
-/// those who have not asked just now; the others cost a look at two marks, and neither a lock nor a
-/// wake-up.
+/// Messages from the addresses of peers have a lane of their own, and so have those with a valid cookie: a
+/// flood from other addresses neither fills nor delays these lanes. In a flood, the lane of unknown senders
+/// admits those that have sent no message within the last seconds. To refuse one of the others takes two
+/// reads of memory, no lock and no wake-up.
 #[derive(Default)]
 pub(super) struct Jobs {
     queue: Mutex<Queue>,
-    /// The addresses that peers were last seen at.
+    /// The addresses that peers last used.
     known: ArcSwap<HashSet<IpAddr>>,
     flood: Flood,
-    /// Who asked when; made with the first flood.
+    /// Made with the first flood.
     recent_sources: OnceLock<RecentSources>,
-    /// Called when there is something to do after there was nothing.
+    /// Called when a job is added to an empty queue.
     waker: ArcSwapOption<Waker>,
 }
 
 pub(super) struct Waker(pub(super) Box<dyn Fn() + Send + Sync>);
 
-/// Whether strangers ask for more than there is time for.
+/// Whether unknown senders send more messages than there is time for.
 #[derive(Debug, Default)]
 struct Flood {
     window: AtomicU64,
@@ -107,9 +107,9 @@ struct Flood {
 }
 
 impl Flood {
-    /// Takes note of a message; tells whether it is one of a flood.
+    /// Counts a message; true if there is a flood.
     ///
-    /// Threads that do so at once may forget some, of many.
+    /// Threads that count at the same time may lose a few of many.
     fn note(&self, now: Time) -> bool {
         let window = now.as_nanos() / FLOOD_WINDOW.as_nanos() as u64;
         if self.window.load(Ordering::Relaxed) != window {
@@ -131,10 +131,10 @@ impl Flood {
 
 #[derive(Default)]
 struct Queue {
-    /// Asked for by the device itself, and bounded by the number of peers.
+    /// The device's own jobs, whose number follows the number of peers.
     own: VecDeque<Job>,
     known: VecDeque<Box<HandshakeMessage>>,
-    /// From strangers who have shown that they receive at their address.
+    /// From unknown senders that have proved with a cookie that they receive at their address.
     proven: VecDeque<Box<HandshakeMessage>>,
     strangers: VecDeque<Box<HandshakeMessage>>,
 }
@@ -148,7 +148,7 @@ impl Jobs {
         self.waker.store(Some(Arc::new(waker)));
     }
 
-    fn wake(&self) {
+    pub(super) fn wake(&self) {
         if let Some(waker) = &*self.waker.load() {
             (waker.0)();
         }
@@ -189,7 +189,7 @@ impl Jobs {
         }
         let message = HandshakeMessage::new(message, from, known).ok_or(Dropped::Malformed)?;
         let mut queue = self.queue();
-        // Strangers are heard the newest first, so where one is too many it is the oldest.
+        // The newest message of an unknown sender is processed first, so a full lane drops the oldest.
         let mut yields = false;
         let (lane, limit) = if known {
             (&mut queue.known, MAX_QUEUED_KNOWN)
@@ -207,7 +207,7 @@ impl Jobs {
         }
         let oldest = if full { lane.pop_front() } else { None };
         lane.push_back(Box::new(message));
-        // Whoever is at work on a lane looks at it again, and in a flood he comes by himself.
+        // A thread that empties the lane looks at it again. In a flood the thread wakes up by its timer.
         let was_empty = lane.len() == 1;
         drop(queue);
         if was_empty && !flooded {
@@ -216,15 +216,15 @@ impl Jobs {
         oldest.map_or(Ok(()), |_| Err(Dropped::QueueFull))
     }
 
-    /// Whether strangers ask for more than there is time for: then their messages wait for whoever
-    /// looks after them, and wake nobody.
+    /// Whether unknown senders send more messages than there is time for. Then their messages wait for
+    /// the timer of the handshake thread and do not wake it.
     pub(super) fn is_flooded(&self, now: Time) -> bool {
         self.flood.is_on(now)
     }
 
-    /// The next job: the device's own first, then known peers', then, if asked for, strangers', those
-    /// with a cookie before the others.
-    /// Tells also whether so many of peers' wait behind it that it means load.
+    /// The next job: the device's own first, then messages of peers, then, with `strangers`, messages of
+    /// unknown senders, those with a cookie before the others. Also returns whether so many messages of
+    /// peers wait that the device is under load.
     pub(super) fn pop(&self, strangers: bool) -> Option<(Job, bool)> {
         let mut queue = self.queue();
         let job = if let Some(job) = queue.own.pop_front() {
@@ -238,8 +238,8 @@ impl Jobs {
                 None
             };
             let message = match proven {
-                // The newest first: who waited long has asked again meanwhile, and in a flood the
-                // others would have to wait for all that came before them.
+                // The newest first: the sender of an old one has sent another by now, and in a flood a
+                // new one would have to wait for all before it.
                 None if strangers => queue.strangers.pop_back(),
                 proven => proven,
             };
@@ -249,13 +249,13 @@ impl Jobs {
         Some((job, loaded))
     }
 
-    /// How many messages of strangers wait.
+    /// The number of messages of unknown senders that wait.
     pub(super) fn strangers(&self) -> usize {
         let queue = self.queue();
         queue.proven.len() + queue.strangers.len()
     }
 
-    /// Takes note of where peers are.
+    /// Sets the addresses of peers.
     pub(super) fn set_known(&self, known: HashSet<IpAddr>) {
         if **self.known.load() != known {
             self.known.store(Arc::new(known));
@@ -275,9 +275,9 @@ mod tests {
     }
 
     #[test]
-    fn when_too_many_strangers_wait_the_newest_is_heard_first_and_the_oldest_goes() {
+    fn a_full_lane_of_unknown_senders_drops_the_oldest_and_serves_the_newest_first() {
         let jobs = Jobs::default();
-        // Slowly enough for no flood, in which an address may be taken for another one now and then.
+        // Too slowly for a flood, in which two addresses may be confused now and then.
         let at = |n: usize| Time::from_duration(FLOOD_WINDOW * u32::try_from(n / 100).unwrap());
         let ask = |n| jobs.push_message(&[1; INITIATION_SIZE], address(n), false, at(n));
         for n in 0..MAX_QUEUED {
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn of_known_peers_messages_those_that_came_first_are_heard() {
+    fn messages_of_peers_are_served_in_order_and_a_full_lane_drops_the_newest() {
         let jobs = Jobs::default();
         jobs.set_known([address(0).remote.ip()].into());
         let ask = |kind| {

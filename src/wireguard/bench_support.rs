@@ -1,7 +1,6 @@
-//! What the benchmarks drive: the way of a packet through the device, without sockets and threads.
+//! Support for benchmarks: the path of a packet through the device, without sockets and threads.
 //!
-//! Two devices with one session, no handshake and a clock that stands still. Nothing of the product
-//! uses it.
+//! Two devices with one session, no handshake and a fixed time. The product does not use it.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -147,8 +146,7 @@ impl DevicePair {
         self.opened.iter().filter(|opened| opened.is_ok()).count()
     }
 
-    /// Takes a packet behind its virtio-net header as it is read from the TUN device, and sends what
-    /// comes of it to nowhere.
+    /// Takes a packet behind its virtio-net header as it is read from the TUN device, and drops the datagrams.
     pub fn transmit(&mut self, bytes: &[u8]) {
         let core = &self.sender.core;
         let taken = self.transmit.packet(core, &self.wire, bytes, self.now);
@@ -208,7 +206,7 @@ pub fn superpacket(segments: u16, segment: u16) -> Vec<u8> {
     let [t0, t1] = 20_u16.to_ne_bytes();
     let [c0, c1] = 16_u16.to_ne_bytes();
     let [h0, h1] = 40_u16.to_ne_bytes();
-    // To be finished, TCP over IPv4.
+    // Needs a checksum, TCP over IPv4.
     let mut bytes = vec![1, 1, h0, h1, s0, s1, t0, t1, c0, c1];
     let [l0, l1] = length.to_be_bytes();
     bytes.extend([0x45, 0, l0, l1, 0, 1, 0x40, 0, 64, 6, 0, 0]);

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 ///
 /// Sums of stretches of even length may be added.
 pub(super) fn sum(bytes: &[u8]) -> u64 {
-    // Added in the machine's order and swapped once: the sum of swapped words is the swapped sum.
+    // Added in the host's byte order and swapped once: the sum of swapped words is the swapped sum.
     // Four bytes at a time into eight, which the compiler turns into vector instructions.
     let (words, rest) = bytes.as_chunks::<4>();
     // Wrapping, because a check for overflow, which 16 GiB would have to be summed for, would keep it
@@ -30,7 +30,7 @@ pub(super) fn fold(sum: u64) -> u16 {
     u16::try_from(sum & 0xffff).unwrap_or(0xffff)
 }
 
-/// The checksum of what was summed.
+/// The checksum of a sum.
 pub(super) fn finish(sum: u64) -> u16 {
     !fold(sum)
 }

@@ -1,7 +1,7 @@
-//! The time the tunnel's timers run on.
+//! The clock of the tunnel's timers.
 //!
-//! It counts suspended time too, as the kernel's WireGuard does: a session must not outlive its 180
-//! seconds because the machine slept. Everything but the threads takes a [`Time`] as an argument.
+//! It includes suspended time, as in the kernel's WireGuard: a session must not outlive its limit because the
+//! host was suspended. Only the threads read the clock; all else takes a [`Time`] as an argument.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ impl Time {
         )
     }
 
-    /// How long ago `earlier` was; nothing if it is yet to come.
+    /// The time since `earlier`; zero if it is in the future.
     pub(super) fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }

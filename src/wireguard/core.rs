@@ -1,6 +1,6 @@
-//! What the threads of a device share: peers, indices, keys, and the way to the handshake thread.
+//! The state that the threads of a device share: peers, indices, keys, and the queue of the handshake thread.
 //!
-//! No I/O and no clock: the same core runs under a test that carries its datagrams by hand.
+//! No I/O and no clock: tests run the same core and carry its datagrams by hand.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -17,6 +17,7 @@ use super::admission::{Job, Jobs};
 use super::clock::Time;
 use super::config::PeerId;
 use super::drops::{Dropped, Drops};
+use super::events::{Event, PeerEvents, Signal};
 use super::indices::Indices;
 use super::key::{PrivateKey, PublicKey};
 use super::peer::Peer;
@@ -26,12 +27,11 @@ use super::timestamp::{Accepted, Tai64n, Timestamp};
 use super::timestamp_sequence::TimestampSequence;
 use super::udp::Endpoint;
 
-/// TimestampSequence of so many peers are kept, those of removed ones among them, the latest.
+/// The most peers whose timestamps are kept, removed ones included. The latest are kept.
 const MAX_ACCEPTED: usize = 16_384;
 
-/// So long after the last datagram to an address no usual NAT or firewall lets in an answer any more
-/// (Linux: `nf_conntrack_udp_timeout_stream`, 120 s; RFC 4787, section 4.3 wants no more than 5 minutes,
-/// common devices keep 30 to 180 s).
+/// After this time without a datagram to an address, no usual NAT or firewall lets in datagrams from it
+/// (Linux: `nf_conntrack_udp_timeout_stream`, 120 s; common devices keep a mapping for 30 to 180 s).
 pub const UNASKED_AFTER: Duration = Duration::from_secs(180);
 
 /// The state of a device.
@@ -41,13 +41,15 @@ pub(super) struct Core {
     pub(super) drops: Drops,
     pub(super) identity: ArcSwapOption<Identity>,
     pub(super) jobs: Jobs,
+    /// Whether the embedder must be called for events.
+    pub(super) signal: Signal,
     pub(super) configured: Mutex<Configured>,
     pub(super) timestamps: Mutex<TimestampSequence>,
     /// The greatest timestamps of peers, and of those that were removed.
     accepted: Arc<Mutex<Accepted>>,
-    /// The wall clock, for timestamps and nothing else.
+    /// The wall clock, for timestamps only.
     pub(super) wall: fn() -> Timestamp,
-    /// Whether packets of peers to loopback, link-local, multicast and such addresses are dropped.
+    /// Whether packets of peers to loopback, link-local, multicast and similar addresses are dropped.
     pub(super) unicast_only: bool,
     mtu: AtomicUsize,
     up: AtomicBool,
@@ -75,7 +77,7 @@ pub(super) struct ConfiguredPeer {
     pub(super) endpoint: Option<SocketAddr>,
 }
 
-/// The device's own key and what follows from it.
+/// The device's own key and what is derived from it.
 pub(super) struct Identity {
     pub(super) private: PrivateKey,
     pub(super) public: PublicKey,
@@ -110,6 +112,7 @@ impl Core {
             drops: Drops::default(),
             identity: ArcSwapOption::empty(),
             jobs: Jobs::default(),
+            signal: Signal::default(),
             configured: Mutex::default(),
             timestamps: Mutex::new(timestamps),
             accepted,
@@ -133,7 +136,7 @@ impl Core {
         self.mtu.store(mtu, Ordering::Relaxed);
     }
 
-    /// Takes note whether the link is up; true if that is new.
+    /// Sets whether the link is up; true if that has changed.
     pub(super) fn set_up(&self, up: bool) -> bool {
         self.up.swap(up, Ordering::Relaxed) != up
     }
@@ -142,7 +145,7 @@ impl Core {
         self.up.load(Ordering::Relaxed)
     }
 
-    /// Asks for a handshake with a peer, unless one was begun just now.
+    /// Queues a handshake with a peer, unless one has begun within [`REKEY_TIMEOUT`].
     pub(super) fn ask_handshake(&self, peer: &Arc<Peer>, now: Time) {
         let recent = |at| now.since(at) < REKEY_TIMEOUT;
         if peer.last_initiation().is_some_and(recent) {
@@ -153,13 +156,13 @@ impl Core {
         }
     }
 
-    /// The greatest timestamp that was accepted of a peer, in any run; zero for none.
+    /// The greatest timestamp that was accepted from a peer in any run; zero for none.
     pub(super) fn last_accepted(&self, key: &PublicKey) -> Tai64n {
         let accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
         accepted.get(key).copied().unwrap_or_default()
     }
 
-    /// Takes note of the timestamp of an initiation that was accepted, and has it kept on disk.
+    /// Records the timestamp of an accepted initiation and starts to write it to disk.
     pub(super) fn note_accepted(&self, key: &PublicKey, timestamp: Tai64n) {
         {
             let mut accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
@@ -181,8 +184,8 @@ impl Core {
             .accepted();
     }
 
-    /// Whether nothing that this device sent can have let in a message of a peer from an address; see
-    /// [`super::PeerStats::heard_unasked`].
+    /// Whether no datagram of this device can have let in a message of a peer from an address; see
+    /// `PeerStats::heard_unasked`.
     pub(super) fn is_unasked(&self, peer: &Peer, from: IpAddr, now: Time) -> bool {
         let is_quiet = |at| now.since(at) >= UNASKED_AFTER;
         is_quiet(self.started)
@@ -195,11 +198,45 @@ impl Core {
             })
     }
 
-    /// Follows a peer to where an authenticated message of a confirmed session came from.
+    /// Moves the endpoint of a peer to the source of an authenticated message of a confirmed session.
     pub(super) fn roam(&self, peer: &Arc<Peer>, from: Endpoint) {
-        if peer.roam(from) {
+        let roamed = peer.roam(from);
+        if roamed.moved {
+            self.raise(peer, Event::Endpoint);
+        }
+        if roamed.look_up {
             self.jobs.push(Job::Source(peer.clone(), from));
         }
+    }
+
+    /// Records that authenticated messages of a peer were received, with `data` or without.
+    pub(super) fn received(&self, peer: &Peer, data: bool, now: Time) {
+        if peer.timers.received(data, now) {
+            self.raise(peer, Event::Heard);
+        }
+    }
+
+    /// Records that both sides use a session.
+    pub(super) fn handshake_completed(&self, peer: &Peer, now: Time) {
+        peer.handshake_completed(now);
+        self.raise(peer, Event::Handshake);
+    }
+
+    /// Records an event and asks for a call to the embedder.
+    pub(super) fn raise(&self, peer: &Peer, event: Event) {
+        peer.events.add(event);
+        if self.signal.set() {
+            self.jobs.wake();
+        }
+    }
+
+    /// Takes the events of all peers.
+    pub(super) fn take_events(&self) -> BTreeMap<PeerId, PeerEvents> {
+        let table = self.table.load();
+        let peers = table.peers.values();
+        peers
+            .filter_map(|peer| Some((peer.id().clone(), peer.events.take()?)))
+            .collect()
     }
 
     /// Queues a handshake message for the handshake thread.
@@ -218,7 +255,7 @@ impl Core {
         self.jobs.push_message(message, from, proven, now)
     }
 
-    /// Looks where the peers are, for the queue of handshakes.
+    /// Passes the addresses of the peers to the queue of handshakes.
     pub(super) fn note_known_addresses(&self) {
         let table = self.table.load();
         let endpoints = table.peers.values().filter_map(|peer| peer.endpoint());
@@ -227,8 +264,7 @@ impl Core {
     }
 
     /// The bytes to append to an inner packet: up to a multiple of 16, but never beyond the MTU
-    /// (paper 5.4.6). A packet that came in spite of the MTU counts by its last piece, as in the
-    /// kernel.
+    /// (paper, 5.4.6). For a packet longer than the MTU its last piece counts, as in the kernel.
     pub(super) fn padding(&self, length: usize) -> usize {
         let mtu = self.mtu();
         let last = if length > mtu {

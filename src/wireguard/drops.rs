@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! reasons {
     ($($(#[doc = $doc:literal])+ $name:ident = $label:literal,)+) => {
-        /// Why a packet or datagram went no further.
+        /// The reason why a packet or datagram was dropped.
         #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
         pub enum Dropped {
             $($(#[doc = $doc])+ $name,)+
@@ -27,38 +27,39 @@ macro_rules! reasons {
 reasons! {
     /// A datagram that is no WireGuard message, or a packet that is not IP.
     Malformed = "malformed",
-    /// A datagram to a session that is not, or no longer, known.
+    /// A datagram to an unknown or ended session.
     UnknownIndex = "unknown_index",
     /// A datagram whose tag or MAC is wrong.
     Unauthentic = "unauthentic",
-    /// A datagram that came before.
+    /// A datagram that was received before.
     Replayed = "replayed",
     /// A datagram of a session past its time or its number of messages.
     Expired = "expired",
     /// A decrypted packet whose source address belongs to another peer or to none.
     ForeignSource = "foreign_source",
-    /// A decrypted packet to an address that no packet of another host is for: loopback, link-local,
-    /// multicast, broadcast, unspecified, mapped.
+    /// A decrypted packet to an address that is invalid between hosts: loopback, link-local, multicast,
+    /// broadcast, unspecified, mapped.
     ForeignDestination = "foreign_destination",
     /// A packet to an address that no peer owns.
     NoPeer = "no_peer",
-    /// A packet that fits into no datagram.
+    /// A packet too long for a datagram.
     TooBig = "too_big",
-    /// A tunnel's datagram that is within too many tunnels, or goes round.
+    /// A tunnel's datagram within too many tunnels, or in a routing loop.
     TooDeep = "too_deep",
     /// A packet to a peer without an endpoint.
     NoEndpoint = "no_endpoint",
-    /// A packet that waited too long for a session, or too many with it.
+    /// A packet that waited too long for a session, or was one of too many.
     NoSession = "no_session",
     /// A handshake message beyond what the limits allow.
     RateLimited = "rate_limited",
-    /// A handshake message that met a full queue.
+    /// A handshake message for a full queue.
     QueueFull = "queue_full",
-    /// A decrypted packet marked as having met congestion where its sender knows no such mark (RFC 6040).
+    /// A decrypted packet whose datagram is marked as congested although its sender supports no marks
+    /// (RFC 6040).
     Congested = "congested",
-    /// A datagram that the kernel did not take.
+    /// A datagram that the kernel refused to send.
     SendFailed = "send_failed",
-    /// A packet that the TUN device did not take.
+    /// A packet that could not be read from or written to the TUN device.
     TunFailed = "tun_failed",
 }
 

@@ -1,10 +1,10 @@
 //! One thread for both directions, and one that relieves it.
 //!
-//! Where CPUs are few, a thread for each direction costs more than it brings: every acknowledgement
-//! wakes the one while the other has the CPU. So one thread waits for the TUN device and the sockets
-//! alike and takes turns; what the kernel answers to a packet that was written is read at once,
-//! without a wake-up. Only when that thread has a CPU to itself, uses all of it, and carries much in
-//! both directions, it hands the TUN device over to the other thread, until that one has nothing to do.
+//! With few CPUs a thread for each direction costs more than it gains: every acknowledgement wakes the one
+//! while the other has the CPU. So one thread waits for the TUN device and the sockets and serves them in
+//! turn. It reads the kernel's answer to a written packet at once, without a wake-up. Only when the thread
+//! uses all of a CPU of its own and carries much traffic in both directions, it hands the TUN device over
+//! to the other thread, until that one has nothing to do.
 
 use std::io;
 use std::os::fd::AsFd as _;
@@ -22,26 +22,25 @@ use super::io::{Inward, Io, Outward, RETRY};
 use super::tun::Tun;
 use super::udp::UdpSocket;
 
-/// What is read from the TUN device before the sockets have their turn: some large packets, or
-/// what small ones come to in about as much time.
+/// The most that is read from the TUN device before the turn of the sockets: some large packets, or as
+/// many small ones as take about the same time.
 const TURN_BYTES: usize = 256 << 10;
 const TURN_PACKETS: usize = 128;
-/// A socket that had nothing to say is asked again after so many turns at the latest.
-const ASK_AGAIN: u32 = 16;
-/// How often the load is looked at. Shorter, and a thread that shares its CPU seems to have it to
-/// itself between two decisions of the scheduler.
+/// A socket that had nothing to read is tried again after this many turns at the latest.
+const TRY_AGAIN: u32 = 16;
+/// How often the load is measured. In a shorter window a thread that shares its CPU seems to have all of it
+/// between two decisions of the scheduler.
 const WINDOW: Duration = Duration::from_millis(100);
-/// The thread that relieves the other one gives back what it took when it had nothing to do for so
-/// many milliseconds.
+/// The relieving thread gives the TUN device back after this many milliseconds without a packet.
 const QUIET_MS: u8 = 10;
 
 /// How the TUN device goes from one thread to the other and back.
 pub(super) struct Handover {
-    /// Whether the relieving thread has it.
+    /// Whether the relieving thread has the TUN device.
     away: AtomicBool,
-    /// Readable when it goes.
+    /// Readable when the relieving thread is to take it.
     go: EventFd,
-    /// Readable when it comes back.
+    /// Readable when it was given back.
     back: EventFd,
 }
 
@@ -57,7 +56,7 @@ impl Handover {
 
     fn give(&self) {
         self.away.store(true, Ordering::Release);
-        // It fails only when it is readable already, as below.
+        // Fails only if it is readable already, as below.
         let _ = self.go.write(1);
     }
 
@@ -75,7 +74,7 @@ impl Handover {
 pub(super) fn both(core: &Core, io: &Io, handover: &Handover) {
     let (mut outward, mut inward) = (Outward::default(), Inward::default());
     let mut load = Load::new(Time::now());
-    // Which sockets spoke since the thread last waited, IPv4's and IPv6's.
+    // Whether the sockets of IPv4 and IPv6 had something to read since the last wait.
     let mut awake = [true; 2];
     let mut turn = 0_u32;
     while !io.is_stopping() {
@@ -84,7 +83,7 @@ pub(super) fn both(core: &Core, io: &Io, handover: &Handover) {
             thread::sleep(RETRY);
             continue;
         };
-        // Once for all that is done in a turn, which is short beside what the timers count.
+        // One time for the whole turn, which is short compared with the timers.
         let now = Time::now();
         let away = handover.is_away();
         let (mut received, mut sent, mut dry) = (0, 0, true);
@@ -92,7 +91,7 @@ pub(super) fn both(core: &Core, io: &Io, handover: &Handover) {
         for (awake, v6) in awake.iter_mut().zip([false, true]) {
             let Some(socket) = sockets
                 .family(v6)
-                .filter(|_| *awake || turn.is_multiple_of(ASK_AGAIN))
+                .filter(|_| *awake || turn.is_multiple_of(TRY_AGAIN))
             else {
                 continue;
             };
@@ -125,14 +124,14 @@ pub(super) fn both(core: &Core, io: &Io, handover: &Handover) {
     }
 }
 
-/// Waits until there is something to do; tells which sockets have something to say.
+/// Waits until there is something to do; returns which sockets have something to read.
 ///
-/// Each descriptor costs at each packet that comes alone. So only the TUN device is waited for or,
-/// while it is away, its return; and sockets are shut down when the thread is to end or to use others,
-/// which wakes it.
+/// Each descriptor costs time at each packet that comes alone. So the thread waits only for the sockets and
+/// the TUN device or, while the other thread has it, its return. A shutdown of the sockets wakes the thread
+/// when it must end or use other sockets.
 fn wait(handover: &Handover, tun: Option<&Tun>, sockets: [Option<&UdpSocket>; 2]) -> [bool; 2] {
     let other = tun.map_or_else(|| handover.back.as_fd(), |tun| tun.as_fd());
-    // In the place of a family that is not there stands what is waited for anyway.
+    // A missing family is replaced by a descriptor that is in the list anyway.
     let [v4, v6] = sockets.map(|socket| socket.map_or(other, |socket| socket.as_fd()));
     let mut fds = [other, v4, v6].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
     let _ = poll(&mut fds, PollTimeout::NONE);
@@ -143,9 +142,9 @@ fn wait(handover: &Handover, tun: Option<&Tun>, sockets: [Option<&UdpSocket>; 2]
     [ready(&fds[1]), ready(&fds[2])]
 }
 
-/// Carries packets from the TUN device to the wire while the other thread has too much to do.
+/// Carries packets from the TUN device to the wire while the other thread is overloaded.
 pub(super) fn relief(core: &Core, io: &Io, handover: &Handover) {
-    // Made when it is first needed, which on most machines is never.
+    // Made when first needed, which is never on most hosts.
     let mut outward = None;
     let stop = io.stop.as_fd();
     while !io.is_stopping() {
@@ -174,11 +173,11 @@ pub(super) fn relief(core: &Core, io: &Io, handover: &Handover) {
     }
 }
 
-/// Decides when one thread has too much to do, where two could do more.
+/// Decides when one thread is overloaded and two could do more.
 #[derive(Debug)]
 struct Load {
     begun: Time,
-    /// The thread's CPU time at the begin of the window.
+    /// The thread's CPU time at the beginning of the window.
     used: Option<Duration>,
     received: usize,
     sent: usize,
@@ -194,7 +193,7 @@ impl Load {
         }
     }
 
-    /// Counts what a turn carried; true at the end of a window in which it was too much.
+    /// Counts the bytes of a turn; true at the end of a window with too much load.
     fn is_too_much(&mut self, received: usize, sent: usize, now: Time) -> bool {
         self.received += received;
         self.sent += sent;
@@ -205,9 +204,9 @@ impl Load {
         self.account(used.map(Duration::from), now)
     }
 
-    /// Ends a window. A thread that does not get all of a CPU shares it with others, and a second
-    /// thread would only add to them; where one direction is small beside the other, there is little
-    /// to be taken off.
+    /// Ends a window. A thread that does not get all of a CPU shares it with others, and a second thread would
+    /// only add to them. Where one direction is small compared with the other, a second thread relieves
+    /// little.
     fn account(&mut self, used: Option<Duration>, now: Time) -> bool {
         let elapsed = now.since(self.begun);
         let spent = used

@@ -1,8 +1,8 @@
 //! Segmentation offload on the TUN side: one large packet with a virtio-net header stands for many.
 //!
-//! [`Split`] cuts what the kernel hands over into the packets that travel, [`Coalescer`] joins what
-//! arrived into as few large packets as possible. Both are pure and copy no payload more than once:
-//! a split writes each packet to where it is sealed, a join only lists the pieces for `writev`.
+//! [`Split`] cuts a large packet of the kernel into the packets that are sent, [`Coalescer`] joins received
+//! packets into as few large ones as possible. Both are pure and copy no payload more than once: a split
+//! writes each packet to the place where it is sealed, a join only lists the pieces for `writev`.
 
 use std::io::IoSlice;
 use std::net::IpAddr;
@@ -23,7 +23,7 @@ const GSO_NONE: u8 = 0;
 const GSO_TCP4: u8 = 1;
 const GSO_TCP6: u8 = 4;
 const GSO_UDP: u8 = 5;
-/// Or'ed to the kind when the packet says that congestion was answered (CWR).
+/// Or'ed to the kind if the packet has the flag "congestion window reduced" (CWR).
 const GSO_ECN: u8 = 0x80;
 
 #[cfg(test)]
@@ -36,7 +36,7 @@ const PSH: u8 = 8;
 const ACK: u8 = 16;
 const CWR: u8 = 128;
 
-/// The virtio-net header (virtio 1.2, 5.1.6) in the machine's byte order, as TUN has it.
+/// The virtio-net header (virtio 1.2, 5.1.6) in the host's byte order, as TUN has it.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct VnetHeader {
     flags: u8,
@@ -67,7 +67,7 @@ impl VnetHeader {
         self.kind & !GSO_ECN != GSO_NONE
     }
 
-    /// The header as it is written.
+    /// The header as bytes.
     pub fn to_bytes(self) -> [u8; VNET_HEADER] {
         let [h0, h1] = self.header_length.to_ne_bytes();
         let [s0, s1] = self.segment_size.to_ne_bytes();
@@ -77,7 +77,7 @@ impl VnetHeader {
     }
 }
 
-/// How a large packet comes apart.
+/// How to cut a large packet.
 #[derive(Clone, Debug)]
 pub struct Split<'a> {
     packet: &'a [u8],
@@ -237,7 +237,7 @@ fn clamp(length: usize) -> u16 {
 
 /// Joins packets of one flow that follow each other.
 ///
-/// Packets of one flow leave in the order they came; so do the first packets of the flows.
+/// Packets of one flow keep their order, and so do the first packets of the flows.
 #[derive(Debug)]
 pub struct Coalescer {
     joined: Vec<Joined>,
@@ -255,8 +255,8 @@ impl Default for Coalescer {
     }
 }
 
-/// How far back the packet that another one continues is looked for. Batches mix few flows, and
-/// where they mix many there is little to join.
+/// How many packets back a predecessor is searched. Batches mix few flows, and where they mix many there is
+/// little to join.
 const LOOK_BACK: usize = 8;
 
 #[derive(Debug, Default)]
@@ -336,7 +336,7 @@ impl Coalescer {
         self.used = 0;
     }
 
-    /// Joins UDP packets, which the kernel takes since Linux 6.2, or does not.
+    /// Sets whether UDP packets are joined. The kernel accepts them since Linux 6.2.
     pub fn join_udp(&mut self, join: bool) {
         self.join_udp = join;
     }
@@ -376,15 +376,15 @@ impl Flow {
         let transport = self.transport;
         let plain = match self.protocol {
             TCP => packet[transport + 13] & !PSH == ACK,
-            // A UDP packet may carry padding behind what its length says, or no checksum.
+            // A UDP packet may have padding beyond its own length, or no checksum.
             _ => {
                 packet[transport + 4..transport + 6]
                     == clamp(packet.len() - transport).to_be_bytes()
                     && packet[transport + 6..transport + 8] != [0, 0]
             }
         };
-        // With IPv4 options nothing is joined; without, the header must be what its checksum says,
-        // because a new one is made.
+        // With IPv4 options nothing is joined. Without, the checksum of the header must be right, because
+        // a new one is made.
         let ip = self.source.is_ipv6()
             || transport == IPV4_HEADER
                 && checksum::fold(checksum::sum(&packet[..IPV4_HEADER])) == 0xffff;
@@ -467,7 +467,7 @@ impl Joined {
         true
     }
 
-    /// Makes the header of the first packet that of all of them.
+    /// Rewrites the header of the first packet for all of them.
     fn seal(&self, arena: &mut [u8]) -> VnetHeader {
         let Some(flow) = self.flow.filter(|_| !self.rest.is_empty()) else {
             return VnetHeader::default();
@@ -515,7 +515,7 @@ fn sequence(arena: &[u8], transport: usize) -> u32 {
     u32::from_be_bytes(bytes.unwrap_or_default())
 }
 
-/// Whether two packets of a flow differ only in what segmentation makes differ.
+/// Whether two packets of a flow differ only where segments of one packet differ.
 fn same_headers(first: &[u8], next: &[u8], flow: &Flow) -> bool {
     let transport = flow.transport;
     let ip = if flow.source.is_ipv6() {

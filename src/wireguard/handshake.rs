@@ -1,9 +1,9 @@
 //! Handshakes and timers: what runs on the handshake thread.
 //!
-//! Nothing is answered that does not carry a valid first MAC, so the device is silent to whoever does
-//! not know its public key. Under load it also wants the second, which proves that the sender
-//! receives at its address, and limits each source; and it spends no more than a tenth of its time on
-//! strangers, so that a flood costs the packet threads little.
+//! A message without a valid first MAC gets no answer, so the device is silent to a sender that does not
+//! know its public key. Under load it also requires the second MAC, which proves that the sender receives
+//! at its address, and limits each source. It spends at most a tenth of its time on unknown senders, so a
+//! flood costs the packet threads little.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
@@ -21,6 +21,7 @@ use super::admission::{HandshakeMessage, Job, LOAD_LASTS};
 use super::clock::Time;
 use super::core::{Core, Identity};
 use super::drops::Dropped;
+use super::events::Event;
 use super::key::PublicKey;
 use super::packet::Outer;
 use super::peer::{HandshakeState, Peer, Wire};
@@ -31,27 +32,27 @@ use super::session::Session;
 use super::timers::Attempt;
 use super::transmit::Transmit;
 
-/// A peer is taken at most 50 initiations of per second.
+/// The least time between two accepted initiations of a peer: at most 50 per second.
 const INITIATION_INTERVAL: Duration = Duration::from_millis(20);
-/// A cookie is used for so long: the 120 seconds of its secret but for what it was under way.
+/// A cookie is used for the age of its secret, less the time that it was under way.
 const COOKIE_LASTS: Duration = Duration::from_secs(COOKIE_SECRET_MAX_AGE.as_secs() - 5);
 
-/// Under load strangers get so much of each [`SLICE`]: enough for some thousand cookies a second.
-const STRANGERS_SHARE: Duration = Duration::from_micros(500);
+/// Under load, unknown senders get this much of each [`SLICE`]: enough for some thousand cookies a second.
+const UNKNOWN_SHARE: Duration = Duration::from_micros(500);
 const SLICE: Duration = Duration::from_millis(10);
 
 /// The handshake thread's state.
 pub(super) struct Handshaker {
     core: Arc<Core>,
-    /// Of sources that have shown a cookie.
+    /// For sources with a valid cookie.
     limit: RateLimit,
-    /// Of the addresses of peers, which need none as long as they keep to it.
+    /// For addresses of peers, which need no cookie within this limit.
     known_limit: RateLimit,
     loaded: Option<Time>,
-    /// When the current slice began, and what of it strangers have had.
+    /// When the current slice began, and how much of it unknown senders have used.
     slice: Option<Time>,
     spent: Duration,
-    /// For what waited for a session, and for keepalives.
+    /// For packets that waited for a session, and for keepalives.
     transmit: Transmit,
 }
 
@@ -68,12 +69,12 @@ impl Handshaker {
         }
     }
 
-    /// Does every job that is queued, but for those of strangers that have had their share; returns
-    /// when to go on with them.
+    /// Does every queued job, except messages of unknown senders beyond their share; returns when to go on
+    /// with those.
     pub(super) fn run(&mut self, wire: &impl Wire, clock: impl Fn() -> Time) -> Option<Time> {
         let core = self.core.clone();
         let mut now = clock();
-        while let Some((job, loaded)) = core.jobs.pop(self.has_time_for_strangers(now)) {
+        while let Some((job, loaded)) = core.jobs.pop(self.has_time_for_unknown(now)) {
             if loaded || core.jobs.is_flooded(now) {
                 self.loaded = Some(now);
             }
@@ -83,7 +84,7 @@ impl Handshaker {
                     if let Err(reason) = result {
                         core.drops.add(reason, 1);
                     }
-                    // A peer's address may be made up as well as any other.
+                    // A forged message may have the address of a peer.
                     if !message.known || result.is_err() {
                         self.spent += clock().since(now);
                     }
@@ -110,15 +111,15 @@ impl Handshaker {
             .map(|slice| slice + SLICE)
     }
 
-    fn has_time_for_strangers(&mut self, now: Time) -> bool {
+    fn has_time_for_unknown(&mut self, now: Time) -> bool {
         if self.slice.is_none_or(|slice| now.since(slice) >= SLICE) {
             self.slice = Some(now);
             self.spent = Duration::ZERO;
         }
-        self.spent < STRANGERS_SHARE || !self.is_loaded(now)
+        self.spent < UNKNOWN_SHARE || !self.is_loaded(now)
     }
 
-    /// Does what the timers of all peers ask for; returns when to ask again.
+    /// Does what is due for all peers; returns when to poll again.
     pub(super) fn tick(&mut self, wire: &impl Wire, now: Time) -> Option<Time> {
         let core = self.core.clone();
         let table = core.table.load_full();
@@ -126,7 +127,7 @@ impl Handshaker {
         for peer in table.peers.values() {
             let due = peer.timers.poll(now);
             if let Some(attempt) = due.handshake {
-                // Perhaps it was our address that went away.
+                // The local address may have gone away.
                 peer.clear_source();
                 self.initiate(peer, attempt, wire, now);
             }
@@ -135,6 +136,12 @@ impl Handshaker {
             }
             if due.give_up {
                 core.drops.add(Dropped::NoSession, peer.staged().clear());
+            }
+            if due.silent {
+                core.raise(peer, Event::Silent);
+            }
+            if due.expired {
+                core.raise(peer, Event::Expired);
             }
             if due.wipe {
                 core.indices.retire(peer.forget_sessions());
@@ -176,7 +183,7 @@ impl Handshaker {
         }
     }
 
-    /// Under load: whether a message may cost the work of a handshake.
+    /// Under load: whether a message is worth the work of a handshake.
     fn admit(
         &mut self,
         identity: &Identity,
@@ -188,7 +195,7 @@ impl Handshaker {
         if message.known && self.known_limit.allows(remote.ip(), now) {
             return Ok(());
         }
-        if !self.has_time_for_strangers(now) {
+        if !self.has_time_for_unknown(now) {
             return Err(Dropped::RateLimited);
         }
         let cookies = &identity.cookies;
@@ -208,7 +215,7 @@ impl Handshaker {
             .is_some_and(|loaded| now.since(loaded) < LOAD_LASTS)
     }
 
-    /// Sends an initiation, unless one was sent just now for another reason.
+    /// Sends an initiation, unless one was sent within [`REKEY_TIMEOUT`] for another reason.
     fn initiate(&self, peer: &Arc<Peer>, attempt: Attempt, wire: &impl Wire, now: Time) {
         let recent = |at| now.since(at) < REKEY_TIMEOUT;
         if attempt == Attempt::First && peer.last_initiation().is_some_and(recent) {
@@ -234,11 +241,10 @@ impl Handshaker {
         }
     }
 
-    /// Sends one initiation to all candidate endpoints of a peer, beside what goes to its endpoint.
+    /// Sends one initiation to all candidate endpoints of a peer, beside the traffic to its endpoint.
     ///
-    /// The answer moves the endpoint to where it comes from. Without an answer, the attempts that follow
-    /// go to the endpoint as it was. The peer takes one copy of the initiation, the first: the others
-    /// are no newer (paper, 5.1).
+    /// The answer moves the endpoint to its source. Without an answer, later attempts go to the endpoint as it
+    /// was. The peer accepts the first copy of the initiation only: the others are no newer (paper, 5.1).
     fn try_candidates(
         &self,
         peer: &Arc<Peer>,
@@ -262,7 +268,7 @@ impl Handshaker {
         }
     }
 
-    /// Begins a handshake: writes its first message. False where none can be had with the peer.
+    /// Begins a handshake by writing its first message; false if none is possible with the peer.
     fn begin(&self, peer: &Arc<Peer>, buffer: &mut [u8; INITIATION_SIZE], now: Time) -> bool {
         let mut state = peer.handshake();
         if state
@@ -286,7 +292,7 @@ impl Handshaker {
                 .unwrap_or_else(PoisonError::into_inner);
             timestamps.next((self.core.wall)()).to_tai64n()
         };
-        // It fails only for a key of small order, to which nothing is ever sent.
+        // Fails only for a key of small order. Nothing is ever sent to such a peer.
         if noise
             .format_handshake_initiation(index, timestamp, buffer)
             .is_err()
@@ -299,7 +305,7 @@ impl Handshaker {
         true
     }
 
-    /// Finishes a handshake that this side began.
+    /// Completes a handshake that this side began.
     fn complete(
         &mut self,
         identity: &Identity,
@@ -327,10 +333,10 @@ impl Handshaker {
         peer.note_answer(message.from.remote, now);
         core.roam(&peer, message.from);
         peer.count_received(RESPONSE_SIZE);
-        peer.timers.received(false, now);
+        core.received(&peer, false, now);
         peer.timers.session_derived(now);
-        peer.handshake_completed(now);
-        // The responder may not send before it heard from us under the new key.
+        core.handshake_completed(&peer, now);
+        // The responder may not send before it has a message under the new key.
         if !self.transmit.flush_staged(&core, wire, &peer, now) {
             self.transmit.keepalive(&core, wire, &peer, now);
         }
@@ -338,8 +344,8 @@ impl Handshaker {
     }
 }
 
-/// Answers an initiation, where it came from. The peer stays where it is until it confirms the session:
-/// an initiation may have been recorded and sent by someone else.
+/// Answers an initiation at its source. The endpoint of the peer stays until the peer confirms the session:
+/// another host may have recorded and sent the initiation.
 fn respond(
     core: &Core,
     identity: &Identity,
@@ -358,7 +364,7 @@ fn respond(
     {
         let mut state = peer.handshake();
         let soon = |taken| now.since(taken) < INITIATION_INTERVAL;
-        if state.last_taken.is_some_and(soon) {
+        if state.last_accepted.is_some_and(soon) {
             return Err(Dropped::RateLimited);
         }
         let noise = state.noise.as_mut().ok_or(Dropped::Unauthentic)?;
@@ -379,14 +385,14 @@ fn respond(
         let session = establish(core, peer, &keys, false, now);
         core.indices.retire(peer.install_responded(session, now));
         note_awaiting(core, &mut state);
-        state.last_taken = Some(now);
+        state.last_accepted = Some(now);
     }
     if core.is_unasked(peer, message.from.remote.ip(), now) {
         peer.note_unasked(now);
     }
     tracing::debug!(peer = %peer.id(), "answering a handshake initiation");
     peer.count_received(INITIATION_SIZE);
-    peer.timers.received(false, now);
+    core.received(peer, false, now);
     peer.timers.session_derived(now);
     peer.timers.sent(false, now);
     peer.send_to(
@@ -413,7 +419,7 @@ fn establish(
     session
 }
 
-/// Takes a cookie. It says nothing about where the peer is, and counts as no traffic of its.
+/// Accepts a cookie. It moves no endpoint and does not count as traffic of the peer.
 fn cookie(core: &Core, reply: PacketCookieReply<'_>, now: Time) -> Result<(), Dropped> {
     let peer = core
         .indices
@@ -462,7 +468,7 @@ fn reason(error: WireGuardError) -> Dropped {
     }
 }
 
-/// Releases the indices of initiations that no answer may come for any more.
+/// Releases the indices of initiations that can get no answer any more.
 fn note_awaiting(core: &Core, state: &mut HandshakeState) {
     let awaiting = state
         .noise
@@ -476,7 +482,7 @@ fn note_awaiting(core: &Core, state: &mut HandshakeState) {
     state.awaiting = awaiting;
 }
 
-/// Gives up every handshake that is under way with a peer.
+/// Abandons every handshake that is under way with a peer.
 pub(super) fn forget_handshakes(core: &Core, state: &mut HandshakeState) {
     if let Some(noise) = &mut state.noise {
         noise.clear();

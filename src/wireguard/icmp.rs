@@ -1,8 +1,8 @@
-//! Answers to packets that go nowhere: unreachable, or too big (RFC 792, RFC 4443).
+//! ICMP errors for packets that cannot be sent: unreachable, or too big (RFC 792, RFC 4443).
 //!
-//! The kernel does this for links of its own; behind a TUN device it believes that every packet was
-//! sent. An answer comes from the address that could not be reached, because only that one is sure to
-//! pass the reverse path filter of the link it comes in by.
+//! The kernel sends them for its own links. For a TUN device it takes every packet as sent. An error has the
+//! unreachable address as its source, because only that one is sure to pass the reverse path filter of the
+//! link.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
@@ -30,19 +30,19 @@ const FRAGMENTATION_NEEDED: u8 = 4;
 /// Address unreachable (RFC 4443).
 const ADDRESS_UNREACHABLE: u8 = 3;
 
-/// What the sender of a packet is told.
+/// The kind of an ICMP error.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Answer {
-    /// Nobody is there, or nobody knows where.
+    /// No peer has the destination, or the peer has no endpoint.
     Unreachable,
-    /// It does not fit; so many bytes would.
+    /// The packet is too big; this many bytes would fit.
     TooBig(u16),
 }
 
-/// The answer to a packet, unless none may be given.
+/// The error for a packet, unless none is permitted.
 pub(super) fn answer(packet: &[u8], answer: Answer) -> Option<Vec<u8>> {
     let ip = Header::parse(packet)?;
-    // Of fragments only the first is answered, and nothing that went to or claims to come from many.
+    // Only the first fragment gets an error, and no packet to or from a multicast or broadcast address.
     let offset = ip.source.is_ipv4() && packet[6] & 0x1f | packet[7] != 0;
     if offset || !is_one_host(ip.source) || !is_one_host(ip.destination) || is_error(packet, &ip) {
         return None;
@@ -59,7 +59,7 @@ fn is_one_host(address: IpAddr) -> bool {
     !address.is_unspecified() && !address.is_multicast() && !address.is_loopback() && !broadcast
 }
 
-/// Whether a packet is an ICMP error itself, or cannot be told from one.
+/// Whether a packet is or may be an ICMP error.
 fn is_error(packet: &[u8], ip: &Header) -> bool {
     let kind = packet.get(ip.header).copied();
     match ip.protocol {
@@ -135,11 +135,11 @@ fn answer_v6(packet: &[u8], from: Ipv6Addr, to: Ipv6Addr, answer: Answer) -> Opt
     Some(header.packet().to_vec())
 }
 
-/// How many answers may be given: 50 at once and 100 a second, which is plenty for people and for
-/// path MTU discovery, and of no use to whoever would like to keep the thread busy.
+/// Limits errors to 50 at once and 100 a second: enough for people and for path MTU discovery, and too few to
+/// keep the thread busy.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
-    /// When the last answer given will have been paid for.
+    /// When the allowance is full again.
     paid: Option<Time>,
 }
 
@@ -147,7 +147,7 @@ const COST: Duration = Duration::from_millis(10);
 const BURST: Duration = Duration::from_millis(500);
 
 impl Pace {
-    /// Whether one more answer may be given now.
+    /// Whether one more error may be sent now.
     pub(super) fn allows(&mut self, now: Time) -> bool {
         let paid = self.paid.map_or(now, |paid| paid.max(now)) + COST;
         let allowed = paid.since(now) <= BURST;
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sender_hears_from_the_host_that_is_not_there() {
+    fn an_error_has_the_unreachable_host_as_its_source() {
         let packet = v4(17, &[0; 40]);
         let told = answer(&packet, Answer::Unreachable).unwrap();
         let ip = Header::parse(&told).unwrap();
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_answered_to_errors_fragments_and_crowds() {
+    fn no_error_is_sent_for_errors_fragments_and_multicast() {
         let with = |change: fn(&mut Vec<u8>)| {
             let mut packet = v4(17, &[0; 8]);
             change(&mut packet);
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_keep_a_pace() {
+    fn errors_are_limited() {
         let mut pace = Pace::default();
         let time = |millis: u64| Time::from_duration(Duration::from_millis(1000 + millis));
         assert_eq!((0..1000).filter(|_| pace.allows(time(0))).count(), 50);

@@ -1,7 +1,7 @@
-//! Receiver indices: the names under which peers address our sessions and handshakes.
+//! Receiver indices: the numbers by which peers address sessions and handshakes of this device.
 //!
-//! They are drawn at random for every handshake, so that nobody can tell from them which sessions
-//! belong together, and a packet to an old session practically never meets a new one.
+//! They are drawn at random for every handshake. So an observer cannot link sessions by them, and a packet to
+//! an old session practically never meets a new one.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use super::peer::Peer;
 use super::session::Session;
 
-/// Who is behind each index. The receive threads keep what they found; they come here once per
+/// The peer or session of each index. The receive threads cache what they find, and look here once per
 /// session, not per packet.
 #[derive(Default)]
 pub(super) struct Indices(RwLock<HashMap<u32, Entry>>);
@@ -37,18 +37,18 @@ impl Indices {
         }
     }
 
-    /// The index belongs to the session now that the handshake led to.
+    /// Gives the index of a handshake to its session.
     pub(super) fn establish(&self, session: &Arc<Session>) {
         self.write()
             .insert(session.local_index(), Entry::Session(session.clone()));
     }
 
-    /// The index is nobody's.
+    /// Releases an index.
     pub(super) fn release(&self, index: u32) {
         self.write().remove(&index);
     }
 
-    /// The index of a handshake that came to nothing is nobody's; one that became a session stays.
+    /// Releases the index of a failed handshake. One that became a session stays.
     pub(super) fn release_handshake(&self, index: u32) {
         let mut entries = self.write();
         if let Some(Entry::Handshake(_)) = entries.get(&index) {
@@ -72,7 +72,7 @@ impl Indices {
         }
     }
 
-    /// The peer that an initiation of ours under this index went to.
+    /// The peer of an initiation of this device with this index.
     pub(super) fn handshake(&self, index: u32) -> Option<Arc<Peer>> {
         let entries = self.0.read().unwrap_or_else(PoisonError::into_inner);
         match entries.get(&index)? {
@@ -81,7 +81,7 @@ impl Indices {
         }
     }
 
-    /// The peer that any message of ours under this index went to.
+    /// The peer of any message of this device with this index.
     pub(super) fn peer(&self, index: u32) -> Option<Arc<Peer>> {
         let entries = self.0.read().unwrap_or_else(PoisonError::into_inner);
         match entries.get(&index)? {

@@ -23,7 +23,7 @@ use super::transmit::{Refused, Transmit};
 use super::tun::{MAX_READ, Tun, TunError};
 use super::udp::{Arena, Endpoint, MAX_MESSAGES, Sockets, UdpSocket};
 
-/// How often a link that is gone is tried to be made again.
+/// Pause between two attempts to make a deleted link again.
 pub(super) const RETRY: Duration = Duration::from_millis(200);
 /// Messages larger than this are received one at a time; see [`MAX_MESSAGES`].
 pub(super) const LARGE: usize = 8 << 10;
@@ -34,24 +34,24 @@ pub(super) struct Io {
     /// The queues of the TUN link, as many as there are transmit threads.
     pub(super) tuns: ArcSwap<Vec<Tun>>,
     pub(super) fwmark: AtomicU32,
-    /// Set once: every thread ends.
+    /// Set once, to end every thread.
     stopping: AtomicBool,
-    /// Readable from when the threads are to end.
+    /// Readable once the threads must end.
     pub(super) stop: EventFd,
-    /// Readable while the handshake thread has something to do.
+    /// Readable while the handshake thread has jobs.
     pub(super) jobs: EventFd,
     /// Set while the link does not exist.
     pub(super) gone: AtomicBool,
-    /// What to do when the link is gone.
+    /// What to do when the link was deleted.
     pub(super) on_gone: OnGone,
 }
 
-/// What is done when the link is deleted by somebody else.
+/// The reaction to the deletion of the link by another program.
 pub(super) enum OnGone {
     /// Makes it again, with this name and MTU, persistent or not.
     Remake(String, u32, bool),
-    /// Tells whoever started the device.
-    Tell(Box<dyn Fn() + Send + Sync>),
+    /// Calls the embedder.
+    Call(Box<dyn Fn() + Send + Sync>),
 }
 
 impl Wire for Sockets {
@@ -98,23 +98,23 @@ impl Io {
     /// Makes every thread end soon.
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
-        // Each fails only when the descriptor is readable already.
+        // Each fails only if the descriptor is readable already.
         let _ = self.stop.write(1);
         let _ = self.jobs.write(1);
         self.sockets.load().shut_down();
     }
 
-    /// Puts other sockets in the place of these.
+    /// Replaces the sockets.
     pub(super) fn replace_sockets(&self, sockets: Sockets) {
         self.sockets.swap(Arc::new(sockets)).shut_down();
     }
 
-    /// Takes note that the link does not exist any more, and sees to it.
+    /// Reacts to the deletion of the link.
     fn link_is_gone(&self) {
         if !self.gone.swap(true, Ordering::AcqRel) {
             match &self.on_gone {
-                OnGone::Tell(tell) => tell(),
-                // The handshake thread makes it.
+                OnGone::Call(call) => call(),
+                // The handshake thread makes it again.
                 OnGone::Remake(..) => {
                     let _ = self.jobs.write(1);
                 }
@@ -123,7 +123,7 @@ impl Io {
         thread::sleep(RETRY / 4);
     }
 
-    /// Makes the link again; true if there is one.
+    /// Makes the link again; true on success.
     pub(super) fn remake(&self) -> bool {
         let OnGone::Remake(name, mtu, persistent) = &self.on_gone else {
             return false;
@@ -131,13 +131,13 @@ impl Io {
         let queues = self.tuns.load().len();
         match open_queues(name, *mtu, *persistent, queues) {
             Ok(tuns) => {
-                tracing::info!(link = name, "the link was deleted and has been made again");
+                tracing::info!(link = name, "link deleted by another program: made again");
                 self.tuns.store(Arc::new(tuns));
                 self.gone.store(false, Ordering::Release);
                 true
             }
             Err(error) => {
-                tracing::debug!(%error, "making the link again");
+                tracing::debug!(link = name, %error, "could not make the link again");
                 false
             }
         }
@@ -159,7 +159,7 @@ pub(super) fn open_queues(
     Ok(tuns)
 }
 
-/// What carries packets from the TUN device to the wire.
+/// Carries packets from the TUN device to the wire.
 pub(super) struct Outward {
     buffer: Vec<u8>,
     transmit: Transmit,
@@ -177,8 +177,8 @@ impl Default for Outward {
 }
 
 impl Outward {
-    /// Reads one packet; returns its bytes, or `None` if there was none to be had. Then everything is
-    /// sent that was read so far.
+    /// Reads one packet; returns its length in bytes, or `None` if there was none. In that case all packets
+    /// read so far are sent.
     pub(super) fn packet(
         &mut self,
         core: &Core,
@@ -193,7 +193,7 @@ impl Outward {
                 if let Err(Refused(Some(answer))) = self.transmit.packet(core, sockets, bytes, now)
                     && self.pace.allows(now)
                 {
-                    tell_sender(tun, bytes, answer);
+                    answer_sender(tun, bytes, answer);
                 }
                 return Some(length);
             }
@@ -203,7 +203,7 @@ impl Outward {
                 Some(libc::EBADFD) => io.link_is_gone(),
                 _ => {
                     core.drops.add(Dropped::TunFailed, 1);
-                    tracing::debug!(%error, "reading from the link");
+                    tracing::debug!(%error, "could not read from the link");
                     thread::sleep(Duration::from_millis(10));
                 }
             },
@@ -211,23 +211,23 @@ impl Outward {
         None
     }
 
-    /// Sends what was read.
+    /// Sends all packets that were read.
     pub(super) fn flush(&mut self, core: &Core, sockets: &Sockets, now: Time) {
         self.transmit.flush(core, sockets, now);
     }
 
-    /// Lets go of what would keep a peer alive, before a time without traffic.
+    /// Drops the references to peer and session, before a time without traffic.
     pub(super) fn rest(&mut self) {
         self.transmit.rest();
     }
 }
 
-/// Answers a packet that goes nowhere.
-fn tell_sender(tun: &Tun, bytes: &[u8], answer: Answer) {
-    let told = VnetHeader::read(bytes).and_then(|(_, packet)| icmp::answer(packet, answer));
-    if let Some(packet) = told {
+/// Answers a packet that cannot be sent, with an ICMP error.
+fn answer_sender(tun: &Tun, bytes: &[u8], answer: Answer) {
+    let packet = VnetHeader::read(bytes).and_then(|(_, packet)| icmp::answer(packet, answer));
+    if let Some(packet) = packet {
         let vnet = VnetHeader::default().to_bytes();
-        // While the link goes down nobody is told.
+        // Fails while the link goes down, and the answer is lost.
         let _ = tun.write(&[IoSlice::new(&vnet), IoSlice::new(&packet)]);
     }
 }
@@ -236,11 +236,11 @@ fn tell_sender(tun: &Tun, bytes: &[u8], answer: Answer) {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Taken {
     pub(super) bytes: usize,
-    /// Whether there were no more.
+    /// Whether the socket is empty now.
     pub(super) all: bool,
 }
 
-/// What carries datagrams from the wire to the TUN device.
+/// Carries datagrams from the wire to the TUN device.
 pub(super) struct Inward {
     arena: Arena,
     receive: Receive,
@@ -258,7 +258,7 @@ impl Default for Inward {
 }
 
 impl Inward {
-    /// Takes a batch from a socket, or nothing if there was none to be had.
+    /// Takes a batch from a socket; `None` if there was nothing to read.
     pub(super) fn take(&mut self, socket: &UdpSocket, wait: bool) -> Option<Taken> {
         match socket.receive(&mut self.arena, self.limit, wait) {
             Ok(()) => {
@@ -274,7 +274,7 @@ impl Inward {
             }
             Err(error) => {
                 if !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) {
-                    tracing::debug!(%error, "receiving");
+                    tracing::debug!(%error, "could not receive from the socket");
                     thread::sleep(Duration::from_millis(1));
                 }
                 None
@@ -292,7 +292,7 @@ impl Inward {
         }
     }
 
-    /// Writes what came out of it.
+    /// Writes the packets of the batch.
     pub(super) fn write(&mut self, core: &Core, tuns: &[Tun]) {
         self.receive.finish(&mut self.arena.bytes, |pieces, count| {
             if let Some(tun) = queue_of(tuns, pieces) {
@@ -302,8 +302,8 @@ impl Inward {
     }
 }
 
-/// The queue to write a packet to: by flow, because the kernel hands a flow's packets to the queue
-/// that the other direction of it was last written to.
+/// The queue for a packet, by flow: the kernel reads the other direction of a flow into the queue that the
+/// flow was last written to.
 fn queue_of<'a>(tuns: &'a [Tun], pieces: &[IoSlice<'_>]) -> Option<&'a Tun> {
     if tuns.len() < 2 {
         return tuns.first();
@@ -314,16 +314,14 @@ fn queue_of<'a>(tuns: &'a [Tun], pieces: &[IoSlice<'_>]) -> Option<&'a Tun> {
     tuns.get(queue)
 }
 
-/// Writes one packet, or what it stands for one by one where the kernel does not take it joined.
+/// Writes one packet. If the kernel refuses a joined packet, its parts are written one by one.
 fn write(core: &Core, tun: &Tun, pieces: &[IoSlice<'_>], count: usize) {
     let Err(error) = tun.write(pieces) else {
         return;
     };
     if error.raw_os_error() == Some(libc::EINVAL) && count > 1 {
         if tun.refuses_udp() {
-            tracing::info!(
-                "the kernel does not take joined UDP packets: they are written one by one"
-            );
+            tracing::info!("kernel refuses joined UDP packets: writing them one by one");
         }
         let joined: Vec<u8> = pieces
             .iter()

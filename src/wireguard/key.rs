@@ -1,7 +1,6 @@
 //! Curve25519 keys and preshared keys, in the forms people and programs write them.
 //!
-//! Private material is wiped when dropped and never printed; the file it lives in is the agent's
-//! business.
+//! Private keys are wiped when dropped and never printed. The agent keeps them in a file.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +9,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
-/// Why text is not a key. Carries nothing of the text, which may be private.
+/// The reason why text is not a key. It has no part of the text, which may be private.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum InvalidKey {
     /// Not standard base64, or not of 32 bytes.
@@ -21,7 +20,7 @@ pub enum InvalidKey {
     LowOrder,
 }
 
-/// A Curve25519 public key, the name of a peer.
+/// A Curve25519 public key.
 #[derive(Clone, Copy, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct PublicKey(pub [u8; 32]);
 
@@ -42,7 +41,7 @@ fn decode(text: &str) -> Result<[u8; 32], InvalidKey> {
 }
 
 impl PublicKey {
-    /// Whether any private key agrees with this one on a secret that an eavesdropper cannot guess.
+    /// Whether a shared secret with this key can be secret at all: false for a key of small order.
     pub fn is_low_order(&self) -> bool {
         // A clamped scalar is a multiple of the cofactor: it sends exactly the small subgroup to zero.
         let secret = x25519_dalek::StaticSecret::from([1; 32]);
@@ -93,13 +92,13 @@ impl PrivateKey {
         Self(x25519_dalek::StaticSecret::random_from_rng(rand_core::OsRng).to_bytes())
     }
 
-    /// The public key that goes with it.
+    /// The public key of this private key.
     pub fn public_key(&self) -> PublicKey {
         let secret = x25519_dalek::StaticSecret::from(self.0);
         PublicKey(x25519_dalek::PublicKey::from(&secret).to_bytes())
     }
 
-    /// The key in base64, for its file and nothing else.
+    /// The key in base64, for its file only.
     pub fn to_base64(&self) -> zeroize::Zeroizing<String> {
         zeroize::Zeroizing::new(STANDARD.encode(self.0))
     }

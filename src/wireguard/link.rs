@@ -1,9 +1,8 @@
-//! Follows the state of the TUN link: its MTU, whether it is up, and where it went.
+//! Follows the state of the TUN link: its MTU, whether it is up, and its network namespace.
 //!
-//! The link may be moved to another network namespace while the sockets stay. There it is looked at
-//! every second, by a thread that enters that namespace and leaves nothing in it: a socket there would
-//! keep the namespace, and so the link, from ever going away. Entering needs `CAP_SYS_ADMIN`; without
-//! it the link counts as it was last seen.
+//! The link may move to another network namespace while the sockets stay. Then a thread enters that namespace
+//! every second, reads the state and leaves nothing behind: a socket there would keep the namespace, and so
+//! the link, alive for ever. Entering needs `CAP_SYS_ADMIN`. Without it the last known state stays.
 
 use std::fs::File;
 use std::io;
@@ -22,10 +21,10 @@ use super::tun::{Tun, interface_socket, link_state};
 /// The multicast group of links (`RTMGRP_LINK`).
 const LINKS: u32 = 1;
 
-/// How often a link in another namespace is looked at.
+/// How often the state of a link in another namespace is read.
 const ELSEWHERE: Duration = Duration::from_secs(1);
 
-/// What sees the link where it is.
+/// Where the state of the link is read.
 pub(super) struct LinkWatch {
     events: Netlink,
     query: Socket,
@@ -34,7 +33,7 @@ pub(super) struct LinkWatch {
     elsewhere: bool,
 }
 
-/// The link as it was last seen.
+/// The last known state of the link.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct LinkState {
     pub(super) mtu: u32,
@@ -55,25 +54,25 @@ impl LinkWatch {
         })
     }
 
-    /// When to look again though nothing was heard, if at all.
+    /// When to read the state again without a notification, if at all.
     pub(super) fn interval(&self) -> Option<Duration> {
         self.elsewhere.then_some(ELSEWHERE)
     }
 
-    /// What to poll for reading.
+    /// The descriptor to poll for reading.
     pub(super) fn events(&self) -> BorrowedFd<'_> {
         self.events.as_fd()
     }
 
-    /// Reads away what made the descriptor readable: what happened is asked for, not followed.
+    /// Discards the notifications: they only mean that the state must be read again.
     pub(super) fn drain(&self) {
         drain(&self.events);
     }
 
-    /// Looks at the link, and follows it where it has gone.
+    /// Reads the state of the link, in another namespace if it has moved.
     pub(super) fn look(&mut self, tun: &Tun) -> io::Result<LinkState> {
         let name = tun.name()?;
-        // A kernel that cannot tell the namespace leaves the one we are in.
+        // If the kernel cannot tell the namespace, the link counts as not moved.
         let namespace = tun.network_namespace().ok().map(File::from);
         let namespace = match namespace {
             Some(namespace) if namespace.metadata()?.ino() != self.home => Some(namespace),
@@ -97,13 +96,17 @@ fn state_elsewhere(namespace: OwnedFd, name: &str) -> io::Result<(u32, bool)> {
         });
         inside.join()
     });
-    entered.unwrap_or_else(|_| Err(io::Error::other("the thread that looked at the link died")))
+    entered.unwrap_or_else(|_| {
+        Err(io::Error::other(
+            "the thread that reads the state of the link died",
+        ))
+    })
 }
 
-/// Reads away what waits on a socket of notifications.
+/// Discards the notifications that wait on a socket.
 pub(super) fn drain(events: &Netlink) {
     let mut buffer = Vec::with_capacity(8192);
-    // An overrun is reported once as an error and means no more than "look again".
+    // An overrun is reported once as an error. It means the same as a notification.
     for _ in 0..64 {
         buffer.clear();
         match events.recv(&mut buffer, 0) {

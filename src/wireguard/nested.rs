@@ -1,24 +1,22 @@
 //! Tunnels in tunnels, and how deep they may nest.
 //!
-//! A datagram of one tunnel may be the packet of another one. When routes lead it back into the first
-//! tunnel it goes round, grows by a header each time, is cut into fragments when it has outgrown the
-//! MTU, and every fragment goes round and grows: one echo request becomes as much traffic as the
-//! machine can make. The kernel's WireGuard counts its recursion on the stack; here nothing ties a
-//! datagram to the packet that caused it but what its outer header says. So the hop limit of that
-//! header counts: a datagram around another tunnel's datagram has less of it than that one, in steps
-//! that leave the widest internet paths room, and what has none left goes no further.
+//! A datagram of one tunnel may be a packet of another. If routes lead it back into the first tunnel, it
+//! loops, grows by a header each time, is cut into fragments beyond the MTU, and every fragment loops and
+//! grows: one echo request becomes as much traffic as the host can produce. The kernel's WireGuard counts its
+//! recursion on the stack. Here only the outer header links a datagram to the packet in it. So the hop limit
+//! of that header counts: a datagram around a tunnel's datagram has a lower hop limit, in steps that leave
+//! room for the longest internet paths, and is dropped when none is left.
 //!
-//! The steps also keep secret how far the inner datagram has come; that it is one, its size tells.
+//! The steps also hide how many hops the inner datagram has made. Its size shows that it is one.
 
 use std::num::NonZeroU8;
 
 use super::packet::{Header, UDP};
 
-/// What one tunnel around another one takes from the hop limit. It allows for seven tunnels in one
-/// another where the innermost begins with 64, and leaves the first of them 56 hops; the longest paths
-/// on the internet have some 40.
+/// The hops that each tunnel around another takes. Seven tunnels may nest if the innermost begins with 64
+/// hops, and the first around it has 56; the longest paths on the internet have some 40.
 const STEP: u8 = 8;
-/// The most that any datagram around a tunnel's datagram begins with.
+/// The highest hop limit of a datagram around a tunnel's datagram.
 const MOST: u8 = 64 - STEP;
 
 /// The protocol number of IPv6's fragment header.
@@ -26,19 +24,19 @@ const IPV6_FRAGMENT: u8 = 44;
 /// The bytes of a UDP header.
 const UDP_HEADER: usize = 8;
 
-/// What a packet means for the datagram around it.
+/// The effect of a packet on the datagram around it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Nesting {
-    /// It is no tunnel's datagram: the hop limit is the system's.
+    /// The packet is no tunnel's datagram: the hop limit is the system's.
     Outermost,
-    /// It is, or a piece of one may be in it: the hop limit is this.
+    /// The packet is a tunnel's datagram or may hold a piece of one: the hop limit is this.
     Within(NonZeroU8),
-    /// It is, and within too many tunnels already.
+    /// The packet is a tunnel's datagram within too many tunnels.
     TooDeep,
 }
 
 impl Nesting {
-    /// Looks at a packet whose header has been read.
+    /// The effect of a packet whose header has been read.
     pub(super) fn of(packet: &[u8], ip: &Header) -> Self {
         if !is_datagram(packet, ip) {
             return Self::Outermost;
@@ -57,8 +55,8 @@ impl Nesting {
     }
 }
 
-/// Whether a packet is a WireGuard message in UDP (paper, 5.4), or a fragment of UDP, which only may
-/// be a piece of one.
+/// Whether a packet is a WireGuard message in UDP (paper, 5.4), or a fragment of UDP, which may be a piece of
+/// one.
 fn is_datagram(packet: &[u8], ip: &Header) -> bool {
     match ip.protocol {
         UDP if ip.fragment => true,
@@ -100,7 +98,7 @@ mod tests {
     };
 
     #[test]
-    fn each_tunnel_takes_a_step_until_none_is_left() {
+    fn each_tunnel_lowers_the_hop_limit_until_none_is_left() {
         for packet in [v4, |hops, protocol, _, body: &[u8]| {
             v6(hops, protocol, body)
         }] {
@@ -116,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hops_a_datagram_has_made_do_not_show() {
+    fn the_outer_header_hides_the_hops_of_the_inner_datagram() {
         for hops in [57, 60, 64, 128, 255] {
             assert_eq!(of(&v4(hops, UDP, 0, &MESSAGE)).hops(), NonZeroU8::new(56));
         }

@@ -1,6 +1,6 @@
-//! IP headers: as much of them as the tunnel looks at.
+//! IP headers: the fields that the tunnel reads.
 //!
-//! Pure, over bytes that may be anything.
+//! Pure. The bytes may be anything.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU8;
@@ -14,7 +14,7 @@ pub const TCP: u8 = 6;
 /// The protocol number of UDP.
 pub const UDP: u8 = 17;
 
-/// What the header of a packet says.
+/// The fields of the header of a packet.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Header {
     /// The source address.
@@ -37,14 +37,14 @@ pub struct Header {
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(u8)]
 pub enum Ecn {
-    /// The sender does not know of it.
+    /// The sender does not support it.
     #[default]
     NotCapable = 0,
     /// Capable, code point 01.
     Ect1 = 1,
     /// Capable, code point 10.
     Ect0 = 2,
-    /// Congestion was met.
+    /// The packet has met congestion.
     Congested = 3,
 }
 
@@ -59,7 +59,7 @@ impl Ecn {
         }
     }
 
-    /// What a packet carries on when this is in its outer header (RFC 6040, 4.2); `None` drops it.
+    /// The mark of a packet with this one in its outer header (RFC 6040, 4.2); `None` drops it.
     pub const fn decapsulate(self, inner: Self) -> Option<Self> {
         match (self, inner) {
             (Self::Congested, Self::NotCapable) => None,
@@ -70,7 +70,7 @@ impl Ecn {
     }
 }
 
-/// What the outer header of a datagram says because of the packet in it.
+/// The fields of the outer header of a datagram that depend on the packet in it.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Outer {
     /// The congestion bits (RFC 6040, 4.1).
@@ -89,7 +89,7 @@ impl Header {
         Self::parse_piece(packet).filter(|header| header.length <= packet.len())
     }
 
-    /// Reads the header of a packet of which only the first piece is there.
+    /// Reads the header from the first piece of a packet.
     pub fn parse_piece(piece: &[u8]) -> Option<Self> {
         match piece.first()? >> 4 {
             4 => Self::parse_v4(piece),
@@ -154,14 +154,14 @@ impl Header {
                 }
             }
         }
-        // Fragments carry no ports but the first: none of them may count.
+        // Only the first fragment has ports, so the ports of fragments do not count.
         hash.write(&[self.protocol]);
         hash.write(ports.unwrap_or_default());
         hash.0
     }
 }
 
-/// FNV-1a, for spreading flows: quick on a dozen bytes, and nobody gains by steering it.
+/// FNV-1a, to spread flows: fast on a dozen bytes, and an attacker gains nothing by choosing its result.
 struct Fnv(u64);
 
 impl Default for Fnv {
@@ -178,7 +178,7 @@ impl Fnv {
     }
 }
 
-/// Sets the congestion bits of a packet that [`Header::parse`] took, with its checksum.
+/// Sets the congestion bits of a packet that [`Header::parse`] accepted, with its checksum.
 pub fn set_ecn(packet: &mut [u8], ecn: Ecn) {
     let Some(&[first, second]) = packet.first_chunk() else {
         return;
@@ -214,7 +214,7 @@ mod tests {
     ];
 
     #[test]
-    fn a_header_is_read_only_when_the_whole_packet_is_there() {
+    fn a_header_is_read_only_if_the_packet_is_complete() {
         let header = Header::parse(&V4).unwrap();
         assert_eq!(header.source, IpAddr::from([10, 0, 0, 1]));
         assert_eq!(header.destination, IpAddr::from([10, 0, 0, 2]));
@@ -238,7 +238,7 @@ mod tests {
 
     /// The table of RFC 6040, figure 4, with its "currently unused" cells as forwarded.
     #[test]
-    fn congestion_is_carried_inwards_as_rfc_6040_says() {
+    fn congestion_marks_move_to_the_inner_packet_as_in_rfc_6040() {
         use Ecn::{Congested, Ect0, Ect1, NotCapable};
         for (outer, row) in [
             (

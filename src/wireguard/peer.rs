@@ -1,7 +1,7 @@
-//! A peer: its keys, its sessions, where it is, and what was counted.
+//! A peer: its keys, its sessions, its endpoint and its counters.
 //!
-//! The packet threads touch atomics and one uncontended lock per batch; the handshake has a lock of
-//! its own that they never take.
+//! The packet threads use atomics and one uncontended lock per batch. The handshake has a lock of its own
+//! that they never take.
 
 use std::io;
 use std::net::SocketAddr;
@@ -15,31 +15,32 @@ use boringtun::noise::handshake::Handshake;
 use super::clock::Time;
 use super::config::PeerId;
 use super::drops::{Dropped, Drops};
+use super::events::Pending;
 use super::key::{PresharedKey, PublicKey};
 use super::packet::Outer;
-use super::place::Place;
+use super::place::{Place, Roamed};
 use super::session::Session;
 use super::staged::Staged;
 use super::timers::Timers;
 use super::udp::{Endpoint, is_source_gone};
 
-/// A path that refused segmentation offload is tried with it again after this time.
+/// Segmentation offload is tried again this long after a path refused it.
 const OFFLOAD_PAUSE: Duration = Duration::from_secs(60);
-/// That the kernel refuses to send is told once, and not again within this time: where it refuses now
-/// and then, each time would be a flood.
+/// A refusal of the kernel to send is logged at most once in this time. Without the limit, a kernel that
+/// refuses now and then would flood the log.
 const REFUSAL_PAUSE: Duration = Duration::from_secs(60);
 
-/// Sessions that both sides began, one each, within this time of each other crossed on the way.
+/// Two sessions that the two sides began within this time of each other come from handshakes that crossed.
 const CROSSING: Duration = Duration::from_secs(1);
 
-/// A session that was replaced still opens for so long what was under way: longer than any network keeps
-/// a datagram, and a handshake an answer. The one replaced last does until there is another.
+/// A session that was replaced still opens datagrams for this time: longer than any network delays a
+/// datagram, or a handshake an answer. The last one that was replaced does so until the next replacement.
 const STILL_OPENS: Duration = Duration::from_secs(10);
-/// As many replaced sessions still open at the most: two sides that look for each other in four places
+/// The most replaced sessions that still open datagrams: two sides that try four candidates of each other
 /// make no more.
 const MAX_REPLACED: usize = 8;
 
-/// What datagrams are sent by: the sockets, or a test's stand-in.
+/// Sends datagrams: the sockets, or a test's stand-in.
 pub(super) trait Wire {
     /// Sends a run of datagrams; see [`super::udp::Sockets::send`].
     fn send(
@@ -51,17 +52,18 @@ pub(super) trait Wire {
         offload: bool,
     ) -> io::Result<bool>;
 
-    /// Whether the route of now leads to an endpoint from the address of ours in it, through the
-    /// interface that the peer came in by.
+    /// Whether the present route to an endpoint has the endpoint's local address as its source, and leads
+    /// through the interface that the peer's datagram came in by.
     fn leads(&self, endpoint: &Endpoint) -> bool;
 }
 
-/// The state of one peer, as long as it is configured.
+/// The state of a configured peer.
 pub(super) struct Peer {
     id: PeerId,
     key: PublicKey,
     pub(super) timers: Timers,
-    /// What is sent with, where there is a session.
+    pub(super) events: Pending,
+    /// The session that seals.
     current: ArcSwapOption<Session>,
     waiting: Mutex<Waiting>,
     place: Mutex<Place>,
@@ -73,35 +75,36 @@ pub(super) struct Peer {
     tx_bytes: AtomicU64,
     last_handshake: AtomicU64,
     last_initiation: AtomicU64,
-    /// When a datagram was last sent to the peer, wherever.
+    /// When a datagram was last sent to the peer, at any endpoint.
     last_sent: AtomicU64,
     answer: Mutex<Option<Answered>>,
     heard_unasked: AtomicU64,
-    /// Whether an initiation was asked for and not begun yet.
+    /// Whether a job to begin a handshake is queued.
     pub(super) handshake_asked: AtomicBool,
     offload_after: AtomicU64,
-    /// Whether it was told that the path does not take segmentation offload.
-    offload_told: AtomicBool,
-    /// Whether it was told that the kernel refuses to send, and nothing was sent since.
-    refusal_told: AtomicBool,
-    refusal_untold_until: AtomicU64,
+    /// Whether it was logged that the path refuses segmentation offload.
+    offload_logged: AtomicBool,
+    /// Whether it was logged that the kernel refuses to send, and nothing was sent since.
+    refusal_logged: AtomicBool,
+    /// No refusal is logged before this time.
+    refusal_log_after: AtomicU64,
 }
 
 /// The sessions beside the current one.
 ///
-/// The paper keeps one that was replaced. Where handshakes follow each other within a round trip, or cross,
-/// that is too few: each side goes on by the old keys until it knows of new ones, and what it sent by then
-/// arrives after the second handshake.
+/// The paper keeps one replaced session. That is too few where handshakes follow each other within a round
+/// trip, or cross: each side seals with the old keys until it has the new ones, and datagrams sealed with
+/// them arrive after the second handshake.
 #[derive(Default)]
 struct Waiting {
-    /// Still open what was under way when they were replaced, at the given times; the latest is the last.
+    /// Replaced sessions with the times of their replacement, the latest last. They still open datagrams.
     replaced: Vec<(Arc<Session>, Time)>,
-    /// Made as responder, and not yet confirmed by a message of the initiator.
+    /// The session of a responder, until a message of the initiator confirms it.
     next: Option<Arc<Session>>,
 }
 
 impl Waiting {
-    /// Keeps sessions that were replaced, the latest last; returns those that are over.
+    /// Keeps sessions that were replaced, the latest last; returns those that have ended.
     fn replace(
         &mut self,
         sessions: impl IntoIterator<Item = Arc<Session>>,
@@ -123,19 +126,19 @@ impl Waiting {
     }
 }
 
-/// The handshakes with a peer; `None` while the device has no key, or the peer's own.
+/// The handshakes with a peer. `noise` is `None` while the device has no key and after the peer was removed.
 #[derive(Default)]
 pub(super) struct HandshakeState {
     pub(super) noise: Option<Handshake>,
     pub(super) preshared_key: Option<PresharedKey>,
-    /// When an initiation was last taken from the peer.
-    pub(super) last_taken: Option<Time>,
+    /// When an initiation of the peer was last accepted.
+    pub(super) last_accepted: Option<Time>,
     pub(super) cookie_since: Option<Time>,
     /// The indices that are registered for answers.
     pub(super) awaiting: [Option<u32>; 2],
 }
 
-/// An answer to an initiation of ours.
+/// An answer to an initiation of this device.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Answered {
     pub(super) from: SocketAddr,
@@ -145,11 +148,11 @@ pub(super) struct Answered {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic ends the process; a poisoned lock is never seen but in tests.
+    // A panic ends the process. Only tests see a poisoned lock.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether a session of ours and one of the other side's come from handshakes that crossed.
+/// Whether a session of this side and one of the peer come from handshakes that crossed.
 fn crossed(own: &Session, other: &Session) -> bool {
     let apart = own
         .created()
@@ -164,6 +167,7 @@ impl Peer {
             id,
             key,
             timers: Timers::default(),
+            events: Pending::default(),
             current: ArcSwapOption::empty(),
             waiting: Mutex::default(),
             place: Mutex::default(),
@@ -179,9 +183,9 @@ impl Peer {
             heard_unasked: AtomicU64::new(0),
             handshake_asked: AtomicBool::new(false),
             offload_after: AtomicU64::new(0),
-            offload_told: AtomicBool::new(false),
-            refusal_told: AtomicBool::new(false),
-            refusal_untold_until: AtomicU64::new(0),
+            offload_logged: AtomicBool::new(false),
+            refusal_logged: AtomicBool::new(false),
+            refusal_log_after: AtomicU64::new(0),
         }
     }
 
@@ -205,6 +209,7 @@ impl Peer {
         ] {
             own.store(before.load(Ordering::Relaxed), Ordering::Relaxed);
         }
+        self.events.inherit(&before.events);
         let staged = std::mem::take(&mut *before.staged());
         self.has_staged.store(!staged.is_empty(), Ordering::Release);
         *self.staged() = staged;
@@ -218,27 +223,27 @@ impl Peer {
         lock(&self.staged)
     }
 
-    /// Keeps a packet until there is a session; returns how many had to go for it.
+    /// Keeps a packet until there is a session; returns how many were dropped to make room.
     pub(super) fn stage(&self, packet: &[u8]) -> u64 {
         let dropped = self.staged().push(packet);
         self.has_staged.store(true, Ordering::Release);
         dropped
     }
 
-    /// The session to send with.
+    /// The session that seals.
     pub(super) fn session(&self) -> Guard<Option<Arc<Session>>> {
         self.current.load()
     }
 
-    /// Whether there is a session to send with, though it may be too old.
+    /// Whether there is a session that seals. It may be too old.
     pub(super) fn has_session(&self) -> bool {
         self.current.load().is_some()
     }
 
-    /// Takes a session that this side began into use; returns those that are over.
+    /// Takes a session that this side began into use; returns the sessions that have ended.
     ///
-    /// When both sides began at once, two sessions come of it, and without a rule each side would
-    /// send with one and wait for the other one's end. The rule: the side with the lesser key insists
+    /// When both sides begin at the same time there are two sessions, and without a rule each side would
+    /// seal with one and wait for the end of the other. The rule: the side with the lesser key insists
     /// on its session, the other side `yields` its own.
     pub(super) fn install_initiated(
         &self,
@@ -256,25 +261,25 @@ impl Peer {
         {
             return waiting.replace([session], now);
         }
-        // A session that the other side began is newer than the current one. If it crossed with this
-        // one and ours yields, it takes over as soon as it is confirmed; else it only still opens.
+        // A session that the peer began is newer than the current one. If the two crossed and this side
+        // yields, the peer's takes over as soon as it is confirmed. Otherwise it only opens.
         let awaited = |next: &mut Arc<Session>| !(yields && crossed(&session, next));
         let next = waiting.next.take_if(awaited);
         let current = self.current.swap(Some(session));
         waiting.replace(current.into_iter().chain(next), now)
     }
 
-    /// Keeps a session that the other side began until it is confirmed; returns those that are over.
+    /// Keeps a session that the peer began until it is confirmed; returns the sessions that have ended.
     pub(super) fn install_responded(&self, session: Arc<Session>, now: Time) -> Vec<Arc<Session>> {
         let mut waiting = lock(&self.waiting);
-        // The initiator may have the one before already, and send by it.
+        // The initiator may have the one before already, and seal with it.
         let before = waiting.next.replace(session);
         waiting.replace(before, now)
     }
 
-    /// Takes the session that waited for its confirmation into use; returns those that are over.
+    /// Takes the session that waited for its confirmation into use; returns the sessions that have ended.
     ///
-    /// A side that `insists` keeps the session it began at the same time, see
+    /// A side that `insists` keeps the session that it began at the same time, see
     /// [`Self::install_initiated`].
     pub(super) fn confirm(
         &self,
@@ -305,7 +310,7 @@ impl Peer {
         waiting.replace(replaced, now)
     }
 
-    /// Gives up every session; returns them.
+    /// Ends every session; returns them.
     pub(super) fn forget_sessions(&self) -> Vec<Arc<Session>> {
         let mut waiting = lock(&self.waiting);
         let mut all: Vec<_> = waiting.replaced.drain(..).map(|(old, _)| old).collect();
@@ -318,49 +323,49 @@ impl Peer {
         lock(&self.place).endpoint
     }
 
-    /// Points to where the peer is configured to be; the kernel chooses from where to speak to it.
+    /// Sets the configured endpoint. The kernel chooses the source address.
     pub(super) fn set_endpoint(&self, remote: SocketAddr) {
         lock(&self.place).endpoint = Some(remote.into());
     }
 
-    /// Knows no more where the peer is.
+    /// Removes the endpoint.
     pub(super) fn forget_endpoint(&self) {
         lock(&self.place).endpoint = None;
     }
 
-    /// Follows the peer to where an authenticated message of a confirmed session came from. The address
-    /// of ours that it called is used as the source only when the route back is known to agree; true if
-    /// that is to be looked up, see [`Self::judge_source`].
+    /// Moves the endpoint to the source of an authenticated message of a confirmed session. The local
+    /// address that the peer sent to becomes the source only if the route back is known to agree. If that is
+    /// not known, the route must be looked up, see [`Self::judge_source`].
     #[must_use]
-    pub(super) fn roam(&self, from: Endpoint) -> bool {
+    pub(super) fn roam(&self, from: Endpoint) -> Roamed {
         lock(&self.place).roam(from)
     }
 
-    /// Takes note whether the route of now leads to an endpoint from the address of ours in it, through
-    /// the interface that the peer came in by.
+    /// Records whether the present route to an endpoint has the endpoint's local address as its source, and
+    /// leads through the interface that the peer's datagram came in by.
     pub(super) fn judge_source(&self, from: Endpoint, leads: bool) {
         lock(&self.place).judge(from, leads);
     }
 
-    /// Takes note that an initiation is answered now; returns from where: from the address of ours that
-    /// was called, where it `leads` back, unless an answer from there has failed to come.
+    /// Returns the endpoint for an answer to an initiation. Its source is the local address that the peer
+    /// sent to if the route back `leads` from there, unless an earlier answer from it did not arrive.
     pub(super) fn answer_from(&self, from: Endpoint, leads: bool, now: Time) -> Endpoint {
         let is_unconfirmed = lock(&self.waiting).next.is_some();
         lock(&self.place).answer(from, leads, is_unconfirmed, now)
     }
 
-    /// Forgets from which of our addresses the peer was spoken to, and what was found of them: the
-    /// kernel chooses, by the route of now.
+    /// Forgets the source address of the endpoint and all that was looked up. The kernel chooses by the
+    /// present route.
     pub(super) fn clear_source(&self) {
         lock(&self.place).clear_source();
     }
 
-    /// Forgets what was found of our addresses, since the routes may have changed.
+    /// Forgets what was looked up, since the routes may have changed.
     pub(super) fn forget_sources(&self) {
         lock(&self.place).forget_judgements();
     }
 
-    /// Sends a run of datagrams to where the peer is, and counts; false if the kernel refused it.
+    /// Sends a run of datagrams to the peer's endpoint and counts them; false if the kernel refused it.
     pub(super) fn send(
         &self,
         wire: &impl Wire,
@@ -377,8 +382,8 @@ impl Peer {
         self.send_to(wire, run, stride, endpoint, outer, now, drops)
     }
 
-    /// The same to an address that is not, or not yet, where the peer is.
-    #[expect(clippy::too_many_arguments, reason = "a run is described by as many")]
+    /// The same to another address than the peer's endpoint.
+    #[expect(clippy::too_many_arguments, reason = "this many values describe a run")]
     pub(super) fn send_to(
         &self,
         wire: &impl Wire,
@@ -402,36 +407,36 @@ impl Peer {
                     let after = now + OFFLOAD_PAUSE;
                     self.offload_after
                         .store(after.as_nanos(), Ordering::Relaxed);
-                    if !self.offload_told.swap(true, Ordering::Relaxed) {
-                        tracing::info!(peer = %self.id, "the path does not take segmentation offload: datagrams are sent one by one, and offload is tried again each minute");
+                    if !self.offload_logged.swap(true, Ordering::Relaxed) {
+                        tracing::info!(peer = %self.id, "path refuses segmentation offload: sending datagrams one by one, retrying each minute");
                     }
                 }
                 self.tx_bytes.fetch_add(run.len() as u64, Ordering::Relaxed);
                 self.note_sent(now);
-                if self.refusal_told.load(Ordering::Relaxed) {
-                    self.refusal_told.store(false, Ordering::Relaxed);
-                    tracing::info!(peer = %self.id, "the kernel sends to the peer again");
+                if self.refusal_logged.load(Ordering::Relaxed) {
+                    self.refusal_logged.store(false, Ordering::Relaxed);
+                    tracing::info!(peer = %self.id, "kernel sends to the peer again");
                 }
                 true
             }
             Err(error) => {
                 drops.add(Dropped::SendFailed, count);
-                self.tell_refusal(&endpoint.remote, &error, now);
+                self.log_refusal(&endpoint.remote, &error, now);
                 false
             }
         }
     }
 
-    fn tell_refusal(&self, endpoint: &SocketAddr, error: &io::Error, now: Time) {
-        let told = self.refusal_told.load(Ordering::Relaxed);
-        if told || self.refusal_untold_until.load(Ordering::Relaxed) > now.as_nanos() {
+    fn log_refusal(&self, endpoint: &SocketAddr, error: &io::Error, now: Time) {
+        let logged = self.refusal_logged.load(Ordering::Relaxed);
+        if logged || self.refusal_log_after.load(Ordering::Relaxed) > now.as_nanos() {
             return;
         }
-        self.refusal_told.store(true, Ordering::Relaxed);
+        self.refusal_logged.store(true, Ordering::Relaxed);
         let until = now + REFUSAL_PAUSE;
-        self.refusal_untold_until
+        self.refusal_log_after
             .store(until.as_nanos(), Ordering::Relaxed);
-        tracing::warn!(peer = %self.id, %endpoint, %error, "the kernel refuses to send to the peer: what is sent is lost, and handshakes are tried again");
+        tracing::warn!(peer = %self.id, %endpoint, %error, "kernel refuses to send to the peer: packets are lost, handshakes are retried");
     }
 
     pub(super) fn count_received(&self, bytes: usize) {
@@ -447,7 +452,7 @@ impl Peer {
     }
 
     pub(super) fn handshake_completed(&self, now: Time) {
-        self.timers.handshake_completed();
+        self.timers.handshake_completed(now);
         self.last_handshake.store(now.as_nanos(), Ordering::Relaxed);
     }
 
@@ -455,7 +460,7 @@ impl Peer {
         Time::from_nanos(self.last_handshake.load(Ordering::Relaxed))
     }
 
-    /// Takes note of an answer to an initiation of ours.
+    /// Records an answer to an initiation of this device.
     pub(super) fn note_answer(&self, from: SocketAddr, now: Time) {
         let begun = self.last_initiation().unwrap_or(now);
         *lock(&self.answer) = Some(Answered {
@@ -465,12 +470,12 @@ impl Peer {
         });
     }
 
-    /// The last answer to an initiation of ours.
+    /// The last answer to an initiation of this device.
     pub(super) fn answer(&self) -> Option<Answered> {
         *lock(&self.answer)
     }
 
-    /// Takes note that a datagram was sent to the peer.
+    /// Records that a datagram was sent to the peer.
     pub(super) fn note_sent(&self, now: Time) {
         self.last_sent.store(now.as_nanos(), Ordering::Relaxed);
     }
@@ -479,7 +484,7 @@ impl Peer {
         Time::from_nanos(self.last_sent.load(Ordering::Relaxed))
     }
 
-    /// Takes note of an initiation that nothing of ours let in.
+    /// Records an initiation that no earlier datagram of this device can have let in.
     pub(super) fn note_unasked(&self, now: Time) {
         self.heard_unasked.store(now.as_nanos(), Ordering::Relaxed);
     }
@@ -498,7 +503,7 @@ impl Peer {
         Time::from_nanos(self.last_initiation.load(Ordering::Relaxed))
     }
 
-    /// Lets the next initiation go out at once.
+    /// Lets the next initiation be sent at once.
     pub(super) fn forget_initiation(&self) {
         self.last_initiation.store(0, Ordering::Relaxed);
     }

@@ -1,46 +1,67 @@
-//! Where a peer is, and from which of our addresses it is spoken to.
+//! The endpoint of a peer, and the local address that datagrams to it are sent from.
 //!
-//! A host may have several addresses, and a NAT in front of the peer lets in only what comes from the one
-//! that the peer called. So the source sticks to that address, but not against the route of now: where
-//! the way back leads through another interface, the address may not be valid there, and a provider drops
-//! what is sent from it. A datagram that still arrives by the interface of before must not bring that
-//! source back. So the route is looked up when a peer calls another address of ours. Where it comes by
-//! another interface than before, the address is the source only after that; where the route says
-//! otherwise, the kernel chooses the source. The kernel's WireGuard looks the route up for each packet
+//! A host may have several addresses, and a NAT in front of the peer lets in only datagrams from the one
+//! that the peer sent to. So the source stays at that address, but not against the present route: where the
+//! way back leads through another interface, the address may not be valid there, and a provider drops what
+//! is sent from it. A datagram that still arrives through the earlier interface must not bring that source
+//! back. So the route is looked up when a peer sends to another local address. If the datagram came through
+//! another interface than before, the address becomes the source only after the look-up. If the route
+//! disagrees, the kernel chooses the source. The kernel's WireGuard looks up the route of each packet
 //! (`send4` in drivers/net/wireguard/socket.c).
 //!
-//! No I/O: who looks the route up tells the result.
+//! No I/O: the caller looks up the route and passes in the result.
 
 use std::time::Duration;
 
 use super::clock::Time;
 use super::udp::Endpoint;
 
-/// An initiation that follows an answer by less than this was sent before the answer could arrive.
+/// An initiation less than this after an answer was sent before the answer could arrive.
 const ANSWER_ARRIVES: Duration = Duration::from_secs(2);
 
-/// Where a peer is.
+/// The endpoint of a peer and what is known of its local address.
 #[derive(Debug, Default)]
 pub(super) struct Place {
     pub(super) endpoint: Option<Endpoint>,
-    /// The source in it agrees with the route.
+    /// An endpoint whose local address agrees with the route.
     trusted: Option<Endpoint>,
-    /// The source in it does not agree with the route.
+    /// An endpoint whose local address does not agree with the route.
     refused: Option<Endpoint>,
-    /// An answer from there failed to come, and was not tried again.
+    /// An endpoint from whose local address an answer did not arrive, and was not tried again.
     failed: Option<Endpoint>,
-    /// Is being looked up.
+    /// An endpoint that is being looked up.
     pending: Option<Endpoint>,
-    /// What initiation was last answered, whether from the address that it called, and when.
+    /// The source of the last initiation that was answered, whether the answer was sent from the local
+    /// address that it was sent to, and when.
     answered: Option<(Endpoint, bool, Time)>,
 }
 
+/// The effect of a message of a peer on its endpoint.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Roamed {
+    /// The peer has another address or port than before.
+    pub(super) moved: bool,
+    /// The route back must be looked up.
+    pub(super) look_up: bool,
+}
+
 impl Place {
-    /// Follows the peer to where a message came from; true if the route back is to be looked up.
-    pub(super) fn roam(&mut self, from: Endpoint) -> bool {
+    /// Moves the endpoint to the source of a message.
+    pub(super) fn roam(&mut self, from: Endpoint) -> Roamed {
         if self.endpoint == Some(from) {
-            return false;
+            return Roamed::default();
         }
+        let remote = |endpoint: Option<Endpoint>| endpoint.map(|endpoint| endpoint.remote);
+        let before = remote(self.endpoint);
+        let look_up = self.follow(from);
+        Roamed {
+            moved: remote(self.endpoint) != before,
+            look_up,
+        }
+    }
+
+    /// The same; true if the route back must be looked up.
+    fn follow(&mut self, from: Endpoint) -> bool {
         if from.local.is_none() || self.trusted == Some(from) {
             self.endpoint = Some(from);
             return false;
@@ -49,9 +70,9 @@ impl Place {
         let interface = |endpoint: Endpoint| endpoint.local.map(|(_, interface)| interface);
         let current = self.endpoint.filter(|to| to.remote == from.remote);
         let is_likely = match current {
-            // It has moved, or speaks another family: as a rule it called a valid address.
+            // The peer has moved or uses another family: usually it sent to a valid address.
             None => true,
-            // Another address of the interface that is the way back.
+            // Another address of the interface that leads back.
             Some(current) => interface(current) == interface(from),
         };
         if is_likely && !is_refused {
@@ -59,7 +80,7 @@ impl Place {
         } else if current.is_none() {
             self.endpoint = Some(from.remote.into());
         }
-        // One look-up at a time: the next datagram asks again, and no peer can make them pile up.
+        // One look-up at a time: the next datagram asks again, and no peer can make look-ups pile up.
         if is_refused || self.pending.is_some() {
             return false;
         }
@@ -67,14 +88,14 @@ impl Place {
         true
     }
 
-    /// Takes note of what was looked up.
+    /// Records the result of a look-up.
     pub(super) fn judge(&mut self, from: Endpoint, leads: bool) {
         self.pending.take_if(|pending| *pending == from);
         if !leads {
             self.refuse(from);
         } else if self.failed != Some(from) {
             self.trusted = Some(from);
-            // Another address of the same interface was called meanwhile, and stays.
+            // The peer has sent to another address of the same interface meanwhile: that one stays.
             let interface = |endpoint: &Endpoint| endpoint.local.map(|(_, interface)| interface);
             if let Some(endpoint) = &mut self.endpoint
                 && endpoint.remote == from.remote
@@ -85,11 +106,11 @@ impl Place {
         }
     }
 
-    /// Takes note that an initiation is answered; returns where to, and from where.
+    /// Records that an initiation is answered; returns the endpoint for the answer.
     ///
-    /// An answer that the peer does not confirm has failed to arrive, or its confirmation has. Then the
-    /// next one leaves from where the kernel chooses, and the one after it from the address that was
-    /// called, and so on: one of both is right.
+    /// If the peer does not confirm an answer, the answer or the confirmation was lost. Then the next answer
+    /// has the source that the kernel chooses, the one after it the local address that the peer sent to, and
+    /// so on: one of the two is right.
     pub(super) fn answer(
         &mut self,
         from: Endpoint,
@@ -121,7 +142,7 @@ impl Place {
         }
     }
 
-    /// Lets the kernel choose, and forgets what was looked up.
+    /// Lets the kernel choose the source, and forgets what was looked up.
     pub(super) fn clear_source(&mut self) {
         if let Some(endpoint) = &mut self.endpoint {
             endpoint.local = None;
@@ -130,7 +151,7 @@ impl Place {
         self.failed = None;
     }
 
-    /// Forgets what was looked up, so that it is looked up again when it is needed.
+    /// Forgets what was looked up. It is looked up again when needed.
     pub(super) fn forget_judgements(&mut self) {
         (self.trusted, self.refused) = (None, None);
     }
@@ -162,45 +183,45 @@ mod tests {
     }
 
     #[test]
-    fn the_address_that_was_called_is_the_source_once_the_route_agrees() {
+    fn the_local_address_becomes_the_source_when_the_route_agrees() {
         let mut place = Place {
             endpoint: Some(first().remote.into()),
             ..Place::default()
         };
-        assert!(place.roam(first()));
+        assert!(place.roam(first()).look_up);
         assert_eq!(place.endpoint, Some(first().remote.into()));
-        assert!(!place.roam(first()), "looked up twice");
+        assert!(!place.roam(first()).look_up, "looked up twice");
         place.judge(first(), true);
         assert_eq!(place.endpoint, Some(first()));
-        assert!(!place.roam(first()));
+        assert!(!place.roam(first()).look_up);
     }
 
     #[test]
-    fn a_datagram_by_the_uplink_of_before_does_not_bring_its_address_back() {
+    fn a_datagram_through_the_earlier_uplink_does_not_bring_its_address_back() {
         let mut place = Place::default();
-        assert!(place.roam(first()));
+        assert!(place.roam(first()).look_up);
         place.judge(first(), true);
-        // The route moves, and some datagrams are still on the old way.
+        // The route changes, and some datagrams are still on the old path.
         place.clear_source();
-        assert!(place.roam(first()));
+        assert!(place.roam(first()).look_up);
         place.judge(first(), false);
         assert_eq!(place.endpoint, Some(first().remote.into()));
-        assert!(!place.roam(first()));
+        assert!(!place.roam(first()).look_up);
         assert_eq!(place.endpoint, Some(first().remote.into()));
-        // The peer follows, and the last of them arrive after that.
-        assert!(place.roam(second()));
+        // The peer follows, and the last of them arrive later.
+        assert!(place.roam(second()).look_up);
         place.judge(second(), true);
-        assert!(!place.roam(first()));
+        assert!(!place.roam(first()).look_up);
         assert_eq!(place.endpoint, Some(second()));
     }
 
     #[test]
-    fn another_address_of_the_same_interface_is_the_source_at_once_and_looked_up_all_the_same() {
+    fn another_address_of_the_same_interface_is_the_source_at_once_and_is_looked_up() {
         let mut place = Place::default();
-        assert!(place.roam(first()));
+        assert!(place.roam(first()).look_up);
         place.judge(first(), true);
         let other = endpoint("192.0.2.1:5", "198.51.100.2", 1);
-        assert!(place.roam(other));
+        assert!(place.roam(other).look_up);
         assert_eq!(place.endpoint, Some(other));
         place.judge(first(), true);
         assert_eq!(place.endpoint, Some(other));
@@ -209,14 +230,14 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_moves_is_answered_from_where_it_called_until_the_route_is_known() {
+    fn a_peer_that_moves_is_answered_from_the_local_address_until_the_route_is_known() {
         let mut place = Place::default();
-        assert!(place.roam(first()));
+        assert!(place.roam(first()).look_up);
         place.judge(first(), true);
         let moved = endpoint("192.0.2.9:5", "198.51.100.1", 1);
-        assert!(place.roam(moved));
+        assert!(place.roam(moved).look_up);
         assert_eq!(place.endpoint, Some(moved));
-        // What was looked up meanwhile for where it was says nothing.
+        // A look-up of its earlier endpoint changes nothing.
         place.judge(first(), false);
         assert_eq!(place.endpoint, Some(moved));
         place.judge(moved, false);
@@ -224,20 +245,20 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_fails_to_come_is_given_from_another_address() {
+    fn after_a_lost_answer_the_next_one_has_another_source() {
         let mut place = Place::default();
         assert_eq!(place.answer(first(), true, false, at(0)), first());
         // Sent before the answer could arrive, or for another reason.
         assert_eq!(place.answer(first(), true, true, at(1)), first());
         assert_eq!(place.answer(first(), true, false, at(10)), first());
-        // Not confirmed: from the one, from the other, from the one.
+        // Not confirmed: the sources alternate.
         let chosen = Endpoint::from(first().remote);
         assert_eq!(place.answer(first(), true, true, at(15)), chosen);
-        assert!(!place.roam(first()));
+        assert!(!place.roam(first()).look_up);
         assert_eq!(place.endpoint, Some(chosen));
-        // The routes are looked up now and then, which says nothing of the answer.
+        // Routes are looked up now and then, which proves nothing about the answer.
         place.forget_judgements();
-        assert!(!place.roam(first()));
+        assert!(!place.roam(first()).look_up);
         assert_eq!(place.endpoint, Some(chosen));
         assert_eq!(place.answer(first(), true, true, at(20)), first());
         assert_eq!(place.answer(first(), true, true, at(25)), chosen);

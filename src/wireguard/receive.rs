@@ -1,7 +1,7 @@
 //! From the wire to the TUN device: find the session, open, check the source, join, write.
 //!
-//! Handshake messages are only passed on. Whatever the bytes are, nothing here panics and nothing is
-//! answered.
+//! Handshake messages are passed on to their thread. Nothing here panics or answers, whatever the bytes
+//! are.
 
 use std::io::IoSlice;
 use std::net::IpAddr;
@@ -22,14 +22,14 @@ use super::protocol::{
 use super::session::{Opened, Session};
 use super::udp::Message;
 
-/// How many sessions a receive thread remembers; a power of two.
-const REMEMBERED: usize = 64;
+/// The number of sessions that a receive thread caches; a power of two.
+const CACHED: usize = 64;
 
 /// The state of a receive thread between batches.
 pub(super) struct Receive {
     coalescer: Coalescer,
     opened: Vec<Opened>,
-    /// The sessions of late, by the low bits of their index.
+    /// Recent sessions, by the low bits of their index.
     sessions: Vec<(u32, Weak<Session>)>,
 }
 
@@ -38,13 +38,13 @@ impl Default for Receive {
         Self {
             coalescer: Coalescer::default(),
             opened: Vec::new(),
-            sessions: vec![(0, Weak::new()); REMEMBERED],
+            sessions: vec![(0, Weak::new()); CACHED],
         }
     }
 }
 
 impl Receive {
-    /// Takes one message that lies in the arena, and keeps the packets that came out of it.
+    /// Opens one message in the arena, and keeps its packets.
     pub(super) fn message(&mut self, core: &Core, arena: &mut [u8], message: &Message, now: Time) {
         let mut at = message.range.start;
         while at < message.range.end {
@@ -54,7 +54,7 @@ impl Receive {
                 at = datagram.end;
                 continue;
             };
-            // As far as the datagrams go on to the same session.
+            // All datagrams that follow to the same session.
             let mut end = datagram.end;
             while end < message.range.end {
                 let next = end..message.range.end.min(end + message.stride);
@@ -74,13 +74,13 @@ impl Receive {
         self.coalescer.finish(arena, write);
     }
 
-    /// Joins UDP packets, or does not.
+    /// Sets whether UDP packets are joined.
     pub(super) fn join_udp(&mut self, join: bool) {
         self.coalescer.join_udp(join);
     }
 
     fn session(&mut self, core: &Core, index: u32) -> Option<Arc<Session>> {
-        let slot = &mut self.sessions[index as usize % REMEMBERED];
+        let slot = &mut self.sessions[index as usize % CACHED];
         if slot.0 == index
             && let Some(session) = slot.1.upgrade().filter(|session| !session.is_retired())
         {
@@ -114,7 +114,7 @@ impl Receive {
 
         let (mut bytes, mut authentic, mut data) = (0, false, false);
         let table = core.table.load();
-        // Neighbours mostly share their source.
+        // Neighbours usually share their source.
         let mut accepted = None;
         for plaintext in &opened {
             let plaintext = match plaintext {
@@ -178,7 +178,7 @@ impl Receive {
     }
 }
 
-/// Whether a packet from another host may be for an address: it is neither loopback, link-local, multicast,
+/// Whether packets between hosts may have this destination: it is neither loopback, link-local, multicast,
 /// limited broadcast or unspecified, nor an IPv4 address in the form of IPv6 (RFC 6890, RFC 4291).
 fn is_routable(destination: IpAddr) -> bool {
     match destination {
@@ -203,9 +203,9 @@ fn is_routable(destination: IpAddr) -> bool {
     }
 }
 
-/// What follows from authentic messages of a session.
+/// Records authentic messages of a session, and begins a handshake if one is due.
 fn note_received(core: &Core, peer: &Arc<Peer>, session: &Arc<Session>, data: bool, now: Time) {
-    peer.timers.received(data, now);
+    core.received(peer, data, now);
     if session.confirm() {
         let insists = core
             .identity
@@ -213,7 +213,7 @@ fn note_received(core: &Core, peer: &Arc<Peer>, session: &Arc<Session>, data: bo
             .as_ref()
             .is_some_and(|own| own.public < *peer.key());
         core.indices.retire(peer.confirm(session, insists, now));
-        peer.handshake_completed(now);
+        core.handshake_completed(peer, now);
         core.jobs.push(Job::Flush(peer.clone()));
     }
     if session.is_initiator()
@@ -249,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_that_no_packet_of_another_host_is_for_are_told_apart() {
+    fn loopback_link_local_and_similar_destinations_are_not_routable() {
         let routable = |address: &str| is_routable(address.parse().unwrap());
         for address in [
             "0.0.0.0",

@@ -43,9 +43,9 @@ impl ReplayWindow {
         self.next - 1 - counter < WINDOW && self.words[word] & bit == 0
     }
 
-    /// Takes a counter as seen; false if it was not fresh.
+    /// Marks a counter as seen; false if it was not fresh.
     ///
-    /// `counter` must be less than `u64::MAX`; the session's limit sees to that.
+    /// `counter` must be less than `u64::MAX`, which the session's limit ensures.
     pub fn mark(&mut self, counter: u64) -> bool {
         if !self.is_fresh(counter) {
             return false;
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_one_of_8192_late_packets_is_taken_once() {
+    fn each_of_8192_late_packets_is_accepted_once() {
         let mut window = ReplayWindow::default();
         assert!(window.mark(WINDOW));
 

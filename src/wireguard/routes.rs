@@ -1,13 +1,13 @@
 //! Watches the routes by which peers are reached.
 //!
-//! A peer is spoken to from the address it called, as long as the way back leads through the
-//! interface it came in by. When another route is better, its own source address is right, and
-//! sticking to the old one would make the peer answer to where nothing goes any more. The kernel's
-//! WireGuard looks at the route of each packet; here it is looked at before an address becomes the source
-//! of what is sent (`place`), when the kernel tells that routes changed, and every two seconds.
+//! Datagrams to a peer have the local address that the peer sent to as their source, as long as the way back
+//! leads through the interface that its datagram came in by. When another route is better, that route's
+//! source is right: with the old one the peer would answer to an address that nothing reaches any more. The
+//! kernel's WireGuard looks up the route of each packet. This device looks it up before an address becomes
+//! the source (`place`), when the kernel reports a change of routes, and every two seconds.
 #![expect(
     clippy::wildcard_enum_match_arm,
-    reason = "netlink's messages and attributes are many; one of each is wanted here"
+    reason = "netlink has many messages and attributes; this needs one of each"
 )]
 
 use std::io;
@@ -26,12 +26,12 @@ use nix::sys::time::TimeVal;
 /// The multicast groups of routes and rules (`RTMGRP_IPV4_ROUTE` and so on, linux/rtnetlink.h).
 const ROUTES_AND_RULES: u32 = 0x40 | 0x80 | 0x400 | 0x4_0000;
 
-/// The socket that hears of changed routes.
+/// The socket for notifications of changed routes.
 pub(super) struct RouteWatch {
     events: Netlink,
 }
 
-/// The socket that asks for a route.
+/// The socket for look-ups of routes.
 #[derive(Debug)]
 pub(super) struct RouteQuery(Mutex<Netlink>);
 
@@ -39,7 +39,7 @@ impl RouteWatch {
     /// Watches the namespace of the calling thread.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The error of the kernel.
     pub(super) fn new() -> io::Result<Self> {
         let mut events = Netlink::new(NETLINK_ROUTE)?;
         events.set_non_blocking(true)?;
@@ -47,34 +47,34 @@ impl RouteWatch {
         Ok(Self { events })
     }
 
-    /// What to poll for reading.
+    /// The descriptor to poll for reading.
     pub(super) fn events(&self) -> BorrowedFd<'_> {
         self.events.as_fd()
     }
 
-    /// Reads away what made the descriptor readable.
+    /// Discards the notifications.
     pub(super) fn drain(&self) {
         super::link::drain(&self.events);
     }
 }
 
 impl RouteQuery {
-    /// Asks in the namespace of the calling thread.
+    /// Looks up routes in the namespace of the calling thread.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The error of the kernel.
     pub(super) fn new() -> io::Result<Self> {
         let query = Netlink::new(NETLINK_ROUTE)?;
         query.connect(&SocketAddr::new(0, 0))?;
-        // The kernel answers at once; what takes this long is never coming.
+        // The kernel answers at once. An answer that takes this long never comes.
         setsockopt(&query, sockopt::ReceiveTimeout, &TimeVal::new(1, 0))?;
         Ok(Self(Mutex::new(query)))
     }
 
-    /// Whether datagrams to `remote` from the address `local` leave by the interface of this index;
+    /// Whether datagrams to `remote` from the address `local` leave through the interface of this index;
     /// `mark` is that of the datagrams.
     pub(super) fn leads(&self, remote: IpAddr, local: IpAddr, interface: u32, mark: u32) -> bool {
-        // The zone of a link-local address is its interface: there is no other way.
+        // The zone of a link-local address is its interface: there is no other route.
         let is_bound = matches!(local, IpAddr::V6(local) if local.is_unicast_link_local());
         is_bound
             || self
@@ -82,7 +82,7 @@ impl RouteQuery {
                 .is_ok_and(|found| found == Some(interface))
     }
 
-    /// The interface of the route to an address from one of ours.
+    /// The interface of the route to an address from a local one.
     fn interface_of(&self, to: IpAddr, from: IpAddr, mark: u32) -> io::Result<Option<u32>> {
         let mut route = RouteMessage::default();
         let (family, bits) = match to {

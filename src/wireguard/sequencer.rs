@@ -1,8 +1,8 @@
-//! Lets several threads work on batches at once, and leaves the batches in their order.
+//! Lets several threads work on batches at the same time and delivers the batches in order.
 //!
-//! A thread takes a batch while it has the entrance to itself, works on it beside the others, and
-//! delivers it when those that were taken before are delivered. So one peer's packets, which all come
-//! by one socket, are opened on several CPUs and still reach the link in the order they came.
+//! A thread takes a batch while it alone holds the entrance, works on it in parallel with the others, and
+//! delivers it after all batches that were taken before. So the packets of one peer, which all come
+//! through one socket, are opened on several CPUs and reach the link in the order of their arrival.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -20,7 +20,7 @@ pub(super) struct Sequencer {
 #[derive(Debug)]
 pub(super) struct Entrance<'a>(MutexGuard<'a, u64>);
 
-/// The place of a batch in the order; it must be delivered, or those behind it wait for ever.
+/// The place of a batch in the order. It must be delivered, or the batches behind it wait for ever.
 #[derive(Debug)]
 #[must_use]
 pub(super) struct Ticket(u64);
@@ -49,7 +49,7 @@ impl Sequencer {
 }
 
 impl Entrance<'_> {
-    /// Takes note that a batch was taken. The next thread may enter when this is dropped.
+    /// Numbers the batch that was taken. The next thread may enter when the entrance is dropped.
     pub(super) fn take(&mut self) -> Ticket {
         let ticket = Ticket(*self.0);
         *self.0 += 1;
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn batches_leave_in_the_order_they_were_taken_whoever_is_slow() {
+    fn batches_are_delivered_in_the_order_they_were_taken_whichever_thread_is_slow() {
         let sequencer = Sequencer::default();
         let batches = Mutex::new((0..200_u64).collect::<VecDeque<_>>());
         let delivered = Mutex::new(Vec::new());

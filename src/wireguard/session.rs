@@ -1,18 +1,17 @@
 //! A session: the pair of keys that a handshake agreed on, and what they may still be used for.
 //!
-//! Sealing and opening take `&self` and a whole batch of datagrams of one session, laid out as UDP
-//! segmentation offload has them: one after the other in one buffer, all of one size but the last.
-//! The batch is where a faster AEAD would take over; everything around it stays.
+//! Sealing and opening take `&self` and a batch of datagrams of one session, in the layout of UDP
+//! segmentation offload: one after the other in one buffer, all of one size but the last. A faster AEAD
+//! would replace the work on a batch and nothing around it.
 //!
-//! # Why own sessions
+//! # Why not boringtun's sessions
 //!
-//! Three ways were weighed. boringtun's `Tunn` puts both directions of a peer behind one `&mut`,
-//! copies every packet, has a replay window of 1,024, no limit on messages, and a panic before
-//! authentication; all of it can be worked around but the first two. Patching `Tunn` until it hands
-//! out sessions leaves little of it: its timers hang on the same `&mut` and on a clock of its own.
-//! So boringtun gives what is delicate, the Noise handshake and the cookies (`vendor/boringtun`), and
-//! this file does what `ring` makes short: about 200 lines that need no lock but the replay window's.
-//! The timers, which are WireGuard's and not boringtun's, are in `timers`.
+//! boringtun's `Tunn` has both directions of a peer behind one `&mut`, copies every packet, has a replay
+//! window of 1,024, no limit on messages, and a panic before authentication. There are ways around all but
+//! the first two. Little of `Tunn` would remain after patches that hand out its sessions: its timers need
+//! the same `&mut` and a clock of their own. So boringtun provides the Noise handshake and the cookies
+//! (`vendor/boringtun`), which are delicate, and this file does the rest with `ring`, in about 200 lines
+//! whose only lock is that of the replay window. The timers are in `timers`.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, Weak};
@@ -29,7 +28,7 @@ use super::protocol::{
 };
 use super::replay::ReplayWindow;
 
-/// The keys of one direction each, and their use so far.
+/// A key for each direction, and their use so far.
 pub(super) struct Session {
     local_index: u32,
     peer_index: u32,
@@ -41,13 +40,13 @@ pub(super) struct Session {
     /// The counter of the next message to be sealed.
     next: AtomicU64,
     window: Mutex<ReplayWindow>,
-    /// Whether the peer has shown that it has the keys: the responder may not send before.
+    /// Whether the peer has proved that it has the keys. The responder may not send before.
     confirmed: AtomicBool,
-    /// Set when the session was replaced or its peer removed.
+    /// Set when the session has ended.
     retired: AtomicBool,
 }
 
-/// What [`Session::open_batch`] made of one datagram: where its plaintext is in the batch.
+/// The result of [`Session::open_batch`] for one datagram: the range of its plaintext in the batch.
 pub(super) type Opened = Result<std::ops::Range<usize>, Dropped>;
 
 fn key(bytes: &[u8; 32]) -> LessSafeKey {
@@ -62,7 +61,7 @@ fn nonce(counter: u64) -> Nonce {
 }
 
 impl Session {
-    /// A session out of a finished handshake.
+    /// The session of a completed handshake.
     pub(super) fn new(keys: &SessionKeys, peer: Weak<Peer>, initiator: bool, now: Time) -> Self {
         Self {
             local_index: keys.local_index,
@@ -79,17 +78,17 @@ impl Session {
         }
     }
 
-    /// The index by which the peer calls this session.
+    /// The index that the peer puts into datagrams of this session.
     pub(super) fn local_index(&self) -> u32 {
         self.local_index
     }
 
-    /// Whose session it is.
+    /// The peer of the session.
     pub(super) fn peer(&self) -> &Weak<Peer> {
         &self.peer
     }
 
-    /// When the handshake ended.
+    /// When the handshake was completed.
     pub(super) fn created(&self) -> Time {
         self.created
     }
@@ -105,23 +104,23 @@ impl Session {
             && self.next.load(Ordering::Relaxed) < REJECT_AFTER_MESSAGES
     }
 
-    /// Whether it is time for the next handshake, when something was sent.
+    /// Whether the next handshake is due after something was sent.
     pub(super) fn wants_rekey(&self, now: Time) -> bool {
         self.next.load(Ordering::Relaxed) > REKEY_AFTER_MESSAGES
             || self.initiator && now.since(self.created) >= REKEY_AFTER_TIME
     }
 
-    /// Takes note that the peer has the keys; true the first time.
+    /// Records that the peer has the keys; true the first time.
     pub(super) fn confirm(&self) -> bool {
         !self.confirmed.load(Ordering::Relaxed) && !self.confirmed.swap(true, Ordering::AcqRel)
     }
 
-    /// Takes note that the session is over.
+    /// Ends the session.
     pub(super) fn retire(&self) {
         self.retired.store(true, Ordering::Release);
     }
 
-    /// Whether the session is over.
+    /// Whether the session has ended.
     pub(super) fn is_retired(&self) -> bool {
         self.retired.load(Ordering::Acquire)
     }
@@ -134,7 +133,7 @@ impl Session {
     pub(super) fn seal_batch(&self, batch: &mut [u8], stride: usize) -> bool {
         debug_assert!(stride >= OVERHEAD);
         let count = batch.len().div_ceil(stride) as u64;
-        // Looked at before it is raised: however many threads try, it cannot come near to wrapping.
+        // Checked before it is raised: the counter cannot wrap, however many threads try.
         if self.next.load(Ordering::Relaxed) >= REJECT_AFTER_MESSAGES {
             return false;
         }
@@ -162,11 +161,10 @@ impl Session {
         tag.copy_from_slice(sealed.as_ref());
     }
 
-    /// Opens every datagram of a batch in place and says in `opened` where the plaintexts are.
+    /// Opens every datagram of a batch in place and puts the ranges of the plaintexts into `opened`.
     ///
     /// The datagrams are data messages to this session (see [`data_header`]), laid out as in
-    /// [`Self::seal_batch`]. Anything may be in them: what is not authentic, repeated or too late is
-    /// told apart one by one.
+    /// [`Self::seal_batch`]. Each has a result of its own: it may be forged, repeated or too late.
     pub(super) fn open_batch(
         &self,
         batch: &mut [u8],
@@ -197,7 +195,7 @@ impl Session {
         }
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
         for (datagram, slot) in batch.chunks(stride).zip(opened.iter_mut()) {
-            // The header was not touched; a repetition within the batch is found only here.
+            // The header is unchanged. A repetition within the batch is found only here.
             if slot.is_ok()
                 && data_header(datagram).is_none_or(|(_, counter)| !window.mark(counter))
             {

@@ -1,8 +1,7 @@
 //! Packets that wait for a session.
 //!
-//! Few, because they wait for a handshake that takes a round trip or never comes: what is old by then
-//! is of no use to anybody, so the oldest go first. boringtun kept the oldest 256 and dropped what
-//! came later.
+//! Few wait, because a handshake takes a round trip or never succeeds, and old packets are useless by then. So
+//! the oldest are dropped first. boringtun kept the oldest 256 and dropped later ones.
 
 use std::collections::VecDeque;
 
@@ -19,7 +18,7 @@ pub(super) struct Staged {
 }
 
 impl Staged {
-    /// Adds a packet; returns how many had to go for it.
+    /// Adds a packet; returns how many were dropped to make room.
     pub(super) fn push(&mut self, packet: &[u8]) -> u64 {
         self.packets.push_back(packet.into());
         self.bytes += packet.len();

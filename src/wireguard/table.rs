@@ -1,7 +1,7 @@
 //! Cryptokey routing: which peers own an address.
 //!
-//! A table never changes; a new one takes its place. So the packet threads look up without a
-//! lock, and a packet sees either the old peers or the new.
+//! A table never changes: a new one replaces it. So the packet threads look up without a lock, and a packet
+//! sees either the old peers or the new.
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, RandomState};
@@ -28,11 +28,11 @@ pub struct AllowedIps<T> {
 struct Intervals<A> {
     /// Where each interval begins; it ends before the next one.
     starts: Vec<A>,
-    /// Index into the owners, or [`NOBODY`].
+    /// Index into the owners, or [`NONE`].
     owners: Vec<u32>,
 }
 
-const NOBODY: u32 = u32::MAX;
+const NONE: u32 = u32::MAX;
 
 impl<A: Ord + Copy> Intervals<A> {
     /// `prefixes` are first and last addresses and owners, ordered by first address, the wider of
@@ -61,7 +61,7 @@ impl<A: Ord + Copy> Intervals<A> {
     ) {
         while let Some((end, _)) = open.pop_if(|(end, _)| is_over(*end)) {
             if let Some(after) = next(end) {
-                self.begin(after, open.last().map_or(NOBODY, |&(_, owner)| owner));
+                self.begin(after, open.last().map_or(NONE, |&(_, owner)| owner));
             }
         }
     }
@@ -80,7 +80,7 @@ impl<A: Ord + Copy> Intervals<A> {
     fn owner(&self, address: A) -> Option<usize> {
         let after = self.starts.partition_point(|&start| start <= address);
         let owner = *self.owners.get(after.checked_sub(1)?)?;
-        usize::try_from(owner).ok().filter(|_| owner != NOBODY)
+        usize::try_from(owner).ok().filter(|_| owner != NONE)
     }
 }
 
@@ -161,8 +161,8 @@ impl Table {
 
     /// The peer to send a packet to, one and the same for all packets of a flow.
     ///
-    /// Where several own the address, the flow goes to one of those that have a session, or to any
-    /// if none has: by rendezvous hashing, so that a peer that comes or goes moves only its share.
+    /// If several own the address, rendezvous hashing chooses one that has a session, or any if none has. So
+    /// a peer that comes or goes moves only its share of the flows.
     pub(super) fn route(&self, destination: IpAddr, flow: impl Fn() -> u64) -> Option<&Arc<Peer>> {
         let owners = self.routes.get(destination)?;
         if let [owner] = owners.as_slice() {

@@ -1,18 +1,16 @@
-//! The threads of a device: those that carry packets, and one for handshakes, timers and the state of
-//! the link.
+//! The threads of a device: the packet threads, and one for handshakes, timers and the state of the link.
 //!
-//! On a machine of few CPUs one thread carries packets both ways, and another one relieves it when it
-//! has too much to do, see `duplex`. On a larger one there is a transmit thread for each TUN queue
-//! and as many receive threads for each address family. A transmit thread reads until there is nothing
-//! more to read, then sends what it gathered and sleeps; a receive thread sleeps in `recvmmsg`. None
-//! waits for another one but for the length of a batch. With several queues the kernel spreads flows
-//! over the transmit threads, which seal for one peer side by side; the receive threads take turns at
-//! the socket and open side by side, see `sequencer`. A thread that panics takes the process with it:
-//! a tunnel that is half alive is worse than one that is restarted.
+//! On a host with few CPUs one thread carries packets both ways, and another relieves it under load, see
+//! `duplex`. On a larger host there is a transmit thread for each TUN queue and as many receive threads for
+//! each address family. A transmit thread reads until there is nothing to read, then sends what it gathered
+//! and sleeps. A receive thread sleeps in `recvmmsg`. No thread waits for another for longer than a batch.
+//! With several queues the kernel spreads flows over the transmit threads, which seal for one peer in
+//! parallel. The receive threads take turns at the socket and open in parallel, see `sequencer`. A panic of a
+//! thread ends the process: a half-dead tunnel is worse than a restart.
 //!
-//! The threads run at the ordinary priority. Raised (`SCHED_RR`, or nice -10) they preempt whoever
-//! sends the packets at each packet, so that no batch ever forms: twice the processor time for each
-//! small packet, and 15 % less throughput; `bench/README.md` has the figures.
+//! The threads run at the ordinary priority. At a higher one (`SCHED_RR`, or nice -10) they preempt the
+//! sender of the packets at each packet, so that no batch forms: twice the processor time for each small
+//! packet, and 15 % less throughput; `bench/README.md` has the figures.
 
 use std::io;
 use std::os::fd::AsFd as _;
@@ -34,22 +32,28 @@ use super::link::LinkWatch;
 use super::routes::RouteWatch;
 use super::sequencer::Sequencer;
 
-/// The timers of peers with sessions are looked at this often: the packet threads arm them without
-/// telling.
+/// How often the timers of peers are polled: the packet threads arm them without a wake-up.
 const TICK: Duration = Duration::from_millis(200);
-/// How often the routes to peers are looked up though none is known to have changed: some ten
+/// How often the routes to peers are looked up without a notification of a change. It takes some ten
 /// microseconds for each peer.
 const ROUTES: Duration = Duration::from_secs(2);
 
-/// What a thread does.
+/// Called when events of peers wait to be taken.
+pub(super) type OnEvents = Box<dyn Fn() + Send + Sync>;
+
+/// The work of a thread.
 type Body = Box<dyn FnOnce(&Core, &Io) + Send>;
 
 /// Starts the threads.
-pub(super) fn start(core: &Arc<Core>, io: &Arc<Io>) -> io::Result<Vec<JoinHandle<()>>> {
+pub(super) fn start(
+    core: &Arc<Core>,
+    io: &Arc<Io>,
+    on_events: OnEvents,
+) -> io::Result<Vec<JoinHandle<()>>> {
     let waker = {
         let io = io.clone();
         Waker(Box::new(move || {
-            // It fails only when it is readable already.
+            // Fails only if it is readable already.
             let _ = io.jobs.write(1);
         }))
     };
@@ -96,7 +100,7 @@ pub(super) fn start(core: &Arc<Core>, io: &Arc<Io>) -> io::Result<Vec<JoinHandle
     let handshaker = Handshaker::new(core.clone());
     spawn(
         "wg-handshake".to_owned(),
-        Box::new(move |core, io| handshake(core, io, handshaker, link, &routes)),
+        Box::new(move |core, io| handshake(core, io, handshaker, link, &routes, &on_events)),
     )?;
     Ok(threads)
 }
@@ -136,7 +140,7 @@ fn receive(core: &Core, io: &Io, v6: bool, sequencer: &Sequencer) {
             continue;
         };
         let ticket = entrance.take();
-        // To open a small batch takes less than to wake another thread for the next one.
+        // To open a small batch takes less time than to wake another thread for the next one.
         let entrance = (taken.bytes < LARGE).then_some(entrance);
         let tuns = io.tuns.load();
         inward.open(core, &tuns, Time::now());
@@ -151,6 +155,7 @@ fn handshake(
     mut handshaker: Handshaker,
     mut link: LinkWatch,
     routes: &RouteWatch,
+    on_events: &OnEvents,
 ) {
     look_at_link(core, io, &mut link);
     let mut looked = Time::now();
@@ -166,7 +171,7 @@ fn handshake(
             look_at_link(core, io, &mut link);
             looked = now;
         }
-        // Notifications may be lost, and not all that decides on a route sends one.
+        // Notifications may be lost, and some changes that decide on a route send none.
         if now.since(looked_at_routes) >= ROUTES {
             look_at_routes(core, io);
             looked_at_routes = now;
@@ -178,14 +183,14 @@ fn handshake(
             PollFd::new(link.events(), PollFlags::POLLIN),
             PollFd::new(routes.events(), PollFlags::POLLIN),
         ];
-        // Rounded up, lest the thread wakes just before and goes round for nothing.
+        // Rounded up: the thread must not wake up just before the time.
         let timeout = u16::try_from(timeout.as_millis())
             .unwrap_or(u16::MAX)
             .saturating_add(1);
         let _ = poll(&mut fds, PollTimeout::from(timeout));
         let link_changed = fds[1].any().unwrap_or(false);
         let routes_changed = fds[2].any().unwrap_or(false);
-        // Empty if it was not the reason to wake up.
+        // Empty if something else woke the thread.
         let _ = io.jobs.read();
         if io.gone.load(Ordering::Acquire)
             && matches!(io.on_gone, OnGone::Remake(..))
@@ -203,10 +208,13 @@ fn handshake(
             look_at_routes(core, io);
         }
         strangers = handshaker.run(&**io.sockets.load(), Time::now);
+        if core.signal.take() {
+            on_events();
+        }
     }
 }
 
-/// Lets the kernel choose anew from where to speak to the peers that are reached another way now.
+/// Looks up the routes to all peers again, and lets the kernel choose the source where a route has changed.
 fn look_at_routes(core: &Core, io: &Io) {
     let sockets = io.sockets.load();
     for peer in core.table.load().peers.values() {

@@ -1,10 +1,9 @@
-//! When a peer is to be sent a handshake or a keepalive (WireGuard paper 6).
+//! When handshakes and keepalives are due for a peer (WireGuard paper, 6).
 //!
-//! The packet threads only note what happened, with a few relaxed stores per batch; the handshake
-//! thread asks what is due. The times are the kernel's: a peer that is sent data but does not answer
-//! is shaken hands with after 15 s, one that sends data and hears nothing gets a keepalive after
-//! 10 s, an initiation is repeated every 5 s for 90 s. Unlike boringtun's timers these never reach a
-//! state from which nothing leads out: a persistent keepalive always begins again.
+//! The packet threads only record what happened, with a few relaxed stores per batch. The handshake thread
+//! polls what is due. The times are the kernel's: data without an answer leads to a handshake after 15 s,
+//! received data without a reply to a keepalive after 10 s, and an initiation is repeated every 5 s for
+//! 90 s. Unlike boringtun's, these timers have no dead end: a persistent keepalive always begins again.
 
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,13 +11,17 @@ use std::time::Duration;
 use super::clock::Time;
 use super::protocol::{KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT};
 
-/// An initiation that the kernel refused to send is repeated after this time: nobody was bothered, and
-/// what is in its way, a route or a firewall, may be gone the next moment.
+/// An initiation that the kernel refused to send is repeated after this time. It cost no network traffic,
+/// and the obstacle, a route or a firewall, may be gone soon.
 pub(super) const REFUSED_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Added at random, so that two peers that lost each other do not go on colliding.
+/// A peer is silent when nothing came back for this time: more than any round trip, and less than the 15
+/// seconds after which a handshake begins.
+pub const SILENT_AFTER: Duration = Duration::from_secs(5);
+
+/// A random time of up to this is added, so that the handshakes of two peers do not collide again and again.
 const JITTER_MS: u64 = 334;
-/// What one repeated initiation counts, and one that was refused: by the time it waited.
+/// Repeated and refused initiations are counted in units of the time that they waited.
 const ATTEMPT: u32 = (REKEY_TIMEOUT.as_millis() / REFUSED_TIMEOUT.as_millis()) as u32;
 const REFUSED_ATTEMPT: u32 = 1;
 const ATTEMPTS: u32 = (REKEY_ATTEMPT_TIME.as_secs() / REKEY_TIMEOUT.as_secs()) as u32 * ATTEMPT;
@@ -26,37 +29,45 @@ const ATTEMPTS: u32 = (REKEY_ATTEMPT_TIME.as_secs() / REKEY_TIMEOUT.as_secs()) a
 /// The timers of one peer.
 #[derive(Debug, Default)]
 pub(super) struct Timers {
-    /// Nothing came back for what was sent.
+    /// A handshake is due, since no answer came to data.
     unanswered: Deadline,
-    /// When the first data or initiation was sent after something last came back.
+    /// When data or an initiation was first sent after the last message of the peer.
     waiting_since: Deadline,
+    /// Whether [`Due::silent`] was reported since then.
+    silent_reported: AtomicBool,
+    /// The last handshake was [`REJECT_AFTER_TIME`] ago.
+    expiry: Deadline,
     keepalive: Deadline,
-    /// Data came while the keepalive was armed already.
+    /// Data was received while the keepalive was armed.
     another_keepalive: AtomicBool,
     persistent: Deadline,
     interval: AtomicU16,
     retransmit: Deadline,
     /// The attempts so far, see [`ATTEMPT`].
     attempts: AtomicU32,
-    /// The kernel refused to send the last one.
+    /// The kernel refused to send the last initiation.
     refused: AtomicBool,
-    /// Old keys are forgotten.
+    /// All keys are forgotten.
     wipe: Deadline,
     /// A handshake was begun on receipt with the current session.
     rekeyed_on_receive: AtomicBool,
 }
 
-/// What is to be done for a peer now, and when to ask again.
+/// What is due for a peer now, and when to poll again.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct Due {
     /// Send an initiation.
     pub handshake: Option<Attempt>,
     /// Send a keepalive.
     pub keepalive: bool,
-    /// Nobody answers: drop what waits for a session.
+    /// The peer does not answer: drop the packets that wait for a session.
     pub give_up: bool,
     /// Forget all sessions and handshakes.
     pub wipe: bool,
+    /// No message came for [`SILENT_AFTER`] although one was awaited.
+    pub silent: bool,
+    /// The last session has just ended.
+    pub expired: bool,
     /// When something may be due next.
     pub next: Option<Time>,
 }
@@ -64,9 +75,9 @@ pub(super) struct Due {
 /// Why an initiation is sent.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Attempt {
-    /// Something new asks for it: the count of attempts begins anew.
+    /// The first of a series.
     First,
-    /// The one before was not answered.
+    /// The one before got no answer.
     Repeated,
 }
 
@@ -88,7 +99,7 @@ impl Deadline {
     }
 
     fn clear(&self) {
-        // Mostly it is clear already, and a store would take the cache line from the other thread.
+        // Usually it is clear already, and a store would take the cache line from the other thread.
         if self.is_armed() {
             self.0.store(0, Ordering::Relaxed);
         }
@@ -107,7 +118,7 @@ impl Deadline {
         let nanos = self.0.load(Ordering::Relaxed);
         nanos != 0
             && nanos <= now.as_nanos()
-            // A thread that moved it in the meantime wins.
+            // A thread that has moved it meanwhile wins.
             && self.0.compare_exchange(nanos, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 }
@@ -121,8 +132,8 @@ impl Timers {
     pub(super) fn set_persistent_keepalive(&self, seconds: u16, now: Time) -> bool {
         let before = self.interval.swap(seconds, Ordering::Relaxed);
         if before == seconds {
-            // One that is due is not put off: peers are set anew whenever the mesh changes, and a NAT
-            // does not wait.
+            // Does not delay a keepalive that is due: peers are set at each change of the mesh, and the
+            // mapping of a NAT would end meanwhile.
             return false;
         }
         self.traversed(now);
@@ -145,7 +156,7 @@ impl Timers {
         }
     }
 
-    /// Authenticated messages were sent, among them data or not.
+    /// Authenticated messages were sent, with `data` or without.
     pub(super) fn sent(&self, data: bool, now: Time) {
         self.traversed(now);
         self.keepalive.clear();
@@ -156,14 +167,20 @@ impl Timers {
         }
     }
 
-    /// Authenticated messages were received, among them data or not.
-    pub(super) fn received(&self, data: bool, now: Time) {
+    /// Authenticated messages were received, with `data` or without. True if silence had been reported.
+    pub(super) fn received(&self, data: bool, now: Time) -> bool {
         self.traversed(now);
         self.unanswered.clear();
-        self.waiting_since.clear();
+        let mut was_silent = false;
+        if self.waiting_since.is_armed() {
+            self.waiting_since.clear();
+            was_silent = self.silent_reported.load(Ordering::Relaxed)
+                && self.silent_reported.swap(false, Ordering::Relaxed);
+        }
         if data && !self.keepalive.arm_if_idle(|| now + KEEPALIVE_TIMEOUT) {
             self.another_keepalive.store(true, Ordering::Relaxed);
         }
+        was_silent
     }
 
     /// An initiation was sent.
@@ -176,14 +193,14 @@ impl Timers {
         self.retransmit.arm(now + REKEY_TIMEOUT + jitter());
     }
 
-    /// The initiation was refused by the kernel and never left.
+    /// The kernel refused to send the initiation.
     pub(super) fn initiation_refused(&self, now: Time) {
         self.refused.store(true, Ordering::Relaxed);
         self.retransmit.arm(now + REFUSED_TIMEOUT);
     }
 
-    /// A cookie came for the initiation under way: it is repeated with it at once, for the first
-    /// attempts, instead of after the timeout.
+    /// A cookie was received for the initiation. In the first attempts the initiation is repeated with it
+    /// at once, not after the timeout.
     pub(super) fn cookie_received(&self, now: Time) {
         if self.retransmit.is_armed() && self.attempts.load(Ordering::Relaxed) < 3 * ATTEMPT {
             self.retransmit.arm(now + jitter() / 2);
@@ -197,18 +214,19 @@ impl Timers {
     }
 
     /// A session is in use by both sides.
-    pub(super) fn handshake_completed(&self) {
+    pub(super) fn handshake_completed(&self, now: Time) {
+        self.expiry.arm(now + REJECT_AFTER_TIME);
         self.retransmit.clear();
         self.attempts.store(0, Ordering::Relaxed);
     }
 
-    /// When the first data or initiation was sent after something last came back from the peer; `None` where
-    /// nothing is awaited.
+    /// When data or an initiation was first sent after the last message of the peer; `None` if nothing is
+    /// awaited.
     pub(super) fn waiting_since(&self) -> Option<Time> {
         self.waiting_since.at()
     }
 
-    /// Whether the initiation on receipt is still to be sent for the current session.
+    /// Whether the handshake on receipt has not begun yet for the current session.
     pub(super) fn rekey_on_receive(&self) -> bool {
         !self.rekeyed_on_receive.swap(true, Ordering::Relaxed)
     }
@@ -244,17 +262,33 @@ impl Timers {
             self.traversed(now);
         }
         due.wipe = self.wipe.take(now);
-        due.next = [
+        due.expired = self.expiry.take(now);
+        let silence = self.silence();
+        due.silent = silence.is_some_and(|at| at <= now);
+        if due.silent {
+            self.silent_reported.store(true, Ordering::Relaxed);
+        }
+        let deadlines = [
             &self.unanswered,
             &self.keepalive,
             &self.persistent,
             &self.retransmit,
             &self.wipe,
-        ]
-        .into_iter()
-        .filter_map(Deadline::at)
-        .min();
+            &self.expiry,
+        ];
+        due.next = deadlines
+            .into_iter()
+            .filter_map(Deadline::at)
+            .chain(silence.filter(|_| !due.silent))
+            .min();
         due
+    }
+
+    /// When silence is to be reported; `None` if nothing is awaited or it was reported.
+    fn silence(&self) -> Option<Time> {
+        let since = self.waiting_since()?;
+        let reported = self.silent_reported.load(Ordering::Relaxed);
+        (!reported).then(|| since + SILENT_AFTER)
     }
 }
 
@@ -268,7 +302,10 @@ mod tests {
 
     fn nothing(timers: &Timers, millis: u64) -> bool {
         let due = timers.poll(time(millis));
+        // Silence and expiry are only reported.
         due == Due {
+            silent: due.silent,
+            expired: due.expired,
             next: due.next,
             ..Due::default()
         }
@@ -285,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_awaited_is_told_since_the_first_of_what_was_sent() {
+    fn an_answer_is_awaited_since_the_first_data_or_initiation() {
         let timers = Timers::default();
         timers.sent(false, time(0));
         assert_eq!(timers.waiting_since(), None, "a keepalive is not answered");
@@ -299,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_of_any_kind_stops_the_wait() {
+    fn a_message_of_any_kind_is_an_answer() {
         let timers = Timers::default();
         timers.sent(true, time(0));
         timers.received(false, time(1000));
@@ -307,8 +344,8 @@ mod tests {
     }
 
     #[test]
-    fn data_that_is_not_answered_gets_a_keepalive_after_10_seconds_and_one_more_if_there_was_more()
-    {
+    fn received_data_without_a_reply_leads_to_a_keepalive_after_10_seconds_and_more_data_to_another()
+     {
         let timers = Timers::default();
         timers.received(true, time(0));
         timers.received(true, time(5000));
@@ -319,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn sending_anything_saves_the_keepalive() {
+    fn no_keepalive_is_due_after_sending_anything() {
         let timers = Timers::default();
         timers.received(true, time(0));
         timers.sent(false, time(5000));
@@ -348,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn an_initiation_that_was_refused_is_repeated_each_half_second_and_given_up_as_late() {
+    fn a_refused_initiation_is_repeated_each_half_second_and_given_up_after_90_seconds() {
         let timers = Timers::default();
         let (mut now, mut attempt) = (0, Attempt::First);
         loop {
@@ -367,9 +404,9 @@ mod tests {
         assert!(nothing(&timers, now + 400_000));
     }
 
-    /// boringtun's first gap: after 90 s without an answer it never began again.
+    /// boringtun stopped for ever after 90 s without an answer.
     #[test]
-    fn a_peer_with_persistent_keepalive_comes_back_by_itself_however_long_nobody_answered() {
+    fn persistent_keepalives_never_stop_without_an_answer() {
         let timers = Timers::default();
         timers.set_persistent_keepalive(25, time(0));
         let mut keepalives = 0;
@@ -392,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn setting_the_same_keepalive_again_does_not_put_it_off() {
+    fn setting_the_same_keepalive_again_does_not_delay_it() {
         let timers = Timers::default();
         assert!(timers.set_persistent_keepalive(25, time(0)));
         assert!(!timers.set_persistent_keepalive(25, time(20_000)));
@@ -406,6 +443,31 @@ mod tests {
         timers.session_derived(time(100_000));
         assert!(nothing(&timers, 639_999));
         assert!(timers.poll(time(640_000)).wipe);
+    }
+
+    #[test]
+    fn silence_is_reported_once_after_5_seconds_and_again_after_an_answer() {
+        let timers = Timers::default();
+        timers.sent(true, time(0));
+        timers.sent(true, time(3000));
+        assert_eq!(timers.poll(time(0)).next, Some(time(5000)));
+        assert!(!timers.poll(time(4999)).silent);
+        assert!(timers.poll(time(5000)).silent);
+        assert!(!timers.poll(time(6000)).silent);
+        assert!(timers.received(false, time(7000)));
+        assert!(!timers.received(false, time(7001)));
+        timers.sent(true, time(8000));
+        assert!(timers.poll(time(13_000)).silent);
+    }
+
+    #[test]
+    fn a_session_expires_180_seconds_after_its_handshake() {
+        let timers = Timers::default();
+        timers.handshake_completed(time(0));
+        timers.handshake_completed(time(1000));
+        assert!(!timers.poll(time(180_999)).expired);
+        assert!(timers.poll(time(181_000)).expired);
+        assert!(!timers.poll(time(400_000)).expired);
     }
 
     #[test]

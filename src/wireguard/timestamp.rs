@@ -1,11 +1,10 @@
 //! The timestamps of initiations, which must grow for as long as the key lives.
 //!
-//! A peer refuses an initiation that is not newer than the last one it took. The wall clock alone
-//! does not see to that: it may be set back, or be in 1970 at boot. So the highest timestamp that may
-//! have been used is reserved on disk by the embedder's [`Store`]: two minutes ahead of the clock, and
-//! again when half of that is used. An orderly end writes the last timestamp that was used instead.
-//! So timestamps are ahead of the clock only after a crash, by two minutes at most, however many
-//! crashes there were.
+//! A peer refuses an initiation that is not newer than the last one it accepted. The wall clock alone does
+//! not ensure that: it may be set back, or be in 1970 at boot. So the embedder's [`Store`] reserves on disk
+//! the highest timestamp that may be used: two minutes ahead of the clock, and again when half of that is
+//! used. An orderly end writes the last used timestamp instead. So timestamps are ahead of the clock only
+//! after a crash, and by two minutes at most after any number of crashes.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,30 +17,30 @@ use super::key::PublicKey;
 #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Timestamp(Duration);
 
-/// What keeps timestamps over restarts. What it is given should be on disk when a call returns.
+/// Keeps timestamps across restarts. A call should return when its value is on disk.
 ///
-/// It is called on one thread of its own, one call at a time, and a call may take as long as the disk
+/// The device calls it on one thread of its own, one call at a time. A call may take as long as the disk
 /// needs: handshakes go on meanwhile.
 pub trait Store: Send {
-    /// Keeps the timestamp that the initiations of the next run must be later than: about once a minute
-    /// in which there are handshakes. Each call has a later one, but for the last: at an orderly end it
-    /// is the timestamp that was used last.
+    /// Keeps the timestamp that the initiations of the next run must be later than. Called about once a
+    /// minute while there are handshakes. Each call has a later timestamp, except the last: at an orderly
+    /// end it is the last timestamp that was used.
     fn keep_own(&self, mark: Timestamp);
 
-    /// Keeps the greatest timestamp that was accepted of each peer: about once a second at most. It is
-    /// never put off by more than that, or by twenty times what the last call took.
+    /// Keeps the greatest timestamp that was accepted from each peer. Called at most about once a second,
+    /// and with a delay of at most that, or of twenty times the duration of the last call.
     fn keep_accepted(&self, accepted: &Accepted);
 }
 
-/// The greatest timestamp that was accepted of each peer, as it was sent.
+/// The greatest timestamp that was accepted from each peer, in the form in which it was sent.
 pub type Accepted = BTreeMap<PublicKey, Tai64n>;
 
 /// A timestamp as it is sent: eight bytes of seconds and four of nanoseconds, big endian (TAI64N), so
 /// that bytes compare as times do.
 pub type Tai64n = [u8; 12];
 
-/// Timestamps are no finer than this, so that they do not tell the machine's load or its clock's
-/// drift (as in the kernel: 2^24 ns).
+/// Timestamps are no finer than this, so that they do not reveal the host's load or the drift of its clock
+/// (2^24 ns, as in the kernel).
 const GRANULARITY: u32 = 1 << 24;
 
 const TAI64_BASE: u64 = (1 << 62) + 10;

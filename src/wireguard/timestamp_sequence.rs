@@ -7,12 +7,12 @@ use std::time::Duration;
 use super::timestamp::Timestamp;
 use super::timestamp_store::StoreWriter;
 
-/// How far ahead of the clock timestamps are reserved, so that the disk is written seldom. A crash costs
-/// as much: until the clock has passed it, an implementation that follows the clock is refused.
+/// How far ahead of the clock timestamps are reserved, so that the disk is written seldom. After a crash,
+/// peers refuse an implementation that follows the clock for this long.
 const AHEAD: Duration = Duration::from_secs(120);
-/// When no more than so much of that is left, more is reserved.
+/// When no more than this is left of it, more is reserved.
 const LOW: Duration = Duration::from_secs(60);
-/// What is reserved while timestamps are ahead of the clock, and grow by a nanosecond each: a million.
+/// Reserved while timestamps are ahead of the clock and grow by a nanosecond each: a million timestamps.
 const AHEAD_OF_CLOCK: Duration = Duration::from_millis(1);
 
 /// Makes timestamps, each later than all before. Dropping it is the orderly end.
@@ -24,8 +24,8 @@ pub(super) struct TimestampSequence {
 }
 
 impl TimestampSequence {
-    /// Begins after `floor`, which is the last thing that was remembered, in any earlier run; the
-    /// writer has to begin there as well.
+    /// Begins after `floor`, the last timestamp that was reserved in an earlier run. The writer must begin
+    /// there too.
     pub(super) fn new(floor: Timestamp, writer: Option<StoreWriter>) -> Self {
         Self {
             last: floor,
@@ -36,7 +36,7 @@ impl TimestampSequence {
 
     /// A timestamp for an initiation that is sent now, by the wall clock.
     ///
-    /// Waits for the disk only with the first one, or after a leap of the clock, and then but a moment.
+    /// Waits for the disk only with the first one, or after the clock has jumped, and then only briefly.
     pub(super) fn next(&mut self, now: Timestamp) -> Timestamp {
         let least = self.last.plus(Duration::from_nanos(1));
         self.last = now.coarse().max(least);
@@ -54,7 +54,7 @@ impl TimestampSequence {
         self.last
     }
 
-    /// Has a new greatest timestamp of a peer kept; returns at once.
+    /// Starts to write a new greatest timestamp of a peer; returns at once.
     pub(super) fn accepted(&self) {
         if let Some(writer) = &self.writer {
             writer.keep_accepted();

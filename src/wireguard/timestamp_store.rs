@@ -1,12 +1,12 @@
-//! Has timestamps kept by the embedder's store, on a thread of its own: how far this device's have come,
-//! and the greatest that was accepted of each peer.
+//! Writes timestamps to the embedder's store, on a thread of its own: the mark that this device's
+//! timestamps have reached, and the greatest that was accepted from each peer.
 //!
-//! A store writes to a disk, and a disk may take its time or hang. No handshake waits for that longer
-//! than a moment, and as a rule none waits at all: the device's own timestamps are reserved long before
-//! they are needed, see `timestamp`. What was accepted of a peer is written after the answer. A crash
-//! between the two loses it: an initiation that was accepted within that time (a second, or twenty times
-//! what the disk takes) is answered once more if it is sent again after the restart. The answer is of no
-//! use to anyone but its initiator, and it moves no endpoint.
+//! The store writes to a disk, which may be slow or hang. A handshake waits for that at most [`PATIENCE`],
+//! and usually not at all: the device's own timestamps are reserved long before they are needed, see
+//! `timestamp`. The timestamp of a peer is written after the answer. A crash between the two loses it: an
+//! initiation that was accepted in that time (a second, or twenty times what the disk takes) is answered
+//! once more if it is sent again after the restart. The answer is useful to its initiator only, and it
+//! moves no endpoint.
 
 use std::fmt;
 use std::io;
@@ -17,22 +17,22 @@ use std::time::{Duration, Instant};
 use super::abort::AbortOnPanic;
 use super::timestamp::{Accepted, Store, Timestamp};
 
-/// So long a handshake waits for a mark that it needs. A disk that does its work takes a tenth of it.
+/// A handshake waits this long for a mark that it needs. A disk that works takes a tenth of it.
 const PATIENCE: Duration = Duration::from_millis(250);
-/// So long the end of a device waits for what is still to be written.
+/// The end of a device waits this long for unwritten timestamps.
 const PARTING: Duration = Duration::from_secs(2);
 
-/// The thread that writes, and what it knows. Dropping it ends the thread, after what it has still to
-/// write unless that takes too long.
+/// The writing thread and its state. Dropping it ends the thread after its last write, unless that takes
+/// too long.
 pub(super) struct StoreWriter {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
-    /// Whether somebody has waited in vain since the last mark was written.
+    /// Whether a handshake has waited in vain since the last mark was written.
     late: bool,
 }
 
-/// The least time between two writes of what was accepted, and how many times a write's own time: so that
-/// no disk is busy with it for more than a twentieth of its time.
+/// The least pause between two writes of accepted timestamps, and the pause as a multiple of the duration
+/// of the write: no disk spends more than a twentieth of its time on them.
 const PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_BY_WRITE: u32 = 20;
 
@@ -46,14 +46,14 @@ struct Shared {
 struct Marks {
     wanted: Timestamp,
     written: Timestamp,
-    /// Whether something was accepted that is not written.
+    /// Whether an accepted timestamp is not written yet.
     accepted: bool,
     end: bool,
     ended: bool,
 }
 
 impl StoreWriter {
-    /// Starts the thread; `floor` is the last mark of earlier runs, `accepted` what was accepted of peers.
+    /// Starts the thread. `floor` is the last mark of earlier runs, `accepted` the timestamps of peers.
     ///
     /// # Errors
     /// When no thread can be started.
@@ -88,48 +88,48 @@ impl StoreWriter {
         })
     }
 
-    /// The last mark that was asked for, written or not.
+    /// The last mark that was reserved, written or not.
     pub(super) fn wanted(&self) -> Timestamp {
         self.shared.marks().wanted
     }
 
-    /// Asks for a mark; returns at once.
+    /// Reserves a mark; returns at once.
     pub(super) fn reserve(&self, mark: Timestamp) {
         let mut marks = self.shared.marks();
         marks.wanted = marks.wanted.max(mark);
         self.shared.changed.notify_all();
     }
 
-    /// Asks for what was accepted of peers to be written; returns at once.
+    /// Starts to write the timestamps of peers; returns at once.
     pub(super) fn keep_accepted(&self) {
         self.shared.marks().accepted = true;
         self.shared.changed.notify_all();
     }
 
-    /// Asks for the last timestamp that was used in the place of what is reserved: none follows.
+    /// Replaces the reserved mark by the last timestamp that was used. None may be used after this.
     pub(super) fn settle(&mut self, used: Timestamp) {
         self.shared.marks().wanted = used;
         self.shared.changed.notify_all();
     }
 
-    /// Waits until the mark that is written is no earlier than a timestamp that is to be used, unless
-    /// that takes too long: then once, and not again until the disk is back.
+    /// Waits until the written mark is no earlier than a timestamp that is about to be used, for at most
+    /// [`PATIENCE`]. After a wait in vain it does not wait again until the disk has caught up.
     pub(super) fn wait(&mut self, timestamp: Timestamp) {
         let patience = if self.late { Duration::ZERO } else { PATIENCE };
         let written = self
             .shared
             .wait(patience, |marks| marks.written >= timestamp);
         if written && self.late {
-            tracing::info!("the disk has taken how far timestamps have come");
+            tracing::info!("timestamp mark written to disk");
         } else if !written && !self.late {
             tracing::warn!(
-                "the disk is slow to take how far timestamps have come; handshakes go on, but should this process end before it has, and the clock be set back, peers may refuse them for a while"
+                "disk too slow to write the timestamp mark: handshakes go on, but peers may refuse them after a crash if the clock is set back"
             );
         }
         self.late = !written;
     }
 
-    /// Whether the mark that was last waited for is not written yet.
+    /// Whether the mark of the last wait is not written yet.
     #[cfg(test)]
     pub(super) fn is_late(&self) -> bool {
         self.late
@@ -141,7 +141,7 @@ impl Shared {
         self.marks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for something at most so long; tells whether it is so.
+    /// Waits for a condition, for at most this time; returns whether it holds.
     fn wait(&self, patience: Duration, condition: impl Fn(&Marks) -> bool) -> bool {
         let (marks, _) = self
             .changed
@@ -150,11 +150,10 @@ impl Shared {
         condition(&marks)
     }
 
-    /// Writes the last mark that is wanted, each time there is another one, and what was accepted of
-    /// peers, with pauses.
+    /// Writes each new mark, the latest if there are several, and the timestamps of peers, with pauses.
     #[expect(
         clippy::disallowed_methods,
-        reason = "the pauses are for the disk, whose time no test passes in"
+        reason = "the pauses spare the disk, whose time no test passes in"
     )]
     fn write(&self, store: &dyn Store) {
         let mut pause_until = Instant::now();
@@ -203,7 +202,7 @@ impl Drop for StoreWriter {
     fn drop(&mut self) {
         self.shared.marks().end = true;
         self.shared.changed.notify_all();
-        // A thread that hangs on the disk is left to the end of the process.
+        // A thread that hangs on the disk ends with the process.
         if self.shared.wait(PARTING, |marks| marks.ended)
             && let Some(thread) = self.thread.take()
         {

@@ -1,8 +1,7 @@
 //! From the TUN device to the wire: route, cut, pad, seal, send.
 //!
-//! Datagrams to one peer gather in one buffer, in the layout of UDP segmentation offload, until one
-//! comes that does not fit the run. Then the run is sealed as a batch and handed to the kernel at
-//! once.
+//! Datagrams to one peer are gathered in one buffer, in the layout of UDP segmentation offload, until one
+//! does not fit the run. Then the run is sealed as a batch and passed to the kernel in one call.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,15 +19,15 @@ use super::session::Session;
 use super::tun::MAX_READ;
 use super::udp::{MAX_DATAGRAMS, MAX_SEND};
 
-/// A packet that goes nowhere, and what its sender may be told.
+/// A packet that cannot be sent, and the ICMP error for its sender, if any.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Refused(pub(super) Option<Answer>);
 
 /// The longest packet that a datagram of IPv4 has room for: 65,535 bytes less the headers of IP, UDP
-/// and WireGuard. The link's MTU is to be less; where it isn't, the sender is told.
+/// and WireGuard. The link's MTU should be less. If it is not, the sender gets an ICMP error.
 const MAX_INNER: u16 = 65_475;
 
-/// The datagrams that are being gathered.
+/// A run of datagrams that is being gathered.
 pub(super) struct Transmit {
     buffer: Vec<u8>,
     length: usize,
@@ -37,7 +36,7 @@ pub(super) struct Transmit {
     stride: usize,
     /// Whether the last datagram is as long as the others, so that one more may follow.
     open: bool,
-    /// Whether any of them carries a packet; keepalives don't.
+    /// Whether any of them carries a packet; keepalives carry none.
     data: bool,
     outer: Outer,
     to: Option<(Arc<Peer>, Arc<Session>)>,
@@ -62,7 +61,7 @@ impl Default for Transmit {
 impl Transmit {
     /// Takes a packet as it was read from the TUN device.
     ///
-    /// It may be sent at once or with those that follow: call [`Self::flush`] when there are none.
+    /// It may be sent at once or with later ones: call [`Self::flush`] when there are no more.
     pub(super) fn packet(
         &mut self,
         core: &Core,
@@ -117,7 +116,7 @@ impl Transmit {
         let dropped = peer.stage(bytes);
         core.drops.add(Dropped::NoSession, dropped);
         core.ask_handshake(peer, now);
-        // The session may have come since it was looked for; whoever made it may have found nothing.
+        // There may be a session since the check above, and its thread may have found nothing staged.
         if peer
             .session()
             .as_ref()
@@ -128,7 +127,7 @@ impl Transmit {
         Ok(())
     }
 
-    /// Sends what waited for a session; true if anything did.
+    /// Sends the packets that waited for a session; true if there were any.
     pub(super) fn flush_staged(
         &mut self,
         core: &Core,
@@ -136,7 +135,7 @@ impl Transmit {
         peer: &Arc<Peer>,
         now: Time,
     ) -> bool {
-        // The lock is held until all is sent, so that nothing overtakes it.
+        // The lock is held until all are sent, so that no packet overtakes them.
         let mut staged = peer.staged();
         let session = peer.session();
         let Some(session) = session.as_ref().filter(|session| session.may_send(now)) else {
@@ -153,7 +152,7 @@ impl Transmit {
         waited
     }
 
-    /// Sends an empty message, if there is a session; else asks for one.
+    /// Sends an empty message if there is a session; else asks for a handshake.
     pub(super) fn keepalive(&mut self, core: &Core, wire: &impl Wire, peer: &Arc<Peer>, now: Time) {
         let session = peer.session();
         match session.as_ref().filter(|session| session.may_send(now)) {
@@ -167,7 +166,7 @@ impl Transmit {
         }
     }
 
-    /// Appends a packet that waited, and so is kept as it was read.
+    /// Appends a packet that waited, in the form in which it was read.
     fn append_staged(
         &mut self,
         core: &Core,
@@ -211,7 +210,7 @@ impl Transmit {
         }
     }
 
-    /// Sends what was gathered, if the next datagram cannot be part of it.
+    /// Sends the run if the next datagram cannot be part of it.
     fn make_room(
         &mut self,
         core: &Core,
@@ -243,13 +242,13 @@ impl Transmit {
         (self.stride, self.open, self.outer) = (length, true, outer);
     }
 
-    /// Seals and sends what was gathered.
+    /// Seals and sends the run.
     pub(super) fn flush(&mut self, core: &Core, wire: &impl Wire, now: Time) {
         let run = &mut self.buffer[..self.length];
         if let Some((peer, session)) = self.to.as_ref().filter(|_| self.count > 0) {
             if session.seal_batch(run, self.stride) {
-                // First the timers: an answer may be here before the send returns, and what it
-                // disarms must not be armed after it.
+                // The timers come first: an answer may arrive before the send returns, and must not be
+                // followed by arming what it disarms.
                 peer.timers.sent(self.data, now);
                 peer.send(wire, run, self.stride, self.outer, now, &core.drops);
                 if session.wants_rekey(now) {
@@ -263,13 +262,13 @@ impl Transmit {
         (self.length, self.count, self.open, self.data) = (0, 0, false, false);
     }
 
-    /// Lets go of the last peer and session, before a time without traffic.
+    /// Drops the references to peer and session, before a time without traffic.
     pub(super) fn rest(&mut self) {
         self.to = None;
     }
 }
 
-/// What the header around a packet takes from it.
+/// The fields of the outer header that depend on the packet.
 fn outer(ip: &Header, nesting: Nesting) -> Outer {
     Outer {
         ecn: ip.ecn,

@@ -1,7 +1,7 @@
 //! The TUN device: large packets in and out, each behind a virtio-net header.
 //!
-//! A link with a name is made or, where a persistent one of ours is there, taken over. Addresses,
-//! routes and going up or down are others' business.
+//! A named link is made or, if a persistent one of this program exists, taken over. Others set its addresses,
+//! its routes and whether it is up.
 #![expect(unsafe_code, reason = "the ioctls of TUN and of interfaces")]
 
 use std::fs::{File, OpenOptions};
@@ -22,10 +22,10 @@ const DEVICE: &str = "/dev/net/tun";
 /// The most bytes of one read.
 pub(super) const MAX_READ: usize = VNET_HEADER + MAX_PACKET;
 
-/// Why there is no TUN link, in one sentence.
+/// The reason why there is no TUN link, in one sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum TunError {
-    /// The name is none.
+    /// The name is invalid.
     #[error(
         "{0:?} cannot be the name of a network interface: it must have 1 to 15 bytes, no '/' and no space"
     )]
@@ -33,15 +33,15 @@ pub enum TunError {
     /// The device node is missing.
     #[error("{DEVICE} is missing: load the kernel module tun, and give the container the device")]
     NoDevice,
-    /// The caller may not.
+    /// Permission is missing.
     #[error("making the network interface {0} needs CAP_NET_ADMIN and access to {DEVICE}")]
     Permission(String),
-    /// There is a link of that name that is none of ours.
+    /// There is a link of that name that another program made.
     #[error(
         "a network interface named {0} is there already and is no TUN device of ours: remove it (ip link delete {0}) or choose another name"
     )]
     Foreign(String),
-    /// Another process has it.
+    /// Another process has the link open.
     #[error(
         "the network interface {0} is in use by another process: stop that process or choose another name"
     )]
@@ -55,7 +55,7 @@ pub enum TunError {
 #[derive(Debug)]
 pub(super) struct Tun {
     file: File,
-    /// Whether the kernel still takes joined UDP packets.
+    /// Whether the kernel accepts joined UDP packets.
     udp_offload: AtomicBool,
 }
 
@@ -63,7 +63,7 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(set_interface, 0x4004_54ca, libc::ifreq);
     nix::ioctl_write_int_bad!(set_persist, 0x4004_54cb);
     nix::ioctl_write_int_bad!(set_offload, 0x4004_54d0);
-    // By its parts: as a number it does not fit the type that musl has for requests.
+    // By its parts: the number does not fit musl's type for requests.
     nix::ioctl_read_bad!(
         interface,
         nix::request_code_read!(b'T', 210, 4),
@@ -75,7 +75,7 @@ mod ioctl {
     nix::ioctl_readwrite_bad!(flags, libc::SIOCGIFFLAGS, libc::ifreq);
 }
 
-/// What the kernel may hand over uncut: checksums, TCP, and UDP since Linux 6.2.
+/// What the kernel may leave to this device: checksums, and cutting TCP and, since Linux 6.2, UDP.
 const TCP_OFFLOAD: libc::c_uint =
     libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
 const UDP_OFFLOAD: libc::c_uint = 0x20 | 0x40;
@@ -103,9 +103,9 @@ fn request(name: &str) -> Result<libc::ifreq, TunError> {
 }
 
 impl Tun {
-    /// Makes the link, or opens a queue of one that is there.
+    /// Makes the link, or opens a queue of an existing one.
     ///
-    /// A link that is made anew gets `mtu`. With `persistent` it stays when the process goes.
+    /// A new link gets `mtu`. With `persistent` it stays when the process ends.
     ///
     /// # Errors
     /// See [`TunError`].
@@ -117,7 +117,7 @@ impl Tun {
         // SAFETY: both calls pass plain integers to a TUN descriptor.
         unsafe {
             ioctl::set_persist(fd, libc::c_int::from(persistent)).map_err(kernel)?;
-            // Each kernel takes what it knows; what it doesn't, it cuts up itself.
+            // Each kernel accepts the kinds that it knows, and cuts the others itself.
             let all = TCP_OFFLOAD | UDP_OFFLOAD;
             for offload in [all, TCP_OFFLOAD, libc::TUN_F_CSUM, 0] {
                 if ioctl::set_offload(fd, offload.cast_signed()).is_ok() {
@@ -166,10 +166,10 @@ impl Tun {
         })
     }
 
-    /// Keeps the link when the process goes, or not.
+    /// Sets whether the link stays when the process ends.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The error of the kernel.
     pub(super) fn set_persistent(&self, persistent: bool) -> io::Result<()> {
         // SAFETY: a plain integer to a TUN descriptor.
         let result =
@@ -180,7 +180,7 @@ impl Tun {
     /// Reads one packet behind its virtio-net header into a buffer of [`MAX_READ`] bytes.
     ///
     /// # Errors
-    /// `EAGAIN` when there is none; `EBADFD` when the link is gone.
+    /// `EAGAIN` if there is none; `EBADFD` if the link was deleted.
     pub(super) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         (&self.file).read(buffer)
     }
@@ -188,8 +188,8 @@ impl Tun {
     /// Writes one packet, in pieces, that begins with its virtio-net header.
     ///
     /// # Errors
-    /// `EIO` while the link is down; `EBADFD` when it is gone; `EINVAL` for a joined packet of a kind
-    /// that the kernel does not know.
+    /// `EIO` while the link is down; `EBADFD` if it was deleted; `EINVAL` for a joined packet of a kind that
+    /// the kernel does not know.
     pub(super) fn write(&self, pieces: &[IoSlice<'_>]) -> io::Result<()> {
         (&self.file).write_vectored(pieces).map(drop)
     }
@@ -199,7 +199,7 @@ impl Tun {
         self.udp_offload.load(Ordering::Relaxed)
     }
 
-    /// Takes note that the kernel refused a joined UDP packet; true the first time.
+    /// Records that the kernel refused a joined UDP packet; true the first time.
     pub(super) fn refuses_udp(&self) -> bool {
         self.udp_offload.swap(false, Ordering::Relaxed)
     }
@@ -207,7 +207,7 @@ impl Tun {
     /// The name of the link, which may have been renamed.
     ///
     /// # Errors
-    /// `EBADFD` when it is gone.
+    /// `EBADFD` if it was deleted.
     pub(super) fn name(&self) -> io::Result<String> {
         let mut request = request("-").map_err(io::Error::other)?;
         // SAFETY: the kernel fills in the request, which lives through the call.
@@ -220,11 +220,11 @@ impl Tun {
     /// The network namespace that the link is in.
     ///
     /// # Errors
-    /// `ENOTTY` before Linux 5.2; `EBADFD` when the link is gone.
+    /// `ENOTTY` before Linux 5.2; `EBADFD` if the link was deleted.
     pub(super) fn network_namespace(&self) -> io::Result<OwnedFd> {
         // SAFETY: the call takes no argument.
         let fd = unsafe { ioctl::network_namespace(self.file.as_raw_fd()) }?;
-        // SAFETY: the kernel returned a new descriptor that nobody else owns.
+        // SAFETY: the kernel returned a new descriptor that nothing else owns.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
@@ -244,10 +244,10 @@ impl AsFd for Tun {
     }
 }
 
-/// A socket to ask for interfaces of the namespace it was made in.
+/// A socket for ioctls on interfaces of the namespace that it was made in.
 ///
 /// # Errors
-/// What the kernel says.
+/// The error of the kernel.
 pub(super) fn interface_socket() -> io::Result<Socket> {
     Socket::new(Domain::UNIX, Type::DGRAM, None)
 }

@@ -1,8 +1,8 @@
-//! The cross-platform configuration protocol of WireGuard (wireguard.com/xplatform), which `wg`
-//! speaks: requests and answers as values, a strict incremental parser, the text of an answer.
+//! The cross-platform configuration protocol of WireGuard (wireguard.com/xplatform), which `wg` uses: requests
+//! and answers as values, a strict incremental parser, the text of an answer.
 //!
-//! Nothing here does I/O but looking up the zone of a link-local endpoint; the socket is in
-//! the server in this folder. What a request means for a device is the device's business ([`Control`]).
+//! The only I/O here is the look-up of the zone of a link-local endpoint; `server` has the socket. The device
+//! decides what a request does ([`Control`]).
 
 mod server;
 
@@ -17,23 +17,23 @@ use zeroize::{Zeroize as _, Zeroizing};
 pub use self::server::{DIRECTORY, Server, serve, serve_in};
 use super::key::{PresharedKey, PrivateKey, PublicKey};
 
-/// The longest line that is looked at, in bytes. The longest that means anything is an endpoint or
-/// a key of under 100.
+/// The longest line that is accepted, in bytes. The longest valid ones, with an endpoint or a key, have
+/// less than 100.
 const MAX_LINE: usize = 256;
 
 /// The longest request that is kept, in bytes of its text: twice what 130,000 allowed IPs need.
 const MAX_REQUEST: usize = 16 << 20;
 
-/// What a device does with requests.
+/// A device that executes requests.
 pub trait Control: Send + Sync {
-    /// Applies a whole request, or nothing of it.
+    /// Applies a request as a whole or not at all.
     ///
     /// # Errors
-    /// The errno to answer with: `EADDRINUSE` for a port that is taken, `EINVAL` for a value that
-    /// cannot be, `EIO` where the kernel refused.
+    /// The errno of the answer: `EADDRINUSE` for a port that is taken, `EINVAL` for an impossible value, `EIO`
+    /// if the kernel refused.
     fn set(&self, set: Set) -> Result<(), Errno>;
 
-    /// The device as it is now.
+    /// The present state of the device.
     fn get(&self) -> Get;
 }
 
@@ -46,7 +46,7 @@ pub enum Request {
     Set(Set),
 }
 
-/// A change of a key that may also be taken away.
+/// A change of a key, or its removal.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub enum KeyUpdate<K> {
     /// Not mentioned.
@@ -76,20 +76,20 @@ pub struct Set {
 /// A change of one peer, which is created where it does not exist.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct PeerSet {
-    /// Which peer. May be of low order, and may be the device's own: what then is the device's to
-    /// say (both are taken without an error and get no tunnel, as in the kernel).
+    /// The peer's key. It may be of low order or the device's own: the device accepts both without an error
+    /// and makes no tunnel, as the kernel does.
     pub public_key: PublicKey,
-    /// The peer is removed; the other fields mean nothing then.
+    /// The peer is removed. The other fields have no effect then.
     pub remove: bool,
-    /// The change is for a peer that exists; else nothing happens.
+    /// The change has no effect if the peer does not exist.
     pub update_only: bool,
     /// The key mixed into handshakes with this peer.
     pub preshared_key: KeyUpdate<PresharedKey>,
-    /// Where the peer is reached from now on.
+    /// The new endpoint.
     pub endpoint: Option<SocketAddr>,
     /// Seconds between keepalives; 0 is off.
     pub persistent_keepalive: Option<u16>,
-    /// The allowed IPs so far are forgotten before those below are applied.
+    /// All allowed IPs are removed before the changes below are applied.
     pub replace_allowed_ips: bool,
     /// Changes of the allowed IPs, in this order.
     pub allowed_ips: Vec<AllowedIp>,
@@ -98,7 +98,7 @@ pub struct PeerSet {
 /// A change of one allowed IP, without host bits.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum AllowedIp {
-    /// The prefix belongs to this peer now, whoever had it.
+    /// The prefix belongs to this peer from now on, and to no other.
     Add(IpNet),
     /// The prefix is taken from this peer, if it has it.
     Remove(IpNet),
@@ -120,13 +120,13 @@ pub struct Get {
 /// A peer, as `wg show` prints it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct PeerGet {
-    /// Which peer.
+    /// The peer's key.
     pub public_key: PublicKey,
     /// The key mixed into its handshakes.
     pub preshared_key: Option<PresharedKey>,
-    /// Where it was configured or last seen.
+    /// The source of its last message, or else the configured endpoint.
     pub endpoint: Option<SocketAddr>,
-    /// When the last handshake ended, since the Unix epoch.
+    /// When the last handshake was completed, since the Unix epoch.
     pub last_handshake: Option<Duration>,
     /// Bytes received in authenticated datagrams, with their WireGuard headers.
     pub rx_bytes: u64,
@@ -134,12 +134,12 @@ pub struct PeerGet {
     pub tx_bytes: u64,
     /// Seconds between keepalives, 0 for none.
     pub persistent_keepalive: u16,
-    /// What it may send from and is sent to.
+    /// The prefixes that are sent to it or accepted from it.
     pub allowed_ips: Vec<IpNet>,
 }
 
 impl PeerSet {
-    /// The peer is created or left, with nothing changed.
+    /// Creates the peer if there is none, and changes nothing else.
     pub fn new(public_key: PublicKey) -> Self {
         Self {
             public_key,
@@ -156,12 +156,12 @@ impl PeerSet {
 
 /// Reads requests from a stream of bytes that may be cut anywhere.
 ///
-/// Nothing is handed on before the empty line that ends a request, so that a connection that breaks
-/// off changes nothing. After an error the rest of that request is read and forgotten: an answer
-/// sent before would be lost when the peer, still writing, sees the socket close.
+/// A request is returned only after the empty line that ends it, so a connection that breaks off changes
+/// nothing. After an error the rest of the request is read and discarded: an earlier answer would be lost if
+/// the client, still writing, saw the socket close.
 #[derive(Default)]
 pub struct Parser {
-    /// The beginning of a line whose end has not come. While `error` is set, at most one byte.
+    /// The beginning of an incomplete line. While `error` is set, at most one byte.
     line: Zeroizing<Vec<u8>>,
     /// Bytes of the request so far.
     taken: usize,
@@ -197,7 +197,7 @@ impl Parser {
             self.error.get_or_insert(Errno::EINVAL);
         }
         if self.error.is_none() {
-            // In one piece, so that no half of a key stays behind in memory that was outgrown.
+            // In one piece: a reallocation would leave half a key behind in freed memory.
             self.line.reserve(MAX_LINE);
             self.line.extend_from_slice(piece);
         } else {
@@ -264,7 +264,7 @@ impl PeerSet {
             "persistent_keepalive_interval" => self.persistent_keepalive = Some(decimal(value)?),
             "replace_allowed_ips" => {
                 self.replace_allowed_ips = only_true(value)?;
-                // What came before in the same request is forgotten like what was there before it.
+                // Removes earlier changes of the same request too.
                 self.allowed_ips.clear();
             }
             "allowed_ip" => self.allowed_ips.push(match value.strip_prefix('-') {
@@ -287,7 +287,7 @@ fn only_true(value: &str) -> Result<bool, Errno> {
 }
 
 fn decimal<N: std::str::FromStr>(value: &str) -> Result<N, Errno> {
-    // The standard library also takes a sign.
+    // The standard library also accepts a sign.
     if !value.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(Errno::EINVAL);
     }
@@ -363,7 +363,7 @@ impl Get {
     /// The answer to `get=1`, ending in `errno=0` and an empty line. Holds the private key.
     pub fn to_text(&self) -> Zeroizing<String> {
         let allowed_ips: usize = self.peers.iter().map(|peer| peer.allowed_ips.len()).sum();
-        // As much as it can be at most, so that no outgrown copy with keys in it stays in memory.
+        // The greatest possible size: a reallocation would leave a copy with keys in freed memory.
         let size = 256 + 512 * self.peers.len() + 64 * allowed_ips;
         let mut text = Zeroizing::new(String::with_capacity(size));
         if let Some(key) = &self.private_key {
@@ -406,7 +406,7 @@ impl PeerGet {
     }
 }
 
-/// The answer that only says whether it went well; `Ok` is `errno=0`.
+/// The answer with the result only; `Ok` is `errno=0`.
 pub fn errno_text(result: Result<(), Errno>) -> String {
     let errno = result.err().map_or(0, |errno| -(errno as i32));
     format!("errno={errno}\n\n")

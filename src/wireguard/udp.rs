@@ -1,8 +1,8 @@
 //! The UDP sockets: batches out with segmentation offload, batches in with coalescing.
 //!
-//! A message that is sent or received is a run of datagrams of one size in one buffer, the last of
-//! which may be shorter. Where the kernel or the path does not take such a run, it is sent in pieces.
-//! Replies leave from the address that was called, by the packet information that came with it.
+//! A message is a run of datagrams of one size in one buffer, the last of which may be shorter. If the
+//! kernel or the path refuses a run, it is sent in pieces. Answers have the local address that the peer sent
+//! to as their source, which the packet information tells.
 #![expect(
     unsafe_code,
     reason = "sendmsg and recvmmsg with control messages, without an allocation per call"
@@ -39,17 +39,18 @@ pub(super) const MAX_MESSAGE: usize = 65_536;
 /// stay in the second-level cache until they are opened.
 pub(super) const MAX_MESSAGES: usize = 16;
 
-/// Holds what a full transmit batch and a stall of some milliseconds need.
+/// Large enough for a full transmit batch and a stall of some milliseconds.
 const BUFFER: usize = 4 << 20;
-/// A send that the kernel does not take for so long is given up, so that no thread hangs on it.
+/// A send that the kernel does not accept within this time is given up, so that no thread hangs.
 const SEND_TIMEOUT: std::time::Duration = std::time::Duration::from_millis(100);
 
-/// Where a peer is, and from which of our addresses it is spoken to.
+/// The address of a peer, and the local address that datagrams to it are sent from.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Endpoint {
     /// The address and port of the peer.
     pub remote: SocketAddr,
-    /// Our address that it called and the interface it came in by; `None` lets the kernel choose.
+    /// The local address that it sent to, and the interface that the datagram came in by; `None` lets the
+    /// kernel choose.
     pub local: Option<(IpAddr, u32)>,
 }
 
@@ -80,11 +81,11 @@ pub(super) struct UdpSocket {
 }
 
 impl Sockets {
-    /// Opens the sockets on a port, or on one that is free in both families for 0. A family that the
-    /// kernel does not have is done without.
+    /// Opens the sockets on a port; 0 takes one that is free in both families. A family that the kernel does
+    /// not support is left out.
     ///
     /// # Errors
-    /// `EADDRINUSE` if the port is taken, or what else the kernel says.
+    /// `EADDRINUSE` if the port is taken, or another error of the kernel.
     pub(super) fn bind(port: u16, fwmark: u32) -> io::Result<Self> {
         // A port that is free for one family may be taken for the other.
         let mut tries = if port == 0 { 20 } else { 1 };
@@ -125,7 +126,7 @@ impl Sockets {
         self.port
     }
 
-    /// The socket for IPv4 or IPv6, if there is that family.
+    /// The socket for IPv4 or IPv6, if the kernel supports the family.
     pub(super) fn family(&self, v6: bool) -> Option<&UdpSocket> {
         if v6 {
             self.v6.as_ref()
@@ -134,10 +135,10 @@ impl Sockets {
         }
     }
 
-    /// Marks what is sent from now on.
+    /// Sets the mark of datagrams that are sent from now on.
     ///
     /// # Errors
-    /// What the kernel says, which is `EPERM` without `CAP_NET_ADMIN`.
+    /// The error of the kernel: `EPERM` without `CAP_NET_ADMIN`.
     pub(super) fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {
         let sockets = [&self.v4, &self.v6];
         sockets
@@ -148,8 +149,8 @@ impl Sockets {
         Ok(())
     }
 
-    /// Whether datagrams from the local address of an endpoint leave by the interface that the peer came
-    /// in by.
+    /// Whether datagrams from the local address of an endpoint leave through the interface that the peer's
+    /// datagram came in by.
     pub(super) fn leads(&self, endpoint: &Endpoint) -> bool {
         let mark = self.fwmark.load(Ordering::Relaxed);
         endpoint.local.is_none_or(|(local, interface)| {
@@ -160,11 +161,11 @@ impl Sockets {
 
     /// Sends a run of datagrams of `stride` bytes, the last of which may be shorter.
     ///
-    /// With `offload` the kernel is asked to cut the run itself. Returns whether it did; a run that it
-    /// refused to cut was sent in pieces.
+    /// With `offload` the kernel cuts the run. Returns whether it did. A run that it refused to cut was sent
+    /// in pieces.
     ///
     /// # Errors
-    /// What the kernel says of the first datagram it did not take.
+    /// The error of the kernel for the first datagram that it refused.
     pub(super) fn send(
         &self,
         run: &[u8],
@@ -191,10 +192,10 @@ impl Sockets {
         Ok(offload)
     }
 
-    /// Makes the threads that wait on these sockets look up.
+    /// Wakes the threads that wait on these sockets.
     pub(super) fn shut_down(&self) {
         for socket in [&self.v4, &self.v6].into_iter().flatten() {
-            // Says that the socket is not connected, and wakes its readers all the same.
+            // Fails with ENOTCONN, and wakes the readers nevertheless.
             let _ = socket.socket.shutdown(std::net::Shutdown::Both);
         }
     }
@@ -207,8 +208,7 @@ fn is_offload_refused(error: &io::Error) -> bool {
     )
 }
 
-/// Whether a send may have failed only because our address, from which it was to leave, is gone or
-/// the interface with it.
+/// Whether a send may have failed only because its source address or the interface is gone.
 pub(super) fn is_source_gone(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -225,11 +225,11 @@ pub(super) fn is_source_gone(error: &io::Error) -> bool {
 /// One message that was received.
 #[derive(Clone, Debug)]
 pub(super) struct Message {
-    /// Where it is in the arena.
+    /// Its range in the arena.
     pub range: Range<usize>,
     /// The bytes of each datagram but the last.
     pub stride: usize,
-    /// Who sent it, and which of our addresses it called.
+    /// Its sender, and the local address that it was sent to.
     pub from: Endpoint,
     /// The congestion mark of its outer header.
     pub ecn: Ecn,
@@ -237,12 +237,12 @@ pub(super) struct Message {
 
 /// The memory that messages are received into.
 pub(super) struct Arena {
-    /// Room for [`MAX_MESSAGES`]; pages that are never received into are never touched.
+    /// Room for [`MAX_MESSAGES`]. Pages without a received message are never touched.
     pub bytes: Vec<u8>,
-    /// What the last receive brought.
+    /// The messages of the last receive.
     pub messages: Vec<Message>,
-    /// Where the kernel puts the senders' addresses and the control messages; kept, because to clear
-    /// them each time takes longer than to open a small packet.
+    /// Buffers for the senders' addresses and the control messages. They are kept, because to clear them each
+    /// time takes longer than to open a small packet.
     names: Box<[libc::sockaddr_storage; MAX_MESSAGES]>,
     controls: Box<[Control; MAX_MESSAGES]>,
 }
@@ -281,7 +281,7 @@ impl UdpSocket {
         } else {
             set_option(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
             set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
-            // As the kernel's WireGuard: what does not fit the path is fragmented, not lost.
+            // As in the kernel's WireGuard: a datagram too large for the path is fragmented, not lost.
             set_option(
                 fd,
                 libc::IPPROTO_IP,
@@ -298,7 +298,7 @@ impl UdpSocket {
         // Coalescing came with Linux 5.0; without it every datagram arrives alone.
         let _ = set_option(fd, libc::SOL_UDP, libc::UDP_GRO, 1);
         match socket.bind(&SocketAddr::new(address, port).into()) {
-            // IPv6 is there but turned off.
+            // IPv6 is supported but disabled.
             Err(error) if v6 && error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(None),
             bound => bound.map(|()| Some(Self { socket, v6 })),
         }
@@ -339,11 +339,11 @@ impl UdpSocket {
         Errno::result(sent).map(drop).map_err(Into::into)
     }
 
-    /// Takes at most `limit` messages; waits for the first one if it may.
+    /// Takes at most `limit` messages; with `wait`, waits for the first one.
     ///
     /// # Errors
-    /// What the kernel says, which is `EAGAIN` if there is none and it may not wait. Returns without a
-    /// message when it waits and the sockets are shut down.
+    /// The error of the kernel: `EAGAIN` if there is no message and it may not wait. Returns without a
+    /// message if the sockets are shut down while it waits.
     pub(super) fn receive(&self, arena: &mut Arena, limit: usize, wait: bool) -> io::Result<()> {
         arena.messages.clear();
         let limit = limit.clamp(1, MAX_MESSAGES);
@@ -374,7 +374,7 @@ impl UdpSocket {
         } else {
             libc::MSG_DONTWAIT
         };
-        // SAFETY: the first `limit` headers point to live, disjoint buffers of the lengths they say,
+        // SAFETY: the first `limit` headers point to live, disjoint buffers of the lengths in them,
         // which outlive the call; MAX_MESSAGES bounds `limit`.
         let received = unsafe {
             libc::recvmmsg(
@@ -437,7 +437,7 @@ fn set_option(
     Errno::result(result).map(drop).map_err(Into::into)
 }
 
-/// Beyond the system's limit where we may, else up to it.
+/// Beyond the system's limit where that is permitted, else up to it.
 fn set_buffer(fd: RawFd, force: libc::c_int, plain: libc::c_int) -> io::Result<()> {
     let size = libc::c_int::try_from(BUFFER).unwrap_or(libc::c_int::MAX);
     set_option(fd, libc::SOL_SOCKET, force, size)

@@ -42,6 +42,7 @@ const WIREGUARD: &[&[&str]] = &[
         "checksum",
         "clock",
         "drops",
+        "events",
         "key",
         "packet",
         "protocol",

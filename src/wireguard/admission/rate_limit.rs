@@ -1,7 +1,7 @@
-//! How many handshakes one source may ask for while the device is under load (paper 5.3).
+//! Limits the handshake messages of each source while the device is under load (paper, 5.3).
 //!
-//! Only sources that proved with a cookie that they can receive get this far, so that nobody fills
-//! the table with made-up addresses.
+//! Only sources that have proved with a cookie that they receive are counted, so forged addresses do not
+//! fill the table.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -13,9 +13,9 @@ use crate::wireguard::clock::Time;
 const PER_SECOND: u32 = 20;
 /// Messages that may come at once.
 const BURST: u32 = 5;
-/// The time in which one message's worth of patience grows back.
+/// The time that one message costs.
 const COST: Duration = Duration::from_nanos(1_000_000_000 / PER_SECOND as u64);
-/// The most sources that are remembered; more are refused until some have been quiet for a second.
+/// The most sources that are counted. Others are refused until some have sent nothing for a second.
 const MAX_SOURCES: usize = 8192;
 
 /// A token bucket for each source: an IPv4 address, or a /64 of IPv6, which is what one host has.
@@ -43,7 +43,7 @@ pub(super) fn source_of(address: IpAddr) -> IpAddr {
 }
 
 impl RateLimit {
-    /// Whether a message from this address may be looked at.
+    /// Whether a message from this address may be processed.
     pub(in crate::wireguard) fn allows(&mut self, address: IpAddr, now: Time) -> bool {
         let full = COST * BURST;
         if self
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_gets_5_at_once_and_20_per_second() {
+    fn a_source_may_send_5_at_once_and_20_per_second() {
         let mut limit = RateLimit::default();
         let address = IpAddr::from([192, 0, 2, 1]);
         assert_eq!(
@@ -96,7 +96,7 @@ mod tests {
         assert_eq!(allowed, 200);
         assert!(
             limit.allows([192, 0, 2, 2].into(), time(10_000)),
-            "another source has its own"
+            "another source has its own limit"
         );
     }
 

@@ -1,13 +1,13 @@
-//! Who asks for the first time in a while.
+//! The addresses that sent a handshake message within the last seconds.
 //!
-//! Under a flood of handshakes from made-up addresses a stranger with a real one would hardly ever be
-//! among those that there is time to answer. But who means it asks once and then not again for five
-//! seconds (paper, 6.4), and who floods asks from the same addresses over and over; and to have asked
-//! just now takes no time to see. So those come first that have not, and a flood has to make up
-//! addresses by the million to crowd them out.
+//! In a flood of handshakes from forged addresses there is no time to answer all of them, and a sender with
+//! a real address would hardly ever be chosen. A real initiator sends one initiation and waits five seconds
+//! before the next (paper, 6.4), while a flood uses the same addresses over and over. So addresses without a
+//! recent message come first, which is quick to check. To crowd them out, a flood needs millions of
+//! addresses.
 //!
-//! What is remembered are marks in a table of fixed size, without the addresses: a stranger is taken
-//! for somebody else now and then, and no attacker can tell for whom.
+//! The table has a fixed size and holds times, not addresses. Two addresses may share their entries, and no
+//! attacker can find out which.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::net::IpAddr;
@@ -17,34 +17,34 @@ use std::time::Duration;
 use super::rate_limit::source_of;
 use crate::wireguard::clock::Time;
 
-/// Who asked within this time asks again too soon. Initiators wait five seconds (`REKEY_TIMEOUT`).
-const WHILE: Duration = Duration::from_millis(4500);
-/// The grain of time of a mark; 65,535 of them are more than four hours.
-const GRAIN: Duration = Duration::from_millis(250);
-/// Each address has two marks in one cache line, because to fetch a second line takes as long as all
-/// the rest. With 65,536 addresses at work a newcomer finds both of its own taken in one case out of
-/// fifty; the table has two MiB.
+/// A message within this time of the last is too soon. Initiators wait five seconds (`REKEY_TIMEOUT`).
+const RECENT: Duration = Duration::from_millis(4500);
+/// The unit of time of an entry; 65,535 units are more than four hours.
+const UNIT: Duration = Duration::from_millis(250);
+/// Each address has two entries in one cache line, because to fetch a second line takes as long as the
+/// rest of the work. With 65,536 active addresses a new one finds both entries taken in one case of fifty.
+/// The table takes two MiB.
 const LINES: usize = 1 << 15;
-const MARKS: usize = 32;
-/// Of those who ask too soon one in so many is heard, so that nobody who makes up somebody's address
-/// keeps that one out.
+const ENTRIES: usize = 32;
+/// One of this many messages that come too soon is admitted, so that an attacker that forges an address
+/// does not keep its owner out.
 const ONE_IN: u32 = 64;
 
-/// Whether to listen to who asks.
+/// When an address last sent a message.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Recency {
-    /// It asks for the first time in a while.
+    /// Not within the last seconds.
     New,
-    /// It asks again too soon, and is the one in so many that is heard if there is time.
+    /// Just now, but this message is the sample that is admitted if there is time.
     Sampled,
-    /// It asks again too soon.
+    /// Just now.
     Recent,
 }
 
-/// When each address last asked.
+/// When each address last sent a message.
 #[derive(Debug)]
 pub(super) struct RecentSources {
-    /// So that nobody knows which addresses share marks.
+    /// Keyed at random: no attacker can find addresses that share entries.
     hash: RandomState,
     lines: Box<[Line]>,
     repeated: AtomicU32,
@@ -52,7 +52,7 @@ pub(super) struct RecentSources {
 
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Line([AtomicU16; MARKS]);
+struct Line([AtomicU16; ENTRIES]);
 
 impl Default for RecentSources {
     fn default() -> Self {
@@ -65,20 +65,20 @@ impl Default for RecentSources {
 }
 
 impl RecentSources {
-    /// Takes note that an address asks; whether to listen to it.
+    /// Records a message of an address; returns when the last one before it was.
     pub(super) fn note(&self, address: IpAddr, now: Time) -> Recency {
-        let grains = now.as_duration().as_millis() / GRAIN.as_millis();
-        // Time goes round; zero stands for never.
-        let now = u16::try_from(grains % u128::from(u16::MAX)).unwrap_or(0) + 1;
+        let units = now.as_duration().as_millis() / UNIT.as_millis();
+        // The time wraps around. Zero is never.
+        let now = u16::try_from(units % u128::from(u16::MAX)).unwrap_or(0) + 1;
         let hash = self.hash.hash_one(source_of(address));
         let part = |shift: u32, of: usize| usize::try_from(hash >> shift).unwrap_or(0) % of;
         let Line(line) = &self.lines[part(0, LINES)];
-        let first = part(32, MARKS);
+        let first = part(32, ENTRIES);
         let mut new = false;
-        for at in [first, (first + 1 + part(40, MARKS - 1)) % MARKS] {
+        for at in [first, (first + 1 + part(40, ENTRIES - 1)) % ENTRIES] {
             let before = line[at].swap(now, Ordering::Relaxed);
             let age = u32::from(now.wrapping_sub(before));
-            new |= before == 0 || GRAIN * age >= WHILE;
+            new |= before == 0 || UNIT * age >= RECENT;
         }
         if new {
             Recency::New
@@ -100,48 +100,50 @@ mod tests {
         Time::from_duration(Duration::from_millis(1_000_000 + millis))
     }
 
-    fn heard(sources: &RecentSources, address: IpAddr, millis: u64) -> bool {
+    fn admitted(sources: &RecentSources, address: IpAddr, millis: u64) -> bool {
         sources.note(address, time(millis)) != Recency::Recent
     }
 
     fn flood(sources: &RecentSources, millis: u64) -> usize {
         let addresses = 0xc612_0000..=0xc612_ffff_u32;
         addresses
-            .filter(|&address| heard(sources, Ipv4Addr::from(address).into(), millis))
+            .filter(|&address| admitted(sources, Ipv4Addr::from(address).into(), millis))
             .count()
     }
 
     #[test]
-    fn a_flood_from_the_same_addresses_is_heard_once_and_newcomers_are() {
+    fn a_flood_from_the_same_addresses_is_admitted_once_and_new_addresses_are_admitted() {
         let sources = RecentSources::default();
         assert!(flood(&sources, 0) > 60_000, "all are new");
         for round in 1..10 {
-            let heard = flood(&sources, round * 700);
-            assert!(heard <= 1025, "{heard} of 65,536 were heard again");
+            let admitted = flood(&sources, round * 700);
+            assert!(admitted <= 1025, "{admitted} of 65,536 were admitted again");
         }
-        let newcomers = (0..1000_u32)
+        let new = (0..1000_u32)
             .map(|n| sources.note(Ipv4Addr::from(0x0a00_0000 | n).into(), time(7000)))
             .filter(|&recency| recency == Recency::New)
             .count();
-        assert!(newcomers > 900, "only {newcomers} of 1000 were heard");
+        assert!(new > 900, "only {new} of 1000 were admitted");
     }
 
     #[test]
-    fn who_waits_for_five_seconds_is_heard_every_time() {
+    fn a_sender_that_waits_for_five_seconds_is_always_admitted() {
         let sources = RecentSources::default();
         let address = IpAddr::from([192, 0, 2, 1]);
         for attempt in 0..10_000 {
             let recency = sources.note(address, time(attempt * 5000));
             assert_eq!(recency, Recency::New, "{attempt}");
         }
-        assert!(!heard(&sources, address, 10_000 * 5000 - 4000));
+        assert!(!admitted(&sources, address, 10_000 * 5000 - 4000));
     }
 
     #[test]
-    fn who_asks_all_the_time_is_heard_now_and_then() {
+    fn a_sender_that_does_not_wait_is_admitted_now_and_then() {
         let sources = RecentSources::default();
         let address = IpAddr::from([192, 0, 2, 1]);
-        let heard = (0..6400).filter(|&n| heard(&sources, address, n)).count();
-        assert!((90..=110).contains(&heard), "{heard} of 6400");
+        let admitted = (0..6400)
+            .filter(|&n| admitted(&sources, address, n))
+            .count();
+        assert!((90..=110).contains(&admitted), "{admitted} of 6400");
     }
 }

@@ -1,4 +1,4 @@
-//! Cutting and joining are each other's inverse, and what cannot be joined stays apart.
+//! Cutting and joining are inverse, and packets that cannot be joined stay separate.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -103,7 +103,7 @@ fn assert_valid(packet: &[u8]) {
 }
 
 #[test]
-fn a_train_of_segments_becomes_one_packet_and_comes_apart_again() {
+fn segments_are_joined_to_one_packet_and_cut_to_the_same_segments() {
     for v6 in [false, true] {
         for protocol in [TCP, UDP] {
             let sizes = [1000_usize, 1000, 1000, 17];
@@ -135,7 +135,7 @@ fn a_train_of_segments_becomes_one_packet_and_comes_apart_again() {
 }
 
 #[test]
-fn what_does_not_continue_the_flow_is_left_alone() {
+fn packets_that_do_not_continue_the_flow_stay_separate() {
     let data = [7; 100];
     let base = packet(false, TCP, 9, 0, ACK, &data);
     let next = |flags, sequence, payload: &[u8]| packet(false, TCP, 9, sequence, flags, payload);
@@ -168,7 +168,7 @@ fn what_does_not_continue_the_flow_is_left_alone() {
 }
 
 #[test]
-fn a_packet_that_could_not_be_joined_is_not_overtaken() {
+fn no_packet_overtakes_one_that_could_not_be_joined() {
     let data = [7; 100];
     let packets = [
         packet(false, TCP, 9, 0, ACK, &data),
@@ -183,7 +183,7 @@ fn a_packet_that_could_not_be_joined_is_not_overtaken() {
 }
 
 #[test]
-fn interleaved_flows_are_joined_each_for_itself() {
+fn interleaved_flows_are_joined_separately() {
     let packets: Vec<_> = (0..12_u32)
         .map(|n| {
             packet(
@@ -202,7 +202,7 @@ fn interleaved_flows_are_joined_each_for_itself() {
 }
 
 #[test]
-fn no_more_is_joined_than_the_kernel_takes() {
+fn no_more_is_joined_than_the_kernel_accepts() {
     let packets: Vec<_> = (0..130_u32)
         .map(|n| packet(true, UDP, 9, 0, 0, &n.to_be_bytes()))
         .collect();
@@ -226,7 +226,7 @@ fn no_more_is_joined_than_the_kernel_takes() {
 }
 
 #[test]
-fn a_checksum_left_to_us_is_finished() {
+fn a_partial_checksum_is_completed() {
     let whole = packet(false, UDP, 9, 0, 0, &[1, 2, 3]);
     let header = Header::parse(&whole).unwrap();
     let mut partial = whole.clone();
@@ -242,7 +242,7 @@ fn a_checksum_left_to_us_is_finished() {
 }
 
 #[test]
-fn congestion_window_reduced_is_said_once() {
+fn only_the_first_segment_has_congestion_window_reduced() {
     let packets: Vec<_> = (0..3_u32)
         .map(|n| packet(false, TCP, 9, n * 10, ACK, &[1; 10]))
         .collect();

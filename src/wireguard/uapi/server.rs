@@ -1,7 +1,7 @@
 //! The socket under which `wg` finds a device.
 //!
-//! Its directory and its mode keep everybody but root out; the limits here keep a confused client
-//! from costing more than a bounded amount of memory and threads.
+//! Its directory and its mode permit root only. The limits here bound the memory and threads that a faulty
+//! client can use.
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, Read as _, Write as _};
@@ -21,13 +21,13 @@ use zeroize::Zeroizing;
 
 use super::{Control, Parser, Request, errno_text};
 
-/// Where `wg` looks for sockets, one per device, `NAME.sock`.
+/// The directory in which `wg` looks for sockets, one per device, `NAME.sock`.
 pub const DIRECTORY: &str = "/var/run/wireguard";
 
-/// Connections served at once; one more is closed at once.
+/// The most connections. One more is closed at once.
 const MAX_CONNECTIONS: usize = 100;
 
-/// How long a client may say nothing, or not take its answer, before it loses its connection.
+/// The connection is closed after the client has sent nothing, or not read its answer, for this time.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection's thread parses and formats, and calls into the device for a table of peers.
@@ -37,7 +37,7 @@ const STACK: usize = 256 << 10;
 /// connections that are open end with their clients.
 pub struct Server {
     path: PathBuf,
-    /// Device and inode of our socket, so that only ours is ever removed.
+    /// Device and inode of this socket, so that no other is ever removed.
     identity: (u64, u64),
     listener: UnixListener,
     thread: Option<JoinHandle<()>>,
@@ -54,8 +54,7 @@ pub fn serve(name: &str, control: Arc<dyn Control>) -> anyhow::Result<Server> {
 /// Serves the device `name` in a directory, which is made (mode 0700) where there is none.
 ///
 /// # Errors
-/// A name that is no interface's, a socket that a living process serves, and what the file system
-/// says.
+/// An invalid interface name, a socket that another process serves, or an error of the file system.
 pub fn serve_in(directory: &Path, name: &str, control: Arc<dyn Control>) -> anyhow::Result<Server> {
     ensure!(
         !name.is_empty() && name.len() < 16 && !name.starts_with('.') && !name.contains('/'),
@@ -96,29 +95,29 @@ impl Drop for Server {
         let ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
         if ours && let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "the socket stays behind");
+            tracing::warn!(path = %self.path.display(), %error, "could not remove the configuration socket");
         }
         // Wakes the thread: accepting from a socket that is shut down fails.
         if let Err(error) =
             socket2::SockRef::from(&self.listener).shutdown(std::net::Shutdown::Both)
         {
-            tracing::warn!(%error, "the socket's thread stays behind");
+            tracing::warn!(%error, "could not stop the thread of the configuration socket");
         } else if let Some(thread) = self.thread.take() {
-            // It has nothing to hand back, and a panic in it has been reported.
+            // It returns nothing, and a panic in it has been reported.
             let _ = thread.join();
         }
     }
 }
 
-/// Listens, and only then gives the socket its name: `wg` removes a socket that it finds bound and
-/// not yet listening, which looks to it like one that somebody left behind.
+/// Listens, and gives the socket its name only then: `wg` takes a bound socket that does not listen yet for
+/// a stale one and removes it.
 fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     let context = || format!("listening on {}", path.display());
-    // No name that `wg` would take for a socket's.
+    // A name that `wg` does not take for a socket.
     let unnamed = path.with_extension(process::id().to_string());
     let listener = listen_unnamed(&unnamed).with_context(context)?;
     let named = give_name(&unnamed, path);
-    // It has the other name now, or none.
+    // The socket has the other name now, or none.
     let _ = fs::remove_file(&unnamed);
     named.map(|()| listener)
 }
@@ -126,18 +125,18 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
 fn listen_unnamed(path: &Path) -> io::Result<UnixListener> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        // Nothing is there any more, if there was.
+        // There is none any more.
         Ok(()) | Err(_) => {}
     }
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    // The mode of the file is that of the socket, and nobody gets in between the two calls.
+    // The mode of the file is that of the socket. No client can connect between the two calls.
     fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
     socket.bind(&SockAddr::unix(path)?)?;
     socket.listen(128)?;
     Ok(socket.into())
 }
 
-/// Gives a socket a name that no living process may have; a link, because it takes no name away.
+/// Gives a socket its name unless another process serves one there. By a link, which replaces no file.
 fn give_name(unnamed: &Path, path: &Path) -> anyhow::Result<()> {
     let context = || format!("listening on {}", path.display());
     match fs::hard_link(unnamed, path) {
@@ -160,10 +159,10 @@ fn accept(listener: &UnixListener, control: &Arc<dyn Control>) {
     loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
-            // EINVAL: shut down. The others pass, but not at once when files have run out.
+            // EINVAL: shut down. Other errors are temporary; without free descriptors they last a while.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
             Err(error) => {
-                tracing::debug!(%error, "accepting a connection");
+                tracing::debug!(%error, "could not accept a connection to the configuration socket");
                 thread::sleep(Duration::from_millis(50));
                 continue;
             }
@@ -179,11 +178,11 @@ fn accept(listener: &UnixListener, control: &Arc<dyn Control>) {
             .spawn(move || {
                 let _slot = slot;
                 if let Err(error) = converse(&stream, &*control) {
-                    tracing::debug!(%error, "a client of the configuration socket is gone");
+                    tracing::debug!(%error, "client of the configuration socket disconnected");
                 }
             });
         if let Err(error) = spawned {
-            tracing::warn!(%error, "no thread for a client of the configuration socket");
+            tracing::warn!(%error, "could not start a thread for a client of the configuration socket");
         }
     }
 }

@@ -159,7 +159,7 @@ fn a_request_that_breaks_off_changes_nothing() {
 }
 
 #[test]
-fn lines_that_mean_nothing_are_answered_with_an_errno() {
+fn invalid_lines_are_answered_with_an_errno() {
     let public_key = format!("public_key={}\n", key_text(7));
     let cases = [
         ("", "", Errno::EPROTO),
@@ -208,7 +208,7 @@ fn lines_that_mean_nothing_are_answered_with_an_errno() {
             "peer" => format!("set=1\n{public_key}"),
             before => before.to_owned(),
         };
-        // Afterwards the connection is as good as new.
+        // The connection is usable afterwards.
         let text = format!("{before}{lines}fwmark=1\n\nget=1\n\n");
         let text = if lines.is_empty() {
             "\nget=1\n\n"
@@ -408,7 +408,7 @@ proptest! {
     }
 }
 
-/// A device that remembers what it was told.
+/// A device that records its requests.
 #[derive(Default)]
 struct Recorder(Mutex<Vec<Set>>);
 
@@ -500,7 +500,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
 }
 
 #[test]
-fn a_socket_that_someone_else_put_there_is_left_alone() {
+fn a_socket_of_another_program_is_left_alone() {
     let directory = tempfile::tempdir().unwrap();
     let device = Arc::new(Recorder::default());
     let server = serve_in(directory.path(), "wg0", device).unwrap();
@@ -512,7 +512,7 @@ fn a_socket_that_someone_else_put_there_is_left_alone() {
 }
 
 #[test]
-fn names_that_are_no_interfaces_are_refused() {
+fn invalid_interface_names_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     for name in ["", "..", "a/b", "sixteen-letters-"] {
         let device = Arc::new(Recorder::default());
@@ -549,7 +549,7 @@ fn a_hundred_connections_are_served_and_one_more_is_closed() {
         }
         assert!(
             since.elapsed() < Duration::from_secs(10),
-            "the places stay taken"
+            "the connections stay counted"
         );
     }
 }

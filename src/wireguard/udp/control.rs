@@ -1,11 +1,11 @@
-//! Control messages: what goes with a run of datagrams beside its bytes, and what comes with one.
+//! Control messages: the data that accompanies a run of datagrams.
 //!
-//! Out: from which of our addresses, the hop limit, the congestion mark, and the size the kernel cuts to
-//! (ip(7), ipv6(7), udp(7)). In: which of our addresses was called, the mark, and the size of the
-//! datagrams that the kernel joined.
+//! Sent: the source address, the hop limit, the congestion mark, and the size that the kernel cuts to
+//! (ip(7), ipv6(7), udp(7)). Received: the local address that the peer sent to, the mark, and the size of
+//! the datagrams that the kernel joined.
 #![expect(
     unsafe_code,
-    reason = "control messages are structures at places that only C's macros know"
+    reason = "only C's macros know where control messages are in their buffer"
 )]
 
 use std::io;
@@ -33,7 +33,7 @@ impl Control {
         &mut self.0
     }
 
-    /// Writes what is to go with a run; returns its bytes.
+    /// Writes the control messages of a run; returns their bytes.
     ///
     /// # Errors
     /// `EINVAL` if the stride is longer than any datagram.
@@ -52,7 +52,7 @@ impl Control {
             Some((IpAddr::V4(local), _)) if !v6 => writer.push(
                 libc::IPPROTO_IP,
                 libc::IP_PKTINFO,
-                // The interface stays open: the route decides, the address sticks.
+                // The route decides on the interface; the address stays.
                 libc::in_pktinfo {
                     ipi_ifindex: 0,
                     ipi_spec_dst: libc::in_addr {
@@ -129,7 +129,7 @@ impl Writer<'_> {
     }
 }
 
-/// Reads what came with a message.
+/// Reads the control messages of a message.
 ///
 /// # Safety
 /// The header is as the kernel left it, and its control messages are still where it wrote them.

@@ -77,7 +77,7 @@ fn without_offload_the_datagrams_go_one_by_one() {
 }
 
 #[test]
-fn a_source_address_that_is_gone_is_told_apart() {
+fn an_error_for_a_missing_source_address_is_recognised() {
     let sockets = Sockets::bind(0, 0).unwrap();
     let to = Endpoint {
         remote: (Ipv4Addr::LOCALHOST, 9).into(),
