@@ -597,7 +597,7 @@ fn two_nodes() -> Mesh {
 }
 
 #[test]
-fn kilos_algorithm_holds_until_the_last_real_kilo_has_been_silent_for_a_minute() {
+fn kilos_algorithm_decides_until_the_last_real_kilo_has_been_silent_for_a_minute() {
     let mut mesh = two_nodes();
     let kilo = Mode::Kilo(vec![NodeName("a".into())]);
     for (now, expected) in [(1_000, kilo.clone()), (1_059, kilo), (1_060, Mode::Native)] {
@@ -649,7 +649,7 @@ fn followers_empty_their_wireguard_ip_beside_kilo_and_keep_it_otherwise() {
 }
 
 #[test]
-fn a_node_that_kilo_would_not_count_changes_nothing_on_itself() {
+fn a_node_that_kilo_ignores_makes_no_changes() {
     let mut mesh = two_nodes();
     mesh.node("b").last_seen = Some(0);
     let me = NodeName("b".into());
@@ -657,7 +657,7 @@ fn a_node_that_kilo_would_not_count_changes_nothing_on_itself() {
 }
 
 #[test]
-fn a_name_that_nobody_could_resolve_is_not_public_to_kilo() {
+fn an_unresolved_name_is_not_a_public_endpoint_for_kilo() {
     let mut mesh = two_nodes();
     let other = node("b2", "b", 3, "192.168.2.2/24").with(|node| {
         node.last_seen = Some(1_000);

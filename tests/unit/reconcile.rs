@@ -129,7 +129,7 @@ proptest! {
     }
 
     #[test]
-    fn applying_the_diff_reaches_the_desired_state_without_a_hole(
+    fn applying_the_diff_reaches_the_desired_state_without_an_interruption(
         before in any_mesh(),
         after in any_mesh(),
     ) {
@@ -193,7 +193,7 @@ proptest! {
     }
 
     #[test]
-    fn every_remote_pod_cidr_has_one_way_and_one_backstop_on_every_node(mesh in mesh()) {
+    fn every_remote_pod_cidr_has_one_route_and_one_backstop_on_every_node(mesh in mesh()) {
         let topology = mesh.topology();
         for me in mesh.names() {
             let (Some(state), Some(own)) = (mesh.plan(&topology, me), topology.segment_of(me)) else {
@@ -226,7 +226,7 @@ proptest! {
 
     /// Two regions may use the same subnet: what is near is flannel's and main's business.
     #[test]
-    fn nothing_near_is_looked_for_elsewhere(mesh in mesh()) {
+    fn addresses_of_the_own_region_are_not_routed_to_another(mesh in mesh()) {
         let topology = mesh.topology();
         for me in mesh.names() {
             let (Some(state), Some(own)) = (mesh.plan(&topology, me), topology.segment_of(me)) else {
@@ -250,7 +250,7 @@ proptest! {
 
     /// Both ends of a tunnel know each other, and each lets through what is the other's.
     #[test]
-    fn leaders_agree_about_each_other(mesh in mesh()) {
+    fn both_leaders_of_a_tunnel_have_each_other_as_peers(mesh in mesh()) {
         let topology = mesh.topology();
         for (_, leader) in topology.leaders() {
             let state = mesh.plan(&topology, &leader.node).unwrap();
@@ -266,7 +266,7 @@ proptest! {
 
     /// A node that joins in a region of its own, whatever it says, takes nothing from the others.
     #[test]
-    fn a_newcomer_disturbs_nobody(mesh in mesh(), newcomer in node(11)) {
+    fn a_newcomer_takes_nothing_from_other_nodes(mesh in mesh(), newcomer in node(11)) {
         let mut mesh = mesh;
         settle(&mut mesh);
         let old = mesh.topology();
@@ -401,7 +401,7 @@ fn mesh_parts() -> impl Strategy<Value = (Vec<Node>, Vec<selvedge::topology::Ext
 }
 
 #[test]
-fn the_fake_kernel_is_strict() {
+fn the_fake_kernel_refuses_what_the_kernel_refuses() {
     let mesh = Mesh::new([
         crate::mesh::node("a", "a", 1, "192.168.1.1/24"),
         crate::mesh::node("b", "b", 2, "192.168.2.1/24"),

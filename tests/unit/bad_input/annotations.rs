@@ -65,7 +65,7 @@ fn a_key_of_small_order_leaves_the_node_without_one() {
 }
 
 #[test]
-fn a_bad_endpoint_is_as_none() {
+fn a_bad_endpoint_counts_as_absent() {
     let long = format!("{}.example:51820", "a".repeat(254));
     let bad = [
         "",
@@ -99,7 +99,7 @@ fn a_bad_endpoint_is_as_none() {
 }
 
 #[test]
-fn a_bad_private_address_is_as_none() {
+fn a_bad_private_address_counts_as_absent() {
     for text in [
         "192.168.50.11",
         "192.168.50.11/33",
@@ -144,7 +144,7 @@ fn bad_items_of_allowed_location_ips_leave_the_good_ones() {
 }
 
 #[test]
-fn allowed_location_ips_that_are_others_are_left_out() {
+fn allowed_location_ips_of_other_owners_are_left_out() {
     let key = "kilo.squat.ai/allowed-location-ips";
     expect_annotations(&[
         // Pods, services and WireGuard addresses of everybody.
@@ -156,7 +156,7 @@ fn allowed_location_ips_that_are_others_are_left_out() {
 }
 
 #[test]
-fn a_bad_wish_for_a_wireguard_address_is_as_none() {
+fn a_bad_request_for_a_wireguard_address_counts_as_absent() {
     let key = "kilo.squat.ai/wireguard-ip";
     expect_annotations(&[
         (key, "10.4.0.7", None),
@@ -169,7 +169,7 @@ fn a_bad_wish_for_a_wireguard_address_is_as_none() {
 }
 
 #[test]
-fn a_wish_for_an_address_outside_the_subnet_is_as_none() {
+fn a_requested_address_outside_the_subnet_counts_as_absent() {
     for leader in ["node-master", "node-agent-01"] {
         let with = |value: Option<&str>| {
             let mut objects = objects();
@@ -190,7 +190,7 @@ fn a_wish_for_an_address_outside_the_subnet_is_as_none() {
 }
 
 #[test]
-fn a_bad_keepalive_is_as_none() {
+fn a_bad_keepalive_counts_as_absent() {
     let key = "kilo.squat.ai/persistent-keepalive";
     for text in [
         "",
@@ -207,7 +207,7 @@ fn a_bad_keepalive_is_as_none() {
 }
 
 #[test]
-fn a_bad_time_of_the_last_sign_of_life_is_as_none() {
+fn a_bad_last_seen_time_counts_as_absent() {
     let key = "kilo.squat.ai/last-seen";
     for text in ["", "yesterday", "9223372036854775808", "1.5"] {
         expect_annotations(&[(key, text, None)]);
@@ -215,7 +215,7 @@ fn a_bad_time_of_the_last_sign_of_life_is_as_none() {
 }
 
 #[test]
-fn a_leader_annotation_that_says_false_still_counts_and_is_pointed_out() {
+fn a_leader_annotation_of_false_still_counts_and_is_reported() {
     expect_annotations(&[
         ("kilo.squat.ai/leader", "false", Some("")),
         ("kilo.squat.ai/leader", "False", Some("true")),
@@ -223,7 +223,7 @@ fn a_leader_annotation_that_says_false_still_counts_and_is_pointed_out() {
 }
 
 #[test]
-fn a_bad_location_is_as_none() {
+fn a_bad_location_counts_as_absent() {
     let key = "kilo.squat.ai/location";
     expect_annotations(&[
         (key, &"x".repeat(64), None),
@@ -234,7 +234,7 @@ fn a_bad_location_is_as_none() {
 }
 
 #[test]
-fn bad_discovered_endpoints_are_as_none() {
+fn bad_discovered_endpoints_count_as_absent() {
     let key = "kilo.squat.ai/discovered-endpoints";
     let many: BTreeMap<_, _> = (0..10_000)
         .map(|i| {
@@ -262,7 +262,7 @@ fn bad_discovered_endpoints_are_as_none() {
 }
 
 #[test]
-fn a_bad_granularity_is_as_none() {
+fn a_bad_granularity_counts_as_absent() {
     expect_annotations(&[
         ("kilo.squat.ai/granularity", "mesh", None),
         ("kilo.squat.ai/granularity", "Full", None),
@@ -270,7 +270,7 @@ fn a_bad_granularity_is_as_none() {
 }
 
 #[test]
-fn bad_annotations_of_flannels_cost_what_they_are_for() {
+fn bad_flannel_annotations_count_as_absent() {
     let data = "flannel.alpha.coreos.com/backend-data";
     let public_ip = "flannel.alpha.coreos.com/public-ip";
     expect_annotations(&[
@@ -303,7 +303,7 @@ fn expect_others_untouched(
 }
 
 #[test]
-fn what_does_not_matter_of_a_node_disturbs_nobody() {
+fn irrelevant_changes_of_a_node_change_no_plan() {
     for victim in NODES {
         let reports = expect_others_untouched("annotations of a megabyte", victim, |node| {
             node["metadata"]["annotations"]["x.example/large"] = json!("x".repeat(1 << 20));

@@ -46,7 +46,7 @@ proptest! {
 
     /// Whatever stands on one node, no agent panics and no other region loses its pods.
     #[test]
-    fn on_a_node_costs_no_other_node_its_pods(
+    fn arbitrary_annotations_of_a_node_cost_no_other_node_its_pods(
         victim in 0..NODES.len(),
         annotations in prop::collection::btree_map(prop::sample::select(&KEYS[..]), text(), 0..6),
     ) {
@@ -72,7 +72,7 @@ proptest! {
 
     /// What is read and written again reads the same.
     #[test]
-    fn that_is_read_can_be_published(text in text()) {
+    fn a_parsed_annotation_can_be_published_again(text in text()) {
         if let Ok(endpoint) = read::endpoint(&text) {
             prop_assert_eq!(read::endpoint(&read::format_endpoint(&endpoint)), Ok(endpoint));
         }

@@ -51,7 +51,7 @@ fn expect_newcomer(what: &str, claim: impl Fn(&mut Value), without: impl Fn(&mut
 }
 
 #[test]
-fn a_newcomer_takes_nothing_from_anybody() {
+fn a_newcomer_takes_nothing_from_nodes_and_peers() {
     let annotations = |node: &mut Value, key: &str, value: Option<&str>| {
         let map = node["metadata"]["annotations"].as_object_mut().unwrap();
         match value {
@@ -101,7 +101,7 @@ fn a_newcomer_takes_nothing_from_anybody() {
 }
 
 #[test]
-fn a_foreign_private_address_is_not_carried() {
+fn a_private_address_of_another_node_is_not_carried() {
     for foreign in [
         "203.0.113.10/24",
         "10.42.0.1/24",
@@ -128,7 +128,7 @@ fn laptop(spec: &Value) -> Value {
 }
 
 #[test]
-fn a_bad_peer_is_as_none() {
+fn a_bad_peer_counts_as_absent() {
     let good = json!({"allowedIPs": ["10.5.0.1/32"], "publicKey": LAPTOPS_KEY});
     let rows: Vec<(&str, Value)> = vec![
         ("allowedIPs", json!([])),
@@ -200,7 +200,7 @@ fn a_peer_takes_nothing_from_nodes_and_older_peers() {
 }
 
 #[test]
-fn a_peer_with_the_key_of_a_node_or_of_an_older_peer_is_as_none() {
+fn a_peer_with_the_key_of_a_node_or_of_an_older_peer_counts_as_absent() {
     let older = json!({
         "apiVersion": "kilo.squat.ai/v1alpha1",
         "kind": "Peer",

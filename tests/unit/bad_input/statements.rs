@@ -147,7 +147,7 @@ fn a_node_that_looks_like_kilo_does_not_choose_the_algorithm() {
 }
 
 #[test]
-fn a_last_seen_from_the_future_counts_as_none() {
+fn a_last_seen_time_in_the_future_counts_as_absent() {
     let mut mesh = lab();
     mesh.agreed.beside_kilo = true;
     let now = mesh.now;
@@ -259,7 +259,7 @@ fn an_old_node_takes_no_address_from_a_peer() {
 }
 
 #[test]
-fn a_status_with_twenty_thousand_addresses_is_read_as_one_with_two() {
+fn of_a_status_with_twenty_thousand_addresses_two_count() {
     let addresses = (0..20_000u32).map(|number| {
         let [_, b, c, d] = number.to_be_bytes();
         json!({"type": "InternalIP", "address": format!("10.{b}.{c}.{d}")})
@@ -280,7 +280,7 @@ fn a_status_with_twenty_thousand_addresses_is_read_as_one_with_two() {
 }
 
 #[test]
-fn what_only_flannels_annotation_names_is_not_near() {
+fn an_address_that_only_flannels_annotation_names_is_not_in_the_region() {
     let lease = |address: &str| {
         let annotations = [
             ("flannel.alpha.coreos.com/public-ip", address),
@@ -383,7 +383,7 @@ fn a_node_with_anothers_region_label_gets_a_tunnel_and_no_clear_vxlan() {
 }
 
 #[test]
-fn a_wide_link_or_an_older_object_moves_no_region() {
+fn a_wide_link_or_an_older_object_does_not_change_a_regions_networks() {
     let before = lab();
     let liar = stranger("a0").with(|node| {
         node.created = 0;
@@ -418,7 +418,7 @@ fn a_node_outside_of_the_declared_networks_gets_no_address() {
 }
 
 #[test]
-fn two_subnets_of_a_region_meet_in_tunnels_until_the_operator_declares_them() {
+fn two_subnets_of_a_region_use_tunnels_until_the_operator_declares_them() {
     let mut mesh = Mesh::new([
         node("a1", "nd", 1, "192.168.50.11/24"),
         node("a2", "nd", 2, "192.168.51.12/24"),
@@ -495,7 +495,7 @@ fn a_newcomer_whose_name_sorts_first_does_not_take_the_lead() {
 }
 
 #[test]
-fn a_region_that_starts_as_a_whole_settles_by_name() {
+fn in_a_region_that_starts_as_a_whole_the_first_by_name_leads() {
     let mut mesh = lab();
     for (name, since) in [("a1", SETTLED + 60), ("a2", SETTLED)] {
         let node = mesh.node(name);
@@ -509,7 +509,7 @@ fn a_region_that_starts_as_a_whole_settles_by_name() {
 }
 
 #[test]
-fn the_token_of_an_older_node_takes_no_key() {
+fn an_older_node_takes_no_key_from_a_newer_one_that_holds_it() {
     let before = lab();
     let mut mesh = before.clone();
     // a2 is older than b1.

@@ -22,7 +22,7 @@ fn mesh() -> Mesh {
 }
 
 #[test]
-fn with_vxlan_everything_inside_a_region_is_encapsulated() {
+fn with_vxlan_all_traffic_inside_a_region_is_encapsulated() {
     let mesh = mesh();
     insta::assert_snapshot!(routes(&mesh, "a1"), @"
     ip route replace table 5130 throw 10.42.1.0/24
@@ -46,7 +46,7 @@ fn with_vxlan_everything_inside_a_region_is_encapsulated() {
 }
 
 #[test]
-fn with_direct_routing_only_other_subnets_are() {
+fn with_direct_routing_only_traffic_to_other_subnets_is_encapsulated() {
     let mut mesh = mesh();
     mesh.direct_routing = true;
     insta::assert_snapshot!(routes(&mesh, "a1"), @"
@@ -79,7 +79,7 @@ fn with_direct_routing_only_other_subnets_are() {
 }
 
 #[test]
-fn with_host_gw_nothing_is_and_followers_hold_their_address_on_the_tunnels_link() {
+fn with_host_gw_nothing_is_encapsulated_and_followers_have_their_address_on_the_tunnels_link() {
     let mut mesh = mesh();
     mesh.snapshot.nodes.remove(&NodeName("a3".into()));
     mesh.backend = Backend::HostGw;
@@ -128,7 +128,7 @@ fn with_host_gw_nothing_is_and_followers_hold_their_address_on_the_tunnels_link(
 }
 
 #[test]
-fn never_encapsulating_goes_to_the_leaders_own_address_where_it_is_near() {
+fn with_encapsulate_never_followers_use_the_leaders_own_address_on_the_same_subnet() {
     let mut mesh = mesh();
     mesh.local.encapsulation = selvedge::policy::Encapsulation::Never;
     insta::assert_snapshot!(routes(&mesh, "a2"), @"
@@ -153,7 +153,7 @@ fn never_encapsulating_goes_to_the_leaders_own_address_where_it_is_near() {
 }
 
 #[test]
-fn always_and_crosssubnet_are_one_beside_flannel() {
+fn encapsulate_always_and_crosssubnet_are_the_same_beside_flannel() {
     use selvedge::flannel::Backend;
     use selvedge::policy::Encapsulation;
 
@@ -175,7 +175,7 @@ fn always_and_crosssubnet_are_one_beside_flannel() {
 }
 
 #[test]
-fn a_follower_without_flannels_device_refuses_rather_than_leaks() {
+fn a_follower_without_flannels_device_refuses_remote_traffic() {
     let mesh = mesh();
     let topology = mesh.topology();
     let me = NodeName("a2".into());
@@ -199,7 +199,7 @@ fn a_follower_without_flannels_device_refuses_rather_than_leaks() {
 }
 
 #[test]
-fn a_route_that_flannel_lost_is_taken_to_come_back() {
+fn a_route_that_flannel_lost_is_replaced_by_the_one_it_would_install() {
     let mesh = mesh();
     let topology = mesh.topology();
     let me = NodeName("a2".into());
@@ -220,7 +220,7 @@ fn a_route_that_flannel_lost_is_taken_to_come_back() {
 }
 
 #[test]
-fn dual_stack_takes_both_ways() {
+fn dual_stack_has_routes_of_both_families() {
     let mut mesh = mesh();
     mesh.agreed.subnets.push(net("fd04::/64"));
     for (index, node) in mesh.snapshot.nodes.values_mut().enumerate() {
@@ -309,7 +309,7 @@ fn dual_stack_takes_both_ways() {
 }
 
 #[test]
-fn an_ipv6_cluster_has_nothing_of_ipv4() {
+fn an_ipv6_cluster_has_no_ipv4_routes() {
     let mut mesh = mesh();
     for (index, node) in mesh.snapshot.nodes.values_mut().enumerate() {
         node.pod_cidrs = vec![net(&format!("fd42:0:0:{}::/64", index + 1))];
@@ -336,7 +336,7 @@ fn an_ipv6_cluster_has_nothing_of_ipv4() {
 }
 
 #[test]
-fn keepalives_go_to_every_peer_that_has_not_called_unasked_whatever_the_address_looks_like() {
+fn keepalives_go_to_every_peer_that_has_not_opened_a_session_without_them() {
     let keepalive = |endpoint: &str, forced: bool, change: &dyn Fn(&mut Mesh)| {
         let mut mesh = mesh();
         let leader = mesh.snapshot.nodes.get_mut(&NodeName("a1".into())).unwrap();

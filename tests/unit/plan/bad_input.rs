@@ -89,12 +89,12 @@ fn is_taken_as(bad: &Value, as_if: &Value) {
 }
 
 #[test]
-fn a_good_node_is_told_nothing() {
+fn a_good_node_is_not_reported() {
     assert_eq!(mesh(&object()).1, Vec::<String>::new());
 }
 
 #[test]
-fn a_bad_key_costs_the_node() {
+fn a_bad_key_excludes_the_node() {
     let keys = [
         "not base64",
         "BQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQ==",
@@ -112,7 +112,7 @@ fn a_bad_key_costs_the_node() {
 }
 
 #[test]
-fn a_bad_endpoint_costs_the_endpoint() {
+fn a_bad_endpoint_is_left_out() {
     let key = "kilo.squat.ai/endpoint";
     let endpoints = [
         "203.0.113.50",
@@ -136,14 +136,14 @@ fn a_bad_endpoint_costs_the_endpoint() {
 }
 
 #[test]
-fn a_name_that_never_resolves_costs_the_endpoint() {
+fn an_endpoint_whose_name_does_not_resolve_is_left_out() {
     let key = "kilo.squat.ai/endpoint";
     let (mesh_with, _) = mesh(&annotated(key, "nowhere.example:51820"));
     assert_eq!(states(&mesh_with), states(&mesh(&without(key)).0));
 }
 
 #[test]
-fn a_name_that_resolves_to_an_inner_address_costs_the_endpoint() {
+fn an_endpoint_whose_name_resolves_to_a_cluster_address_is_left_out() {
     let key = "kilo.squat.ai/endpoint";
     for inner in ["10.42.3.3", "10.4.0.2", "127.0.0.1", "10.43.0.1"] {
         let (mut mesh_with, _) = mesh(&annotated(key, "trap.example:51820"));
@@ -158,7 +158,7 @@ fn a_name_that_resolves_to_an_inner_address_costs_the_endpoint() {
 }
 
 #[test]
-fn an_address_that_is_not_its_own_costs_the_address() {
+fn an_address_that_is_not_the_nodes_own_is_left_out() {
     let key = "kilo.squat.ai/internal-ip";
     let good = annotated(key, "172.16.5.5/24");
     let addresses = [
@@ -180,7 +180,7 @@ fn an_address_that_is_not_its_own_costs_the_address() {
 }
 
 #[test]
-fn a_status_with_somebody_elses_address_takes_it_from_nobody() {
+fn a_status_with_another_nodes_address_takes_it_from_no_node() {
     let stolen = object().with(|object| {
         object["status"]["addresses"] = json!([
             {"type": "InternalIP", "address": "172.16.5.5"},
@@ -191,7 +191,7 @@ fn a_status_with_somebody_elses_address_takes_it_from_nobody() {
 }
 
 #[test]
-fn bad_pod_cidrs_cost_the_pods() {
+fn bad_pod_cidrs_are_left_out() {
     // Without any pods it takes no part, and there is nothing to refuse either.
     for stolen in [
         "10.42.2.0/24",
@@ -206,7 +206,7 @@ fn bad_pod_cidrs_cost_the_pods() {
 }
 
 #[test]
-fn bad_wishes_for_a_wireguard_address_cost_the_wish() {
+fn bad_requests_for_a_wireguard_address_are_left_out() {
     let key = "kilo.squat.ai/wireguard-ip";
     for wish in [
         "10.4.0.1/16",
@@ -221,7 +221,7 @@ fn bad_wishes_for_a_wireguard_address_cost_the_wish() {
 }
 
 #[test]
-fn bad_location_ips_cost_the_item() {
+fn bad_location_ips_are_left_out_one_by_one() {
     let key = "kilo.squat.ai/allowed-location-ips";
     let items = [
         "0.0.0.0/0",
@@ -241,7 +241,7 @@ fn bad_location_ips_cost_the_item() {
 }
 
 #[test]
-fn bad_keepalives_cost_the_keepalive() {
+fn bad_keepalives_are_left_out() {
     let key = "kilo.squat.ai/persistent-keepalive";
     for text in ["-1", "65536", "1e3", "25s", "9223372036854775808", ""] {
         is_taken_as(&annotated(key, text), &object());
@@ -249,7 +249,7 @@ fn bad_keepalives_cost_the_keepalive() {
 }
 
 #[test]
-fn bad_discoveries_cost_the_discoveries() {
+fn bad_discovered_endpoints_are_left_out() {
     let key = "kilo.squat.ai/discovered-endpoints";
     for text in ["{", "[]", "null ", "{\"x\":1}"] {
         let (mesh_with, _) = mesh(&annotated(key, text));
@@ -258,7 +258,7 @@ fn bad_discoveries_cost_the_discoveries() {
 }
 
 #[test]
-fn whatever_a_bad_peer_claims_it_takes_from_nobody() {
+fn a_bad_peer_takes_nothing_from_nodes_and_peers() {
     let peer = |spec: Value| json!({"metadata": {"name": "bad", "creationTimestamp": "2026-02-01T00:00:00Z"}, "spec": spec});
     let key = "BQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQU=";
     let with = |object: &Value| {

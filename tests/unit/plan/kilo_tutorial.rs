@@ -135,7 +135,7 @@ fn cross_links_every_node_to_every_node_elsewhere() {
 }
 
 #[test]
-fn nodes_without_a_private_address_are_each_on_their_own() {
+fn each_node_without_a_private_address_is_a_segment_of_its_own() {
     let [mut a1, mut a2, b1, b2] = nodes();
     (a1.private_ip, a2.private_ip) = (None, None);
     (a1.internal_ips, a2.internal_ips) = (vec![ip("203.0.113.1")], vec![ip("203.0.113.2")]);

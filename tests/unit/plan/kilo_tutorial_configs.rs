@@ -168,7 +168,7 @@ fn routes_are_kilos_but_for_these_differences() {
 }
 
 #[test]
-fn tunnels_are_kilos_where_the_operator_says_how_often_keepalives_are_sent() {
+fn tunnels_are_kilos_where_the_operator_sets_the_keepalive_interval() {
     // Kilo's default; ours is to send some until they are known to be of no use.
     let without = |mut mesh: Mesh| {
         for node in mesh.snapshot.nodes.values_mut() {

@@ -107,7 +107,7 @@ fn routes_are_kilos_but_for_these_differences() {
 
 /// Kilo has no route to the host of a leader behind NAT until somebody has seen that leader.
 #[test]
-fn before_anybody_has_seen_the_leader_behind_nat_its_host_is_reached_by_pods() {
+fn before_a_leader_behind_nat_is_observed_pods_reach_its_host() {
     use Difference::*;
     for mut mesh in both() {
         mesh.node("node-master").discovered_endpoints.clear();
@@ -139,7 +139,7 @@ fn before_anybody_has_seen_the_leader_behind_nat_its_host_is_reached_by_pods() {
 }
 
 #[test]
-fn tunnels_are_kilos_where_the_operator_says_how_often_keepalives_are_sent() {
+fn tunnels_are_kilos_where_the_operator_sets_the_keepalive_interval() {
     let names = [(MASTER, "node-master"), (AGENT_01, "node-agent-01")];
     let names = names.map(|(key, name)| (key.to_owned(), name)).into();
     for mut mesh in both() {

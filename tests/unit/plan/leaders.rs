@@ -29,7 +29,7 @@ fn a_leader_that_is_not_ready_or_has_no_key_or_is_gone_is_replaced() {
 }
 
 #[test]
-fn where_no_node_is_ready_the_operators_choice_goes_on() {
+fn where_no_node_is_ready_the_operators_choice_still_leads() {
     let mut mesh = two_regions();
     for node in mesh.snapshot.nodes.values_mut() {
         node.ready = false;
@@ -38,7 +38,7 @@ fn where_no_node_is_ready_the_operators_choice_goes_on() {
 }
 
 #[test]
-fn they_are_chosen_in_kilos_order() {
+fn leaders_are_elected_in_kilos_order() {
     let name = |change: fn(&mut Vec<Node>)| {
         let mut nodes = ["a", "b", "c"].map(|name| {
             let seed = name.as_bytes()[0] - b'a';
@@ -69,7 +69,7 @@ fn they_are_chosen_in_kilos_order() {
 }
 
 #[test]
-fn followers_move_to_a_new_leader_without_a_hole() {
+fn followers_move_to_a_new_leader_without_an_interruption() {
     let before = two_regions();
     let mut after = before.clone();
     after.node("node-agent-01").ready = false;

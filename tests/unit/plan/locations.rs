@@ -14,7 +14,7 @@ fn mesh() -> Mesh {
 }
 
 #[test]
-fn what_a_location_offers_is_carried_but_nothing_near_is_captured() {
+fn location_ips_are_carried_and_local_traffic_is_not_captured() {
     let mut mesh = mesh();
     mesh.api_servers = [ip("192.168.9.9")].into();
     insta::assert_snapshot!(routes(&mesh, "b1"), @"
@@ -51,7 +51,7 @@ fn what_a_location_offers_is_carried_but_nothing_near_is_captured() {
 }
 
 #[test]
-fn what_goes_to_it_is_masqueraded_by_the_nodes_of_its_region() {
+fn traffic_to_location_ips_is_masqueraded_by_the_nodes_of_the_region() {
     let mut mesh = mesh();
     mesh.snapshot
         .nodes
@@ -71,7 +71,7 @@ fn what_goes_to_it_is_masqueraded_by_the_nodes_of_its_region() {
 }
 
 #[test]
-fn of_two_overlapping_claims_the_older_one_stays() {
+fn of_two_overlapping_claims_the_older_one_wins() {
     let mut mesh = mesh();
     mesh.node("b2").allowed_location_ips = vec![net("10.6.0.0/24"), net("10.7.0.0/24")];
 

@@ -13,7 +13,7 @@ fn mesh() -> Mesh {
 }
 
 #[test]
-fn every_leader_has_them_and_followers_go_through_theirs() {
+fn every_leader_has_the_external_peers_and_followers_reach_them_through_their_leader() {
     let mesh = mesh();
     insta::assert_snapshot!(mesh.commands_of("node-agent-01", &["wg"]), @"
     wg set kilo0 listen-port 51820
@@ -41,7 +41,7 @@ fn every_leader_has_them_and_followers_go_through_theirs() {
 }
 
 #[test]
-fn of_two_equal_claims_the_older_peers_stays() {
+fn of_two_equal_claims_the_older_peer_wins() {
     let excluded = mesh().topology().excluded;
     let sentences = excluded.iter().map(ToString::to_string).collect::<Vec<_>>();
     assert_eq!(
@@ -51,7 +51,7 @@ fn of_two_equal_claims_the_older_peers_stays() {
 }
 
 #[test]
-fn of_two_equally_old_claims_the_first_by_name_stays() {
+fn of_two_equally_old_claims_the_first_by_name_wins() {
     let mut mesh = two_regions();
     mesh.add_peers([
         vpn_peer("b", 100, &["10.5.0.1/32"]),
@@ -67,7 +67,7 @@ fn of_two_equally_old_claims_the_first_by_name_stays() {
 
 /// What was left out waits: of the claims that are there the oldest counts.
 #[test]
-fn when_the_winner_leaves_the_next_oldest_takes_over() {
+fn when_a_peer_is_deleted_the_next_oldest_claim_wins() {
     let later = |name: &str, seed: u8, nets: &[&str]| vpn_peer(name, seed, nets);
     let mut mesh = mesh();
     mesh.add_peers([
@@ -99,7 +99,7 @@ fn when_the_winner_leaves_the_next_oldest_takes_over() {
 }
 
 #[test]
-fn what_they_send_elsewhere_is_masqueraded() {
+fn traffic_from_external_peers_to_other_destinations_is_masqueraded() {
     let firewall = firewall(&mesh(), "node-agent-01");
     let nets = ["10.5.0.1/32", "10.5.0.2/32", "10.6.0.0/24"].map(net);
     assert_eq!(firewall.masquerade_sources, nets.into());

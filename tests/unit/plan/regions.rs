@@ -18,7 +18,7 @@ fn three_regions() -> Mesh {
 }
 
 #[test]
-fn a_third_behind_its_own_nat_joins() {
+fn a_third_region_behind_its_own_nat_joins() {
     let mesh = three_regions();
     insta::assert_snapshot!(routes(&mesh, "node-master"), @"
     ip route replace table 5130 throw 10.42.0.0/24
@@ -76,7 +76,7 @@ fn a_third_behind_its_own_nat_joins() {
 }
 
 #[test]
-fn with_the_same_subnet_pods_are_carried_and_nothing_near_is_captured() {
+fn with_the_same_subnet_pods_are_carried_and_local_traffic_is_not_captured() {
     let mut mesh = three_regions();
     for (name, address) in [
         ("node-b-01", "192.168.50.11/24"),
@@ -136,7 +136,7 @@ fn with_the_same_subnet_pods_are_carried_and_nothing_near_is_captured() {
 }
 
 #[test]
-fn an_api_server_elsewhere_is_reached_directly_by_the_host_and_by_tunnel_for_pods() {
+fn a_remote_api_server_is_reached_directly_by_the_host_and_by_tunnel_for_pods() {
     let mut mesh = two_regions();
     let master = mesh.node("node-master");
     master.internal_ips = vec![ip("172.16.0.10")];
@@ -155,7 +155,7 @@ fn an_api_server_elsewhere_is_reached_directly_by_the_host_and_by_tunnel_for_pod
 
 /// Another region's node has the address of a printer here, or of this network's router.
 #[test]
-fn an_address_of_a_network_this_node_is_connected_to_is_left_to_that_network() {
+fn an_address_in_a_connected_network_is_left_to_that_network() {
     let mut mesh = Mesh::new([
         node("a1", "a", 1, "192.168.50.11/24"),
         node("b1", "b", 2, "192.168.1.1/24"),
@@ -210,7 +210,7 @@ fn an_address_of_a_network_this_node_is_connected_to_is_left_to_that_network() {
 }
 
 #[test]
-fn a_wide_offer_keeps_off_the_networks_this_node_is_connected_to() {
+fn wide_location_ips_leave_connected_networks_alone() {
     let mut mesh = Mesh::new([
         node("a1", "a", 1, "10.1.0.1/24"),
         node("b1", "b", 2, "192.168.1.1/24")

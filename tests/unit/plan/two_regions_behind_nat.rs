@@ -35,7 +35,7 @@ fn the_public_leader_has_tunnels_addresses_and_routes() {
 }
 
 #[test]
-fn the_leader_behind_nat_also_hands_on_to_its_members() {
+fn the_leader_behind_nat_also_routes_to_its_members() {
     insta::assert_snapshot!(two_regions().commands("node-agent-01"), @"
     ip tuntap add kilo0 mode tun; ip link set kilo0 mtu 1420
     sysctl -w net/ipv4/conf/kilo0/rp_filter=2
@@ -64,7 +64,7 @@ fn the_leader_behind_nat_also_hands_on_to_its_members() {
 }
 
 #[test]
-fn a_follower_sends_everything_to_its_leader_by_flannel() {
+fn a_follower_sends_remote_traffic_to_its_leader_by_flannel() {
     insta::assert_snapshot!(two_regions().commands("node-agent-02"), @"
     ip tuntap add kilo0 mode tun; ip link set kilo0 mtu 1420
     sysctl -w net/ipv4/conf/kilo0/rp_filter=2
@@ -88,7 +88,7 @@ fn a_follower_sends_everything_to_its_leader_by_flannel() {
 }
 
 #[test]
-fn it_works_the_same_without_any_annotation_of_the_operator() {
+fn the_plan_is_the_same_without_annotations_of_the_operator() {
     let annotated = two_regions();
     let mut bare = annotated.clone();
     for node in bare.snapshot.nodes.values_mut() {
@@ -123,7 +123,7 @@ fn it_works_the_same_without_any_annotation_of_the_operator() {
 /// The check of what arrives from there knows no mark: routed into the tunnel, the tunnel's own
 /// datagrams would be dropped.
 #[test]
-fn where_the_tunnel_sends_to_the_host_goes_directly() {
+fn the_host_reaches_tunnel_endpoints_directly() {
     let mut mesh = two_regions();
     let about = |mesh: &Mesh| {
         let routes = routes(mesh, "node-master");
@@ -138,7 +138,7 @@ fn where_the_tunnel_sends_to_the_host_goes_directly() {
 }
 
 #[test]
-fn an_endpoint_on_somebody_elses_address_takes_nothing_from_them() {
+fn an_endpoint_on_another_nodes_address_takes_nothing_from_that_node() {
     let mut mesh = two_regions();
     let before = mesh.state("node-master").routes;
     let bad = node("z", "z", 9, "192.168.99.1/24")
@@ -154,7 +154,7 @@ fn an_endpoint_on_somebody_elses_address_takes_nothing_from_them() {
 }
 
 #[test]
-fn a_status_that_names_anothers_address_cuts_off_no_leader() {
+fn a_status_that_names_a_leaders_address_does_not_cut_it_off() {
     let mut mesh = two_regions();
     let nd = mesh.node("node-agent-01").public_key.unwrap();
     mesh.node("node-master").discovered_endpoints.clear();
@@ -174,7 +174,7 @@ fn a_status_that_names_anothers_address_cuts_off_no_leader() {
 }
 
 #[test]
-fn behind_one_to_one_nat_the_private_address_is_for_everybody() {
+fn behind_one_to_one_nat_every_region_uses_the_private_address() {
     let mut mesh = two_regions();
     let master = mesh.node("node-master");
     master.internal_ips = vec![ip("172.16.0.10")];
@@ -202,7 +202,7 @@ fn behind_one_to_one_nat_the_private_address_is_for_everybody() {
 }
 
 #[test]
-fn the_firewall_knows_who_is_near_and_who_is_not() {
+fn the_firewall_holds_the_prefixes_of_the_own_and_of_other_regions() {
     insta::assert_debug_snapshot!(firewall(&two_regions(), "node-agent-01"), @r#"
     Firewall {
         tunnel: "kilo0",
@@ -280,7 +280,7 @@ fn the_firewall_knows_who_is_near_and_who_is_not() {
 }
 
 #[test]
-fn a_leader_behind_nat_is_sent_to_where_it_was_seen() {
+fn a_leader_behind_nat_is_reached_at_its_observed_endpoint() {
     let mut mesh = two_regions();
     let nd = mesh.node("node-agent-01").public_key.unwrap();
     let endpoint = |mesh: &Mesh| peer_with(&mesh.state("node-master"), nd).endpoint;
@@ -302,7 +302,7 @@ fn a_leader_behind_nat_is_sent_to_where_it_was_seen() {
 }
 
 #[test]
-fn leaders_behind_one_router_meet_at_their_private_addresses() {
+fn leaders_behind_one_router_use_each_others_private_addresses() {
     let mut mesh = two_regions();
     mesh.node("node-agent-03").region = selvedge::topology::RegionName("edge".into());
     let nd = mesh.node("node-agent-01").public_key.unwrap();
@@ -318,7 +318,7 @@ fn leaders_behind_one_router_meet_at_their_private_addresses() {
 }
 
 #[test]
-fn a_public_leader_is_the_first_to_see_that_somebody_moved() {
+fn a_public_leaders_observation_comes_before_those_of_others() {
     let mut mesh = two_regions();
     let gone = "203.0.113.40:1001".parse().unwrap();
     let here = "203.0.113.40:1002".parse().unwrap();
@@ -334,7 +334,7 @@ fn a_public_leader_is_the_first_to_see_that_somebody_moved() {
 }
 
 #[test]
-fn followers_are_not_believed_what_they_saw() {
+fn observations_of_followers_do_not_count() {
     let mut mesh = two_regions();
     let nd = mesh.node("node-agent-01").public_key.unwrap();
     let trap = "198.51.100.66:51820".parse().unwrap();
@@ -347,7 +347,7 @@ fn followers_are_not_believed_what_they_saw() {
 }
 
 #[test]
-fn nobody_says_where_a_public_leader_is_but_itself() {
+fn the_endpoint_of_a_public_leader_is_its_own_statement() {
     let mut mesh = two_regions();
     let master = mesh.node("node-master").public_key.unwrap();
     let trap = "198.51.100.66:51820".parse().unwrap();
@@ -359,7 +359,7 @@ fn nobody_says_where_a_public_leader_is_but_itself() {
 }
 
 #[test]
-fn without_a_key_a_node_stays_near_and_its_pods_are_refused_elsewhere() {
+fn a_node_without_a_key_stays_in_its_region_and_other_regions_refuse_its_pods() {
     let mut mesh = two_regions();
     mesh.node("node-agent-03").public_key = None;
     mesh.node("node-agent-03").private_ip = None;
@@ -386,7 +386,7 @@ fn without_a_key_a_node_stays_near_and_its_pods_are_refused_elsewhere() {
 }
 
 #[test]
-fn before_it_has_a_key_a_node_refuses_what_is_meant_for_other_regions() {
+fn a_node_without_a_key_refuses_traffic_to_other_regions() {
     let mut mesh = two_regions();
     mesh.node("node-agent-03").public_key = None;
 
@@ -408,7 +408,7 @@ fn before_it_has_a_key_a_node_refuses_what_is_meant_for_other_regions() {
 }
 
 #[test]
-fn a_node_the_cluster_does_not_know_is_left_as_it_is() {
+fn an_unknown_node_is_left_as_it_is() {
     let mesh = two_regions();
     let mut topology = mesh.topology();
     topology
@@ -419,7 +419,7 @@ fn a_node_the_cluster_does_not_know_is_left_as_it_is() {
 }
 
 #[test]
-fn open_on_request_means_that_flannel_takes_over() {
+fn with_on_tunnel_down_open_flannel_carries_the_traffic() {
     let mut mesh = two_regions();
     mesh.local.on_tunnel_down = selvedge::policy::OnTunnelDown::Open;
 

@@ -19,7 +19,7 @@ fn regions(names: &[&str]) -> Mesh {
 }
 
 #[test]
-fn a_new_mesh_is_numbered_as_kilo_does() {
+fn a_new_mesh_has_kilos_wireguard_addresses() {
     let mesh = regions(&["d", "b", "a", "c"]);
     let expected = [
         ("a", "10.4.0.1"),
@@ -34,7 +34,7 @@ fn a_new_mesh_is_numbered_as_kilo_does() {
 }
 
 #[test]
-fn the_numbers_of_a_new_mesh_do_not_depend_on_whose_agent_is_first() {
+fn the_addresses_of_a_new_mesh_do_not_depend_on_the_order_of_the_agents() {
     let complete = addresses(&regions(&["a", "b", "c"]));
     for first in ["a", "b", "c"] {
         let mut mesh = regions(&["a", "b", "c"]);
@@ -48,7 +48,7 @@ fn the_numbers_of_a_new_mesh_do_not_depend_on_whose_agent_is_first() {
 }
 
 #[test]
-fn a_wish_is_kept_for_a_node_whose_agent_comes_up_later() {
+fn a_requested_address_is_kept_for_a_node_whose_agent_starts_later() {
     let mut mesh = regions(&["a", "b"]);
     mesh.node("b").wireguard_ips = vec![net("10.4.0.1/16")];
     mesh.node("b").public_key = None;
@@ -56,7 +56,7 @@ fn a_wish_is_kept_for_a_node_whose_agent_comes_up_later() {
 }
 
 #[test]
-fn who_joins_or_leaves_renumbers_nobody() {
+fn a_node_that_joins_or_leaves_renumbers_no_other() {
     let mut mesh = regions(&["b", "d"]);
     mesh.node("b").wireguard_ips = vec![net("10.4.0.1/16")];
     mesh.node("d").wireguard_ips = vec![net("10.4.0.2/16")];
@@ -76,7 +76,7 @@ fn who_joins_or_leaves_renumbers_nobody() {
 }
 
 #[test]
-fn of_two_equal_wishes_the_older_nodes_is_granted() {
+fn of_two_equal_requests_the_older_nodes_is_granted() {
     let mut mesh = regions(&["b", "a"]);
     for name in ["a", "b"] {
         mesh.node(name).wireguard_ips = vec![net("10.4.0.7/16")];
@@ -105,7 +105,7 @@ fn addresses_that_no_host_can_have_are_not_granted() {
 }
 
 #[test]
-fn without_one_a_leader_still_works() {
+fn a_leader_works_without_a_wireguard_address() {
     let mut mesh = regions(&["a", "b", "c"]);
     mesh.agreed.subnets = vec![net("10.4.0.0/30")];
 
