@@ -1,8 +1,8 @@
-//! Asks the linker for compact relocations, which the loader would else read through at every start:
-//! 0.6 MiB of a daemon that is to stay small.
+//! Tells the linker to use compact relocations. Otherwise the loader reads all relocations at every start, which
+//! takes 0.6 MiB of memory.
 //!
-//! Only where the C library is sure to understand them, which glibc does since 2.36 and musl since
-//! 1.2.4; static builds with musl, and those for another machine, do without.
+//! Only for a C library that supports them: glibc since 2.36, musl since 1.2.4. Static builds with musl, and
+//! builds for another target, do without.
 
 use std::env;
 use std::process::Command;
@@ -16,11 +16,8 @@ fn main() {
     }
 }
 
-/// The version of this machine's C library, of `getconf`'s "glibc 2.36".
-#[expect(
-    clippy::disallowed_methods,
-    reason = "it runs where the program is built, not where it is used"
-)]
+/// The version of this host's C library, from the output of `getconf`: "glibc 2.36".
+#[expect(clippy::disallowed_methods, reason = "it runs on the build host only")]
 fn glibc_version() -> Option<(u32, u32)> {
     let output = Command::new("getconf").arg("GNU_LIBC_VERSION").output();
     let text = String::from_utf8(output.ok()?.stdout).ok()?;

@@ -1,8 +1,8 @@
 //! `make evidence`: runs the table of attacks and field reports, and prints one line for each case.
 //!
-//! The cases stand in `docs/evidence.md`: a number, what went wrong, the test that shows it mended, and the
-//! control that shows that the test can fail. Nothing is decided here: a case passes when its test and its
-//! control do. Arguments select cases by the beginning of their number (`1.`, `3.6`).
+//! The cases are in `docs/evidence.md`: a number, the attack or fault, the test of the present behaviour, and the
+//! control that shows that the test can fail. A case passes when its test and its control pass. Arguments select
+//! cases by a prefix of their number (`1.`, `3.6`).
 #![expect(
     clippy::disallowed_methods,
     clippy::print_stdout,
@@ -17,7 +17,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, bail, ensure};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-/// How much of a case's title one line of the table has room for.
+/// Longest title of a case in a line of the table, in characters.
 const TITLE: usize = 66;
 
 /// A row of the table.
@@ -25,7 +25,7 @@ struct Case {
     number: String,
     title: String,
     test: Test,
-    /// None where the test itself has its control.
+    /// `None` where the test contains its control.
     control: Option<Test>,
 }
 
@@ -36,7 +36,7 @@ struct Test {
     name: String,
 }
 
-/// What became of a test.
+/// The outcome of a test.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Outcome {
     Passed,
@@ -85,7 +85,7 @@ fn main() -> anyhow::Result<ExitCode> {
     let mut controls = 0;
     println!(
         "\n{:<6} {:<TITLE$}  {:<8} control",
-        "case", "what went wrong", "result"
+        "case", "attack or fault", "result"
     );
     for case in &cases {
         let result = of(&case.test);
@@ -106,7 +106,7 @@ fn main() -> anyhow::Result<ExitCode> {
         controls += usize::from(control == Outcome::Passed);
     }
     println!(
-        "\n{passed} of {} cases pass, {controls} with a control that bites",
+        "\n{passed} of {} cases pass, {controls} with a control that works",
         cases.len()
     );
     Ok(if passed == cases.len() {
@@ -153,7 +153,7 @@ fn read(cell: &str) -> anyhow::Result<Test> {
     })
 }
 
-/// Runs the tests of one binary, and returns what it printed.
+/// Runs the tests of one binary, and returns their output.
 fn run(binary: &str, names: &BTreeSet<&str>) -> anyhow::Result<String> {
     let logs = PathBuf::from(ROOT).join("target/evidence");
     fs::create_dir_all(&logs)?;
@@ -166,15 +166,15 @@ fn run(binary: &str, names: &BTreeSet<&str>) -> anyhow::Result<String> {
         binary => command.args(["--test", binary]),
     };
     command.arg("--").args(names).arg("--format=pretty");
-    // Apart, so that what a program complains of comes between no test and its result.
+    // Separate, so that errors of programs do not split a test's line.
     command.stdout(File::create(&log)?);
     command.stderr(File::create(log.with_extension("err"))?);
-    // Whether each test passed stands in what it printed.
+    // The output shows which tests passed.
     command.status().context("running cargo")?;
     Ok(fs::read_to_string(&log)?)
 }
 
-/// What became of a test, by the lines that its runner prints: `test path::name ... ok`. One that runs for
+/// The outcome of a test, from the lines of its runner: `test path::name ... ok`. A test that runs for
 /// several pairs of programs passes when it passes for each.
 fn outcome(output: &str, name: &str) -> Outcome {
     let lines = output.lines().filter_map(|line| line.strip_prefix("test "));

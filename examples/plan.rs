@@ -1,13 +1,13 @@
-//! Prints what the agent of one node would do to a fresh machine, without root and without a
+//! Prints the changes of one node's agent on a fresh host, without root and without a
 //! cluster:
 //!
 //! ```sh
 //! cargo run --example plan -- tests/testdata/two-regions.yaml node-agent-02
 //! ```
 //!
-//! The file is a List of Nodes (and Peers), as `kubectl get nodes -o yaml` prints it. flannel is
-//! taken to run VXLAN with everything in place.
-#![expect(clippy::print_stdout, reason = "this is what it is for")]
+//! The file is a List of Nodes (and Peers), as `kubectl get nodes -o yaml` prints it. The example assumes that
+//! flannel runs with VXLAN and is up.
+#![expect(clippy::print_stdout, reason = "the example prints")]
 
 use std::process::ExitCode;
 
@@ -50,7 +50,7 @@ fn run() -> Result<(), String> {
         println!("# {overlap}");
     }
     let state = mesh.plan(&topology, &me).ok_or_else(|| {
-        format!("node {me} is not ready in a mesh of Kilo's: nothing would be changed")
+        format!("node {me} is not ready in a mesh with Kilo: its agent would change nothing")
     })?;
     print!("{}", lines(&diff(&State::default(), &state)));
     Ok(())

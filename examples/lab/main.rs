@@ -1,8 +1,8 @@
 //! Scenario 000 in network namespaces, narrated: an internet, a public master, three agents behind
 //! NAT, each with flannel and Selvedge. `make lab` runs it; root is needed.
 //!
-//! By default stand-ins play flannel and the API server, so that it is up at once; `--real` takes
-//! the real ones. Nothing outside the namespaces it makes is touched.
+//! By default stand-ins replace flannel and the API server, so that the lab is up at once; `--real` uses
+//! the real ones. The lab touches nothing outside its namespaces.
 #![expect(
     clippy::disallowed_methods,
     clippy::print_stdout,
@@ -28,7 +28,7 @@ use selvedge_lab::{Lab, Scratch, teardown, wait_for};
 
 /// Starts the names of all its namespaces.
 const PREFIX: &str = "svlab";
-/// Where it keeps its files; the nodes cannot see `/run` and `/var/lib` of the host.
+/// The directory of the lab's files; the nodes cannot see `/run` and `/var/lib` of the host.
 const DIRECTORY: &str = "/tmp/selvedge-lab";
 
 const USAGE: &str = "usage: lab [--real] [--family v4|v6|dual] [--wan v4|v6] [--keep] | --down
@@ -36,9 +36,9 @@ const USAGE: &str = "usage: lab [--real] [--family v4|v6|dual] [--wan v4|v6] [--
   --family of pods and services; v4 if it is left out
   --wan    the internet's family; v4 if it is left out
   --keep   leave it up, with hints what to play on
-  --down   take down what --keep left";
+  --down   take down a lab that --keep left up";
 
-/// Beside the flags: `SELVEDGE_BIN` names another program than the one that was built with this.
+/// In addition to the flags, `SELVEDGE_BIN` selects another program than the one built with this example.
 fn main() -> ExitCode {
     let mut choice = Choice::default();
     let mut arguments = std::env::args().skip(1);
@@ -91,12 +91,12 @@ fn run(choice: Choice) -> anyhow::Result<()> {
         return Ok(());
     }
     if Path::new(DIRECTORY).exists() {
-        bail!("{DIRECTORY} exists, so a lab is up already: make lab ARGS=--down takes it down");
+        bail!("{DIRECTORY} exists, so a lab is up: take it down with make lab ARGS=--down");
     }
     let start = Instant::now();
     let progress = |what: &str| {
         println!("[{:5.1} s] {what}", start.elapsed().as_secs_f64());
-        // A reader at the other end of a pipe sees it at once.
+        // Flush, so that a reader of a pipe sees the line at once.
         let _ = std::io::stdout().flush();
     };
     let options = Options {
@@ -130,7 +130,7 @@ fn run(choice: Choice) -> anyhow::Result<()> {
     show::nodes(&lab)?;
     progress("control run: flannel without Selvedge");
     let matrix = Matrix::ask(&places, |to| to.pod.then_some((to.address, PORT)));
-    show::matrix("which place reaches which pod, without Selvedge", &matrix);
+    show::matrix("connections to pods, without Selvedge", &matrix);
 
     progress("selvedge: nodes labelled and annotated, one agent each");
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/selvedge-k3s.yaml");
@@ -149,10 +149,7 @@ fn run(choice: Choice) -> anyhow::Result<()> {
     for family in lab.families() {
         let view = lab.of(family);
         let matrix = Matrix::ask(&view.places(), |to| Some((to.address, PORT)));
-        show::matrix(
-            "which place reaches which, by pod IP and InternalIP",
-            &matrix,
-        );
+        show::matrix("connections by pod IP and InternalIP", &matrix);
         asked += matrix.asked();
         failed.extend(matrix.failures());
         if choice.real {
@@ -162,7 +159,7 @@ fn run(choice: Choice) -> anyhow::Result<()> {
             );
         }
         println!(
-            "a server sees the address of the pod that calls: {}",
+            "a server sees the source address of the calling pod: {}",
             claims::pods_keep_their_address(&view)?
         );
     }
@@ -185,7 +182,7 @@ fn run(choice: Choice) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The program under demonstration: what `SELVEDGE_BIN` names, or what cargo built beside this one.
+/// The program to show: the one in `SELVEDGE_BIN`, or the one that cargo built with this example.
 fn selvedge() -> anyhow::Result<PathBuf> {
     if let Some(binary) = std::env::var_os("SELVEDGE_BIN") {
         return Ok(PathBuf::from(binary));
@@ -193,7 +190,7 @@ fn selvedge() -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
     let directory = own.parent().and_then(Path::parent);
     let binary = directory
-        .context("this program lies two directories deep")?
+        .context("this program is two directories deep")?
         .join("selvedge");
     if !Command::new(&binary)
         .arg("--version")

@@ -1,4 +1,4 @@
-//! What the lab prints: what an operator would look at, with the commands that show it.
+//! Prints the state of the lab, with the commands that an operator would use.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,7 +9,7 @@ use selvedge_lab::lab::Parts;
 use selvedge_lab::matrix::Matrix;
 use selvedge_lab::topology::MASTER;
 
-/// The nodes, as the cluster and the network know them.
+/// The nodes with their regions and addresses.
 pub(crate) fn nodes(lab: &Lab) -> anyhow::Result<()> {
     println!(
         "\n{:15} {:8} {:15} {:13} pod",
@@ -86,7 +86,7 @@ pub(crate) fn graph(lab: &Lab, binary: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How to go on by hand.
+/// Commands to continue by hand.
 pub(crate) fn hints(lab: &mut Lab) -> anyhow::Result<()> {
     let prefix = lab.network().prefix().to_owned();
     let pod = lab.pod(MASTER)?.address();
@@ -100,11 +100,11 @@ pub(crate) fn hints(lab: &mut Lab) -> anyhow::Result<()> {
         ),
         (
             format!("ip netns exec {prefix}-internet tcpdump -ni any udp"),
-            "what the internet sees of it",
+            "the packets on the internet",
         ),
         (
             format!("ip netns exec {prefix}-node-agent-02 ip route flush table 5130"),
-            "and see it come back",
+            "delete the routes; the agent restores them",
         ),
         (
             format!("nsenter -t {pid} -a bash"),
@@ -112,18 +112,18 @@ pub(crate) fn hints(lab: &mut Lab) -> anyhow::Result<()> {
         ),
         (
             format!("nsenter -t {pid} -a $PWD/target/debug/selvedge status"),
-            "what its agent says",
+            "the status of its agent",
         ),
         (
             format!("tail -f {directory}/nodes/node-agent-01/log/agent"),
-            "what the leader's agent does",
+            "the log of the leader's agent",
         ),
     ];
     if lab.options().parts == Parts::Real {
         let kubectl = "~/.cache/selvedge/bin/labcp kubectl --kubeconfig";
         hints.push((
             format!("ip netns exec {prefix}-node-agent-01 ip link delete flannel.1"),
-            "flannel makes it again, Selvedge restores the entries that flannel forgets",
+            "flannel recreates the link, Selvedge restores the entries that flannel loses",
         ));
         hints.push((
             format!(
@@ -133,8 +133,8 @@ pub(crate) fn hints(lab: &mut Lab) -> anyhow::Result<()> {
             "the cluster",
         ));
     }
-    hints.push(("make lab ARGS=--down".to_owned(), "the end of it"));
-    println!("\nIt stays up. To play:");
+    hints.push(("make lab ARGS=--down".to_owned(), "take the lab down"));
+    println!("\nThe lab stays up. To continue:");
     for (command, meaning) in hints {
         println!("  # {meaning}\n  {command}");
     }
