@@ -3,9 +3,9 @@
 //! In nf_tables an accept in one table does not prevent a drop in another, so the agent can only report it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::process::Command;
 use std::time::Duration;
 
+use ::subprocess::Exec;
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 
@@ -77,18 +77,17 @@ fn at_forward(chains: &Value) -> BTreeSet<(String, String)> {
     reason = "nft is the one program the product runs"
 )]
 fn list(what: &[&str]) -> anyhow::Result<Value> {
-    let mut command = Command::new("nft");
-    command.args(["-j", "list"]).args(what);
-    let output = match subprocess::run(&mut command, b"", TIMEOUT) {
+    let nft = Exec::cmd("nft").args(["-j", "list"]).args(what);
+    let output = match subprocess::run(nft, b"", TIMEOUT) {
         Ok(output) => output,
         Err(Failure::NotRun(error)) => return Err(error).context("running nft"),
-        Err(Failure::Late(_)) => bail!(
+        Err(Failure::TimedOut(_)) => bail!(
             "nft does not answer within {} s: check what blocks nf_tables on this node (ps -e, dmesg)",
             TIMEOUT.as_secs()
         ),
     };
     ensure!(
-        output.status.success(),
+        output.exit_status.success(),
         "nft says {}",
         text::message(String::from_utf8_lossy(&output.stderr).trim())
     );

@@ -15,14 +15,12 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
-use netlink_packet_route::route::{
-    RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType,
-};
+use netlink_packet_route::route::{RouteMessage, RouteProtocol};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::RouteMessageBuilder;
 
-use super::route;
 use crate::flannel::{Backend, Flannel, Lease, Mac, Vtep};
-use crate::state::{MAIN, NextHop};
+use crate::state::NextHop;
 
 /// The metric that IPv6 routes get where none is asked for; flannel asks for none.
 const IPV6_METRIC: u32 = 1024;
@@ -228,24 +226,25 @@ pub(super) fn to_message(repair: &Repair) -> RouteNetlinkMessage {
             RouteNetlinkMessage::NewNeighbour(message)
         }
         Repair::Route { vtep, dst } => {
-            let v6 = dst.addr().is_ipv6();
-            let mut message: RouteMessage = route::to_dump(v6, MAIN);
-            message.header.destination_prefix_length = dst.prefix_len();
-            message.header.protocol = RouteProtocol::Boot;
-            message.header.kind = RouteType::Unicast;
-            message.header.flags = RouteFlags::Onlink;
-            message.attributes.extend([
-                RouteAttribute::Destination(dst.network().into()),
-                RouteAttribute::Gateway(dst.network().into()),
-                RouteAttribute::Oif(vtep.index),
-            ]);
-            if v6 {
-                message
-                    .attributes
-                    .push(RouteAttribute::Priority(IPV6_METRIC));
-            }
-            RouteNetlinkMessage::NewRoute(message)
+            RouteNetlinkMessage::NewRoute(to_route(vtep, *dst, dst.network()))
         }
+    }
+}
+
+/// The route through the gateway that flannel would choose.
+fn to_route(vtep: &Link, dst: IpNet, gateway: IpAddr) -> RouteMessage {
+    const OF_ONE_FAMILY: &str = "destination and gateway are of one family";
+    let message = RouteMessageBuilder::<IpAddr>::new()
+        .protocol(RouteProtocol::Boot)
+        .output_interface(vtep.index)
+        .onlink()
+        .destination_prefix(gateway, dst.prefix_len())
+        .and_then(|message| message.gateway(gateway))
+        .expect(OF_ONE_FAMILY);
+    if gateway.is_ipv6() {
+        message.priority(IPV6_METRIC).build()
+    } else {
+        message.build()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Links and their addresses as netlink messages, and back. Pure.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use netlink_packet_core::{DefaultNla, Emitable as _};
@@ -12,6 +12,7 @@ use netlink_packet_route::link::{
     AfSpecInet, AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVxlan, LinkAttribute,
     LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
+use rtnetlink::{AddressMessageBuilder, LinkUnspec};
 
 use crate::flannel::{Mac, Vtep};
 use crate::state::Scope;
@@ -90,26 +91,18 @@ pub(super) fn to_get(name: &str) -> LinkMessage {
 
 /// The message that deletes a link.
 pub(super) fn to_index(index: u32) -> LinkMessage {
-    let mut message = LinkMessage::default();
-    message.header.index = index;
-    message
+    LinkUnspec::new_with_index(index).build()
 }
 
-/// The message that sets a link's MTU.
+/// The message that sets a link's MTU, in bytes.
 pub(super) fn to_mtu(index: u32, mtu: u32) -> LinkMessage {
-    let mut message = to_index(index);
-    message.attributes.push(LinkAttribute::Mtu(mtu));
-    message
+    LinkUnspec::new_with_index(index).mtu(mtu).build()
 }
 
 /// The message that sets a link up or down.
 pub(super) fn to_up(index: u32, up: bool) -> LinkMessage {
-    let mut message = to_index(index);
-    message.header.change_mask = LinkFlags::Up;
-    if up {
-        message.header.flags = LinkFlags::Up;
-    }
-    message
+    let message = LinkUnspec::new_with_index(index);
+    if up { message.up() } else { message.down() }.build()
 }
 
 /// The message that sets one of a link's sysctls, by family and name; `None` where netlink has none
@@ -281,26 +274,22 @@ pub(super) fn to_address_dump(index: u32) -> AddressMessage {
 
 /// The message that adds an address to a link, or deletes it.
 pub(super) fn to_address(index: u32, net: IpNet, scope: Scope) -> AddressMessage {
-    let mut message = AddressMessage::default();
-    message.header.index = index;
-    message.header.prefix_len = net.prefix_len();
-    message.header.family = match net {
-        IpNet::V4(_) => AddressFamily::Inet,
-        IpNet::V6(_) => AddressFamily::Inet6,
+    let mut message = match net {
+        IpNet::V4(net) => AddressMessageBuilder::<Ipv4Addr>::new()
+            .index(index)
+            .address(net.addr(), net.prefix_len())
+            .build(),
+        IpNet::V6(net) => AddressMessageBuilder::<Ipv6Addr>::new()
+            .index(index)
+            .address(net.addr(), net.prefix_len())
+            .build(),
     };
-    message.header.scope = match scope {
-        Scope::Global => AddressScope::Universe,
-        Scope::Link => AddressScope::Link,
-    };
-    if matches!(net, IpNet::V6(_)) {
-        // Nobody else is on the link who could have it; it is usable at once.
-        message.header.flags = AddressHeaderFlags::Nodad;
-        message.header.scope = AddressScope::Universe;
+    match net {
+        IpNet::V4(_) if scope == Scope::Link => message.header.scope = AddressScope::Link,
+        IpNet::V4(_) => {}
+        // No other node is on the link, so no duplicate can be detected; the address is usable at once.
+        IpNet::V6(_) => message.header.flags = AddressHeaderFlags::Nodad,
     }
-    message.attributes = vec![
-        AddressAttribute::Local(net.addr()),
-        AddressAttribute::Address(net.addr()),
-    ];
     message
 }
 

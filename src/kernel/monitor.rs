@@ -14,15 +14,24 @@ use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::route::RouteMessage;
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket};
+use rtnetlink::MulticastGroup;
 
 use super::netlink::{Netlink, messages};
 use super::nfnetlink::NftMessage;
 use super::{dump, link, nft, route};
 use crate::state::{MAIN, Table};
 
-/// `RTNLGRP_LINK`, `RTNLGRP_NEIGH`, `RTNLGRP_IPV4_IFADDR`, `…_ROUTE`, `…_RULE`,
-/// `RTNLGRP_IPV6_IFADDR`, `…_ROUTE` and `…_RULE`.
-const ROUTE_GROUPS: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
+/// The groups of rtnetlink that the monitor subscribes to.
+const ROUTE_GROUPS: [MulticastGroup; 8] = [
+    MulticastGroup::Link,
+    MulticastGroup::Neigh,
+    MulticastGroup::Ipv4Ifaddr,
+    MulticastGroup::Ipv4Route,
+    MulticastGroup::Ipv4Rule,
+    MulticastGroup::Ipv6Ifaddr,
+    MulticastGroup::Ipv6Route,
+    MulticastGroup::Ipv6Rule,
+];
 /// `NFNLGRP_NFTABLES`
 const NFTABLES_GROUP: u32 = 7;
 /// Room for the news of some thousand routes of our own.
@@ -97,7 +106,8 @@ impl Monitor {
     ///
     /// Needs a tokio runtime.
     pub fn open(interface: &str) -> anyhow::Result<Self> {
-        let route = subscribe(NETLINK_ROUTE, &ROUTE_GROUPS).context("subscribing to rtnetlink")?;
+        let route = subscribe(NETLINK_ROUTE, &ROUTE_GROUPS.map(|group| group as u32))
+            .context("subscribing to rtnetlink")?;
         let nftables =
             subscribe(NETLINK_NETFILTER, &[NFTABLES_GROUP]).context("subscribing to nf_tables")?;
         let mut classifier = Classifier {

@@ -7,10 +7,10 @@
 //! table. nf_tables' generation number tells for free that nothing has changed since.
 
 use std::io;
-use std::process::{Child, Command};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ::subprocess::{Exec, Process};
 use anyhow::{Context as _, anyhow, bail, ensure};
 
 use super::nfnetlink::Nfnetlink;
@@ -67,7 +67,7 @@ impl Seal {
 #[derive(Debug, Default)]
 struct Nft {
     /// One that took too long and was killed, and when.
-    late: Option<(Child, Instant)>,
+    late: Option<(Process, Instant)>,
 }
 
 /// The table's counters, in packets.
@@ -298,25 +298,25 @@ impl Nft {
     /// Runs `nft` and returns what it prints.
     fn run(&mut self, arguments: &[&str], input: &str) -> anyhow::Result<String> {
         self.look_after_late()?;
-        let output = match subprocess::run(&mut nft(arguments), input.as_bytes(), PATIENCE) {
+        let output = match subprocess::run(nft(arguments), input.as_bytes(), PATIENCE) {
             Ok(output) => output,
             Err(Failure::NotRun(error)) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(missing().into());
             }
             Err(Failure::NotRun(error)) => return Err(error).context("running the program nft"),
-            Err(Failure::Late(child)) => {
-                self.late = Some((child, now()));
+            Err(Failure::TimedOut(process)) => {
+                self.late = Some((process, now()));
                 return Err(late());
             }
         };
-        if !output.status.success() {
+        if !output.exit_status.success() {
             let complaint = String::from_utf8_lossy(&output.stderr);
             let complaint = crate::text::line(complaint.trim());
             let complaint: String = complaint.chars().take(MAX_COMPLAINT).collect();
             bail!(
                 "nft {}: {complaint} ({})",
                 arguments.join(" "),
-                output.status
+                output.exit_status
             );
         }
         String::from_utf8(output.stdout).context("reading what nft printed")
@@ -325,9 +325,8 @@ impl Nft {
     /// Refuses while one that took too long has not gone, so that there are never two of them, and for
     /// as long as `nft` is left alone.
     fn look_after_late(&mut self) -> anyhow::Result<()> {
-        if let Some((child, killed)) = &mut self.late {
-            let gone = !matches!(child.try_wait(), Ok(None));
-            if !gone || killed.elapsed() < REST {
+        if let Some((process, killed)) = &self.late {
+            if process.poll().is_none() || killed.elapsed() < REST {
                 return Err(late());
             }
             self.late = None;
@@ -340,10 +339,8 @@ impl Nft {
     clippy::disallowed_methods,
     reason = "nft is the one program the agent runs: no maintained crate speaks enough of nf_tables"
 )]
-fn nft(arguments: &[&str]) -> Command {
-    let mut command = Command::new("nft");
-    command.args(arguments).env("LC_ALL", "C");
-    command
+fn nft(arguments: &[&str]) -> Exec {
+    Exec::cmd("nft").args(arguments).env("LC_ALL", "C")
 }
 
 fn missing() -> Refusal {

@@ -10,6 +10,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteNextHop,
     RouteNextHopFlags, RouteProtocol, RouteScope, RouteType, RouteVia,
 };
+use rtnetlink::{RouteMessageBuilder, RouteNextHopBuilder};
 
 use crate::state::{MAIN, NextHop, PROTOCOL, Route, RouteKey, Table};
 
@@ -31,71 +32,78 @@ pub(super) fn to_message(
     route: &Route,
     indexes: &Indexes,
 ) -> anyhow::Result<RouteMessage> {
-    let mut message = to_key_message(key);
-    message.header.protocol = RouteProtocol::Other(PROTOCOL);
-    message.header.scope = RouteScope::Universe;
-    let Route::Unicast {
-        next_hops,
-        src,
-        mtu,
-    } = route
-    else {
-        message.header.kind = match route {
-            Route::Throw => RouteType::Throw,
-            Route::Unreachable | Route::Unicast { .. } => RouteType::Unreachable,
-        };
-        return Ok(message);
+    let message = to_key(key)?.protocol(RouteProtocol::Other(PROTOCOL));
+    let (next_hops, src, mtu) = match route {
+        Route::Throw => return Ok(message.kind(RouteType::Throw).build()),
+        Route::Unreachable => return Ok(message.kind(RouteType::Unreachable).build()),
+        Route::Unicast {
+            next_hops,
+            src,
+            mtu,
+        } => (next_hops, src, mtu),
     };
-
-    message.header.kind = RouteType::Unicast;
+    let v6 = key.dst.addr().is_ipv6();
     // As `ip` has it: without a gateway, the destination is taken to be on the link.
-    if key.dst.addr().is_ipv4() && next_hops.iter().all(|hop| hop.via.is_none()) {
-        message.header.scope = RouteScope::Link;
-    }
-    let hops = next_hops
-        .iter()
-        .map(|hop| to_hop(hop, key.dst.addr().is_ipv6(), indexes))
-        .collect::<anyhow::Result<Vec<_>>>()?;
-    match <[RouteNextHop; 1]>::try_from(hops) {
-        Ok([hop]) => {
-            if hop.flags.contains(RouteNextHopFlags::Onlink) {
-                message.header.flags |= RouteFlags::Onlink;
+    let on_link = !v6 && next_hops.iter().all(|hop| hop.via.is_none());
+    let mut message = if on_link {
+        message.scope(RouteScope::Link)
+    } else {
+        message
+    };
+    let mut hops = next_hops.iter();
+    message = match (hops.next(), hops.next()) {
+        (Some(hop), None) => {
+            let message = message.output_interface(index(&hop.dev, indexes)?);
+            let message = if hop.onlink {
+                message.onlink()
+            } else {
+                message
+            };
+            match hop.via {
+                Some(via) => message.gateway(via)?,
+                None => message,
             }
-            message.attributes.extend(hop.attributes);
-            message
-                .attributes
-                .push(RouteAttribute::Oif(hop.interface_index));
         }
-        Err(hops) => message.attributes.push(RouteAttribute::MultiPath(hops)),
+        _ => {
+            let hops = next_hops.iter().map(|hop| to_hop(hop, v6, indexes));
+            message.multipath(hops.collect::<anyhow::Result<Vec<_>>>()?)
+        }
+    };
+    if let Some(src) = src {
+        message = message.pref_source(*src)?;
     }
-    message
-        .attributes
-        .extend(src.map(|src| RouteAttribute::PrefSource(src.into())));
-    message.attributes.extend(mtu.map(|mtu| {
-        let lock = key.dst.addr().is_ipv6().then_some(MTU_LOCKED);
-        let metrics = lock.into_iter().chain([RouteMetric::Mtu(mtu)]);
-        RouteAttribute::Metrics(metrics.collect())
-    }));
-    Ok(message)
+    if let Some(mtu) = mtu {
+        let lock = v6.then_some(MTU_LOCKED);
+        let metrics = lock.into_iter().chain([RouteMetric::Mtu(*mtu)]).collect();
+        let attributes = &mut message.get_mut().attributes;
+        attributes.push(RouteAttribute::Metrics(metrics));
+    }
+    Ok(message.build())
 }
 
 /// The message that deletes the route with this key, whatever it is.
-pub(super) fn to_key_message(key: &RouteKey) -> RouteMessage {
-    let mut message = to_dump(key.dst.addr().is_ipv6(), key.table.id());
-    message.header.destination_prefix_length = key.dst.prefix_len();
-    message.header.scope = RouteScope::NoWhere;
-    message
-        .attributes
-        .push(RouteAttribute::Destination(key.dst.network().into()));
-    if key.metric != 0 {
+pub(super) fn to_key_message(key: &RouteKey) -> anyhow::Result<RouteMessage> {
+    Ok(to_key(key)?
+        .protocol(RouteProtocol::Unspec)
+        .scope(RouteScope::NoWhere)
+        .kind(RouteType::Unspec)
+        .build())
+}
+
+fn to_key(key: &RouteKey) -> anyhow::Result<RouteMessageBuilder> {
+    let message = RouteMessageBuilder::<IpAddr>::new()
+        .table_id(key.table.id())
+        .destination_prefix(key.dst.network(), key.dst.prefix_len())?;
+    Ok(if key.metric == 0 {
         message
-            .attributes
-            .push(RouteAttribute::Priority(key.metric));
-    }
-    message
+    } else {
+        message.priority(key.metric)
+    })
 }
 
 /// The request for all routes of a table.
+///
+/// Not from a builder: what a builder sets by default would filter the answer.
 pub(super) fn to_dump(v6: bool, table: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = if v6 {
@@ -125,18 +133,26 @@ pub(super) fn may_be_flannels(message: &RouteMessage) -> bool {
 }
 
 fn to_hop(hop: &NextHop, v6: bool, indexes: &Indexes) -> anyhow::Result<RouteNextHop> {
-    let mut message = RouteNextHop::default();
-    message.interface_index = *indexes
-        .get(&hop.dev)
-        .with_context(|| format!("there is no link {}", crate::text::quote(&hop.dev)))?;
+    let family = if v6 {
+        AddressFamily::Inet6
+    } else {
+        AddressFamily::Inet
+    };
+    let mut message = RouteNextHopBuilder::new(family).interface(index(&hop.dev, indexes)?);
     if hop.onlink {
-        message.flags = RouteNextHopFlags::Onlink;
+        message = message.onlink();
     }
-    message.attributes.extend(hop.via.map(|via| match via {
-        IpAddr::V6(via) if !v6 => RouteAttribute::Via(RouteVia::Inet6(via)),
-        via => RouteAttribute::Gateway(via.into()),
-    }));
-    Ok(message)
+    if let Some(via) = hop.via {
+        message = message.via(via)?;
+    }
+    Ok(message.build())
+}
+
+fn index(link: &str, indexes: &Indexes) -> anyhow::Result<u32> {
+    indexes
+        .get(link)
+        .copied()
+        .with_context(|| format!("there is no link {}", crate::text::quote(link)))
 }
 
 /// The table a message is about.

@@ -233,7 +233,7 @@ impl Rtnetlink {
                 NLM_F_CREATE | NLM_F_EXCL,
             ),
             Change::DeleteRule(rule) => (Message::DelRule(rule::to_message(rule)), 0),
-            Change::DeleteRoute(key) => (Message::DelRoute(route::to_key_message(key)), 0),
+            Change::DeleteRoute(key) => (Message::DelRoute(route::to_key_message(key)?), 0),
             Change::DeleteAddress { dev, address } => {
                 let Some(&index) = indexes.get(dev) else {
                     return Ok(None);

@@ -1,149 +1,81 @@
-//! Runs another program to its end, or ends it when it takes too long.
+//! Runs another program to its end, or kills it when it takes too long.
 //!
-//! A program may hang for as long as it likes: on a lock, on a disk, in the kernel. What its silence
-//! means, and when it is tried again, is for the caller to say.
+//! A program may hang: on a lock, on a disk, in the kernel. The caller decides what a timeout means, and
+//! when the program is tried again.
 
-use std::fs::File;
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::process::{Child, Command, Output, Stdio};
+use std::io;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use subprocess::{Capture, Exec, Job, Process, Redirection};
 
-/// How much is written to a pipe that takes something: `PIPE_BUF`, which never blocks then (pipe(7)).
-const PIECE: usize = 4096;
-/// How often it is asked for its status once it has closed its outputs, which it does as it ends.
-const ENDING: Duration = Duration::from_millis(1);
+/// The most that a program may print, in bytes. A listing of the nft table for 5,000 nodes has some 2 MiB.
+const MAX_OUTPUT: usize = 64 << 20;
+/// How long a killed program gets to exit before it is left to the init process. What hangs in the kernel
+/// exits only when the kernel lets it.
+const EXIT_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// Why a program gave no outcome.
+/// Why a program gave no output.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// It could not be run.
+    /// It could not be run, or printed more than [`MAX_OUTPUT`].
     NotRun(io::Error),
-    /// It took too long and was killed. It may still be there: what hangs in the kernel ends when the
-    /// kernel lets it.
-    Late(Child),
+    /// It took too long and was killed. It may still be there, if it hangs in the kernel:
+    /// [`Process::poll`] tells, and collects its exit status.
+    TimedOut(Process),
 }
 
-/// Runs a program with this standard input, for no longer than `patience`.
-pub(crate) fn run(
-    command: &mut Command,
-    input: &[u8],
-    patience: Duration,
-) -> Result<Output, Failure> {
-    let deadline = now() + patience;
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
+/// Runs a program with this standard input, for no longer than `timeout`.
+///
+/// The program inherits no descriptors but its three standard streams.
+///
+/// # Errors
+///
+/// See [`Failure`]. A program that exits with an error is no failure here.
+pub(crate) fn run(program: Exec, input: &[u8], timeout: Duration) -> Result<Capture, Failure> {
+    let deadline = now() + timeout;
+    let mut job = program
+        .stdin(input.to_vec())
+        .stdout(Redirection::Pipe)
+        .stderr(Redirection::Pipe)
+        .start()
         .map_err(Failure::NotRun)?;
-    let outcome = converse(&mut child, input, deadline);
-    if !matches!(outcome, Ok(Some(_))) {
-        // It may have ended just now, which is as good.
-        let _ = child.kill();
+    let outcome = communicate(&mut job, deadline);
+    if let Ok(Some(output)) = outcome {
+        return Ok(output);
     }
-    match outcome {
-        Ok(Some(output)) => Ok(output),
-        Ok(None) => Err(Failure::Late(child)),
-        Err(error) => Err(Failure::NotRun(error)),
-    }
-}
-
-/// Writes and reads until the program ends; `None` when it has not by the deadline.
-fn converse(child: &mut Child, input: &[u8], deadline: Instant) -> io::Result<Option<Output>> {
-    let file = |pipe: OwnedFd| File::from(pipe);
-    let mut to = child.stdin.take().map(|pipe| file(pipe.into()));
-    let mut from = [
-        child.stdout.take().map(|pipe| file(pipe.into())),
-        child.stderr.take().map(|pipe| file(pipe.into())),
-    ];
-    let mut unsaid = input;
-    let mut said = [Vec::new(), Vec::new()];
-    loop {
-        if unsaid.is_empty() {
-            // Closed, or the program would wait for more.
-            to = None;
-        }
-        let open = from.iter().filter(|pipe| pipe.is_some()).count();
-        if open == 0 && to.is_none() {
-            break;
-        }
-        let Some(ready) = wait(to.as_ref(), &from, deadline)? else {
-            return Ok(None);
-        };
-        if ready[0]
-            && let Some(pipe) = &mut to
-        {
-            let (piece, _) = unsaid.split_at(unsaid.len().min(PIECE));
-            match pipe.write(piece) {
-                Ok(written) => unsaid = &unsaid[written..],
-                // It ended early, and its status says why.
-                Err(_) => unsaid = &[],
-            }
-        }
-        for (number, pipe) in from.iter_mut().enumerate() {
-            let Some(file) = pipe.as_mut().filter(|_| ready[1 + number]) else {
-                continue;
-            };
-            let mut piece = [0; PIECE];
-            match file.read(&mut piece)? {
-                0 => *pipe = None,
-                length => said[number].extend_from_slice(&piece[..length]),
-            }
-        }
-    }
-    let [stdout, stderr] = said;
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Some(Output {
-                status,
-                stdout,
-                stderr,
-            }));
-        }
-        if now() >= deadline {
-            return Ok(None);
-        }
-        std::thread::sleep(ENDING);
+    // It may have exited just now, which is as good.
+    let _ = job.kill();
+    let exited = job.wait_timeout(EXIT_TIMEOUT);
+    // Without this, dropping the job would wait for its exit without a limit.
+    job.detach();
+    match (outcome, job.processes.pop()) {
+        (Err(error), _) => Err(Failure::NotRun(error)),
+        (Ok(_), Some(process)) => Err(Failure::TimedOut(process)),
+        (Ok(_), None) => Err(Failure::NotRun(io::Error::other(format!(
+            "no process was started: {exited:?}"
+        )))),
     }
 }
 
-/// Waits until one of the pipes can be written to or read from, or is closed at the other end; tells
-/// which. `None` when none is by the deadline.
-fn wait(
-    to: Option<&File>,
-    from: &[Option<File>; 2],
-    deadline: Instant,
-) -> io::Result<Option<[bool; 3]>> {
-    let pipes = [to, from[0].as_ref(), from[1].as_ref()];
-    let flags = [PollFlags::POLLOUT, PollFlags::POLLIN, PollFlags::POLLIN];
-    let mut asked = Vec::with_capacity(pipes.len());
-    for (pipe, flags) in pipes.iter().zip(flags) {
-        asked.extend(pipe.map(|pipe| PollFd::new(pipe.as_fd(), flags)));
+/// Writes and reads until the program exits; `None` when it has not by the deadline.
+fn communicate(job: &mut Job, deadline: Instant) -> io::Result<Option<Capture>> {
+    let left = || deadline.saturating_duration_since(now());
+    let mut streams = job.communicate()?.limit_time(left()).limit_size(MAX_OUTPUT);
+    let (stdout, stderr) = match streams.read() {
+        Ok(said) => said,
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if stdout.len() + stderr.len() >= MAX_OUTPUT {
+        return Err(io::Error::other("it printed too much"));
     }
-    loop {
-        let left = deadline.saturating_duration_since(now());
-        if left.is_zero() {
-            return Ok(None);
-        }
-        // Rounded up, or the last millisecond would be spent asking.
-        let left = left + Duration::from_millis(1);
-        match poll(
-            &mut asked,
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX),
-        ) {
-            Ok(0) | Err(Errno::EINTR) => {}
-            Ok(_) => break,
-            Err(error) => return Err(error.into()),
-        }
-    }
-    let mut answers = asked.iter().map(|asked| asked.any().unwrap_or(true));
-    Ok(Some(pipes.map(|pipe| {
-        pipe.is_some() && answers.next().unwrap_or(false)
-    })))
+    // It has closed its outputs, which it normally does by exiting.
+    let status = job.wait_timeout(left())?;
+    Ok(status.map(|exit_status| Capture {
+        stdout,
+        stderr,
+        exit_status,
+    }))
 }
 
 #[expect(clippy::disallowed_methods, reason = "the shell reads the clock")]
@@ -156,42 +88,40 @@ fn now() -> Instant {
 mod tests {
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(60);
+    const LONG: Duration = Duration::from_secs(60);
 
-    fn sh(script: &str) -> Command {
-        let mut command = Command::new("sh");
-        command.args(["-c", script]);
-        command
+    fn sh(script: &str) -> Exec {
+        Exec::cmd("sh").args(["-c", script])
     }
 
     #[test]
-    fn what_a_program_says_both_ways_is_heard_though_it_is_more_than_a_pipe_holds() {
+    fn input_and_output_larger_than_a_pipe_pass_both_ways() {
         let input = "0123456789abcdef".repeat(20_000);
 
         let output = run(
-            &mut sh("cat; head -c 200000 /dev/zero >&2; exit 3"),
+            sh("cat; head -c 200000 /dev/zero >&2; exit 3"),
             input.as_bytes(),
-            PATIENCE,
+            LONG,
         )
         .unwrap();
 
         assert!(output.stdout == input.as_bytes());
         assert_eq!(output.stderr.len(), 200_000);
-        assert_eq!(output.status.code(), Some(3));
+        assert_eq!(output.exit_status.code(), Some(3));
     }
 
     #[test]
-    fn a_program_that_reads_nothing_is_heard_all_the_same() {
+    fn the_output_of_a_program_that_reads_no_input_is_captured() {
         let input = vec![b'x'; 1_000_000];
 
-        let output = run(&mut sh("echo no >&2; exit 1"), &input, PATIENCE).unwrap();
+        let output = run(sh("echo no >&2; exit 1"), &input, LONG).unwrap();
 
         assert_eq!(output.stderr, b"no\n");
-        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(output.exit_status.code(), Some(1));
     }
 
     #[test]
-    fn a_program_that_takes_too_long_is_ended() {
+    fn a_program_that_takes_too_long_is_killed() {
         let soon = Duration::from_millis(200);
         // Silent from the start; silent after a word; with closed outputs.
         for script in [
@@ -199,19 +129,38 @@ mod tests {
             "echo x; exec sleep 600",
             "exec sleep 600 >&- 2>&-",
         ] {
-            let failure = run(&mut sh(script), b"x", soon).unwrap_err();
+            let failure = run(sh(script), b"x", soon).unwrap_err();
 
-            let Failure::Late(mut child) = failure else {
+            let Failure::TimedOut(process) = failure else {
                 panic!("{script}: {failure:?}");
             };
-            // Killed: 600 seconds would be longer than any test.
-            assert!(!child.wait().unwrap().success(), "{script}");
+            // 600 seconds would be longer than any test.
+            let status = process.wait().unwrap();
+            assert!(status.is_killed_by(libc::SIGKILL), "{script}: {status}");
         }
     }
 
     #[test]
-    fn a_program_that_does_not_exist_is_told_from_one_that_hangs() {
-        let failure = run(&mut Command::new("/nonexistent"), b"", PATIENCE).unwrap_err();
+    fn a_program_that_prints_without_end_is_killed() {
+        let failure = run(sh("exec cat /dev/zero"), b"", LONG).unwrap_err();
+
+        let Failure::NotRun(error) = failure else {
+            panic!("{failure:?}");
+        };
+        assert_eq!(error.to_string(), "it printed too much");
+    }
+
+    #[test]
+    fn a_program_inherits_its_three_standard_streams_alone() {
+        let output = run(sh("ls /proc/self/fd | wc -l"), b"", LONG).unwrap();
+
+        // `ls` has the listed directory open, too.
+        assert_eq!(output.stdout_str().trim(), "4");
+    }
+
+    #[test]
+    fn a_missing_program_is_told_from_one_that_hangs() {
+        let failure = run(Exec::cmd("/nonexistent"), b"", LONG).unwrap_err();
 
         let Failure::NotRun(error) = failure else {
             panic!("{failure:?}");
