@@ -167,7 +167,7 @@ impl Agent {
                     if event.firewall {
                         self.host_firewall.handle_change();
                     }
-                    if event.concerns_the_plan() {
+                    if event.plan {
                         self.controller.handle_trigger(now());
                     }
                 }

@@ -1,13 +1,13 @@
-//! `selvedge guard`: what the agent refuses stays refused at the next boot, before the agent runs.
+//! `selvedge guard`: the agent's `unreachable` routes are in force at the next boot, before the agent runs.
 //!
-//! After a reboot flannel and pods are up before the agent is, and flannel sends to other regions in
-//! clear. So the agent writes down the rules of its last desired [`State`] and its routes without next
-//! hops (`unreachable`, `throw`), and this command, which systemd runs before the kubelet (see
-//! [`install`]), adds them. It needs netlink and the file, and no API server, flannel, `nft` or link. The
-//! agent finds the same rules and routes, leaves them, and adds the ways through the tunnel before them.
+//! After a reboot flannel and pods are up before the agent, and flannel sends to other regions in clear. So
+//! the agent saves the rules of its last desired [`State`] and its routes without next hops (`unreachable`,
+//! `throw`) to a file. systemd runs this command before the kubelet (see [`install`]), and the command adds
+//! them. It needs netlink and the file, and no API server, flannel, `nft` or link. The agent finds the same
+//! rules and routes, keeps them, and adds the routes through the tunnel.
 //!
-//! What changed in the cluster while the node was off is not in the file. The firewall is not either: it
-//! names links and addresses of flannel's, and the agent installs it in its first pass.
+//! Changes of the cluster while the node was off are not in the file. Nor is the nft table: it names links
+//! and addresses of flannel's, and the agent installs it in its first pass.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write as _};
@@ -30,7 +30,7 @@ pub mod install;
 
 /// The file's name below `--state-dir`.
 pub(crate) const FILE: &str = "guard.json";
-/// The form of the file; it changes with any type in it.
+/// The version of the file's format; it changes with any type in it.
 pub const FORMAT: u32 = 1;
 /// Some 100 bytes a route, and a route or two for each of five thousand nodes' addresses and prefixes.
 const MAX_SIZE: u64 = 16 << 20;
@@ -56,10 +56,10 @@ pub struct Args {
     pub systemd_dir: PathBuf,
 }
 
-/// What is guarded: all rules of a [`State`], and its routes that need no link.
+/// The content of the file: all rules of a [`State`], and its routes that need no link.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Guard {
-    /// The tunnel's link, by which a running agent is found.
+    /// The tunnel's link, whose lock a running agent holds.
     interface: String,
     rules: BTreeSet<Rule>,
     unreachable: BTreeSet<RouteKey>,
@@ -67,8 +67,7 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// What of a state is to be guarded. Where nothing is `unreachable` (`--on-tunnel-down=open`), that
-    /// is nothing.
+    /// The part of a state to guard. Empty if no route is `unreachable` (`--on-tunnel-down=open`).
     pub fn of(state: &State) -> Self {
         let keys = |wanted: &Route| {
             let routes = state.routes.iter();
@@ -88,16 +87,16 @@ impl Guard {
         }
     }
 
-    /// Whether nothing is guarded.
+    /// Whether there is nothing to guard.
     pub fn is_empty(&self) -> bool {
         self.unreachable.is_empty()
     }
 
-    /// Writes the file below `state_dir`, as a whole; removes it where nothing is guarded.
+    /// Replaces the file below `state_dir`; removes it if there is nothing to guard.
     ///
     /// # Errors
     ///
-    /// When the file cannot be written or removed.
+    /// If the file cannot be written or removed.
     pub fn save(&self, state_dir: &Path) -> anyhow::Result<()> {
         if self.is_empty() {
             return Ok(secure_file::remove(&state_dir.join(FILE))?);
@@ -109,11 +108,11 @@ impl Guard {
         )?)
     }
 
-    /// Reads the file below `state_dir`; none where there is no such file.
+    /// Reads the file below `state_dir`; none if there is no such file.
     ///
     /// # Errors
     ///
-    /// When the file is damaged, of another version, or one that others could have written.
+    /// If the file is damaged, of another version, or one that other users could have written.
     fn load(state_dir: &Path) -> anyhow::Result<Option<Self>> {
         let text = secure_file::read(&state_dir.join(FILE), MAX_SIZE)?;
         text.map(|text| Self::decode(&text)).transpose()
@@ -131,11 +130,11 @@ impl Guard {
             .context("it is of another version")
     }
 
-    /// Adds the routes and rules that are not there yet to this network namespace.
+    /// Adds the missing routes and rules to this network namespace.
     ///
     /// # Errors
     ///
-    /// All that could not be added; the rest was.
+    /// Lists all that could not be added; the rest was added.
     pub fn apply(&self) -> anyhow::Result<()> {
         let throw = self.throw.iter().map(|key| (*key, Route::Throw));
         let unreachable = self.unreachable.iter();
@@ -156,10 +155,9 @@ impl Guard {
 ///
 /// # Errors
 ///
-/// A [`Refusal`] where the file cannot be believed or a right is missing; all that could not be added
-/// otherwise.
+/// A [`Refusal`] if the file is not valid or a capability is missing; otherwise all that could not be added.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let told = if args.install {
+    let sentences = if args.install {
         install::install(&args.state_dir, &args.systemd_dir, &args.units)
     } else if args.uninstall {
         let failures = install::uninstall(&args.state_dir, &args.systemd_dir);
@@ -170,14 +168,14 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     } else {
         vec![guard(&args.state_dir)?]
     };
-    for sentence in told {
+    for sentence in sentences {
         // A reader that closed the pipe has read enough.
         let _ = writeln!(io::stdout(), "{sentence}");
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Adds what the file asks for, and says what was done.
+/// Adds the routes and rules of the file, and returns a sentence on what it did.
 fn guard(state_dir: &Path) -> anyhow::Result<String> {
     preflight::check_rights()?;
     boots::record_run(state_dir);
@@ -190,7 +188,7 @@ fn guard(state_dir: &Path) -> anyhow::Result<String> {
     })?;
     let Some(wanted) = loaded else {
         return Ok(format!(
-            "there is no {}, so nothing is to be guarded: no agent ran here yet, or it was told to leave traffic to flannel",
+            "there is no {}, so there is nothing to guard: no agent ran here yet, or it ran with --on-tunnel-down=open",
             path.display()
         ));
     };
@@ -230,7 +228,7 @@ mod tests {
         }
     }
 
-    /// A leader's: with a way through the tunnel, which cannot be guarded without the link.
+    /// A leader's, with a route through the tunnel, which needs the link and is not guarded.
     fn state() -> State {
         let through_tunnel = Route::Unicast {
             next_hops: [NextHop {
@@ -270,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn what_needs_no_link_is_guarded_and_read_back() {
+    fn rules_and_routes_without_a_link_are_saved_and_read_back() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Guard::load(dir.path()).unwrap(), None);
         let path = saved(dir.path());
@@ -283,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn where_a_tunnel_that_is_down_leaves_traffic_to_flannel_nothing_is_guarded() {
+    fn nothing_is_guarded_with_on_tunnel_down_open() {
         let dir = tempfile::tempdir().unwrap();
         let path = saved(dir.path());
         let mut open = state();
@@ -296,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_damaged_or_could_be_anothers_is_refused() {
+    fn a_file_that_is_damaged_or_writable_by_other_users_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = saved(dir.path());
         let complaint = || format!("{:#}", Guard::load(dir.path()).unwrap_err());
@@ -320,9 +318,9 @@ mod tests {
         assert!(complaint().contains("symbolic link"), "{}", complaint());
     }
 
-    /// When this fails, a file that older versions wrote cannot be read any more: raise [`FORMAT`].
+    /// If this fails, files of older versions can no longer be read: raise [`FORMAT`].
     #[test]
-    fn the_form_of_the_file_is_that_of_its_number() {
+    fn the_format_of_the_file_matches_its_version() {
         let text = include_str!("../tests/testdata/guard-1.json");
         assert_eq!(Guard::of(&state()).encode().unwrap(), text.trim_end());
         assert_eq!(Guard::decode(text).unwrap(), Guard::of(&state()));

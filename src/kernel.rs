@@ -1,7 +1,7 @@
 //! Reads and changes the kernel: the only caller of netlink, nft and sysctl.
 //!
 //! [`Kernel::observe`] reads what the agent owns, [`Kernel::apply`] makes one change of a diff; both
-//! are idempotent and remember nothing that the kernel can tell. The tunnel's port and peers belong to
+//! are idempotent, and neither remembers what the kernel knows. The tunnel's port and peers belong to
 //! the tunnel device ([`crate::wireguard`]).
 //!
 //! A [`Kernel`] has two parts, for two threads. [`Rtnetlink`] takes microseconds a call. [`NftTable`]
@@ -34,7 +34,7 @@ mod sysctl;
 mod underlay;
 
 pub use self::guard::guard;
-pub use self::monitor::{Event, Monitor, read_news};
+pub use self::monitor::{Event, Monitor, classify};
 pub use self::nft_table::{Counters, NftTable};
 pub use self::ownership::KilosRemains;
 pub use self::rtnetlink::Rtnetlink;

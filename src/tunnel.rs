@@ -56,7 +56,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Device::start(options).map_err(|error| Refusal::configuration(error.to_string()))?;
     let device = Arc::new(device);
     let _socket = uapi::serve(&args.interface, device.clone())?;
-    trim_memory::forget();
+    trim_memory::release_code();
     tracing::info!(
         interface = args.interface,
         port = device.listen_port(),

@@ -1,8 +1,9 @@
-//! Whether the guard ran at this boot: found out, not assumed from what is installed.
+//! Finds whether the guard ran at this boot.
 //!
-//! A host may have no systemd, another unit for its kubelet, or SELinux rules that keep systemd from running
-//! a program of the state directory. So the guard leaves the kernel's boot id when it runs, the installation
-//! leaves that of its own boot, and the agent and `selvedge doctor` compare both with the present one.
+//! An installed guard may not run: the host may have no systemd, another unit for its kubelet, or SELinux
+//! rules that keep systemd from running a program of the state directory. So the guard saves the kernel's
+//! boot id when it runs, the installation saves that of its own boot, and the agent and `selvedge doctor`
+//! compare both with the present one.
 
 use std::fs;
 use std::path::Path;
@@ -17,15 +18,15 @@ pub(super) const INSTALLED: &str = "installed";
 /// A boot id is 36 bytes.
 const MAX_SIZE: u64 = 256;
 
-/// What to say of [`Verdict::DidNotRun`].
+/// The sentence on [`Verdict::DidNotRun`].
 pub const DID_NOT_RUN: &str = "the boot guard is installed and did not run at this boot, so traffic for other regions could leave in clear until the agent's first pass: see systemctl status of the unit that starts the kubelet";
 
-/// What the boot ids tell.
+/// The result of comparing the boot ids.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Verdict {
-    /// Nothing is installed that would run the guard at a boot.
+    /// The guard is not installed.
     NotInstalled,
-    /// The guard is installed, and this host was not booted since.
+    /// The guard is installed, and this host has not booted since.
     NotBootedSince,
     /// The guard ran at this boot.
     Ran,
@@ -33,7 +34,7 @@ pub enum Verdict {
     DidNotRun,
 }
 
-/// Compares the boot ids that were left below `state_dir` with the present one.
+/// Compares the boot ids that were saved below `state_dir` with the present one.
 pub fn look(state_dir: &Path) -> Verdict {
     verdict(
         read(&state_dir.join(BIN).join(INSTALLED)).as_deref(),
@@ -42,8 +43,8 @@ pub fn look(state_dir: &Path) -> Verdict {
     )
 }
 
-/// Leaves the sign that the guard ran at this boot. Where the directory cannot be written there is none,
-/// and guarding goes on.
+/// Saves the boot id, which shows that the guard ran at this boot. A failure to write is ignored: guarding
+/// matters more.
 pub(super) fn record_run(state_dir: &Path) {
     if let Some(id) = boot_id() {
         let _ = secure_file::replace(state_dir, RAN, id.as_bytes());
@@ -86,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_leaves_the_id_of_this_boot() {
+    fn a_run_saves_the_id_of_this_boot() {
         let dir = tempfile::tempdir().unwrap();
         record_run(dir.path());
         assert_eq!(read(&dir.path().join(RAN)), boot_id());

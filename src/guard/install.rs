@@ -1,11 +1,11 @@
-//! `selvedge guard --install`: has systemd run the guard before the kubelet starts.
+//! `selvedge guard --install`: makes systemd run the guard before the kubelet starts.
 //!
-//! A copy of this program goes to `STATE-DIR/bin`, and a drop-in beside each unit that may start the kubelet.
-//! systemd reads all drop-ins when it starts, so the next boot needs no `daemon-reload`; this boot has its
-//! agent. The manifests do this in an init container; by hand it works on the host.
+//! It copies this program to `STATE-DIR/bin`, and writes a drop-in for each unit that may start the kubelet.
+//! systemd reads all drop-ins when it starts, so the next boot needs no `daemon-reload`. The manifests do
+//! this in an init container; an operator can do it on the host.
 //!
-//! What cannot be written is said and is no failure: the agent, which starts after this, is worth more than
-//! the guard of the next boot, and [`super::boots`] notices a guard that does not run.
+//! A file that cannot be written is reported and is no failure: the agent starts after this, and matters more
+//! than the guard of the next boot. [`super::boots`] notices a guard that does not run.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -29,7 +29,7 @@ const DROP_IN: &str = "50-selvedge-guard.conf";
 /// The units of the distributions that start a kubelet.
 const UNITS: [&str; 3] = ["k3s.service", "k3s-agent.service", "kubelet.service"];
 
-/// A unit's name, of which a directory's name is made.
+/// Checks a unit's name, from which a directory's name is made.
 pub(super) fn unit(text: &str) -> Result<String, String> {
     let name = text.strip_suffix(".service").unwrap_or_default();
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '@' | ':');
@@ -39,8 +39,8 @@ pub(super) fn unit(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// Copies the program and writes the drop-ins of `units`; says in sentences what was done and what could
-/// not be done. What is already so stays untouched.
+/// Copies the program and writes the drop-ins of `units`. Returns sentences on what it wrote and what it
+/// could not write. Files with the right content stay untouched.
 pub(super) fn install(state_dir: &Path, systemd: &Path, units: &[String]) -> Vec<String> {
     if !systemd.is_dir() {
         return vec![format!(
@@ -49,9 +49,9 @@ pub(super) fn install(state_dir: &Path, systemd: &Path, units: &[String]) -> Vec
         )];
     }
     let program = state_dir.join(BIN).join(PROGRAM);
-    let mut told = Vec::new();
+    let mut sentences = Vec::new();
     match copy(Path::new("/proc/self/exe"), &program) {
-        Ok(true) => told.push(format!("wrote {}", program.display())),
+        Ok(true) => sentences.push(format!("wrote {}", program.display())),
         Ok(false) => {}
         Err(error) => {
             return vec![format!(
@@ -74,9 +74,9 @@ pub(super) fn install(state_dir: &Path, systemd: &Path, units: &[String]) -> Vec
         match write(&dir, &text) {
             Ok(()) => {
                 written = true;
-                told.push(format!("wrote {}", path.display()));
+                sentences.push(format!("wrote {}", path.display()));
             }
-            Err(error) => told.push(format!(
+            Err(error) => sentences.push(format!(
                 "cannot write {}: {error}: {unit} starts without the guard",
                 path.display()
             )),
@@ -87,12 +87,12 @@ pub(super) fn install(state_dir: &Path, systemd: &Path, units: &[String]) -> Vec
         && let Some(id) = boots::boot_id()
         && let Err(error) = secure_file::replace(&state_dir.join(BIN), INSTALLED, id.as_bytes())
     {
-        told.push(format!("cannot write {}: {error}", mark.display()));
+        sentences.push(format!("cannot write {}: {error}", mark.display()));
     }
-    if told.is_empty() {
-        told.push("the guard is installed already".to_owned());
+    if sentences.is_empty() {
+        sentences.push("the guard is installed already".to_owned());
     }
-    told
+    sentences
 }
 
 /// Removes what [`install`] and the agent wrote for the guard, and returns what could not be removed.
@@ -104,14 +104,14 @@ pub fn uninstall(state_dir: &Path, systemd: &Path) -> Vec<String> {
             failures.push(format!("removing {}: {error}", path.display()));
         }
     };
-    // Where nothing was installed here, drop-ins are those of another state directory.
+    // Without an installation in this state directory, the drop-ins belong to another one.
     let units = fs::read_dir(systemd).ok().filter(|_| bin.is_dir());
     for unit in units.into_iter().flatten().flatten() {
         let dir = unit.path();
         let path = dir.join(DROP_IN);
         if path.symlink_metadata().is_ok() {
             remove(&path);
-            // Unless it holds drop-ins of others.
+            // It is not empty if other programs have drop-ins in it.
             let _ = fs::remove_dir(&dir);
         }
     }
@@ -123,7 +123,7 @@ pub fn uninstall(state_dir: &Path, systemd: &Path) -> Vec<String> {
     ] {
         remove(&path);
     }
-    // It is not empty where another program keeps a file in it.
+    // It is not empty if another program keeps a file in it.
     let _ = fs::remove_dir(&bin);
     failures
 }
@@ -140,7 +140,7 @@ fn drop_in(state_dir: &Path) -> String {
     )
 }
 
-/// Copies a program as a whole, unless the same is there; tells whether it did.
+/// Copies a program, unless the same is there; returns whether it did.
 fn copy(from: &Path, to: &Path) -> anyhow::Result<bool> {
     let content = fs::read(from).context("reading this program")?;
     let dir = to.parent().context("it has no directory")?;
@@ -153,7 +153,7 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Writes the drop-in as a whole. systemd reads only names that end in `.conf`, so not the half of one.
+/// Replaces the drop-in. systemd reads only names that end in `.conf`, so never a half-written file.
 fn write(dir: &Path, text: &str) -> io::Result<()> {
     fs::create_dir_all(dir)?;
     let new = dir.join(format!(".{DROP_IN}.new"));
@@ -201,10 +201,10 @@ mod tests {
     }
 
     #[test]
-    fn the_guard_is_installed_once_and_says_what_it_wrote() {
+    fn the_guard_is_installed_once_and_reports_what_it_wrote() {
         let host = Host::new();
-        let told = host.install(&["k3s.service", "k3s-agent.service"]);
-        assert_eq!(told.lines().count(), 3, "{told}");
+        let output = host.install(&["k3s.service", "k3s-agent.service"]);
+        assert_eq!(output.lines().count(), 3, "{output}");
         let drop_in = host.path("systemd/k3s.service.d").join(DROP_IN);
         let text = fs::read_to_string(drop_in).unwrap();
         let program = host.path("state/bin/selvedge");
@@ -217,8 +217,8 @@ mod tests {
             boots::Verdict::NotBootedSince
         );
 
-        let told = host.install(&["k3s.service", "k3s-agent.service"]);
-        assert_eq!(told, "the guard is installed already");
+        let output = host.install(&["k3s.service", "k3s-agent.service"]);
+        assert_eq!(output, "the guard is installed already");
         fs::write(&program, "an older version").unwrap();
         assert_eq!(
             host.install(&["k3s.service"]),
@@ -227,11 +227,11 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_systemd_is_told_so() {
+    fn a_host_without_systemd_gets_no_guard() {
         let host = Host::new();
         fs::remove_dir(host.path("systemd")).unwrap();
-        let told = host.install(&[]);
-        assert!(told.contains("has no systemd"), "{told}");
+        let output = host.install(&[]);
+        assert!(output.contains("has no systemd"), "{output}");
         assert!(!host.path("state").exists());
         assert_eq!(
             boots::look(&host.path("state")),
@@ -240,13 +240,13 @@ mod tests {
     }
 
     #[test]
-    fn a_unit_that_cannot_be_changed_is_named_and_does_not_hold_up_the_others() {
+    fn a_unit_whose_drop_in_cannot_be_written_is_named_and_the_others_get_theirs() {
         let host = Host::new();
         fs::write(host.path("systemd/k3s.service.d"), "in the way").unwrap();
-        let told = host.install(&["k3s.service", "kubelet.service"]);
+        let output = host.install(&["k3s.service", "kubelet.service"]);
         assert!(
-            told.contains("k3s.service starts without the guard"),
-            "{told}"
+            output.contains("k3s.service starts without the guard"),
+            "{output}"
         );
         assert!(
             host.path("systemd/kubelet.service.d")
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_installed_is_removed_and_nothing_else() {
+    fn uninstall_removes_only_what_was_installed() {
         let host = Host::new();
         host.install(&[]);
         let others = host.path("systemd/kubelet.service.d/10-kubeadm.conf");

@@ -1,5 +1,5 @@
-//! Listings: what the kernel has, of whoever's. Each is one request, filtered by the kernel where it
-//! can.
+//! Lists what the kernel has, the agent's and other programs'. Each listing is one request, which the
+//! kernel filters where it can.
 
 use std::net::IpAddr;
 

@@ -1,10 +1,9 @@
-//! Restores what flannel forgets when its vxlan device is recreated, or when somebody deletes one of
-//! its entries: it replays no lease until the other node changes or flannel itself restarts, so its
-//! own nodes stay cut off.
+//! Restores flannel's entries for the nodes of the region after its vxlan device was recreated or an entry
+//! was deleted. flannel replays no lease until the other node changes or flannel itself restarts, so those
+//! nodes would stay cut off.
 //!
-//! Only what is missing is added, with the very values flannel would give it, so that flannel's own
-//! later replacement changes nothing; only for nodes of the own region, since to others flannel's way
-//! is not taken.
+//! Only missing entries are added, with the values that flannel would use, so flannel's own later
+//! replacement changes nothing. Nodes of other regions get none: traffic to them does not use flannel.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -22,10 +21,10 @@ use rtnetlink::RouteMessageBuilder;
 use crate::flannel::{Backend, Flannel, Lease, Mac, Vtep};
 use crate::state::NextHop;
 
-/// The metric that IPv6 routes get where none is asked for; flannel asks for none.
+/// The metric that the kernel gives an IPv6 route without one. flannel sets none.
 const IPV6_METRIC: u32 = 1024;
 
-/// What the kernel holds of flannel's.
+/// The kernel's state of flannel.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct FlannelState {
     /// Its vxlan devices, of whatever VNI.
@@ -38,7 +37,7 @@ pub struct FlannelState {
     pub forwarding: BTreeMap<(u32, Mac), BTreeSet<IpAddr>>,
 }
 
-/// One thing that flannel forgot. `Display` prints what an operator would type.
+/// One entry of flannel's that is missing. `Display` prints what an operator would type.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Repair {
     /// The hardware address behind the gateway to a node's pods.
@@ -68,7 +67,7 @@ pub enum Repair {
     },
 }
 
-/// A link by its index, so that nothing is ever added to its successor, and its name, for people.
+/// A link by its index, so that no entry is added to a recreated link, and its name, for people.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Link {
     /// The kernel's index.
@@ -77,7 +76,7 @@ pub struct Link {
     pub name: String,
 }
 
-/// Another node of the own region: its pod CIDRs, and what flannel says of it.
+/// Another node of the region: its pod CIDRs, and its flannel lease.
 pub type Member<'a> = (&'a [IpNet], &'a Lease);
 
 /// What is missing to reach the pods of `members` by flannel's vxlan devices. Pure.
@@ -103,7 +102,7 @@ pub fn missing(flannel: &Flannel, members: &[Member<'_>], found: &FlannelState) 
             let (Some(mac), Some(to)) = (mac, to) else {
                 continue;
             };
-            // A node of another VNI is none of this device's; nor is what lies outside the network.
+            // Not for this device: a node with another VNI, and a prefix outside flannel's network.
             let inside = flannel.networks.iter().any(|net| net.contains(&dst));
             if inside && lease.vni.is_none_or(|vni| vni == vtep.vni) {
                 repairs.extend(missing_of(
@@ -138,8 +137,7 @@ fn missing_of(
         name: vtep.name.clone(),
     };
     let route = found.next_hops.get(&dst);
-    // With DirectRouting, flannel may have decided against VXLAN for the node; then there is another
-    // route, or there will be one.
+    // With DirectRouting, flannel may reach the node without VXLAN. Then another route exists, or will.
     if direct_routing && route.is_none_or(|hop| hop.dev != vtep.name) {
         return Vec::new();
     }
@@ -151,7 +149,7 @@ fn missing_of(
             mac,
         });
     }
-    // One that sends elsewhere is flannel's own, and newer than the annotation.
+    // An entry with another destination is flannel's own, and newer than the annotation.
     if !found.forwarding.contains_key(&(vtep.index, mac)) {
         repairs.push(Repair::Forwarding {
             vtep: link(),
@@ -159,7 +157,7 @@ fn missing_of(
             to,
         });
     }
-    // Last, as flannel does: whoever uses it finds the rest in place.
+    // Last, as flannel does: the entries that the route needs exist before it is used.
     if route.is_none() {
         repairs.push(Repair::Route { vtep: link(), dst });
     }
@@ -200,8 +198,8 @@ impl fmt::Display for Colons {
     }
 }
 
-/// How a repair is to be made: it fails where flannel was quicker, but for neighbours. Of those the
-/// kernel makes half-known ones itself as soon as traffic asks for them, which would be in the way.
+/// The request's flags. A repair fails where flannel was quicker, except for a neighbour: the kernel makes
+/// an incomplete entry as soon as traffic needs one, so a neighbour is replaced.
 pub(super) fn flags(repair: &Repair) -> u16 {
     match repair {
         Repair::Neighbour { .. } => NLM_F_CREATE | NLM_F_REPLACE,
@@ -382,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_made_anew_gets_all_that_flannel_would_give_it() {
+    fn a_recreated_device_gets_every_entry_that_flannel_would_add() {
         insta::assert_snapshot!(commands(&flannel(), &pods(), &FlannelState::default()), @r"
         ip neigh add 10.42.2.0 lladdr 8e:4d:2a:67:f4:a5 dev flannel.1 nud permanent
         bridge fdb add 8e:4d:2a:67:f4:a5 dst 192.168.50.12 dev flannel.1 self permanent
@@ -394,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_is_left_as_it_is_also_where_it_differs() {
+    fn an_existing_entry_is_left_alone_even_if_it_differs() {
         let mut found = v4_route("flannel.1");
         found
             .neighbours
@@ -405,20 +403,20 @@ mod tests {
         let v4 = &pods()[..1];
         assert_eq!(commands(&flannel(), v4, &found), "");
 
-        // The same on a link that is gone is not there.
-        let mut anew = flannel();
-        anew.vteps[0].index = 9;
-        assert_eq!(commands(&anew, v4, &found).lines().count(), 2);
+        // Entries of a link with another index do not count.
+        let mut recreated = flannel();
+        recreated.vteps[0].index = 9;
+        assert_eq!(commands(&recreated, v4, &found).lines().count(), 2);
     }
 
     #[test]
-    fn what_flannel_reaches_directly_gets_no_way_through_vxlan() {
+    fn a_node_that_flannel_reaches_directly_gets_no_vxlan_entries() {
         let mut direct = flannel();
         direct.direct_routing = true;
         let v4 = &pods()[..1];
         assert_eq!(commands(&direct, v4, &v4_route("eth0")), "");
         assert_eq!(commands(&direct, v4, &FlannelState::default()), "");
-        // But one it reaches through VXLAN keeps the rest.
+        // A node that it reaches through VXLAN gets the other entries.
         let rest = commands(&direct, v4, &v4_route("flannel.1"));
         assert_eq!(rest.lines().count(), 2, "{rest}");
 
@@ -428,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_flannel_would_not_take_gets_nothing() {
+    fn a_node_that_flannel_would_ignore_gets_no_entries() {
         let found = FlannelState::default();
         let broken: [fn(&mut Lease); 4] = [
             |lease| lease.backend = None,

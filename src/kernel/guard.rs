@@ -1,7 +1,7 @@
-//! Adds the boot guard's routes and rules, with one socket of rtnetlink and nothing else.
+//! Adds the boot guard's routes and rules through one rtnetlink socket.
 //!
-//! Neither links nor nf_tables have to be there. Nothing that exists is changed: what an agent left or has
-//! just installed is newer than what the guard was told.
+//! It needs neither links nor nf_tables. It changes no existing route or rule: what an agent left or has
+//! just installed is newer than the guard's file.
 
 use std::collections::BTreeSet;
 
@@ -17,12 +17,11 @@ use crate::state::{Route, RouteKey, Rule};
 
 /// Adds routes without next hops and the rules that lead to them, and returns what could not be added.
 ///
-/// Routes come first: no look-up sees half a table. One that fails does not keep the others from being
-/// added.
+/// Routes come first, so no look-up sees half a table. A failure does not stop the rest.
 ///
 /// # Errors
 ///
-/// When there is no socket of rtnetlink.
+/// If the kernel gives no rtnetlink socket.
 pub fn guard(
     routes: &[(RouteKey, Route)],
     rules: &BTreeSet<Rule>,
@@ -49,9 +48,9 @@ pub fn guard(
     Ok(failed
         .filter_map(|(change, result)| match result {
             Ok(()) => None,
-            // There is one with this key already.
+            // A route or rule with this key exists.
             Err(refused) if refused.errno() == libc::EEXIST => None,
-            // No IPv6 in this kernel, so there is nothing of it to guard.
+            // No IPv6 in this kernel, so no IPv6 to guard.
             Err(refused) if refused.errno() == libc::EAFNOSUPPORT => None,
             Err(refused) => Some((change, refused.into())),
         })

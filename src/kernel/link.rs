@@ -25,7 +25,7 @@ const NLA_F_NESTED: u16 = 1 << 15;
 /// `IPV4_DEVCONF_RP_FILTER`
 const RP_FILTER: u16 = 8;
 
-/// A link of whatever kind.
+/// A link of any kind.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(super) struct Found {
     pub(super) index: u32,
@@ -34,7 +34,7 @@ pub(super) struct Found {
     pub(super) up: bool,
     /// Whether it has hardware addresses: it is neither a tunnel of layer 3 nor a loopback.
     pub(super) ethernet: bool,
-    /// What `ip -d link` calls it; `None` for hardware.
+    /// Its kind, as `ip -d link` prints it; `None` for hardware.
     pub(super) kind: Option<String>,
     /// The index of the bridge, bond or VRF that it is a port of.
     pub(super) controller: Option<u32>,
@@ -66,8 +66,8 @@ pub(super) struct Address {
     pub(super) scope: Scope,
     /// Whether the kernel made it: `fe80::/10`.
     pub(super) link_local: bool,
-    /// Whether it will stay: no temporary address of the privacy extensions (RFC 8981), none that is
-    /// deprecated, and none that duplicate address detection has not passed yet (RFC 4862).
+    /// Whether it will stay: not a temporary address of the privacy extensions (RFC 8981), not deprecated,
+    /// and past duplicate address detection (RFC 4862).
     pub(super) stable: bool,
 }
 
@@ -301,7 +301,7 @@ pub(super) fn from_address(message: &AddressMessage) -> Option<Address> {
     let mut flags = AddressFlags::from_bits_retain(header.flags.bits().into());
     for attribute in &message.attributes {
         match attribute {
-            // On a point-to-point link the other one is the peer's.
+            // On a point-to-point link `Address` is the other end's.
             AddressAttribute::Local(local) => address = Some(*local),
             AddressAttribute::Address(other) => address = address.or(Some(*other)),
             AddressAttribute::Flags(all) => flags = *all,
@@ -326,7 +326,7 @@ pub(super) fn from_address(message: &AddressMessage) -> Option<Address> {
     })
 }
 
-/// In IPv4 the flag of a temporary address means a further one in a network, which is as good as the first.
+/// In IPv4 the flag of a temporary address marks a secondary address, which is as stable as the first.
 fn is_stable(ip: IpAddr, flags: AddressFlags) -> bool {
     let passing = AddressFlags::Deprecated
         | AddressFlags::Tentative
@@ -342,7 +342,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_survives_the_way_to_the_kernel_and_back() {
+    fn an_address_survives_the_round_trip_through_a_message() {
         for (text, scope) in [
             ("10.42.1.0/32", Scope::Global),
             ("10.4.0.1/32", Scope::Link),
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_kernels_wireguard_link_is_taken_for_kilos() {
+    fn only_a_wireguard_link_of_the_kernel_is_taken_for_kilos() {
         let of_kind = |kind| {
             let mut message = to_index(7);
             message.attributes = vec![
@@ -408,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn flannels_devices_are_told_from_other_vxlan_links() {
+    fn flannels_devices_are_recognised_by_name_and_vni() {
         let parent = Found {
             index: 2,
             name: "eth0".to_owned(),

@@ -1,8 +1,7 @@
-//! Tells when something changed in the kernel that concerns the agent.
+//! Reports changes in the kernel that affect the agent.
 //!
-//! What it tells is only where to look: the agent reads the state afresh and finds nothing to do
-//! where the change was its own. Open the monitor before the first look, or what changes in between
-//! is missed.
+//! An event says only that the agent has to look: the agent reads the state again, and finds nothing to do
+//! if it made the change itself. Open the monitor before the first look, or a change in between is missed.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -34,67 +33,20 @@ const ROUTE_GROUPS: [MulticastGroup; 8] = [
 ];
 /// `NFNLGRP_NFTABLES`
 const NFTABLES_GROUP: u32 = 7;
-/// Room for the news of some thousand routes of our own.
+/// Room for notifications about some thousand of the agent's own routes, in bytes.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
-/// Where something changed.
+/// What a change in the kernel affects.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Event {
-    /// What the agent owns: its link, its addresses, routes, rules, nft table.
-    pub own: bool,
-    /// flannel's devices, their addresses, its routes.
-    pub flannel: bool,
-    /// The node's other addresses, links and default routes.
-    pub underlay: bool,
-    /// Others' tables of nf_tables: nothing that the agent makes, but it may stand in its way.
+    /// The node's plan: the agent's own link, addresses, routes, rules and nft table, flannel's devices and
+    /// routes, or the node's other addresses, links and default routes.
+    pub plan: bool,
+    /// Other programs' nft tables. The agent makes none of them, but they may drop its packets.
     pub firewall: bool,
 }
 
-impl Event {
-    /// Whether it concerns more than others' firewalls.
-    pub fn concerns_the_plan(self) -> bool {
-        self.own || self.flannel || self.underlay
-    }
-
-    /// News was lost: anything may have changed.
-    const ANYTHING: Self = Self {
-        own: true,
-        flannel: true,
-        underlay: true,
-        firewall: true,
-    };
-
-    const OWN: Self = Self {
-        own: true,
-        ..Self::NOTHING
-    };
-
-    const FLANNEL: Self = Self {
-        flannel: true,
-        ..Self::NOTHING
-    };
-
-    const UNDERLAY: Self = Self {
-        underlay: true,
-        ..Self::NOTHING
-    };
-
-    const NOTHING: Self = Self {
-        own: false,
-        flannel: false,
-        underlay: false,
-        firewall: false,
-    };
-
-    fn merge(&mut self, other: Self) {
-        self.own |= other.own;
-        self.flannel |= other.flannel;
-        self.underlay |= other.underlay;
-        self.firewall |= other.firewall;
-    }
-}
-
-/// The kernel's news for one network namespace.
+/// The kernel's notifications for one network namespace.
 pub struct Monitor {
     route: TokioSocket,
     nftables: TokioSocket,
@@ -102,7 +54,7 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Subscribes to the news; `interface` is the tunnel's link, whether or not it exists yet.
+    /// Subscribes; `interface` is the tunnel's link, whether or not it exists yet.
     ///
     /// Needs a tokio runtime.
     pub fn open(interface: &str) -> anyhow::Result<Self> {
@@ -125,48 +77,47 @@ impl Monitor {
         })
     }
 
-    /// Waits until something changed.
+    /// Waits for a change that affects the agent. Changes that arrived together are one event.
     ///
-    /// May be dropped and called again: nothing is lost. News that came together is told together.
+    /// Cancel-safe: a dropped call loses no event.
     pub async fn changed(&mut self) -> io::Result<Event> {
         loop {
-            let mut event = Event::NOTHING;
+            let mut event = Event::default();
             tokio::select! {
                 first = self.route.recv_from_full() => {
                     drain(&self.route, first, &mut event, |message, event| {
-                        event.merge(self.classifier.classify(message));
+                        event.plan |= self.classifier.affects_plan(message);
                     })?;
                 }
                 first = self.nftables.recv_from_full() => {
                     drain(&self.nftables, first, &mut event, |message: &NftMessage, event| {
-                        event.own |= message.is_about(nft::TABLE);
+                        event.plan |= message.is_about(nft::TABLE);
                         event.firewall |= message.is_about_another_than(nft::TABLE);
                     })?;
                 }
             }
-            if event != Event::NOTHING {
+            if event != Event::default() {
                 return Ok(event);
             }
         }
     }
 }
 
-/// Where something changed by the messages of one datagram, rtnetlink's or nfnetlink's, to somebody who
-/// knows of no link yet.
-pub fn read_news(interface: &str, datagram: &[u8]) -> Event {
+/// Classifies the messages of one datagram, of rtnetlink or of nf_tables, without knowledge of any link.
+pub fn classify(interface: &str, datagram: &[u8]) -> Event {
     let mut classifier = Classifier {
         interface: interface.to_owned(),
         links: BTreeMap::new(),
     };
-    let mut event = Event::NOTHING;
+    let mut event = Event::default();
     messages(datagram, |_, payload| {
         if let NetlinkPayload::InnerMessage(message) = payload {
-            event.merge(classifier.classify(&message));
+            event.plan |= classifier.affects_plan(&message);
         }
     });
     messages(datagram, |_, payload: NetlinkPayload<NftMessage>| {
         if let NetlinkPayload::InnerMessage(message) = payload {
-            event.own |= message.is_about(nft::TABLE);
+            event.plan |= message.is_about(nft::TABLE);
         }
     });
     event
@@ -184,7 +135,7 @@ fn subscribe(protocol: isize, groups: &[u32]) -> io::Result<TokioSocket> {
     Ok(subscriber)
 }
 
-/// Goes through the first datagram and all that are there with it.
+/// Reads the first datagram and all others that have arrived.
 fn drain<M: NetlinkDeserializable>(
     subscriber: &TokioSocket,
     first: io::Result<(Vec<u8>, SocketAddr)>,
@@ -200,9 +151,12 @@ fn drain<M: NetlinkDeserializable>(
                 }
             }),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            // More news than there was room for.
+            // Notifications were lost: anything may have changed.
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
-                *event = Event::ANYTHING;
+                *event = Event {
+                    plan: true,
+                    firewall: true,
+                };
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
@@ -211,11 +165,11 @@ fn drain<M: NetlinkDeserializable>(
     }
 }
 
-/// Tells from a message where something changed.
+/// Decides which messages of rtnetlink affect the plan.
 #[derive(Debug)]
 struct Classifier {
     interface: String,
-    /// What was last told of each link.
+    /// The last known state of each link.
     links: BTreeMap<u32, KnownLink>,
 }
 
@@ -227,62 +181,48 @@ struct KnownLink {
 }
 
 impl Classifier {
-    fn classify(&mut self, message: &Message) -> Event {
+    fn affects_plan(&mut self, message: &Message) -> bool {
         match message {
             Message::NewLink(message) => self.link(message),
             Message::DelLink(message) => {
-                // One that came while news was lost is known by what the message says alone.
+                // A link that came while notifications were lost is known from this message alone.
                 let known = self.links.remove(&message.header.index);
                 let name = known.map_or_else(|| link::from_message(message).name, |link| link.name);
-                self.of_link(&name, Event::NOTHING)
+                self.is_watched(&name)
             }
             Message::NewAddress(message) | Message::DelAddress(message) => {
                 match link::from_address(message) {
-                    Some(address) if !address.link_local => {
-                        let name = self
-                            .links
-                            .get(&address.index)
-                            .map(|link| link.name.as_str());
-                        self.of_link(name.unwrap_or_default(), Event::UNDERLAY)
-                    }
-                    Some(_) | None => Event::NOTHING,
+                    // On the tunnel's link, on flannel's devices, or one of the node's own.
+                    Some(address) => !address.link_local,
+                    None => false,
                 }
             }
-            Message::NewRoute(message) | Message::DelRoute(message) => of_route(message),
-            Message::NewRule(_) | Message::DelRule(_) => Event::OWN,
-            // A neighbour or a forwarding entry. Pods' own come and go on other links; what is new
-            // on flannel's is flannel's doing.
+            Message::NewRoute(message) | Message::DelRoute(message) => route_affects_plan(message),
+            Message::NewRule(_) | Message::DelRule(_) => true,
+            // A neighbour or a forwarding entry. Those of pods come and go on other links; flannel adds
+            // its own.
             Message::DelNeighbour(message) => {
                 let known = self.links.get(&message.header.ifindex);
-                if known.is_some_and(|link| is_flannels(&link.name)) {
-                    Event::FLANNEL
-                } else {
-                    Event::NOTHING
-                }
+                known.is_some_and(|link| is_flannels(&link.name))
             }
-            _ => Event::NOTHING,
+            _ => false,
         }
     }
 
-    /// A link is new, or something about it.
-    fn link(&mut self, message: &LinkMessage) -> Event {
+    /// A link is new or changed.
+    fn link(&mut self, message: &LinkMessage) -> bool {
         let found = link::from_message(message);
         let known = self.links.get(&found.index);
-        // Ports of bridges are pods; they come and go.
+        // Ports of bridges belong to pods, which come and go.
         let port = message
             .attributes
             .iter()
             .any(|attribute| matches!(attribute, LinkAttribute::Controller(_)));
         let changed = known.is_some_and(|known| known.mtu != found.mtu || known.up != found.up);
-        let other = if changed && !port {
-            Event::UNDERLAY
-        } else {
-            // An address follows, if it matters.
-            Event::NOTHING
-        };
-        let event = self.of_link(&found.name, other);
+        // A new link matters when it gets an address.
+        let affects = self.is_watched(&found.name) || (changed && !port);
         self.remember(found);
-        event
+        affects
     }
 
     fn remember(&mut self, found: link::Found) {
@@ -296,18 +236,9 @@ impl Classifier {
         self.links.insert(index, KnownLink { name, mtu, up });
     }
 
-    fn of_link(&self, name: &str, other: Event) -> Event {
-        if name == self.interface {
-            Event::OWN
-        } else if is_flannels(name) {
-            // Routes of our own lead through it.
-            Event {
-                own: true,
-                ..Event::FLANNEL
-            }
-        } else {
-            other
-        }
+    /// Whether every change of the link counts: it is the tunnel's or one of flannel's.
+    fn is_watched(&self, name: &str) -> bool {
+        name == self.interface || is_flannels(name)
     }
 }
 
@@ -315,22 +246,11 @@ fn is_flannels(link: &str) -> bool {
     link.starts_with("flannel.") || link.starts_with("flannel-v6.")
 }
 
-fn of_route(message: &RouteMessage) -> Event {
+fn route_affects_plan(message: &RouteMessage) -> bool {
     let id = route::table(message);
-    if Table::ALL.iter().any(|table| table.id() == id) {
-        return Event::OWN;
-    }
-    if id != MAIN {
-        return Event::NOTHING;
-    }
-    if message.header.destination_prefix_length == 0 {
-        return Event::UNDERLAY;
-    }
-    if route::may_be_flannels(message) {
-        Event::FLANNEL
-    } else {
-        Event::NOTHING
-    }
+    let is_own = Table::ALL.iter().any(|table| table.id() == id);
+    let is_default = message.header.destination_prefix_length == 0;
+    is_own || (id == MAIN && (is_default || route::may_be_flannels(message)))
 }
 
 #[cfg(test)]
@@ -368,83 +288,65 @@ mod tests {
     }
 
     #[test]
-    fn a_link_is_ours_flannels_or_the_underlays() {
+    fn a_link_counts_if_it_is_the_tunnels_flannels_or_changed() {
         let mut classifier = classifier();
-        let mut of = |message| classifier.classify(&message);
-        let flannel = Event {
-            own: true,
-            ..Event::FLANNEL
-        };
+        let mut affects = |message| classifier.affects_plan(&message);
 
-        assert_eq!(
-            of(Message::NewLink(link_message(7, "kilo0", 1420))),
-            Event::OWN
-        );
-        assert_eq!(of(Message::DelLink(link::to_index(3))), flannel);
-        assert_eq!(
-            of(Message::NewLink(link_message(9, "flannel.1", 1450))),
-            flannel
-        );
-        assert_eq!(
-            of(Message::NewLink(link_message(2, "eth0", 1400))),
-            Event::UNDERLAY
-        );
-        assert_eq!(
-            of(Message::NewLink(link_message(2, "eth0", 1400))),
-            Event::NOTHING
-        );
-        assert_eq!(
-            of(Message::NewLink(link_message(11, "veth1", 1450))),
-            Event::NOTHING
-        );
+        assert!(affects(Message::NewLink(link_message(7, "kilo0", 1420))));
+        assert!(affects(Message::DelLink(link::to_index(3))));
+        assert!(affects(Message::NewLink(link_message(
+            9,
+            "flannel.1",
+            1450
+        ))));
+        assert!(affects(Message::NewLink(link_message(2, "eth0", 1400))));
+        assert!(!affects(Message::NewLink(link_message(2, "eth0", 1400))));
+        assert!(!affects(Message::NewLink(link_message(11, "veth1", 1450))));
     }
 
     #[test]
-    fn a_link_that_was_never_told_of_counts_when_it_goes() {
+    fn the_deletion_of_an_unknown_flannel_link_counts() {
         let message = Message::DelLink(link_message(12, "flannel.1", 1450));
-        assert!(classifier().classify(&message).flannel);
+        assert!(classifier().affects_plan(&message));
     }
 
     #[test]
-    fn a_pods_link_that_comes_up_is_no_news() {
+    fn a_pods_link_that_comes_up_does_not_count() {
         let mut classifier = classifier();
-        classifier.classify(&Message::NewLink(link_message(11, "veth1", 1500)));
+        classifier.affects_plan(&Message::NewLink(link_message(11, "veth1", 1500)));
         let mut port = link_message(11, "veth1", 1450);
         port.attributes.push(LinkAttribute::Controller(4));
-        assert_eq!(classifier.classify(&Message::NewLink(port)), Event::NOTHING);
+        assert!(!classifier.affects_plan(&Message::NewLink(port)));
     }
 
     #[test]
-    fn an_address_counts_where_its_link_does() {
+    fn an_address_counts_unless_it_is_link_local() {
         let mut classifier = classifier();
-        let mut of = |index, net: &str| {
+        let mut affects = |index, net: &str| {
             let message = link::to_address(index, net.parse().unwrap(), Scope::Global);
-            classifier.classify(&Message::DelAddress(message))
+            classifier.affects_plan(&Message::DelAddress(message))
         };
-        assert_eq!(of(7, "10.42.1.0/32"), Event::OWN);
-        assert!(of(3, "10.42.1.0/32").flannel);
-        assert_eq!(of(2, "192.168.50.11/24"), Event::UNDERLAY);
-        assert_eq!(of(2, "fe80::1/64"), Event::NOTHING);
+        assert!(affects(7, "10.42.1.0/32"));
+        assert!(affects(3, "10.42.1.0/32"));
+        assert!(affects(2, "192.168.50.11/24"));
+        assert!(!affects(2, "fe80::1/64"));
     }
 
     #[test]
-    fn a_neighbour_counts_where_it_is_flannels_and_goes() {
+    fn only_a_deleted_neighbour_of_flannels_counts() {
         let mut classifier = classifier();
         let mut message = NeighbourMessage::default();
         message.header.ifindex = 3;
-        let new = Message::NewNeighbour(message.clone());
-        assert_eq!(classifier.classify(&new), Event::NOTHING);
-        let gone = Message::DelNeighbour(message.clone());
-        assert_eq!(classifier.classify(&gone), Event::FLANNEL);
+        assert!(!classifier.affects_plan(&Message::NewNeighbour(message.clone())));
+        assert!(classifier.affects_plan(&Message::DelNeighbour(message.clone())));
         message.header.ifindex = 4;
-        let elsewhere = Message::DelNeighbour(message);
-        assert_eq!(classifier.classify(&elsewhere), Event::NOTHING);
+        assert!(!classifier.affects_plan(&Message::DelNeighbour(message)));
     }
 
     #[test]
     fn a_route_counts_by_its_table() {
         let mut classifier = classifier();
-        let mut of = |table, length, protocol| {
+        let mut affects = |table, length, protocol| {
             let mut message = route::to_dump(false, table);
             message.header.destination_prefix_length = length;
             message.header.protocol = protocol;
@@ -454,14 +356,14 @@ mod tests {
                     .attributes
                     .push(RouteAttribute::Gateway(gateway.into()));
             }
-            classifier.classify(&Message::NewRoute(message))
+            classifier.affects_plan(&Message::NewRoute(message))
         };
-        assert_eq!(of(5130, 24, RouteProtocol::Static), Event::OWN);
-        assert_eq!(of(MAIN, 0, RouteProtocol::Dhcp), Event::UNDERLAY);
-        assert_eq!(of(MAIN, 24, RouteProtocol::Boot), Event::FLANNEL);
-        assert_eq!(of(MAIN, 24, RouteProtocol::Bgp), Event::NOTHING);
-        assert_eq!(of(MAIN, 24, RouteProtocol::Kernel), Event::NOTHING);
-        assert_eq!(of(255, 32, RouteProtocol::Kernel), Event::NOTHING);
-        assert_eq!(of(100, 0, RouteProtocol::Boot), Event::NOTHING);
+        assert!(affects(5130, 24, RouteProtocol::Static));
+        assert!(affects(MAIN, 0, RouteProtocol::Dhcp));
+        assert!(affects(MAIN, 24, RouteProtocol::Boot));
+        assert!(!affects(MAIN, 24, RouteProtocol::Bgp));
+        assert!(!affects(MAIN, 24, RouteProtocol::Kernel));
+        assert!(!affects(255, 32, RouteProtocol::Kernel));
+        assert!(!affects(100, 0, RouteProtocol::Boot));
     }
 }

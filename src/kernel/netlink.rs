@@ -1,7 +1,7 @@
-//! Talks to the kernel over one netlink socket: dumps, single questions, and many changes at once.
+//! One netlink socket: dumps, single requests, and batches of changes.
 //!
-//! Blocking on purpose. The kernel works a request off while it is being sent, so there is nothing to
-//! wait for; and changes keep their order.
+//! It blocks on purpose. The kernel processes a request during the send call, so a blocking call waits
+//! for nothing else, and changes keep their order.
 
 use std::fmt;
 use std::io;
@@ -21,19 +21,19 @@ use nix::sys::time::TimeVal;
 /// receive buffer, and what does not fit there is lost.
 const BATCH: usize = 256;
 const RECEIVE_BUFFER: usize = 1 << 20;
-/// The kernel answers at once; whatever takes this long is never coming.
+/// The kernel answers at once. An answer that takes this long is lost.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// A dump is repeated when what it lists changed meanwhile. On a host whose routes never rest, the
-/// last one has to do: what it missed is told by the monitor.
+/// A dump is repeated if its objects changed during it. On a host whose routes change all the time the
+/// last attempt is used: the monitor reports what it missed.
 const DUMP_ATTEMPTS: usize = 5;
 /// `NLMSGERR_ATTR_MSG`: a sentence about what was wrong.
 const ERROR_TEXT: u16 = 1;
 
-/// A request the kernel refused, or that did not reach it.
+/// A request that the kernel refused, or that did not reach it.
 #[derive(Debug)]
 pub(super) struct Refused {
     error: io::Error,
-    /// What the kernel said about it in words.
+    /// The kernel's text about it (extended acknowledgement).
     text: Option<String>,
 }
 
@@ -87,8 +87,8 @@ impl Netlink {
             sockopt::ReceiveTimeout,
             &TimeVal::new(TIMEOUT.as_secs().cast_signed(), 0),
         )?;
-        // Each of these is younger than netlink; without them errors are terser, answers longer, and
-        // dumps are filtered here only.
+        // Old kernels lack these options. Without them errors have no text, acknowledgements repeat the
+        // request, and the kernel does not filter dumps.
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_netlink_get_strict_chk(true);
@@ -113,7 +113,7 @@ impl Netlink {
         }
     }
 
-    /// Asks for one thing.
+    /// Sends one request and returns the answers.
     pub(super) fn get<M>(&mut self, request: M) -> Result<Vec<M>, Refused>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
@@ -121,9 +121,7 @@ impl Netlink {
         Ok(self.ask(request, NLM_F_ACK)?.0)
     }
 
-    /// Makes all changes in their order, and says for each what became of it.
-    ///
-    /// One that fails does not keep those behind it from being made.
+    /// Makes all changes in their order, and returns one result for each. A failure does not stop the rest.
     pub(super) fn change_all<M>(&mut self, requests: Vec<(M, u16)>) -> Vec<Result<(), Refused>>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
@@ -192,7 +190,7 @@ impl Netlink {
         let mut end = None;
         while end.is_none() {
             self.receive::<M>(|header, payload| {
-                // The rest of an answer that an earlier question gave up on.
+                // The rest of an answer to an earlier request that timed out.
                 if header.sequence_number != sequence {
                     return;
                 }
@@ -247,10 +245,10 @@ impl Netlink {
     }
 }
 
-/// Hands on every message of a datagram that can be read.
+/// Passes every message of a datagram that can be parsed to `handle`.
 ///
-/// What cannot be read is some other subsystem's novelty: a link of a kind that did not exist when
-/// this was written must not hide all others.
+/// A message that cannot be parsed is skipped: a link of a kind that is newer than this program must not
+/// hide all other links.
 pub(super) fn messages<M>(bytes: &[u8], mut handle: impl FnMut(&NetlinkHeader, NetlinkPayload<M>))
 where
     M: NetlinkDeserializable,
@@ -263,13 +261,13 @@ where
                 let (header, payload) = message.into_parts();
                 handle(&header, payload);
             }
-            Err(error) => tracing::debug!(%error, "skipping a netlink message"),
+            Err(error) => tracing::debug!(%error, "netlink message skipped"),
         }
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
 }
 
-/// What an acknowledgement says: an error of 0 is none.
+/// The result in an acknowledgement: error 0 is success.
 fn acknowledged(header: &NetlinkHeader, message: &ErrorMessage) -> Result<(), Refused> {
     if message.code.is_none() {
         return Ok(());
@@ -280,7 +278,7 @@ fn acknowledged(header: &NetlinkHeader, message: &ErrorMessage) -> Result<(), Re
     })
 }
 
-/// The kernel's words in an error message, which follow the request it repeats.
+/// The kernel's text in an error message, after the request that it repeats.
 fn error_text(flags: u16, payload: &[u8]) -> Option<String> {
     const HEADER: usize = 16;
     if flags & NLM_F_ACK_TLVS == 0 {
@@ -315,9 +313,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refusal_repeats_the_kernels_words() {
+    fn a_refused_request_has_an_error_number() {
         let mut netlink = Netlink::open(NETLINK_ROUTE).unwrap();
-        // Nobody may do this, root or not: the family is missing.
+        // Refused to every user: the family is missing.
         let mut message = RouteMessage::default();
         message.attributes.push(RouteAttribute::Table(5130));
         let request = RouteNetlinkMessage::NewRoute(message);
@@ -330,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn half_a_datagram_is_no_reason_to_panic() {
+    fn a_truncated_datagram_does_not_panic() {
         let mut bytes = vec![200, 0, 0, 0, 24, 0, 0, 0];
         bytes.resize(40, 0xff);
         let mut count = 0;

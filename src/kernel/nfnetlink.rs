@@ -1,5 +1,5 @@
-//! The few questions about nf_tables that need no `nft` program: has anything changed, and what do
-//! our counters say.
+//! The requests to nf_tables that need no `nft` program: its generation, whether a table exists, and the
+//! agent's counters.
 
 use std::convert::Infallible;
 
@@ -96,7 +96,7 @@ impl NetlinkDeserializable for NftMessage {
     }
 }
 
-/// A socket for such questions.
+/// A socket for these requests.
 #[derive(Debug)]
 pub(super) struct Nfnetlink {
     netlink: Netlink,
@@ -109,7 +109,7 @@ impl Nfnetlink {
         })
     }
 
-    /// A number that changes whenever anybody changes anything in nf_tables.
+    /// A number that changes with every change of any program to nf_tables.
     pub(super) fn generation(&mut self) -> Result<u32, Refused> {
         let request = NftMessage::new(GET_GENERATION, 0, Vec::new());
         let answers = self.netlink.get(request)?;

@@ -2,8 +2,8 @@
 //!
 //! Text and not JSON: it is what an operator reads in `nft list table inet selvedge`.
 //!
-//! Nothing here accepts packets on behalf of others. A verdict of `accept` ends only its own chain,
-//! so it cannot undo a drop in the host's own firewall; `doctor` tells the operator about those.
+//! No rule accepts packets. A verdict of `accept` ends only its own chain, so it cannot undo a drop in the
+//! host's own firewall; `doctor` reports such drops to the operator.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -16,20 +16,20 @@ use crate::state::{Firewall, FirewallId, Ruleset};
 
 /// The table's name; its family is `inet`.
 pub const TABLE: &str = "selvedge";
-/// The counter of what would have left the region in clear.
+/// The counter of packets that would have left the region in clear.
 pub const LEAK_DROPS: &str = "leak_drops";
-/// The counter of what did leave the region in clear, where the operator asked for that.
+/// The counter of packets that left the region in clear, with `--on-tunnel-down=open`.
 pub const LEAKS: &str = "leaks";
-/// The counter of what pods sent to the ports of VXLAN and the tunnel, and of VXLAN out of the tunnel.
+/// The counter of packets from pods to the ports of VXLAN and the tunnel, and of VXLAN out of the tunnel.
 pub const POD_DROPS: &str = "pod_drops";
-/// The counter of what came from strangers for the mesh, or out of the tunnel for somewhere else.
+/// The counter of packets from outside the mesh into it, and out of the tunnel to outside the region.
 pub const STRANGER_DROPS: &str = "stranger_drops";
-/// The chain that sees no packets; the comment of its only rule says what was installed.
+/// The chain that sees no packets; the comment of its only rule identifies what was installed.
 pub(super) const SEAL: &str = "seal";
 
 /// The bridge that flannel's CNI configuration puts pods on, here and in k3s.
 pub(super) const POD_BRIDGE: &str = "cni0";
-/// The bit of the mark with which kube-proxy asks for its own masquerading.
+/// The bit of the mark that kube-proxy sets on packets that it masquerades.
 const KUBE_MASQUERADE: &str = "0x00004000";
 /// Lowers the segment size that a SYN offers to what the routes both ways carry.
 const CLAMP: &str = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu";
@@ -122,7 +122,7 @@ impl Family {
         }
     }
 
-    /// How `nft` calls its header, before `saddr` and `daddr`.
+    /// nft's name of the header, before `saddr` and `daddr`.
     fn ip(self) -> &'static str {
         match self {
             Self::V4 => "ip",
@@ -130,7 +130,7 @@ impl Family {
         }
     }
 
-    /// How `nft` calls it after `meta nfproto`.
+    /// nft's name of the family after `meta nfproto`.
     fn protocol(self) -> &'static str {
         match self {
             Self::V4 => "ipv4",
@@ -147,11 +147,11 @@ impl Family {
     }
 }
 
-/// The text in the making.
+/// The text under construction.
 struct Text<'a> {
     firewall: &'a Firewall,
-    /// What the rules look up by name: prefixes that neither overlap nor touch. Of a family that occurs at
-    /// all there is every set, though nothing be in it, so that the rules stay when it fills.
+    /// The named sets: prefixes that neither overlap nor touch. For a family that occurs at all every set
+    /// exists, even an empty one, so that the rules stay when it fills.
     sets: BTreeMap<(&'static str, Family), Vec<IpNet>>,
     vxlan_ports: BTreeSet<u16>,
     out: String,
@@ -162,7 +162,7 @@ impl<'a> Text<'a> {
         let underlay = firewall.region_underlay.iter().copied().map(IpNet::from);
         let guard = &firewall.guard;
         let hops = guard.hops.iter().copied().map(IpNet::from);
-        // The kernel fills them in this order: what lets pass before what drops.
+        // The kernel fills them in this order: sets that allow before sets that drop.
         let named = [
             ("allowed_hops", hops.collect()),
             ("beside", guard.beside.clone()),
@@ -275,11 +275,12 @@ impl<'a> Text<'a> {
     /// Pure transit is not tracked: flannel would masquerade it, and where the way back leads over
     /// another leader, kube-proxy would drop it as invalid.
     ///
-    /// A leader may also be its region's router. What it forwards past the tunnel is tracked as ever,
-    /// or it would not be translated.
+    /// A leader may also be its region's router. Packets that it forwards past the tunnel stay tracked, or
+    /// they would not be translated.
     ///
-    /// Who led a moment ago still gets what other nodes have not turned away yet, and passes it on to
-    /// the new leader. Were that tracked, flannel would masquerade it in the middle of a connection.
+    /// A former leader still receives packets from nodes that have not changed their routes yet, and passes
+    /// them on to the new leader. If they were tracked, flannel would masquerade them in the middle of a
+    /// connection.
     fn transit(&mut self) {
         let tunnel = &self.firewall.tunnel;
         let hook = Some("filter hook prerouting priority raw");
@@ -320,9 +321,9 @@ impl<'a> Text<'a> {
     /// Decides on translation before flannel's rules at `srcnat` do: a source translated to itself is
     /// bound for the connection's life, and later chains are not asked. `accept` would not do that.
     ///
-    /// What kube-proxy wants masqueraded gets this node's own address in the pod network, whatever
-    /// device it leaves by. By the underlay's address, which masquerading would take where flannel
-    /// routes directly, the leader's FORWARD chain would not know it.
+    /// A packet that kube-proxy marks for masquerading gets this node's address in the pod network, by
+    /// whatever device it leaves. Masquerading would use the underlay's address where flannel routes
+    /// directly, and the leader's FORWARD chain would not accept that source.
     fn translate(&mut self) {
         let firewall = self.firewall;
         let tunnel = &firewall.tunnel;
@@ -368,8 +369,8 @@ impl<'a> Text<'a> {
                     text.rule(format!("oifname \"{tunnel}\" {ip} saddr {pods} {keep}"));
                 }
                 if let Some(remote) = text.set("remote", family) {
-                    // Where the operator lets packets leave beside the tunnel, those to a remote node
-                    // take the default route and need flannel's masquerading.
+                    // With `--on-tunnel-down=open` packets to a remote node may take the default route,
+                    // and need flannel's masquerading there.
                     let devices = if firewall.fail_closed {
                         String::new()
                     } else {
@@ -387,8 +388,8 @@ impl<'a> Text<'a> {
         });
     }
 
-    /// Connections learn at their start what fits into the tunnel, also where ICMP is filtered on the
-    /// way back to their sender.
+    /// Limits the segment size of new connections to what fits into the tunnel, for senders that ICMP does
+    /// not reach.
     fn clamp(&mut self) {
         let tunnel = &self.firewall.tunnel;
         self.chain(
@@ -408,7 +409,7 @@ impl<'a> Text<'a> {
         );
     }
 
-    /// VXLAN, which is in clear, stays in its region.
+    /// Keeps VXLAN, which is not encrypted, in its region.
     fn underlay(&mut self) {
         if self.vxlan_ports.is_empty() {
             return;
@@ -427,12 +428,12 @@ impl<'a> Text<'a> {
         });
     }
 
-    /// What is for other regions leaves a leader through the tunnel, and any other node by a next hop that
-    /// is a node of its region, or not at all, whatever has become of rules and routes.
+    /// Packets for other regions leave a leader through the tunnel, and any other node by a next hop that is
+    /// a node of its region. All others are dropped, even if rules or routes are missing.
     ///
-    /// VXLAN to a node of the region is such a hop as well: its gateway is that node's address in the
-    /// cluster network. Where `rt` finds no next hop the rule does not match, so no hop is asked of what
-    /// takes the tunnel.
+    /// VXLAN to a node of the region is such a next hop: its gateway is that node's address in the cluster
+    /// network. Where `rt` finds no next hop the rule does not match, so a leader's packets into the tunnel
+    /// need none.
     fn leave(&mut self) {
         let firewall = self.firewall;
         let end = self.leak();
@@ -469,7 +470,7 @@ impl<'a> Text<'a> {
         });
     }
 
-    /// VXLAN is taken from the region's nodes only: what is in it would have any source.
+    /// Accepts VXLAN from the region's nodes only: the packets in it may have any source.
     fn guard_vxlan(&mut self) {
         if self.vxlan_ports.is_empty() {
             return;
@@ -488,9 +489,9 @@ impl<'a> Text<'a> {
         });
     }
 
-    /// Into the tunnel goes what comes from local pods, by the device that leads to them, from the
-    /// region's nodes, by the devices that lead there, and what this node itself translated or knows as
-    /// an answer. Out of it comes what is for the region.
+    /// Into the tunnel go packets from local pods by the device that leads to them, from the region's nodes
+    /// by the devices that lead there, and packets that this node translated or that answer a known
+    /// connection. Out of it come packets for the region.
     fn guard_doors(&mut self) {
         let firewall = self.firewall;
         if !firewall.leader {
@@ -553,8 +554,8 @@ impl<'a> Text<'a> {
     }
 
     /// Pods must not speak VXLAN to nodes: it would carry packets with any source into the cluster.
-    /// Nor have they any business with the tunnel's port. Pods of other regions and VPN peers, who come
-    /// out of the tunnel, are no better; VXLAN between nodes never takes it.
+    /// Nor do they need the tunnel's port. The same holds for pods of other regions and VPN peers, whose
+    /// packets come out of the tunnel; VXLAN between nodes never takes the tunnel.
     fn guard_ports(&mut self) {
         let tunnel = &self.firewall.tunnel;
         let end = format!("counter name \"{POD_DROPS}\" drop");
@@ -599,7 +600,7 @@ impl<'a> Text<'a> {
         });
     }
 
-    /// What becomes of a packet that leaves in clear.
+    /// The end of a rule for a packet that would leave in clear.
     fn leak(&self) -> String {
         if self.firewall.fail_closed {
             format!("counter name \"{LEAK_DROPS}\" drop")

@@ -1,10 +1,10 @@
-//! Installs the agent's nft table with the `nft` program, and tells whether it is still as installed.
+//! Installs the agent's nft table with the `nft` program, and detects changes to it.
 //!
-//! After a table was changed, it is listed (without counters), and a digest of the listing is left in
-//! it as the comment of a rule, beside the identities of what was asked for and of the frame around its
-//! sets. So any process can tell at any time which rules these are and whether somebody touched them,
-//! whatever the version of `nft` makes of them, and whether other elements will do in place of another
-//! table. nf_tables' generation number tells for free that nothing has changed since.
+//! After a change the table is listed (without counters), and a digest of the listing is stored in it as
+//! the comment of a rule, with the identities of the requested table and of its frame (the table without
+//! the elements of its sets). So any process can see which table this is, whether it was modified since,
+//! whatever this version of `nft` prints for it, and whether new elements suffice in place of a new table.
+//! nf_tables' generation number shows without a listing that nothing changed.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,13 +22,12 @@ use crate::state::{Firewall, FirewallId, Ruleset};
 
 /// How the comment that seals the table starts.
 const SEALED: &str = "installed";
-/// How much of what `nft` complains about is passed on, in bytes: the first line and the culprit.
+/// How much of `nft`'s error output an error repeats, in bytes: the first line and the faulty rule.
 const MAX_COMPLAINT: usize = 400;
-/// How long `nft` may take. A table for 5,000 nodes takes it well below a second; what takes longer
-/// than this waits for a lock or in the kernel, and nobody knows for how long.
+/// How long `nft` may take. It loads a table for 5,000 nodes well within a second. If it takes longer than
+/// this, it waits for a lock or in the kernel, for an unknown time.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long `nft` is left alone after that. All else on the node waits while it is tried, so it gets
-/// half of the time at most.
+/// The pause after a timeout before `nft` is run again: half of the time at most is spent on it.
 const REST: Duration = PATIENCE;
 
 /// The agent's table in the kernel.
@@ -43,22 +42,22 @@ pub struct NftTable {
 #[derive(Debug)]
 struct Installer {
     netlink: Nfnetlink,
-    /// What was found last, and nf_tables' generation before that.
+    /// The last result of a listing, and nf_tables' generation before it.
     last: Option<(u32, Option<Seal>)>,
     nft: Nft,
 }
 
-/// What a table is by its seal.
+/// The identities in a table's seal.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 struct Seal {
-    asked: FirewallId,
-    /// What was asked for without the elements of its sets; none where nothing is known of the table.
+    requested: FirewallId,
+    /// The requested table without the elements of its sets; none for an unknown table.
     frame: Option<FirewallId>,
 }
 
 impl Seal {
     const UNKNOWN: Self = Self {
-        asked: FirewallId::UNKNOWN,
+        requested: FirewallId::UNKNOWN,
         frame: None,
     };
 }
@@ -66,21 +65,20 @@ impl Seal {
 /// The program `nft`.
 #[derive(Debug, Default)]
 struct Nft {
-    /// One that took too long and was killed, and when.
+    /// A run that was killed after its timeout, and when.
     late: Option<(Process, Instant)>,
 }
 
 /// The table's counters, in packets.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Counters {
-    /// Dropped because they would have left the region in clear.
+    /// Dropped: they would have left the region in clear.
     pub leak_drops: u64,
-    /// Left the region in clear, because the operator wants that rather than no connection.
+    /// Left the region in clear, with `--on-tunnel-down=open`.
     pub leaks: u64,
-    /// Dropped because a pod sent them to the port of VXLAN or of the tunnel, or because they were
-    /// VXLAN out of the tunnel.
+    /// Dropped: a pod sent them to the port of VXLAN or of the tunnel, or they were VXLAN out of the tunnel.
     pub pod_drops: u64,
-    /// Dropped because they came from strangers for the mesh, or out of the tunnel for somewhere else.
+    /// Dropped: they came from outside the mesh into it, or out of the tunnel to outside the region.
     pub stranger_drops: u64,
 }
 
@@ -111,7 +109,7 @@ impl NftTable {
     /// Where the kernel does not answer. Without `nft` the table is unknown, which is no error.
     pub fn observe(&self) -> anyhow::Result<Option<Ruleset>> {
         let seal = self.installer().look()?;
-        Ok(seal.map(|seal| Ruleset::Installed(seal.asked)))
+        Ok(seal.map(|seal| Ruleset::Installed(seal.requested)))
     }
 
     /// Makes one change of a diff; see [`super::is_nft`].
@@ -193,10 +191,9 @@ impl Installer {
         let seal = if exists(&mut self.netlink)? {
             match self.nft.list() {
                 Ok(listing) => Some(sealed(&listing).unwrap_or(Seal::UNKNOWN)),
-                // Without `nft` nothing is known of the table; whoever replaces or deletes it is told
-                // why not, and all else goes on.
+                // Without `nft` the table is unknown. A call that replaces or deletes it gets the error.
                 Err(error) => {
-                    tracing::debug!("listing the nft table: {error:#}");
+                    tracing::debug!(error = format!("{error:#}"), "nft table not listed");
                     return Ok(Some(Seal::UNKNOWN));
                 }
             }
@@ -210,7 +207,7 @@ impl Installer {
     fn replace(&mut self, firewall: &Firewall) -> anyhow::Result<()> {
         let names = firewall.vxlan.keys().chain(&firewall.region_devices);
         for name in names.chain([&firewall.tunnel]) {
-            // The kernel allows nearly everything in a name, nft's language does not.
+            // The kernel allows nearly every character in a name, nft's language does not.
             ensure!(
                 is_plain(name),
                 "the name of the link {} cannot be written in nft's language",
@@ -250,11 +247,11 @@ fn exists(netlink: &mut Nfnetlink) -> anyhow::Result<bool> {
 }
 
 /// The comment that seals a table.
-fn comment(asked: FirewallId, frame: FirewallId, listed: FirewallId) -> String {
-    format!("{SEALED} {} {} {}", hex(asked), hex(frame), hex(listed))
+fn comment(requested: FirewallId, frame: FirewallId, listed: FirewallId) -> String {
+    format!("{SEALED} {} {} {}", hex(requested), hex(frame), hex(listed))
 }
 
-/// What a listing's seal says, unless the rest of the listing is not what was sealed.
+/// The seal in a listing; none if the rest of the listing is not what was sealed.
 fn sealed(listing: &str) -> Option<Seal> {
     let mut content = String::with_capacity(listing.len());
     let mut comment = None;
@@ -267,10 +264,10 @@ fn sealed(listing: &str) -> Option<Seal> {
         }
     }
     let mut identities = comment?.split(' ');
-    let (asked, frame, listed) = (identities.next()?, identities.next()?, identities.next()?);
+    let (requested, frame, listed) = (identities.next()?, identities.next()?, identities.next()?);
     let intact = identities.next().is_none() && listed == hex(digest(content.as_bytes()));
     intact.then_some(Seal {
-        asked: from_hex(asked)?,
+        requested: from_hex(requested)?,
         frame: Some(from_hex(frame)?),
     })
 }
@@ -290,14 +287,14 @@ fn is_plain(name: &str) -> bool {
 }
 
 impl Nft {
-    /// The table as `nft` prints it, without what counters say.
+    /// The table as `nft` prints it, without the values of counters.
     fn list(&mut self) -> anyhow::Result<String> {
         self.run(&["--stateless", "list", "table", "inet", TABLE], "")
     }
 
     /// Runs `nft` and returns what it prints.
     fn run(&mut self, arguments: &[&str], input: &str) -> anyhow::Result<String> {
-        self.look_after_late()?;
+        self.check_late()?;
         let output = match subprocess::run(nft(arguments), input.as_bytes(), PATIENCE) {
             Ok(output) => output,
             Err(Failure::NotRun(error)) if error.kind() == io::ErrorKind::NotFound => {
@@ -322,9 +319,8 @@ impl Nft {
         String::from_utf8(output.stdout).context("reading what nft printed")
     }
 
-    /// Refuses while one that took too long has not gone, so that there are never two of them, and for
-    /// as long as `nft` is left alone.
-    fn look_after_late(&mut self) -> anyhow::Result<()> {
+    /// Fails while a killed `nft` still exists, so that never two of them run, and during the pause.
+    fn check_late(&mut self) -> anyhow::Result<()> {
         if let Some((process, killed)) = &self.late {
             if process.poll().is_none() || killed.elapsed() < REST {
                 return Err(late());
@@ -349,7 +345,7 @@ fn missing() -> Refusal {
     )
 }
 
-/// One sentence for all calls, so that it is told once.
+/// One sentence for all calls, so that it is reported once.
 fn late() -> anyhow::Error {
     anyhow!(
         "the program nft took longer than {} s and was ended, so the firewall stays as it is while all else goes on; it is tried again, but see what holds nf_tables on this node (ps -e, dmesg)",
@@ -374,25 +370,25 @@ mod tests {
     }
 
     #[test]
-    fn a_sealed_table_tells_what_it_was_made_from() {
-        let (asked, frame) = (FirewallId([7; 16]), FirewallId([8; 16]));
-        let comment = comment(asked, frame, digest(LISTING.as_bytes()));
+    fn a_sealed_table_identifies_what_it_was_made_from() {
+        let (requested, frame) = (FirewallId([7; 16]), FirewallId([8; 16]));
+        let comment = comment(requested, frame, digest(LISTING.as_bytes()));
         assert!(comment.len() <= 128, "nft refuses longer comments");
 
         let frame = Some(frame);
         assert_eq!(
             sealed(&with_seal(LISTING, &comment)),
-            Some(Seal { asked, frame })
+            Some(Seal { requested, frame })
         );
     }
 
     #[test]
-    fn a_table_that_somebody_touched_has_no_identity() {
+    fn a_modified_table_has_no_identity() {
         let id = FirewallId([7; 16]);
         let comment = comment(id, id, digest(LISTING.as_bytes()));
         let listing = with_seal(LISTING, &comment);
 
-        let touched = [
+        let modified = [
             listing.replace("icmp", "icmpv6"),
             listing.replace("\t\ticmp type 8 notrack\n", ""),
             listing.replace(&comment, "installed"),
@@ -402,13 +398,13 @@ mod tests {
             LISTING.to_owned(),
             String::new(),
         ];
-        for listing in touched {
+        for listing in modified {
             assert_eq!(sealed(&listing), None, "{listing}");
         }
     }
 
     #[test]
-    fn names_that_would_leave_their_quotes_are_refused() {
+    fn link_names_that_nft_cannot_quote_are_refused() {
         for name in ["", "kilo0\"", "a b", "x;y", "kilo0\n"] {
             assert!(!is_plain(name), "{name:?}");
         }

@@ -7,15 +7,15 @@ use netlink_packet_route::route::RouteType;
 use super::{Rtnetlink, dump};
 use crate::state::{OtherAction, OtherRule};
 
-/// The kernel's last rules begin here: `main`, and behind it `default`.
+/// The priority of the kernel's rule for table `main`; that for `default` follows it.
 const LAST: u32 = 32_766;
 
 impl Rtnetlink {
     /// The routing policy rules of other programs, of both families, in front of the kernel's own for
     /// the tables `main` and `default`.
     ///
-    /// A table with nothing but `local` routes delivers to this host, as transparent proxies have it. An
-    /// empty one may be filled at any time.
+    /// A table with `local` routes alone delivers to this host, as that of a transparent proxy. An empty
+    /// table counts as one with routes, since it may be filled at any time.
     pub fn other_rules(&self) -> anyhow::Result<Vec<OtherRule>> {
         let mut netlink = self.netlink();
         let mut delivers = BTreeMap::new();

@@ -1,5 +1,5 @@
-//! What is the agent's and what is not: refuses to start on what others own, and removes all of its
-//! own at the end.
+//! What belongs to the agent, to Kilo, and to other programs: what the agent takes over at its start, and
+//! what it refuses to start on.
 
 use super::link::Found;
 use super::{Rtnetlink, dump, route};
@@ -7,15 +7,15 @@ use crate::diff::Change;
 use crate::refusal::Refusal;
 use crate::state::{PROTOCOL, Table};
 
-/// The link of Kilo's `kg`, unless told otherwise. A WireGuard link of another name may be anybody's.
+/// The default link of Kilo's `kg`. A WireGuard link of another name may belong to any program.
 const KILOS_LINK: &str = "kilo0";
-/// The routing table of Kilo's `kg`, which empties it neither at its end nor at its start.
+/// The routing table of Kilo's `kg`, which never empties it.
 const KILOS_TABLE: u32 = 1107;
 
-/// What Kilo's `kg` has on this node, or left here.
+/// What Kilo's `kg` has or left on this node.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct KilosRemains {
-    /// Whether the tunnel's name is that of its WireGuard link, one of the kernel's.
+    /// Whether Kilo's WireGuard link, one of the kernel's, has the name of the tunnel.
     pub link: bool,
     /// The priorities of the rules that lead to its table.
     pub rules: Vec<u32>,
@@ -24,11 +24,11 @@ pub struct KilosRemains {
 }
 
 impl Rtnetlink {
-    /// Deletes Kilo's WireGuard link where the tunnel has its name, and says whether there was one.
+    /// Deletes Kilo's WireGuard link if it has the tunnel's name, and returns whether there was one.
     ///
-    /// Kilo's `kg` keeps its link at its end, unless told otherwise, with its UDP port and configuration. Who
-    /// changes the image, or moves a node, expects the next agent to go on from there. With the link go its
-    /// routes.
+    /// By default Kilo's `kg` leaves its link with UDP port and configuration when it exits. An operator who
+    /// changes the image, or moves a node, expects the next agent to take over. The link's routes are
+    /// deleted with it.
     pub fn take_over(&self) -> anyhow::Result<bool> {
         if !self.left_by_kilo()?.link {
             return Ok(false);
@@ -47,7 +47,7 @@ impl Rtnetlink {
         link.name == self.interface && link.name == KILOS_LINK && link.is_wireguard()
     }
 
-    /// Looks for what Kilo's `kg` has on this node, or left here.
+    /// Finds what Kilo's `kg` has or left on this node.
     pub fn left_by_kilo(&self) -> anyhow::Result<KilosRemains> {
         let mut netlink = self.netlink();
         let link = dump::links(&mut netlink)?
@@ -67,8 +67,8 @@ impl Rtnetlink {
         })
     }
 
-    /// Refuses to work where others already use what the agent would: its tables, or the name of its
-    /// tunnel's link for one that is no tunnel, nor one that [`Self::take_over`] replaces.
+    /// Fails if another program uses the agent's routing tables, or has a link of the tunnel's name that is
+    /// neither a TUN device nor one that [`Self::take_over`] replaces.
     pub fn check(&self) -> anyhow::Result<()> {
         let mut netlink = self.netlink();
         let links = dump::links(&mut netlink)?;

@@ -19,11 +19,11 @@ pub(super) type Indexes = BTreeMap<String, u32>;
 /// The names of links by their indexes.
 pub(super) type Names = BTreeMap<u32, String>;
 
-/// That a route's MTU is not to be overridden (`mtu lock`): bit `RTAX_MTU`, which is 2.
+/// The flag that locks a route's MTU (`mtu lock`): bit `RTAX_MTU`, which is 2.
 ///
-/// What is forwarded over IPv6 gets the MTU of the outgoing device unless the route's is locked
-/// (`ip6_dst_mtu_maybe_forward`); over IPv4 the route's always counts. Without the lock a follower would
-/// hand on what fits flannel's device, for its leader to refuse.
+/// A forwarded IPv6 packet gets the MTU of the outgoing device unless the route's MTU is locked
+/// (`ip6_dst_mtu_maybe_forward`); for IPv4 the route's MTU always counts. Without the lock a follower would
+/// forward packets that fit flannel's device, and its leader would refuse them.
 const MTU_LOCKED: RouteMetric = RouteMetric::Lock(1 << 2);
 
 /// The message that adds the route, or replaces the one with the same key.
@@ -81,7 +81,7 @@ pub(super) fn to_message(
     Ok(message.build())
 }
 
-/// The message that deletes the route with this key, whatever it is.
+/// The message that deletes the route with this key, of any kind.
 pub(super) fn to_key_message(key: &RouteKey) -> anyhow::Result<RouteMessage> {
     Ok(to_key(key)?
         .protocol(RouteProtocol::Unspec)
@@ -118,7 +118,7 @@ pub(super) fn to_dump(v6: bool, table: u32) -> RouteMessage {
 
 /// The request for flannel's routes: those in table main without a protocol of their own.
 ///
-/// The kernel leaves out all others, so that a router's hundred thousands cost nothing here.
+/// The kernel filters, so a router's hundred thousand other routes cost nothing here.
 pub(super) fn to_flannel_dump(v6: bool) -> RouteMessage {
     let mut message = to_dump(v6, MAIN);
     message.header.protocol = RouteProtocol::Boot;
@@ -206,7 +206,7 @@ pub(super) fn from_message(message: &RouteMessage, names: &Names) -> Option<(Rou
     Some((key, route))
 }
 
-/// Where a route leads.
+/// The destination of a route.
 pub(super) fn destination(message: &RouteMessage) -> Option<IpNet> {
     let address = message
         .attributes
@@ -224,7 +224,7 @@ pub(super) fn destination(message: &RouteMessage) -> Option<IpNet> {
     IpNet::new(address, message.header.destination_prefix_length).ok()
 }
 
-/// The next hops of a unicast route. A link that is gone meanwhile has an impossible name.
+/// The next hops of a unicast route. A link that no longer exists gets an impossible name.
 pub(super) fn next_hops(message: &RouteMessage, names: &Names) -> BTreeSet<NextHop> {
     let name = |index: u32| {
         names
@@ -252,7 +252,7 @@ pub(super) fn next_hops(message: &RouteMessage, names: &Names) -> BTreeSet<NextH
     hops
 }
 
-/// What a route says apart from where it leads.
+/// The properties of a route besides its next hops.
 #[derive(Default)]
 struct Parts {
     metric: u32,
@@ -260,7 +260,7 @@ struct Parts {
     mtu: Option<u32>,
     /// Whether the MTU is locked.
     locked: bool,
-    /// Whether there is something that the agent never asks for.
+    /// Whether it has a property that the agent never sets.
     foreign: bool,
 }
 
@@ -322,7 +322,7 @@ mod tests {
         )
     }
 
-    /// Through bytes and back, as it would be on its way to the kernel.
+    /// Encodes and decodes, as on the way to the kernel and back.
     fn round_trip(key: &RouteKey, route: &Route) -> Option<(RouteKey, Route)> {
         let (indexes, names) = links();
         let message = to_message(key, route, &indexes).unwrap();
@@ -389,13 +389,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_route_survives_the_way_to_the_kernel_and_back((key, route) in any_entry()) {
+        fn every_route_survives_the_round_trip_through_a_message((key, route) in any_entry()) {
             prop_assert_eq!(round_trip(&key, &route), Some((key, route)));
         }
     }
 
     #[test]
-    fn a_route_through_a_link_that_does_not_exist_names_the_link() {
+    fn the_error_for_a_missing_link_names_the_link() {
         let key = RouteKey {
             table: Table::Mesh,
             dst: "10.42.2.0/24".parse().unwrap(),
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn routes_of_other_tables_are_not_ours() {
+    fn routes_of_other_tables_are_ignored() {
         let mut message = to_dump(false, MAIN);
         message.header.kind = RouteType::Unicast;
         assert_eq!(from_message(&message, &Names::new()), None);

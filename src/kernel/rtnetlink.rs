@@ -43,8 +43,8 @@ impl Rtnetlink {
 
     /// Reads everything the agent owns, but for the nft table and the tunnel's port and peers.
     ///
-    /// All routes in the agent's tables are its own, whoever made them; rules are by their protocol
-    /// number.
+    /// Every route in the agent's tables counts as its own, whichever program made it; a rule does by its
+    /// protocol number.
     ///
     /// # Errors
     ///
@@ -52,7 +52,7 @@ impl Rtnetlink {
     pub fn observe(&self) -> anyhow::Result<State> {
         let mut netlink = self.netlink();
         let links = dump::links(&mut netlink)?;
-        // A link of another kind is not ours; the check at the start says so.
+        // A link of another kind is not the agent's; `check` refuses it at the start.
         let own = links
             .iter()
             .find(|link| link.name == self.interface && link.is_tun());
@@ -107,22 +107,22 @@ impl Rtnetlink {
     pub fn apply_all<'a>(&self, changes: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)> {
         let mut netlink = self.netlink();
         let mut failed = Vec::new();
-        let mut asked = Vec::new();
+        let mut requested = Vec::new();
         let mut requests = Vec::new();
         let indexes = self.indexes(&mut netlink, changes);
         for change in changes {
             match self.request(change, &indexes) {
                 Ok(Some(request)) => {
-                    asked.push(change);
+                    requested.push(change);
                     requests.push(request);
                 }
-                // Nothing to delete it from.
+                // The link is gone, and with it what the change deletes.
                 Ok(None) => {}
                 Err(error) => failed.push((change, error)),
             }
         }
         let results = netlink.change_all(requests);
-        for (change, result) in asked.into_iter().zip(results) {
+        for (change, result) in requested.into_iter().zip(results) {
             if let Err(refused) = result
                 && !is_done(change, &refused)
             {
@@ -291,7 +291,7 @@ impl Rtnetlink {
     }
 }
 
-/// Whether a refusal only says that all is already as the change wants it.
+/// Whether a refusal means that the change is already made.
 fn is_done(change: &Change, refused: &Refused) -> bool {
     match (change, refused.errno()) {
         // The link has the address; the same rule is there.

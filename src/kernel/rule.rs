@@ -7,9 +7,9 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessa
 
 use crate::state::{OtherAction, OtherRule, PROTOCOL, Rule};
 
-/// Every bit of the mark counts.
+/// The mask of a rule that compares every bit of the mark.
 const WHOLE_MARK: u32 = u32::MAX;
-/// What the kernel says where no prefix length is suppressed.
+/// The kernel's value where no prefix length is suppressed.
 const NOT_SUPPRESSED: u32 = u32::MAX;
 
 /// The message that adds the rule, or deletes it.
@@ -63,10 +63,10 @@ pub(super) struct Found {
     pub(super) priority: u32,
     pub(super) table: u32,
     pub(super) protocol: u8,
-    /// The only destinations it selects.
+    /// The destinations that it selects; none for all.
     pub(super) to: Option<IpNet>,
     pub(super) action: OtherAction,
-    /// `None` if it selects by something that no rule of the agent's does.
+    /// `None` if it selects by a property that no rule of the agent uses.
     pub(super) rule: Option<Rule>,
 }
 
@@ -146,7 +146,7 @@ pub(super) fn from_message(message: &RuleMessage) -> Option<Found> {
         priority: rule.priority,
         table: rule.table,
         protocol,
-        // An inverted rule selects all that is not for there.
+        // An inverted rule selects all other destinations.
         to: to.filter(|_| !rule.not),
         action,
         rule: plain.then_some(rule),
@@ -191,7 +191,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_rule_survives_the_way_to_the_kernel_and_back(rule in any_rule()) {
+        fn every_rule_survives_the_round_trip_through_a_message(rule in any_rule()) {
             let message = to_message(&rule);
             let mut bytes = vec![0; message.buffer_len()];
             message.emit(&mut bytes);
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_that_selects_by_more_is_not_ours() {
+    fn a_rule_with_further_selectors_is_not_the_agents() {
         let rule = Rule {
             priority: 5190,
             v6: false,
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rule_of_vrfs_and_one_that_is_inverted_are_read() {
+    fn vrf_rules_and_inverted_rules_are_decoded() {
         let mut vrf = to_dump(false);
         vrf.header.action = RuleAction::ToTable;
         vrf.attributes = vec![RuleAttribute::Priority(1000), RuleAttribute::L3MDev(true)];

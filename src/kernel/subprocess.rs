@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_program_is_told_from_one_that_hangs() {
+    fn a_missing_program_is_distinguished_from_a_hanging_one() {
         let failure = run(Exec::cmd("/nonexistent"), b"", LONG).unwrap_err();
 
         let Failure::NotRun(error) = failure else {

@@ -1,7 +1,7 @@
 //! The sysctls of the tunnel's own link.
 //!
-//! Read and set by netlink: a container that is not privileged sees `/proc/sys` read-only, and a process
-//! that has run out of file descriptors does not see it at all.
+//! They are read and set through netlink: in an unprivileged container `/proc/sys` is read-only, and a
+//! process without free file descriptors cannot open it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +11,7 @@ use anyhow::Context as _;
 
 use super::link;
 
-/// Which of a link's settings the agent cares for: below `net/FAMILY/conf/LINK/`.
+/// The settings of a link that the agent reads and sets, below `net/FAMILY/conf/LINK/`.
 const KEYS: [(&str, &str); 2] = [("ipv4", "rp_filter"), ("ipv6", "addr_gen_mode")];
 
 /// The settings of the link, by path below `/proc/sys`, without those this kernel does not have.
@@ -22,10 +22,10 @@ pub(super) fn of(link: &link::Found) -> BTreeMap<String, String> {
     rp_filter.into_iter().chain(addr_gen_mode).collect()
 }
 
-/// Whether the kernel carries no IPv6 on a link: it has none, or the operator has turned it off.
+/// Whether the kernel carries no IPv6 on a link: it has no IPv6, or the operator has turned it off.
 ///
-/// A link that does not exist yet will be as new links are. What cannot be read says nothing: pods must
-/// not lose their IPv6 over a lack of file descriptors.
+/// For a link that does not exist yet the setting for new links counts. A setting that cannot be read counts
+/// as on: pods must not lose their IPv6 over a lack of file descriptors.
 pub fn ipv6_is_off(link: &str) -> bool {
     let setting =
         |link: &str| fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6"));
@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_settings_of_the_own_link_are_set() {
+    fn only_the_tunnel_links_settings_can_be_set() {
         assert_eq!(
             key("net/ipv4/conf/kilo0/rp_filter", "kilo0").unwrap(),
             "ipv4/rp_filter"

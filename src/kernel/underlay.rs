@@ -1,4 +1,4 @@
-//! What the agent asks about the node itself: where it leads out, what its addresses are.
+//! The node's own network below the mesh: its uplink, addresses, connected networks and paths.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -29,12 +29,12 @@ pub struct LocalAddress {
     pub link: String,
     /// The address with the length of its link's prefix.
     pub net: IpNet,
-    /// Whether the tunnel may be offered to others at it: a stable address of global scope, on a link that
+    /// Whether other nodes may reach the tunnel at it: a stable address of global scope, on a link that
     /// leads out of this node.
     pub offered: bool,
 }
 
-/// How the kernel would send a packet.
+/// The kernel's choice for a packet.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Path {
     /// The link.
@@ -82,9 +82,9 @@ impl Rtnetlink {
         Ok(None)
     }
 
-    /// The addresses on the node's own links: without loopback and link-local ones, those of the
-    /// tunnel, of flannel's devices, of the pods' bridge and of dummy links. Other bridges may well
-    /// hold the node's own address.
+    /// The addresses on the node's own links: without loopback and link-local ones, and without those of the
+    /// tunnel, of flannel's devices, of the pods' bridge and of dummy links. Other bridges may hold the
+    /// node's own address.
     pub fn node_addresses(&self) -> anyhow::Result<Vec<LocalAddress>> {
         let mut netlink = self.netlink();
         let links = dump::links(&mut netlink)?;
@@ -147,13 +147,13 @@ impl Rtnetlink {
             || (kind == Some("bridge") && link.name == super::nft::POD_BRIDGE)
     }
 
-    /// Whether the address is one of the node's own, on whatever link.
+    /// Whether the address is one of the node's own, on any link.
     pub fn is_local(&self, ip: IpAddr) -> anyhow::Result<bool> {
         let addresses = dump::addresses(&mut self.netlink(), 0)?;
         Ok(addresses.iter().any(|address| address.net.addr() == ip))
     }
 
-    /// How a packet with this mark (0 is none) would be sent; `None` where it would not.
+    /// The path of a packet with this mark (0 is none); `None` if it would not be sent.
     pub fn path_to(&self, ip: IpAddr, mark: u32) -> anyhow::Result<Option<Path>> {
         let mut request = RouteMessage::default();
         request.header = route::to_dump(ip.is_ipv6(), 0).header;
@@ -199,8 +199,8 @@ impl Rtnetlink {
     }
 }
 
-/// Whether a link with this address leads out of the node, by its kind: not to pods, not into a tunnel, not
-/// into another routing domain, which the tunnel's socket does not see.
+/// Whether a link with this address leads out of the node, by its kind: not to pods, not into a tunnel, and
+/// not into another routing domain, which the tunnel's socket does not see.
 fn leads_out(link: &link::Found, net: IpNet, links: &[link::Found]) -> bool {
     let controller = link.controller.and_then(|index| {
         let mut links = links.iter();
@@ -210,10 +210,10 @@ fn leads_out(link: &link::Found, net: IpNet, links: &[link::Found]) -> bool {
         return false;
     }
     match link.kind.as_deref() {
-        // The end of a container's link on its host has no network: a gateway's address at the most. A node
-        // that is a container itself has its address on one.
+        // On a host, the end of a container's link has at most a gateway's single address. A node that is a
+        // container has its own address, in a network, on such a link.
         Some("veth") => net.prefix_len() < net.max_prefix_len(),
-        // Those of hypervisors, docker and CNI plugins have ports of virtual machines and pods alone.
+        // Bridges of hypervisors, docker and CNI plugins have only ports of virtual machines and pods.
         Some("bridge") => {
             let mut ports = links.iter();
             ports.any(|port| port.controller == Some(link.index) && is_network_card(port))
@@ -288,7 +288,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_links_that_lead_out_are_offered_to_others() {
+    fn only_links_that_lead_out_of_the_node_are_offered() {
         let mut links = Vec::new();
         let mut add = |name: &str, kind: Option<&str>, controller: Option<u32>| {
             links.push(link::Found {
@@ -338,7 +338,7 @@ mod tests {
             add(kind, kind, None);
         }
         let leading = links_that_lead_out(&links);
-        // With an address in a network the end of a veth is a node's that is a container itself.
+        // A veth with an address in a network is the uplink of a node that is a container.
         assert_eq!(leading, ["veth1"]);
         assert!(!leads_out(
             &links[1],

@@ -404,5 +404,5 @@ pub(crate) fn state_cache(data: &[u8]) {
 
 /// What the kernel tells of links, addresses, routes, rules and tables.
 pub(crate) fn netlink_message(data: &[u8]) {
-    kernel::read_news("kilo0", data);
+    kernel::classify("kilo0", data);
 }

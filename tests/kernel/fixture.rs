@@ -1,4 +1,4 @@
-//! A node to work on, and states it may have.
+//! A node under test, and states for it.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -12,7 +12,7 @@ use selvedge::state::{
 };
 use selvedge_lab::netns::Namespace;
 
-/// A node as flannel and its network make it: `eth0`, `cni0`, `flannel.1`, and the tunnel's link.
+/// A node with flannel and its network: `eth0`, `cni0`, `flannel.1`, and the tunnel's link.
 pub(crate) struct Node {
     pub(crate) namespace: Namespace,
 }
@@ -47,7 +47,7 @@ impl Node {
         Self { namespace }
     }
 
-    /// A node whose tunnel's link exists, too.
+    /// A node with the tunnel's link.
     pub(crate) fn with_tunnel(label: &str) -> Self {
         let node = Self::new(label);
         node.run("ip tuntap add kilo0 mode tun");
@@ -62,7 +62,7 @@ impl Node {
         self.namespace.sh(script).unwrap()
     }
 
-    /// Runs `work` inside, with the kernel of this node.
+    /// Runs `work` in the node's namespace, with its kernel.
     pub(crate) fn with<T: Send>(&self, work: impl FnOnce(&Kernel) -> T + Send) -> T {
         self.namespace
             .within(|| work(&Kernel::open("kilo0").unwrap()))
@@ -105,7 +105,7 @@ pub(crate) fn key(table: Table, dst: &str, metric: u32) -> RouteKey {
     }
 }
 
-/// A state with every kind of everything, as a leader might have it.
+/// A leader's state with every kind of object.
 pub(crate) fn leader() -> State {
     let v4 = Some("10.42.1.0");
     let v6 = Some("fd42:0:0:1::");
@@ -259,7 +259,7 @@ pub(crate) fn firewall() -> Firewall {
     }
 }
 
-/// Makes the kernel as desired; panics with all that failed.
+/// Brings the kernel to the desired state; panics with all failures.
 pub(crate) fn reach(kernel: &Kernel, desired: &State) -> Vec<Change> {
     let changes = diff(&kernel.observe().unwrap(), desired);
     apply(kernel, &changes);
@@ -275,7 +275,7 @@ pub(crate) fn apply(kernel: &Kernel, changes: &[Change]) {
     assert!(failed.is_empty(), "{failed:#?}");
 }
 
-/// The commands that lead from what is there to what should be.
+/// The commands that lead from the observed to the desired state.
 pub(crate) fn commands(kernel: &Kernel, desired: &State) -> Vec<String> {
     diff(&kernel.observe().unwrap(), desired)
         .iter()

@@ -1,4 +1,4 @@
-//! What flannel has in the kernel is read, and given back to it when its device is made anew.
+//! flannel's state in the kernel is read, and restored when its device was recreated.
 
 use std::net::IpAddr;
 
@@ -86,12 +86,12 @@ fn flannels_devices_and_entries_are_read() {
 }
 
 #[test]
-fn a_device_made_anew_is_given_back_what_flannel_had_in_it() {
+fn a_recreated_device_gets_flannels_entries_back() {
     const DUMP: &str = "
         ip route | grep flannel; ip neigh show dev flannel.1
         bridge fdb show dev flannel.1 | grep -v 33:33 | grep -v 01:00
     ";
-    let node = Node::new("heal");
+    let node = Node::new("repair");
     let before = node.sh(DUMP);
     let pods = [net("10.42.2.0/24"), net("fd42:0:0:2::/64")];
     let missing = |found: &FlannelState| {
@@ -125,13 +125,13 @@ fn a_device_made_anew_is_given_back_what_flannel_had_in_it() {
     06:06:06:06:06:06 dst 2001:db8:50::12 self permanent
     ");
 
-    // What flannel does itself later changes nothing.
+    // flannel's own later replacement changes nothing.
     node.run("ip route replace 10.42.2.0/24 via 10.42.2.0 dev flannel.1 onlink");
     assert_eq!(node.sh(DUMP), before);
 }
 
 #[test]
-fn one_deleted_entry_is_given_back_also_while_traffic_asks_for_it() {
+fn a_deleted_entry_is_restored_even_while_traffic_needs_it() {
     let node = Node::new("entry");
     let pods = [net("10.42.2.0/24")];
     let dump =
@@ -142,7 +142,7 @@ fn one_deleted_entry_is_given_back_also_while_traffic_asks_for_it() {
         "bridge fdb del 8e:4d:2a:67:f4:a5 dst 192.168.50.12 dev flannel.1",
     ] {
         node.run(damage);
-        // Whoever sends makes the kernel look for the neighbour itself.
+        // A packet makes the kernel add an incomplete neighbour.
         node.sh("ping -c 1 -W 1 10.42.2.9 >/dev/null || true");
         assert_ne!(dump(), before, "{damage}");
 
@@ -155,7 +155,7 @@ fn one_deleted_entry_is_given_back_also_while_traffic_asks_for_it() {
 }
 
 #[test]
-fn a_repair_that_comes_too_late_is_told() {
+fn a_repair_for_a_deleted_link_fails() {
     let node = Node::new("late");
     let pods = [net("fd42:0:0:2::/64")];
     let found = read(&node);

@@ -1,5 +1,4 @@
-//! The boot guard: what it adds to a node on which nothing of the agent's is left, and that an agent finds
-//! it as it wants it.
+//! The boot guard: what it adds to a node without any state of the agent, and that an agent keeps it.
 #![expect(clippy::disallowed_methods, reason = "a test may run programs")]
 
 use std::io::Read as _;
@@ -10,7 +9,7 @@ use selvedge::guard::Guard;
 
 use crate::fixture::{Node, commands, leader, reach};
 
-/// A node after a reboot: its network card, and neither flannel nor the tunnel.
+/// A node after a reboot: with its network card, without flannel and tunnel.
 fn booted(label: &str) -> Node {
     let node = Node::new(label);
     node.sh("ip link del flannel.1; ip link del flannel-v6.1; ip link del cni0");
@@ -48,7 +47,7 @@ fn the_guard_needs_neither_links_nor_nft() {
 
 /// Any local user may bind the name of an agent's lock.
 #[test]
-fn a_user_who_takes_the_agents_lock_does_not_switch_the_guard_off() {
+fn the_guard_ignores_an_agents_lock_that_another_user_holds() {
     const HOLD: &str = r#"use Socket; socket(S, PF_UNIX, SOCK_STREAM, 0) && bind(S, pack("Sa*", AF_UNIX, "\0selvedge.kilo0"))
         && listen(S, 8) || die $!; $| = 1; print "held\n"; sleep 600"#;
     let node = booted("squatted");
@@ -71,16 +70,16 @@ fn a_user_who_takes_the_agents_lock_does_not_switch_the_guard_off() {
         String::from_utf8(output.stdout).unwrap()
     };
 
-    // Root holds it: the control, as an agent would.
-    let told = guarded_while_held_by(0);
-    assert!(told.contains("the agent runs"), "{told}");
-    let told = guarded_while_held_by(65534);
-    assert!(told.contains("guard this node until"), "{told}");
+    // The control: root holds it, as an agent would.
+    let output = guarded_while_held_by(0);
+    assert!(output.contains("the agent runs"), "{output}");
+    let output = guarded_while_held_by(65534);
+    assert!(output.contains("guard this node until"), "{output}");
     assert!(node.run("ip rule").contains("lookup 5130"));
 }
 
 #[test]
-fn an_agent_leaves_what_the_guard_added() {
+fn an_agent_keeps_what_the_guard_added() {
     let node = Node::with_tunnel("guarded");
     let guard = Guard::of(&leader());
     node.namespace.within(|| guard.apply().unwrap());
@@ -96,9 +95,9 @@ fn an_agent_leaves_what_the_guard_added() {
 }
 
 #[test]
-fn what_an_agent_left_is_not_changed_by_an_older_guard() {
+fn an_older_guard_changes_nothing_that_an_agent_left() {
     let node = Node::with_tunnel("older");
-    // Another leader has these pods since, and the tunnel leads there.
+    // Since then these pods have another leader, and a route through the tunnel.
     let mut older = leader();
     for (key, route) in &mut older.routes {
         if key.dst == "10.42.3.0/24".parse().unwrap() {

@@ -1,5 +1,5 @@
-//! Nothing for another region leaves a node in clear when its rules or routes are gone: every datagram
-//! that the internet sees is counted. The control is the same node without the nft table.
+//! No packet for another region leaves a node in clear when its rules or routes are gone: the test counts
+//! every datagram that reaches the internet. The control is the same node without the nft table.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
@@ -18,7 +18,7 @@ use crate::mesh::{Mesh, With as _, addr, node, vpn_peer};
 const PORT: u16 = 4000;
 const VXLAN: u16 = 8472;
 
-/// Where a datagram of the host's own goes, in words of who has the address.
+/// The destinations of the host's own datagrams, each with its owner.
 const FAR: [(&str, &str); 6] = [
     ("a pod of another region", "10.42.4.5"),
     ("a node of another region", "192.168.60.13"),
@@ -27,7 +27,7 @@ const FAR: [(&str, &str); 6] = [
     ("a pod that no node has", "10.42.77.5"),
     ("a pod of a node that takes no part", "10.42.5.5"),
 ];
-/// Where only pods are carried to.
+/// The destinations that the mesh carries for pods only.
 const MASTER: &str = "203.0.113.10";
 
 /// `a1` leads `a2`; `b1` is behind a NAT of its own, and the master is public.
@@ -38,7 +38,7 @@ fn mesh(backend: Backend) -> Mesh {
         node("b1", "b", 4, "192.168.60.11/24"),
         node("b2", "b", 5, "192.168.60.12/24").with(|node| node.public_key = None),
         node("b3", "b", 7, "192.168.60.13/24"),
-        // A public address counts where the operator declared it.
+        // A public address counts if the operator declared it.
         node("m", "m", 6, "203.0.113.10/24").with(|node| {
             node.endpoint = addr("203.0.113.10:51820");
             node.endpoint_forced = true;
@@ -125,7 +125,7 @@ impl Site {
             .unwrap();
         let name = NodeName(me.into());
         let mut state = mesh.plan(&mesh.topology(), &name).unwrap();
-        // The tunnel's own are not the kernel's.
+        // The tunnel device's own changes.
         state.peers.clear();
         state.listen_port = None;
         node.within(|| reach(&Kernel::open("kilo0").unwrap(), &state));
@@ -137,11 +137,11 @@ impl Site {
         }
     }
 
-    /// How many of ten datagrams the router sees: as they are, or in VXLAN to another region. Those that
-    /// a next hop of the region gets are not among them.
+    /// How many of ten datagrams the router sees: plain, or in VXLAN to another region. It does not count
+    /// those that a next hop of the region gets.
     fn leaks(&self, from: &Namespace, to: &str) -> usize {
         let own = self.own_hop();
-        // The socket of the more specific address gets what is for it.
+        // The socket with the more specific address gets the datagrams to it.
         let sinks = self.router.within(|| {
             let near = bind(own, VXLAN);
             (near, [PORT, VXLAN].map(|port| bind("0.0.0.0", port)))
@@ -149,7 +149,7 @@ impl Site {
         from.within(|| {
             let sender = UdpSocket::bind("0.0.0.0:0").unwrap();
             for _ in 0..10 {
-                // The sender gets an error for a refusal, and goes on.
+                // The sender gets an error for a dropped datagram, and goes on.
                 let _ = sender.send_to(b"in clear", (to, PORT));
                 std::thread::sleep(Duration::from_millis(5));
             }
@@ -214,7 +214,7 @@ impl Site {
         }
     }
 
-    /// What happened to the node, one after the other, with the guard and then without.
+    /// Damages the node step by step, with the nft table and then without.
     fn check(&self) {
         self.nothing_leaks("with all in place");
         self.delete_rules();
@@ -242,23 +242,23 @@ fn bind(address: &str, port: u16) -> UdpSocket {
 }
 
 #[test]
-fn a_leader_without_rules_or_routes_lets_nothing_out_in_clear() {
+fn a_leader_without_rules_or_routes_sends_nothing_in_clear() {
     Site::new("a1", Backend::Vxlan).check();
 }
 
 #[test]
-fn a_follower_without_rules_or_routes_lets_nothing_out_in_clear() {
+fn a_follower_without_rules_or_routes_sends_nothing_in_clear() {
     Site::new("a2", Backend::Vxlan).check();
 }
 
 #[test]
-fn a_host_gw_leader_without_rules_or_routes_lets_nothing_out_in_clear() {
+fn a_host_gw_leader_without_rules_or_routes_sends_nothing_in_clear() {
     Site::new("a1", Backend::HostGw).check();
 }
 
 /// A Node that was deleted, or an address that no node has: the mesh's table ends with the cluster network.
 #[test]
-fn a_pod_that_no_node_has_is_unreachable_and_those_of_the_region_are_flannels() {
+fn a_pod_address_without_a_node_is_unreachable_and_the_regions_pods_use_flannel() {
     let site = Site::new("a2", Backend::Vxlan);
     let path = |to: &str| {
         site.node.within(|| {
@@ -273,16 +273,16 @@ fn a_pod_that_no_node_has_is_unreachable_and_those_of_the_region_are_flannels() 
     assert_eq!(path("10.42.1.5").unwrap().link, "flannel.1");
     assert_eq!(path("10.42.2.5").unwrap().link, "cni0");
 
-    // Control: without it the way is the default route.
+    // Control: without it the path is the default route.
     site.node
         .run("ip route del table 5130 unreachable 10.42.0.0/16 metric 4278198272")
         .unwrap();
     assert_eq!(path("10.42.77.5").unwrap().link, "eth0");
 }
 
-/// A follower hands to its leader what flannel would send to any node of the region.
+/// A follower sends to its leader by the path that flannel uses for any node of the region.
 #[test]
-fn a_follower_reaches_its_leader_under_the_guard() {
+fn the_table_lets_a_follower_reach_its_leader() {
     for (backend, port) in [(Backend::Vxlan, VXLAN), (Backend::HostGw, PORT)] {
         let site = Site::new("a2", backend);
         let received = |to: &str| {

@@ -1,12 +1,12 @@
-//! Behaviour of Linux that the agent relies on, and that the fake kernel in the tests of the diff
-//! imitates: measured here, so that the fake stays as strict as the real one.
+//! Behaviour of Linux that the agent relies on, and that the fake kernel in the tests of the diff imitates.
+//! It is tested here, so that the fake stays as strict as the real one.
 
 use selvedge::diff::Change;
 use selvedge::state::{Route, Table};
 
 use crate::fixture::{Node, apply, commands, hop, key, leader, net, reach, unicast};
 
-/// A leader; what follows happens to it.
+/// A leader.
 fn leading(label: &str) -> Node {
     let node = Node::with_tunnel(label);
     node.with(|kernel| reach(kernel, &leader()));
@@ -22,7 +22,7 @@ fn missing(node: &Node) -> String {
 fn linux_flushes_ipv4_routes_of_all_tables_with_the_links_last_ipv4_address() {
     let node = leading("lastv4");
 
-    // Not with the last but one.
+    // Not when the last but one is deleted.
     node.run("ip addr del 10.4.0.2/32 dev kilo0");
     insta::assert_snapshot!(missing(&node), @"ip addr add 10.4.0.2/32 dev kilo0 scope link");
 
@@ -67,7 +67,7 @@ fn linux_flushes_all_routes_through_a_link_that_is_set_down_and_its_ipv6_address
 }
 
 #[test]
-fn linux_flushes_all_routes_through_a_link_that_is_deleted_also_one_hop_of_several() {
+fn linux_deletes_all_routes_through_a_deleted_link_even_if_it_is_one_hop_of_several() {
     let node = leading("deleted");
     node.run("ip link del flannel.1");
     let observed = node.with(|kernel| kernel.observe().unwrap());
@@ -83,7 +83,7 @@ fn linux_flushes_all_routes_through_a_link_that_is_deleted_also_one_hop_of_sever
 }
 
 #[test]
-fn linux_keeps_routes_of_own_tables_whose_preferred_source_goes() {
+fn linux_keeps_routes_of_other_tables_when_their_preferred_source_is_deleted() {
     let node = leading("src");
     // It is still on flannel.1; then nowhere.
     node.run("ip addr add 192.0.2.1/32 dev kilo0");
@@ -111,7 +111,7 @@ fn linux_refuses_a_route_through_a_link_that_is_down_or_from_a_source_that_is_no
             refuse("fd42::/64", unicast([&down], None)),
             refuse("10.42.0.0/24", unicast([&up], Some("192.0.2.1"))),
             refuse("fd42::/64", unicast([&up], Some("2001:db8::1"))),
-            // Not on any link, and not said to be.
+            // On no link, and without the flag `onlink`.
             refuse(
                 "10.42.0.0/24",
                 unicast([&hop(Some("10.4.0.1"), "flannel.1", false)], None),
@@ -124,7 +124,7 @@ fn linux_refuses_a_route_through_a_link_that_is_down_or_from_a_source_that_is_no
         Invalid argument: Invalid source address
         Network is unreachable: Nexthop has invalid gateway
         ");
-        // Routes without a link are free of that.
+        // Routes without a link are not affected.
         apply(
             kernel,
             &[Change::ReplaceRoute {
@@ -136,7 +136,7 @@ fn linux_refuses_a_route_through_a_link_that_is_down_or_from_a_source_that_is_no
 }
 
 #[test]
-fn linux_replaces_a_route_in_place_whatever_it_was() {
+fn linux_replaces_a_route_of_any_kind_in_place() {
     let node = leading("replace");
     let one = hop(Some("10.4.0.1"), "kilo0", true);
     let two = hop(Some("10.4.0.3"), "kilo0", true);
@@ -166,7 +166,7 @@ fn linux_replaces_a_route_in_place_whatever_it_was() {
                     let observed = kernel.observe().unwrap().routes;
                     assert_eq!(&observed[&key(Table::Pods, "10.50.0.0/24", 0)], v4);
                     assert_eq!(&observed[&key(Table::Pods, "fd50::/64", 512)], v6);
-                    // Nothing of the old one is left beside the new.
+                    // No part of the old route is left.
                     let lines = node.sh("ip -o route show table 5131 to 10.50.0.0/24; ip -o -6 route show table 5131 to fd50::/64");
                     assert_eq!(lines.lines().count(), 2, "{lines}");
                 }
@@ -176,7 +176,7 @@ fn linux_replaces_a_route_in_place_whatever_it_was() {
 }
 
 #[test]
-fn linux_does_not_let_one_table_undo_what_another_drops() {
+fn linux_drops_a_packet_that_one_table_accepts_and_another_drops() {
     let node = Node::new("accept");
     node.sh("
         nft add table inet host
@@ -198,7 +198,7 @@ fn linux_does_not_let_one_table_undo_what_another_drops() {
 }
 
 #[test]
-fn linux_tells_link_and_route_apart_by_scope_and_metric() {
+fn linux_deletes_only_the_route_with_the_same_metric() {
     let node = leading("metric");
     // Two routes to one destination differ by their metric; each is deleted alone.
     let backstop = leader()

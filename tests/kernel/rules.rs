@@ -1,4 +1,4 @@
-//! The rules of other programs, as they stand on real hosts, and where the agent's stand among them.
+//! The routing policy rules of other programs on real hosts, and the place of the agent's among them.
 
 use std::collections::BTreeSet;
 
@@ -45,7 +45,7 @@ fn mesh_rule(priority: u32) -> Rule {
     }
 }
 
-/// Adds the rule for the mesh's table where it belongs, and returns the priority of the first.
+/// Adds the rule for the mesh's table at its place, and returns the priority of the first.
 fn settle(kernel: &Kernel) -> u32 {
     let others = kernel.rtnetlink.other_rules().unwrap();
     let pods = net("10.42.0.0/16");
@@ -64,21 +64,21 @@ fn link(kernel: &Kernel, to: &str, mark: u32) -> Option<String> {
 }
 
 #[test]
-fn a_vpns_rules_do_not_take_the_mesh_and_do_take_the_tunnels_datagrams() {
+fn a_vpns_rules_apply_to_the_tunnels_datagrams_and_not_to_the_mesh() {
     let node = leader("vpn");
     node.sh("
         ip rule add pref 100 lookup main suppress_prefixlength 0
         ip rule add pref 110 not fwmark 0x1bd00 lookup 7120
     ");
     node.with(|kernel| {
-        // Control: where they stood before, flannel's route is found first.
+        // Control: at the former priorities flannel's route is found first.
         apply(kernel, &[Change::AddRule(mesh_rule(5192))]);
         assert_eq!(link(kernel, "10.42.0.5", 0).as_deref(), Some("flannel.1"));
         apply(kernel, &[Change::DeleteRule(mesh_rule(5192))]);
 
         assert_eq!(settle(kernel), 97);
         assert_eq!(link(kernel, "10.42.0.5", 0).as_deref(), Some("kilo0"));
-        // As any socket's.
+        // As the datagrams of any socket.
         assert_eq!(link(kernel, "203.0.113.10", MARK).as_deref(), Some("vpn"));
         assert_eq!(link(kernel, "203.0.113.10", 0).as_deref(), Some("vpn"));
 
@@ -90,7 +90,7 @@ fn a_vpns_rules_do_not_take_the_mesh_and_do_take_the_tunnels_datagrams() {
 }
 
 #[test]
-fn rules_of_every_kind_are_told_apart() {
+fn rules_of_every_kind_are_decoded() {
     let node = leader("kinds2");
     node.sh("
         ip route add local default dev lo table 2005
@@ -126,7 +126,7 @@ fn rules_of_every_kind_are_told_apart() {
 }
 
 #[test]
-fn a_cnis_table_and_rules_for_a_device_are_passed() {
+fn the_agent_goes_before_a_cnis_table_and_rules_for_a_device() {
     for rule in [
         "ip rule add pref 512 lookup 7120",
         "ip rule add pref 512 iif eth0 lookup 7120",
@@ -147,7 +147,7 @@ fn a_cnis_table_and_rules_for_a_device_are_passed() {
 }
 
 #[test]
-fn a_rule_before_which_there_is_no_room_is_named() {
+fn a_rule_that_leaves_no_priority_before_it_is_named() {
     let node = leader("noroom");
     node.run("ip rule add pref 0 lookup 7120");
     node.with(|kernel| {
@@ -160,7 +160,7 @@ fn a_rule_before_which_there_is_no_room_is_named() {
 }
 
 #[test]
-fn connected_networks_are_those_of_real_links_and_routers_beside_single_addresses() {
+fn connected_networks_are_those_of_real_links_and_single_routers() {
     let node = leader("connect");
     let connected = || node.with(|kernel| kernel.rtnetlink.connected().unwrap());
     assert_eq!(

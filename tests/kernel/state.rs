@@ -1,4 +1,4 @@
-//! What is applied is there, and is read back; what is not ours is left alone.
+//! Changes are applied and read back, and other programs' state is left alone.
 
 use selvedge::diff::{Change, diff};
 use selvedge::state::{State, Table};
@@ -60,7 +60,7 @@ fn every_kind_of_state_is_reached_and_read_back() {
 }
 
 #[test]
-fn every_change_may_be_made_twice() {
+fn every_change_can_be_made_twice() {
     let node = Node::with_tunnel("twice");
     node.with(|kernel| {
         let there = diff(&kernel.observe().unwrap(), &leader());
@@ -76,14 +76,14 @@ fn every_change_may_be_made_twice() {
 }
 
 #[test]
-fn a_change_that_cannot_be_made_is_told_and_holds_up_no_other() {
+fn a_failed_change_is_reported_and_does_not_stop_the_others() {
     let node = Node::with_tunnel("errors");
     node.with(|kernel| {
         let replace = |dst: &str, hop| Change::ReplaceRoute {
             key: key(Table::Mesh, dst, 0),
             route: unicast([&hop], None),
         };
-        // The link is down, the other does not exist, the third has no such source.
+        // The first link is down, the second does not exist, the third has no such source.
         let changes = [
             replace("10.42.0.0/24", hop(None, "kilo0", false)),
             replace("10.42.3.0/24", hop(None, "kilo9", false)),
@@ -108,7 +108,7 @@ fn a_change_that_cannot_be_made_is_told_and_holds_up_no_other() {
 }
 
 #[test]
-fn routes_of_others_in_our_tables_are_seen_and_removed() {
+fn other_programs_routes_in_the_agents_tables_are_removed() {
     let node = Node::with_tunnel("foreign");
     node.sh("
         ip route add 10.42.9.0/24 dev cni0 table 5130
@@ -138,7 +138,7 @@ fn routes_of_others_in_our_tables_are_seen_and_removed() {
 }
 
 #[test]
-fn cleanup_leaves_everything_as_it_was() {
+fn cleanup_restores_every_dump() {
     const DUMP: &str = "
         ip rule; ip -6 rule
         ip route show table all; ip -6 route show table all
@@ -173,7 +173,7 @@ fn cleanup_leaves_everything_as_it_was() {
 }
 
 #[test]
-fn a_link_that_is_no_tunnel_is_left_alone() {
+fn a_link_that_is_no_tunnel_is_not_changed() {
     let node = Node::new("nolink");
     node.run("ip link add kilo0 type bridge");
     node.with(|kernel| {
@@ -187,7 +187,7 @@ fn a_link_that_is_no_tunnel_is_left_alone() {
 }
 
 #[test]
-fn what_others_use_is_refused_at_the_start() {
+fn tables_and_links_of_other_programs_are_refused_at_the_start() {
     let node = Node::with_tunnel("refused");
     let refusals = [
         "ip -6 rule add pref 5194 to fd00::/8 lookup 5130",
@@ -215,7 +215,7 @@ fn what_others_use_is_refused_at_the_start() {
 
     node.with(|kernel| {
         reach(kernel, &leader());
-        // Its own are no reason: this is a restart.
+        // The agent's own are accepted: this is a restart.
         kernel.rtnetlink.check().unwrap();
     });
 }

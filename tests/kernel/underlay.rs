@@ -1,4 +1,4 @@
-//! What the kernel tells of the node itself.
+//! The node's own uplink, addresses and paths.
 
 use std::time::Duration;
 
@@ -67,7 +67,7 @@ fn the_nodes_addresses_are_those_of_its_own_links() {
 }
 
 #[test]
-fn the_way_to_an_address_depends_on_the_mark() {
+fn the_path_to_an_address_depends_on_the_mark() {
     let node = Node::with_tunnel("path");
     node.with(|kernel| {
         reach(kernel, &leader());
@@ -87,14 +87,14 @@ fn the_way_to_an_address_depends_on_the_mark() {
         assert_eq!(path("203.0.113.10", 0), Some(out));
         assert_eq!(path("fd42::5", 0).unwrap().link, "kilo0");
 
-        // The tunnel down, the backstop answers.
+        // With the tunnel down, the backstop applies.
         node.run("ip link set kilo0 down");
         assert_eq!(path("10.42.0.5", 0), None);
     });
 }
 
 #[test]
-fn thousands_of_routes_are_quick_also_on_a_busy_router() {
+fn thousands_of_routes_are_quick_even_on_a_busy_router() {
     const ROUTES: u32 = 5000;
     const FOREIGN: u32 = 20_000;
     let node = Node::with_tunnel("scale");
@@ -149,9 +149,8 @@ fn thousands_of_routes_are_quick_also_on_a_busy_router() {
     });
 }
 
-/// Prints how long each step kept this thread busy; a limit is only set on the sum, since machines
-/// differ. The kernel does its part of the work on the calling thread, and what others do meanwhile on
-/// this machine is nobody's fault.
+/// Prints the processor time of this thread for each step. Only the sum has a limit, since machines differ.
+/// The kernel works on the calling thread, and the load of other processes does not count.
 struct Stopwatch {
     start: Duration,
     last: Duration,
@@ -175,7 +174,7 @@ impl Stopwatch {
     }
 }
 
-/// How long this thread has had a processor.
+/// The processor time of this thread.
 fn busy() -> Duration {
     let clock = ClockId::CLOCK_THREAD_CPUTIME_ID;
     clock_gettime(clock).unwrap().into()

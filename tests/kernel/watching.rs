@@ -1,15 +1,15 @@
-//! Whatever is taken away is noticed within a second and put back.
+//! The monitor: a change that affects the agent is reported within a second, and repaired.
 
 use std::time::Duration;
 
-use selvedge::kernel::{Event, Kernel, Monitor};
+use selvedge::kernel::{Kernel, Monitor};
 use selvedge_lab::netns::Namespace;
 
 use crate::fixture::{Node, commands, leader, reach};
 
-/// A second is promised; a busy machine gets some more before it is a failure.
+/// A second is promised; a busy machine gets more before it is a failure.
 const SOON: Duration = Duration::from_secs(5);
-/// What is not told within this time is not told at all: the kernel tells at once.
+/// An event that does not come within this time does not come: the kernel notifies at once.
 const SILENCE: Duration = Duration::from_millis(150);
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -19,21 +19,14 @@ fn runtime() -> tokio::runtime::Runtime {
         .unwrap()
 }
 
-async fn told(monitor: &mut Monitor, within: Duration) -> Option<Event> {
-    // Others' firewalls are another matter: nothing is planned again because of them.
-    let changed = async {
-        loop {
-            let event = monitor.changed().await.unwrap();
-            if event.concerns_the_plan() {
-                return event;
-            }
-        }
-    };
-    tokio::time::timeout(within, changed).await.ok()
+/// Whether an event comes that affects the plan. Other programs' firewalls do not.
+async fn notified(monitor: &mut Monitor, within: Duration) -> bool {
+    let changed = async { while !monitor.changed().await.unwrap().plan {} };
+    tokio::time::timeout(within, changed).await.is_ok()
 }
 
 #[test]
-fn whatever_of_ours_is_taken_away_is_noticed_and_put_back() {
+fn every_damage_to_the_agents_state_is_noticed_and_repaired() {
     let node = Node::with_tunnel("watch");
     let damages = [
         "ip route del 10.42.0.0/24 table 5130",
@@ -61,13 +54,11 @@ fn whatever_of_ours_is_taken_away_is_noticed_and_put_back() {
             let mut monitor = Monitor::open("kilo0").unwrap();
             reach(kernel, &leader());
             for damage in damages {
-                while told(&mut monitor, SILENCE).await.is_some() {}
+                while notified(&mut monitor, SILENCE).await {}
                 node.run(damage);
 
-                let event = told(&mut monitor, SOON).await;
-
-                assert!(event.is_some_and(|event| event.own), "{damage}: {event:?}");
-                // nf_tables tells of a transaction before it is over.
+                assert!(notified(&mut monitor, SOON).await, "{damage}");
+                // nf_tables notifies before the transaction is over.
                 assert_ne!(
                     commands(kernel, &leader()),
                     Vec::<String>::new(),
@@ -81,54 +72,39 @@ fn whatever_of_ours_is_taken_away_is_noticed_and_put_back() {
 }
 
 #[test]
-fn what_happens_to_flannel_and_below_is_told_as_such() {
+fn changes_of_flannel_and_of_the_underlay_are_noticed() {
     let node = Node::with_tunnel("others");
-    node.with(|kernel| {
+    node.with(|_| {
         runtime().block_on(async {
             let mut monitor = Monitor::open("kilo0").unwrap();
-            let mut after = async |script: &str| {
-                while told(&mut monitor, SILENCE).await.is_some() {}
+            for script in [
+                "ip neigh del 10.42.2.0 dev flannel.1",
+                "bridge fdb del 8e:4d:2a:67:f4:a5 dst 192.168.50.12 dev flannel.1",
+                "ip link del flannel.1",
+                "ip link add flannel.1 type vxlan id 1 local 192.168.50.11 dev eth0 dstport 8472",
+                "ip addr add 10.42.1.0/32 dev flannel.1",
+                "ip addr add 192.168.50.99/24 dev eth0",
+                "ip addr del 192.168.50.99/24 dev eth0",
+                "ip route del default",
+                "ip link set eth0 mtu 1400",
+            ] {
+                while notified(&mut monitor, SILENCE).await {}
                 node.sh(script);
-                let mut all = Event::default();
-                while let Some(event) = told(&mut monitor, SILENCE).await {
-                    all = Event {
-                        own: all.own || event.own,
-                        flannel: all.flannel || event.flannel,
-                        underlay: all.underlay || event.underlay,
-                        firewall: all.firewall || event.firewall,
-                    };
-                }
-                (all.flannel, all.underlay)
-            };
-            assert_eq!(after("ip neigh del 10.42.2.0 dev flannel.1").await, (true, false));
-            assert_eq!(
-                after("bridge fdb del 8e:4d:2a:67:f4:a5 dst 192.168.50.12 dev flannel.1").await,
-                (true, false)
-            );
-            assert_eq!(after("ip link del flannel.1").await, (true, false));
-            assert_eq!(
-                after("ip link add flannel.1 type vxlan id 1 local 192.168.50.11 dev eth0 dstport 8472").await,
-                (true, false)
-            );
-            assert_eq!(after("ip addr add 10.42.1.0/32 dev flannel.1").await, (true, false));
-            assert_eq!(after("ip addr add 192.168.50.99/24 dev eth0").await, (false, true));
-            assert_eq!(after("ip addr del 192.168.50.99/24 dev eth0").await, (false, true));
-            assert_eq!(after("ip route del default").await, (false, true));
-            assert_eq!(after("ip link set eth0 mtu 1400").await, (false, true));
-            let _ = kernel;
+                assert!(notified(&mut monitor, SOON).await, "{script}");
+            }
         });
     });
 }
 
 #[test]
-fn what_concerns_nobody_of_us_is_not_told() {
+fn changes_that_do_not_affect_the_agent_are_ignored() {
     let node = Node::with_tunnel("noise");
     let pod = Namespace::new("noisepod").unwrap();
     node.with(|kernel| {
         runtime().block_on(async {
             let mut monitor = Monitor::open("kilo0").unwrap();
             reach(kernel, &leader());
-            while told(&mut monitor, SILENCE).await.is_some() {}
+            while notified(&mut monitor, SILENCE).await {}
             let noise = format!(
                 "
                 nft add table ip kube-proxy
@@ -147,20 +123,20 @@ fn what_concerns_nobody_of_us_is_not_told() {
             );
             node.sh(&noise);
 
-            assert_eq!(told(&mut monitor, SILENCE).await, None);
+            assert!(!notified(&mut monitor, SILENCE).await);
         });
     });
 }
 
 #[test]
-fn our_own_changes_end_in_silence() {
+fn the_agents_own_changes_lead_to_no_further_change() {
     let node = Node::with_tunnel("loop");
     node.with(|kernel: &Kernel| {
         runtime().block_on(async {
             let mut monitor = Monitor::open("kilo0").unwrap();
             reach(kernel, &leader());
             let mut passes = 0;
-            while told(&mut monitor, SILENCE).await.is_some() {
+            while notified(&mut monitor, SILENCE).await {
                 assert_eq!(commands(kernel, &leader()), Vec::<String>::new());
                 passes += 1;
             }

@@ -1,8 +1,8 @@
 //! A node boots: flannel and pods are up before the agent, or the agent never starts. What the agent
 //! guarded before stays guarded, on a real flannel and a real kube-apiserver.
 //!
-//! Senders of UDP go on whatever comes back, and a capture on the internet sees what is readable. Each
-//! node is booted without the guard first: there the capture must see something.
+//! Senders of UDP ignore errors, and a capture on the internet finds packets in clear. Each node boots
+//! without the guard first, as the control: there the capture must find some.
 #![expect(
     clippy::disallowed_methods,
     reason = "a test may wait and read the clock"
@@ -32,7 +32,7 @@ const STATE: &str = "/var/lib/selvedge";
 
 const FAR: &str = "node-third-02";
 
-/// How long is sent and listened while a node has no agent.
+/// How long to send and capture while a node has no agent.
 const LOOK: Duration = Duration::from_secs(3);
 /// The longest that anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -60,15 +60,15 @@ fn run(steps: &mut Steps) -> Option<()> {
     let mut servers = vec![servers];
 
     steps.required(
-        "the_very_first_boot_leaves_in_clear_until_the_agents_first_pass",
+        "at_the_first_boot_packets_leave_in_clear_until_the_agents_first_pass",
         || first_boot(&mut lab),
     )?;
-    steps.required("every_agent_writes_what_is_to_be_guarded", || {
+    steps.required("every_agent_writes_its_guard_file", || {
         for name in lab.node_names() {
             let file = lab.node(&name)?.outside(&format!("{STATE}/guard.json"));
             wait_for(&format!("{name}'s guard.json"), PATIENCE, || file.exists())?;
         }
-        // What changes within five seconds of the first is written together.
+        // Changes within five seconds of the first are written together.
         sleep(Duration::from_secs(6));
         Ok(String::new())
     })?;
@@ -78,7 +78,7 @@ fn run(steps: &mut Steps) -> Option<()> {
         ensure!(output.contains("the agent runs"), "{output}");
         ensure!(
             claims::own_state(&lab, FOLLOWER)? == before,
-            "it did something"
+            "the guard changed the agent's state"
         );
         Ok(String::new())
     });
@@ -93,14 +93,14 @@ fn run(steps: &mut Steps) -> Option<()> {
             || boots_guarded(&mut lab, &mut servers, node),
         );
     }
-    steps.step("after_cleanup_there_is_nothing_to_guard", || {
+    steps.step("after_cleanup_nothing_is_guarded", || {
         lab.take_agent(FOLLOWER)?.stop()?;
         let mut command = Command::new(SELVEDGE);
         command.arg("cleanup");
         let output = lab.node(FOLLOWER)?.output(command)?;
         ensure!(output.status.success(), "{output:?}");
         let output = guard(&lab, FOLLOWER)?;
-        ensure!(output.contains("nothing is to be guarded"), "{output}");
+        ensure!(output.contains("nothing to guard"), "{output}");
         let rules = lab.node(FOLLOWER)?.run("ip rule")?;
         ensure!(!rules.contains("513"), "{rules}");
         Ok(String::new())
@@ -108,7 +108,7 @@ fn run(steps: &mut Steps) -> Option<()> {
     Some(())
 }
 
-/// Flannel and pods are up and no agent was ever here: what leaves, and until when.
+/// Flannel and pods are up and no agent ever ran: measures how many packets leave in clear, and until when.
 fn first_boot(lab: &mut Lab) -> anyhow::Result<String> {
     let mesh = mesh();
     lab.kubectl_apply(mesh.manifest)?;
@@ -116,7 +116,7 @@ fn first_boot(lab: &mut Lab) -> anyhow::Result<String> {
     let capture = capture(lab, "first")?;
     let sender = Sender::start(lab, &format!("pod@{MASTER}"), &[&format!("pod@{LEADER}")])?;
     sleep(Duration::from_secs(1));
-    // The master's agent first: it is the one whose pod sends.
+    // The master's agent first, because the master's pod sends.
     lab.start_agent(mesh.binary, MASTER, mesh.access, mesh.flags)?;
     let begun = SystemTime::now().duration_since(UNIX_EPOCH)?;
     for name in lab.node_names().iter().filter(|name| *name != MASTER) {
@@ -134,7 +134,7 @@ fn first_boot(lab: &mut Lab) -> anyhow::Result<String> {
         "in clear for {window:?} after the agent's start"
     );
     Ok(format!(
-        "heard in clear {} times ({sent} datagrams): before the agent, and for {} ms after its start",
+        "captured in clear {} times ({sent} datagrams): before the agent, and for {} ms after its start",
         findings.magic,
         window.as_millis()
     ))
@@ -153,7 +153,7 @@ fn boots_unguarded(lab: &mut Lab, node: &str) -> anyhow::Result<String> {
     let findings = capture.finish(POD_NETWORK.parse()?)?;
     ensure!(findings.magic > 0 && findings.vxlan > 0, "{findings}");
     Ok(format!(
-        "heard in clear {} times ({} datagrams), {} times as VXLAN",
+        "captured in clear {} times ({} datagrams), {} times as VXLAN",
         findings.magic,
         sent + from_host,
         findings.vxlan
@@ -194,7 +194,7 @@ fn boots_guarded(lab: &mut Lab, servers: &mut Vec<Servers>, node: &str) -> anyho
     lab.start_agent(mesh.binary, node, mesh.access, mesh.flags)?;
     let far = if node == MASTER { LEADER } else { MASTER };
     let (from, to) = (format!("pod@{node}"), format!("pod@{far}"));
-    // What arrives there and is not readable on the internet came through the tunnel.
+    // A packet that arrives and is not in clear on the internet came through the tunnel.
     let joined = claims::reached_within(lab, &from, &to, PATIENCE)
         .with_context(|| lab.tail(node, "agent"))?;
     lab.wait_agents(Duration::from_secs(120))?;
@@ -203,7 +203,7 @@ fn boots_guarded(lab: &mut Lab, servers: &mut Vec<Servers>, node: &str) -> anyho
     let findings = started.finish(POD_NETWORK.parse()?)?;
     quiet(&findings)?;
     Ok(format!(
-        "heard in clear 0 times ({} datagrams, {} refused at the host itself); guarded in {} ms, joined {:.1} s after the agent's start",
+        "captured in clear 0 times ({} datagrams, {} refused at the host itself); guarded in {} ms, joined {:.1} s after the agent's start",
         sent + from_host,
         refused + refused_host,
         time.as_millis(),
