@@ -23,6 +23,7 @@ mod monitor;
 mod netlink;
 mod nfnetlink;
 pub mod nft;
+mod nft_identity;
 mod nft_table;
 mod other_rules;
 mod ownership;
@@ -117,7 +118,7 @@ impl Kernel {
         };
         let changes = diff(&observed, &State::default());
         for change in &changes {
-            tracing::info!(%change, "removing");
+            tracing::info!(%change, "removing agent state");
         }
         self.apply_all(&changes)
             .into_iter()

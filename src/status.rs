@@ -4,9 +4,10 @@
 //! parts of such a report.
 
 mod source;
+mod terminal;
 
 use std::collections::BTreeMap;
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 pub use self::source::{Question, ReportSource};
+pub use self::terminal::render;
 use crate::liveness;
 use crate::refusal::Refusal;
 use crate::text;
@@ -306,167 +308,6 @@ pub fn ask(socket: &Path) -> anyhow::Result<Report> {
         .map_err(|error| anyhow::anyhow!("the agent on {shown} does not answer: {error}"))?;
     serde_json::from_slice(&answer)
         .map_err(|error| anyhow::anyhow!("the agent on {shown} sent a malformed report: {error}"))
-}
-
-/// Formats the report for a terminal, in the style of `wg show`.
-pub fn render(report: &Report) -> String {
-    let mut out = String::new();
-    write_report(&mut out, report).expect("a String takes all that is written to it");
-    text::lines(&out).into_owned()
-}
-
-fn write_report(out: &mut String, report: &Report) -> fmt::Result {
-    let none = || "none".to_owned();
-    let ready = if report.ready { "ready" } else { "NOT ready" };
-    writeln!(out, "node: {} ({ready}, {})", report.node, report.role)?;
-    for problem in &report.problems {
-        writeln!(out, "  problem: {problem}")?;
-    }
-    writeln!(out, "  version: {}", report.version)?;
-    if let Some(segment) = &report.segment {
-        writeln!(
-            out,
-            "  segment: {segment}, led by {}",
-            report.leader.as_deref().unwrap_or("no leader")
-        )?;
-    }
-    writeln!(
-        out,
-        "  mesh: granularity {}, {}",
-        report.granularity, report.mode
-    )?;
-    let server = report
-        .api
-        .server
-        .clone()
-        .unwrap_or_else(|| "not reached".into());
-    let cached = if report.api.cached {
-        ", working from the cache"
-    } else {
-        ""
-    };
-    writeln!(out, "  api server: {server}{cached}")?;
-    if let Some(error) = &report.api.error {
-        writeln!(out, "  api error: {error}")?;
-    }
-    match &report.flannel {
-        Some(flannel) => {
-            let direct = if flannel.direct_routing {
-                " with DirectRouting"
-            } else {
-                ""
-            };
-            writeln!(
-                out,
-                "  flannel: {}{direct}, network {}, this node {}, mtu {}, {}",
-                flannel.backend,
-                flannel.networks.join(" "),
-                flannel.subnets.join(" "),
-                flannel.mtu,
-                if flannel.links.is_empty() {
-                    none()
-                } else {
-                    flannel.links.join(" ")
-                },
-            )?;
-        }
-        None => writeln!(out, "  flannel: not up yet")?,
-    }
-    if report.fail_open {
-        writeln!(
-            out,
-            "  traffic of a region whose tunnel is down leaves IN CLEAR (--on-tunnel-down=open)"
-        )?;
-    }
-
-    let tunnel = &report.tunnel;
-    writeln!(out, "\ninterface: {}", tunnel.interface)?;
-    writeln!(out, "  public key: {}", tunnel.public_key)?;
-    if let Some(port) = tunnel.listen_port {
-        writeln!(out, "  listening port: {port}")?;
-    }
-    if let Some(mtu) = tunnel.mtu {
-        writeln!(out, "  mtu: {mtu}")?;
-    }
-    if !tunnel.addresses.is_empty() {
-        writeln!(out, "  addresses: {}", tunnel.addresses.join(", "))?;
-    }
-    writeln!(
-        out,
-        "  own endpoint: {}",
-        tunnel.endpoint.clone().unwrap_or_else(none)
-    )?;
-
-    for peer in &report.peers {
-        writeln!(out, "\npeer: {} ({})", peer.name, peer.public_key)?;
-        writeln!(
-            out,
-            "  endpoint: {}",
-            peer.endpoint.clone().unwrap_or_else(none)
-        )?;
-        for candidate in &peer.candidates {
-            let outcome = candidate.outcome();
-            writeln!(
-                out,
-                "  candidate: {} ({}): {outcome}",
-                candidate.address, candidate.origin
-            )?;
-        }
-        writeln!(out, "  allowed ips: {}", peer.allowed_ips.join(", "))?;
-        match peer.handshake_age {
-            Some(age) => writeln!(out, "  latest handshake: {age} s ago")?,
-            None => writeln!(out, "  latest handshake: never")?,
-        }
-        if peer.both_behind_nat && peer.is_silent() {
-            writeln!(
-                out,
-                "  not reachable: both behind NAT, and at least one NAT maps each destination to another port"
-            )?;
-        }
-        writeln!(
-            out,
-            "  transfer: {} B received, {} B sent",
-            peer.received, peer.sent
-        )?;
-        if peer.persistent_keepalive > 0 {
-            writeln!(
-                out,
-                "  persistent keepalive: every {} s",
-                peer.persistent_keepalive
-            )?;
-        }
-    }
-
-    if !report.segments.is_empty() {
-        writeln!(out, "\nsegments:")?;
-    }
-    for segment in &report.segments {
-        writeln!(
-            out,
-            "  {}: led by {} ({}), endpoint {}, nodes {}",
-            segment.name,
-            segment.leader,
-            segment.wireguard_ips.join(" "),
-            segment.endpoint.clone().unwrap_or_else(none),
-            segment.nodes.join(" "),
-        )?;
-    }
-    if !report.outsiders.is_empty() {
-        writeln!(out, "\noutside the mesh: {}", report.outsiders.join(" "))?;
-    }
-    if !report.excluded.is_empty() {
-        writeln!(out, "\nleft out:")?;
-    }
-    for excluded in &report.excluded {
-        writeln!(out, "  {excluded}")?;
-    }
-    if !report.connected.is_empty() {
-        writeln!(out, "\nleft to connected networks:")?;
-    }
-    for connected in &report.connected {
-        writeln!(out, "  {connected}")?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

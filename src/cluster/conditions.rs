@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use http::Method;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::json;
@@ -40,19 +41,6 @@ pub struct Verdict {
 
 /// The verdicts on the Peers, by name; empty for an agent that is not their reporter.
 pub type Verdicts = BTreeMap<String, Verdict>;
-
-/// The condition of a Peer.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
-#[serde(default)]
-pub(super) struct Condition {
-    #[serde(rename = "type")]
-    kind: String,
-    status: String,
-    reason: String,
-    message: String,
-    #[serde(rename = "lastTransitionTime")]
-    since: String,
-}
 
 /// The conditions of the Peers, by name; `None` for a Peer without the condition.
 pub(super) type Conditions = BTreeMap<String, Option<Condition>>;
@@ -92,7 +80,7 @@ pub(super) fn read(status: &serde_json::Value) -> Option<Condition> {
     let mut read = conditions
         .iter()
         .filter_map(|condition| Condition::deserialize(condition).ok());
-    read.find(|condition| condition.kind == ACCEPTED)
+    read.find(|condition| condition.type_ == ACCEPTED)
 }
 
 /// Writes conditions until the sender of verdicts is dropped, or until the API server forbids it.
@@ -127,7 +115,7 @@ pub(super) async fn run(
         };
 
         tokio::time::sleep(writes.take(now)).await;
-        let body = condition(&verdict, since.as_deref(), Timestamp::now());
+        let body = condition(&verdict, since, Timestamp::now());
         let path =
             format!("/apis/kilo.squat.ai/v1alpha1/peers/{name}/status?fieldManager=selvedge");
         let request = call::send_json(Method::PATCH, &path, MERGE, &body);
@@ -183,7 +171,7 @@ fn difference(
     verdicts: &Verdicts,
     observed: &Conditions,
     sent: &Sent,
-) -> Option<(String, Verdict, Option<String>)> {
+) -> Option<(String, Verdict, Option<Time>)> {
     verdicts.iter().find_map(|(name, verdict)| {
         let observed = observed.get(name)?.as_ref();
         let status = status(verdict);
@@ -196,20 +184,21 @@ fn difference(
             return None;
         }
         let since = observed.filter(|observed| observed.status == status);
-        let since = since.map(|observed| observed.since.clone());
+        let since = since.map(|observed| observed.last_transition_time.clone());
         Some((name.clone(), verdict.clone(), since))
     })
 }
 
-fn condition(verdict: &Verdict, since: Option<&str>, now: Timestamp) -> serde_json::Value {
-    let now = format!("{now:.0}");
-    json!({"status": {"conditions": [{
-        "type": ACCEPTED,
-        "status": status(verdict),
-        "reason": verdict.reason,
-        "message": cut(&verdict.message),
-        "lastTransitionTime": since.unwrap_or(&now),
-    }]}})
+fn condition(verdict: &Verdict, since: Option<Time>, now: Timestamp) -> serde_json::Value {
+    let condition = Condition {
+        type_: ACCEPTED.to_owned(),
+        status: status(verdict).to_owned(),
+        reason: verdict.reason.to_owned(),
+        message: cut(&verdict.message).to_owned(),
+        last_transition_time: since.unwrap_or(Time(now)),
+        observed_generation: None,
+    };
+    json!({"status": {"conditions": [condition]}})
 }
 
 fn status(verdict: &Verdict) -> &'static str {
@@ -325,7 +314,7 @@ mod tests {
         let second = verdicts(&own(), &view, &[notice("bad", "two")].into());
 
         let (_, _, since) = difference(&second, &there, &Sent::default()).unwrap();
-        assert_eq!(since.as_deref(), Some("1970-01-01T00:00:00Z"));
+        assert_eq!(since, Some(Time(Timestamp::UNIX_EPOCH)));
 
         Arc::make_mut(&mut view.snapshot).peers.clear();
         assert!(verdicts(&own(), &view, &BTreeSet::new()).is_empty());

@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::conditions::{self, Condition, Conditions};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+
+use super::conditions::{self, Conditions};
 use super::listwatch::Event;
 use super::node::{self, NodeObject, ParseSettings};
 use super::peer::{self, PeerObject};
@@ -27,7 +29,7 @@ struct Collection<T> {
     live: bool,
 }
 
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 struct Entry<T> {
     value: Option<T>,
     rejected: Vec<Rejected>,

@@ -10,9 +10,9 @@ use std::fmt::Display;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use sha2::{Digest as _, Sha256};
 
-use crate::state::{Firewall, FirewallId, Ruleset};
+use super::nft_identity::digest;
+use crate::state::{Firewall, FirewallId};
 
 /// The table's name; its family is `inet`.
 pub const TABLE: &str = "selvedge";
@@ -33,43 +33,6 @@ pub(super) const POD_BRIDGE: &str = "cni0";
 const KUBE_MASQUERADE: &str = "0x00004000";
 /// Lowers the segment size that a SYN offers to what the routes both ways carry.
 const CLAMP: &str = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu";
-
-impl Firewall {
-    /// The identity of this content.
-    pub fn id(&self) -> FirewallId {
-        digest(render(self).as_bytes())
-    }
-}
-
-impl Ruleset {
-    /// The identity of the content.
-    pub fn id(&self) -> FirewallId {
-        match self {
-            Self::Planned(firewall) => firewall.id(),
-            Self::Installed(id) => *id,
-        }
-    }
-}
-
-impl PartialEq for Ruleset {
-    fn eq(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Planned(one), Self::Planned(two)) => one == two,
-            (Self::Planned(_), Self::Installed(_)) | (Self::Installed(_), _) => {
-                self.id() == other.id()
-            }
-        }
-    }
-}
-
-impl Eq for Ruleset {}
-
-/// The first half of SHA-256: an identity, not a secret.
-pub(super) fn digest(bytes: &[u8]) -> FirewallId {
-    let mut id = [0; 16];
-    id.copy_from_slice(&Sha256::digest(bytes)[..16]);
-    FirewallId(id)
-}
 
 /// The table as `nft -f` reads it, replacing one that is there, in one transaction.
 ///

@@ -14,7 +14,8 @@ use ::subprocess::{Exec, Process};
 use anyhow::{Context as _, anyhow, bail, ensure};
 
 use super::nfnetlink::Nfnetlink;
-use super::nft::{self, SEAL, TABLE, digest, frame, render, render_elements};
+use super::nft::{self, SEAL, TABLE, frame, render, render_elements};
+use super::nft_identity::digest;
 use super::subprocess::{self, Failure};
 use crate::diff::Change;
 use crate::refusal::Refusal;
@@ -193,7 +194,7 @@ impl Installer {
                 Ok(listing) => Some(sealed(&listing).unwrap_or(Seal::UNKNOWN)),
                 // Without `nft` the table is unknown. A call that replaces or deletes it gets the error.
                 Err(error) => {
-                    tracing::debug!(error = format!("{error:#}"), "nft table not listed");
+                    tracing::debug!(error = %format_args!("{error:#}"), "listing the nft table failed");
                     return Ok(Some(Seal::UNKNOWN));
                 }
             }
