@@ -44,7 +44,7 @@ use self::controller::{Controller, Effect, ShellFacts, WallClock};
 use self::forwarding::HostFirewall;
 use self::kernel_facts::KernelFacts;
 use self::keyfile::Origin;
-use crate::clock::{now, unix_now};
+use crate::clock::{now, sleep_until, unix_now};
 use crate::cluster::{Access, Cluster};
 use crate::config::Config;
 use crate::diff::Change;
@@ -298,14 +298,6 @@ impl Agent {
         } else {
             ExitCode::FAILURE
         })
-    }
-}
-
-/// Waits until then; for ever where there is no time.
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
-        None => std::future::pending().await,
     }
 }
 

@@ -8,6 +8,14 @@ pub(crate) fn now() -> Instant {
     Instant::now()
 }
 
+/// Waits until then; for ever where there is no time.
+pub(crate) async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// The wall clock in Unix seconds; 0 while it is before 1970.
 #[expect(clippy::disallowed_methods, reason = "the shell reads the clock")]
 pub(crate) fn unix_now() -> i64 {

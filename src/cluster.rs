@@ -24,11 +24,10 @@ mod store;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 
 pub use access::{Access, Origin, Sources};
 pub use backoff::Timeouts;
@@ -43,6 +42,7 @@ use access::Connection;
 use listwatch::{Event, Expectation, ListWatch, SwitchRequest};
 use store::Store;
 
+use crate::clock::{self, now};
 use crate::topology::{NodeName, Object, Snapshot};
 
 /// Debounce: a view is sent when no change arrived for this long.
@@ -323,7 +323,7 @@ impl ViewPublisher {
         let mut changed: Option<(Instant, Instant)> = None;
         let mut first_view_by: Option<Instant> = None;
         loop {
-            let now = Instant::now();
+            let now = clock::now();
             let all = self.store.knows_peers() && self.knows_servers;
             if self.store.knows_nodes() && first_view_by.is_none() {
                 first_view_by = Some(now + FIRST_VIEW_TIMEOUT);
@@ -367,14 +367,14 @@ impl ViewPublisher {
                     Ok(()) => true,
                     Err(_) => return,
                 },
-                () = sleep_until(publish_at) => {
+                () = clock::sleep_until(publish_at) => {
                     changed = None;
                     self.publish();
                     continue;
                 }
             };
             if changed_view {
-                let now = Instant::now();
+                let now = clock::now();
                 changed = Some((changed.map_or(now, |(first, _)| first), now));
             }
         }
@@ -407,7 +407,7 @@ impl ViewPublisher {
         notices.extend(self.notices.borrow_and_update().iter().cloned());
         let missing = &self.api_status.borrow_and_update().missing_policies;
         notices.extend(policies::notice(&self.own, missing));
-        for notice in self.notice_filter.new_notices(notices, Instant::now()) {
+        for notice in self.notice_filter.new_notices(notices, now()) {
             tracing::warn!(object = %notice.object, reason = notice.reason, notice = %notice.note, "object problem found");
             if events::is_reporter(&self.own, &notice.object, &view.snapshot) {
                 let uid = match &notice.object {
@@ -446,12 +446,5 @@ fn log_event<K>(resource: &str, event: &Event<K>) {
         | Event::Complete
         | Event::Applied(_)
         | Event::Deleted(_) => {}
-    }
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
     }
 }

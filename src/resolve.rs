@@ -5,12 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 
+use crate::clock::now;
 use crate::topology::is_unicast;
 
 /// How long an answer is used before the next lookup. Names of home connections change, and the system's
@@ -55,7 +55,7 @@ async fn follow_with<L>(
         let wait = async {
             match next {
                 Some((name, at)) if pending.len() < MAX_LOOKUPS => {
-                    tokio::time::sleep_until(at).await;
+                    tokio::time::sleep_until(at.into()).await;
                     name
                 }
                 _ => std::future::pending().await,
@@ -66,7 +66,7 @@ async fn follow_with<L>(
                 let Some(wanted) = wanted else { return };
                 due.retain(|name, _| wanted.contains(name));
                 for name in wanted {
-                    due.entry(name).or_insert_with(Instant::now);
+                    due.entry(name).or_insert_with(now);
                 }
                 let before = known.len();
                 known.retain(|name, _| due.contains_key(name));
@@ -81,7 +81,7 @@ async fn follow_with<L>(
             Some(Ok((name, answer))) = lookups.join_next() => {
                 pending.remove(&name);
                 let Some(at) = due.get_mut(&name) else { continue };
-                *at = Instant::now() + refresh;
+                *at = now() + refresh;
                 let Some(address) = choose(&answer, known.get(&name)) else {
                     tracing::debug!(name = %crate::text::quote(&name), "name does not resolve");
                     continue;

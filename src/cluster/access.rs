@@ -8,7 +8,7 @@ use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use hyper_timeout::TimeoutConnector;
@@ -21,11 +21,11 @@ use kube::config::{
     AuthInfo, Cluster, Context, Kubeconfig, NamedAuthInfo, NamedCluster, NamedContext,
 };
 use kube::{Client, Config};
-use tokio::time::Instant;
 use tower::ServiceBuilder;
 
 use super::call::{self, Failure};
 use super::kubeconfig;
+use crate::clock::now;
 use crate::refusal::Refusal;
 
 /// The directory of a pod's service account.
@@ -172,7 +172,7 @@ impl ServerClock {
         let date = date.and_then(|date| rfc2822::parse(date).ok());
         if let Some(date) = date {
             let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            *known = Some((date.timestamp().as_second(), Instant::now()));
+            *known = Some((date.timestamp().as_second(), now()));
         }
     }
 

@@ -2,10 +2,9 @@
 //!
 //! Every pause is jittered. Otherwise a thousand agents that lost the same server would return together.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rand::Rng as _;
-use tokio::time::Instant;
 
 /// The timeouts and intervals of requests to the API.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -143,7 +142,7 @@ mod tests {
 
     #[test]
     fn a_budget_is_spent_at_once_and_then_at_its_rate() {
-        let now = Instant::now();
+        let now = crate::clock::now();
         let mut budget = Budget::new(3, Duration::from_secs(30));
         let waits: Vec<_> = (0..5).map(|_| budget.take(now).as_secs()).collect();
         assert_eq!(waits, [0, 0, 0, 30, 60]);

@@ -4,7 +4,7 @@
 //! Without the right to write it, or where the CRD has no status subresource, it writes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::Method;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -12,12 +12,12 @@ use k8s_openapi::jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::access::Connection;
 use super::call::{self, Failure};
 use super::events::{self, Notice};
 use super::{Object, View, backoff};
+use crate::clock::now;
 use crate::topology::NodeName;
 
 const MERGE: &str = "application/merge-patch+json";
@@ -94,7 +94,7 @@ pub(super) async fn run(
     let mut writes = backoff::Budget::new(20, Duration::from_secs(30));
     let mut sent = Sent::default();
     loop {
-        let now = Instant::now();
+        let now = crate::clock::now();
         let next = {
             let (verdicts, observed) = (verdicts.borrow_and_update(), observed.borrow_and_update());
             sent.forget(&observed, now);
@@ -122,7 +122,7 @@ pub(super) async fn run(
         match call::call(&connection.client, request).await {
             Ok(_) => {
                 backoff.reset();
-                sent.written.insert(name, (verdict, Instant::now()));
+                sent.written.insert(name, (verdict, now()));
             }
             Err(Failure::Forbidden(reason)) => {
                 tracing::info!(error = %reason, "writing conditions of Peers refused: check the ClusterRole");
@@ -325,7 +325,7 @@ mod tests {
         let view = view(&["good"]);
         let first = verdicts(&own(), &view, &BTreeSet::new());
         let there: Conditions = [("good".to_owned(), None)].into();
-        let (now, mut sent) = (Instant::now(), Sent::default());
+        let (now, mut sent) = (crate::clock::now(), Sent::default());
         sent.unwritable
             .insert("good".to_owned(), first["good"].clone());
 

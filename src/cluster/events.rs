@@ -2,17 +2,17 @@
 //! an Event from the one agent that is the reporter of the object.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::Method;
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
 
 use super::access::Connection;
 use super::call::{self, Failure};
 use super::{Object, Rejected, peer};
+use crate::clock::now;
 use crate::liveness;
 use crate::plan::Caveat;
 use crate::text;
@@ -224,7 +224,7 @@ mod tests {
     #[test]
     fn a_lasting_notice_is_reported_once() {
         let mut notice_filter = NoticeFilter::default();
-        let now = Instant::now();
+        let now = crate::clock::now();
         let all = BTreeSet::from([notice("a1", "key", "x")]);
         assert_eq!(notice_filter.new_notices(all.clone(), now).len(), 1);
         for minutes in 1..100 {
@@ -236,7 +236,7 @@ mod tests {
     #[test]
     fn a_field_that_keeps_changing_is_reported_once_in_ten_minutes() {
         let mut notice_filter = NoticeFilter::default();
-        let now = Instant::now();
+        let now = crate::clock::now();
         let reported: usize = (0..1200)
             .map(|second| {
                 let all = BTreeSet::from([notice("a1", "key", &second.to_string())]);
@@ -256,7 +256,7 @@ mod tests {
             notice("a1", "endpoint", "x"),
             notice("a2", "key", "x"),
         ]);
-        assert_eq!(notice_filter.new_notices(all, Instant::now()).len(), 3);
+        assert_eq!(notice_filter.new_notices(all, now()).len(), 3);
     }
 
     #[test]

@@ -17,11 +17,12 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
 
 use super::access::Connection;
 use super::backoff::{Backoff, Budget, Timeouts, jitter};
 use super::call::{self, Failure, Status};
+
+use crate::clock::now;
 
 /// Objects per page of a list; a hundred Nodes take some two megabytes while they are decoded.
 const PAGE: u32 = 100;
@@ -195,7 +196,7 @@ where
                 }
                 continue;
             };
-            let began = Instant::now();
+            let began = now();
             let pause = match self.session(&connection.client).await {
                 Ok(End::Unwanted) => return,
                 Ok(End::Doubted) => jitter(self.timeouts.second_look),
@@ -310,7 +311,7 @@ where
     }
 
     async fn spend_list(&mut self) {
-        let wait = self.lists.take(Instant::now());
+        let wait = self.lists.take(now());
         if !wait.is_zero() {
             tracing::debug!(
                 resource = self.path,
@@ -387,7 +388,7 @@ where
         let mut body = response.into_body();
         let mut lines = Lines::default();
         let mut listed = 0;
-        let mut last_listed = Instant::now();
+        let mut last_listed = now();
         loop {
             let listing = self.version.is_none();
             let timeouts = match listing {
@@ -419,7 +420,7 @@ where
                     return Ok(end);
                 }
                 if listed > before {
-                    last_listed = Instant::now();
+                    last_listed = now();
                 }
             }
         }

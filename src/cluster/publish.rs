@@ -10,11 +10,11 @@ use std::time::Duration;
 use http::Method;
 use serde_json::{Value, json};
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::access::{Access, Connection};
 use super::call::{self, Failure};
 use super::{annotation, backoff};
+use crate::clock::now;
 use crate::topology::NodeName;
 
 /// The annotations to publish; keys of [`annotation::PUBLISHED`] that are missing here are removed.
@@ -64,7 +64,7 @@ pub(super) async fn run(
             continue;
         };
 
-        let wait = writes.take(Instant::now());
+        let wait = writes.take(now());
         if !wait.is_zero() {
             tracing::warn!(
                 wait_seconds = wait.as_secs(),

@@ -17,11 +17,11 @@ use nix::net::if_::if_nametoindex;
 use nix::sys::socket::SockaddrStorage;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use super::plan::{self, FWMARK, Request};
 use super::registration::{Identity, Registration};
+use crate::clock::now;
 use crate::config;
 use crate::kernel::Kernel;
 use crate::preflight;
@@ -205,10 +205,10 @@ async fn connect(
     // What fails at first is most likely a mistake; later failures are tried again.
     let mut failures = Vec::new();
     let mut is_first = true;
-    let mut next = Instant::now() + args.resync_period;
+    let mut next = now() + args.resync_period;
     loop {
         let look = async {
-            tokio::time::sleep_until(next).await;
+            tokio::time::sleep_until(next.into()).await;
             survey::survey(client, &args.cluster).await
         };
         tokio::select! {
@@ -225,7 +225,7 @@ async fn connect(
                 log_failures(&mut failures, applied.failures);
             }
             found = look => {
-                next = Instant::now() + match found {
+                next = now() + match found {
                     Ok(survey) => {
                         client_host.follow(&survey, registration);
                         args.resync_period

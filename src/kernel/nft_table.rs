@@ -17,6 +17,7 @@ use super::nfnetlink::Nfnetlink;
 use super::nft::{self, SEAL, TABLE, frame, render, render_elements};
 use super::nft_identity::digest;
 use super::subprocess::{self, Failure};
+use crate::clock::now;
 use crate::diff::Change;
 use crate::refusal::Refusal;
 use crate::state::{Firewall, FirewallId, Ruleset};
@@ -352,11 +353,6 @@ fn late() -> anyhow::Error {
         "the program nft took longer than {} s and was ended, so the firewall stays as it is while all else goes on; it is tried again, but see what holds nf_tables on this node (ps -e, dmesg)",
         PATIENCE.as_secs()
     )
-}
-
-#[expect(clippy::disallowed_methods, reason = "the shell reads the clock")]
-fn now() -> Instant {
-    Instant::now()
 }
 
 #[cfg(test)]
