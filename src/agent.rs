@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use self::controller::{Controller, Effect, ShellFacts, WallClock};
 use self::forwarding::HostFirewall;
@@ -61,8 +61,10 @@ use crate::topology::Topology;
 use crate::wireguard::uapi;
 use crate::{preflight, resolve};
 
-/// How often the tunnel's counters and the settings of the kernel are read.
+/// How often the tunnel's counters and the settings of the kernel are read while something is awaited.
 const TICK: Duration = Duration::from_secs(1);
+/// The same at rest. The tunnel reports handshakes, moved endpoints and silent peers at once.
+const TICK_AT_REST: Duration = Duration::from_secs(5);
 /// Changes logged one by one; more of them are a new cluster, and a number says as much.
 const LOGGED: usize = 40;
 /// What to do beside each other: the agent itself needs one thread, look-ups of names block others.
@@ -113,6 +115,10 @@ struct Agent {
     cluster: Cluster,
     reconciler: Reconciler,
     reports: mpsc::UnboundedReceiver<Report<KernelFacts>>,
+    /// Wakes the loop when the tunnel has events.
+    tunnel_events: Arc<Notify>,
+    /// When the tunnel's counters were last read at a tick.
+    ticked: Instant,
     monitor: Monitor,
     host_firewall: HostFirewall,
     writer: saved_view::Writer,
@@ -144,13 +150,13 @@ impl Agent {
         if let Some(view) = cached {
             self.controller.handle_view(now(), view);
         }
-        let mut ticks = tokio::time::interval(TICK);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
 
         loop {
             self.carry_out();
             self.shown.alive.send_replace(now());
             let timeout = self.controller.poll_timeout();
+            let is_at_rest = self.controller.is_at_rest();
+            let tick = self.ticked + if is_at_rest { TICK_AT_REST } else { TICK };
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
@@ -181,7 +187,12 @@ impl Agent {
                     // The one who asked may be gone.
                     let _ = question.send(self.report());
                 }
-                _ = ticks.tick() => self.handle_tick(),
+                () = self.tunnel_events.notified() => {
+                    // They say where to look; the counters say what is there.
+                    self.reconciler.tunnel().take_events();
+                    self.read_tunnel();
+                }
+                () = sleep_until(Some(tick)) => self.handle_tick(),
                 () = sleep_until(timeout) => self.controller.handle_timeout(now()),
             }
         }
@@ -191,8 +202,7 @@ impl Agent {
     fn handle_report(&mut self, report: Report<KernelFacts>) {
         match report {
             Report::Facts(facts) => {
-                let stats = self.reconciler.tunnel().stats();
-                self.controller.handle_tunnel(now(), &stats);
+                self.read_tunnel();
                 let wall = WallClock {
                     node: unix_now(),
                     server: self.access.server_time(),
@@ -207,9 +217,14 @@ impl Agent {
         }
     }
 
-    fn handle_tick(&mut self) {
+    fn read_tunnel(&mut self) {
         let stats = self.reconciler.tunnel().stats();
         self.controller.handle_tunnel(now(), &stats);
+    }
+
+    fn handle_tick(&mut self) {
+        self.ticked = now();
+        self.read_tunnel();
         let (links, ipv6) = self.controller.forwarding_links();
         let off = forwarding::settings(&links, ipv6);
         self.controller.handle_forwarding(now(), off);
@@ -241,7 +256,8 @@ impl Agent {
     }
 
     /// What people and probes see now.
-    fn report(&self) -> crate::status::Report {
+    fn report(&mut self) -> crate::status::Report {
+        self.read_tunnel();
         let shell = ShellFacts {
             api: self.cluster.api_status().borrow().clone(),
             counters: self.reconciler.counters().ok(),

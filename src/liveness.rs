@@ -13,11 +13,10 @@
 
 use std::time::Duration;
 
-use crate::wireguard::REJECT_AFTER_TIME;
+use crate::wireguard::{REJECT_AFTER_TIME, SILENT_AFTER};
 
-/// What was sent and not answered for so long makes a peer suspect: more than a round trip, less than the
-/// 15 seconds after which WireGuard itself begins a handshake.
-const SUSPECT: Duration = Duration::from_secs(5);
+/// What was sent and not answered for so long makes a peer suspect; the tunnel reports the peer then.
+const SUSPECT: Duration = SILENT_AFTER;
 /// The same for a peer that was suspected and answered at its present endpoint. One that only receives says
 /// nothing for ten seconds (WireGuard paper, 6.5: KEEPALIVE_TIMEOUT), and is no more suspected for it.
 const SUSPECT_PATIENTLY: Duration = Duration::from_secs(12);

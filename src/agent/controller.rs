@@ -123,6 +123,8 @@ pub struct Controller {
     /// Whether routes and rules wait for the firewall.
     firewall_awaited: bool,
     traffic: BTreeMap<PublicKey, Traffic>,
+    /// Whether a decision was made since the tunnel's counters were last read.
+    decided: bool,
     drops: BTreeMap<String, u64>,
     effects: VecDeque<Effect>,
 }
@@ -161,6 +163,7 @@ impl Controller {
             failures: Vec::new(),
             firewall_awaited: false,
             traffic: BTreeMap::new(),
+            decided: false,
             drops: BTreeMap::new(),
             effects: VecDeque::new(),
         }
@@ -222,6 +225,7 @@ impl Controller {
     /// The kernel says this: decides, and has everything be done that follows.
     pub fn handle_kernel(&mut self, now: Instant, wall: WallClock, kernel: KernelFacts) {
         self.observing = false;
+        self.decided = true;
         let repairs = self.gather(now, wall, kernel);
         let mode = self.decision.topology.mode.clone();
         self.decision = decision::decide(&self.facts, &self.config, self.public_key);

@@ -40,6 +40,11 @@ impl Readiness {
         self.reached |= self.poll_wait(now, unheard).is_none();
     }
 
+    /// Whether the agent has been ready.
+    pub fn is_reached(&self) -> bool {
+        self.reached
+    }
+
     /// What a new agent still waits for, although it has done all it can; `unheard` peers have an
     /// endpoint and never answered.
     pub fn poll_wait(&self, now: Instant, unheard: usize) -> Option<String> {

@@ -28,6 +28,8 @@ pub struct Traffic {
     pub received: u64,
     /// Bytes sent.
     pub sent: u64,
+    /// Whether it is not alive, or owes an answer.
+    pub is_waiting: bool,
     /// What came of its candidates.
     pub candidates: Vec<Outcome>,
 }

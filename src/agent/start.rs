@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use super::controller::{Controller, Setup};
 use super::forwarding::HostFirewall;
@@ -56,7 +56,8 @@ impl Agent {
         // Before the first look, so that nothing is missed in between.
         let monitor = Monitor::open(&config.interface)?;
         let public_key = key.public_key();
-        let device = start_tunnel(&config, key)?;
+        let tunnel_events = Arc::new(Notify::new());
+        let device = start_tunnel(&config, key, &tunnel_events)?;
         let uapi = uapi::serve(&config.interface, device.clone())?;
 
         let shown = show(&config, listener);
@@ -99,6 +100,8 @@ impl Agent {
             access,
             cluster,
             reports,
+            tunnel_events,
+            ticked: now(),
             monitor,
             names,
             addresses,
@@ -163,7 +166,11 @@ fn start_reconciler(
 }
 
 /// Starts the tunnel: its link, its port, its threads.
-fn start_tunnel(config: &Config, key: PrivateKey) -> Result<Arc<Device>, Refusal> {
+fn start_tunnel(
+    config: &Config,
+    key: PrivateKey,
+    events: &Arc<Notify>,
+) -> Result<Arc<Device>, Refusal> {
     let options = |listen_port| wireguard::Options {
         persistent: true,
         listen_port,
@@ -172,6 +179,10 @@ fn start_tunnel(config: &Config, key: PrivateKey) -> Result<Arc<Device>, Refusal
         accepted: timestamps::load_accepted(&config.state_dir),
         store: Some(Box::new(timestamps::Disk::new(config.state_dir.clone()))),
         unicast_only: true,
+        on_events: {
+            let events = Arc::clone(events);
+            Box::new(move || events.notify_one())
+        },
         ..wireguard::Options::new(config.interface.clone())
     };
     let device = match Device::start(options(config.port)) {

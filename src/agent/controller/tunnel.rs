@@ -13,6 +13,7 @@ impl Controller {
     /// The tunnel's counters are these. Called from time to time, and right before the facts of the kernel
     /// are handed in: a peer that moved a moment ago must not be sent to its old endpoint.
     pub fn handle_tunnel(&mut self, now: Instant, stats: &Stats) {
+        self.decided = false;
         self.wait_for_servers(now);
         if self.take_stats(now, stats) {
             self.readiness.handle_unrest(now);
@@ -21,6 +22,13 @@ impl Controller {
         if self.problems().is_empty() {
             self.readiness.handle_no_problems(now, self.unheard());
         }
+    }
+
+    /// Whether nothing is awaited that only the tunnel's counters show: the agent has been ready, and every
+    /// peer is alive and owes no answer.
+    pub fn is_at_rest(&self) -> bool {
+        let is_waiting = |peer: &Traffic| peer.is_waiting;
+        !self.decided && self.readiness.is_reached() && !self.traffic.values().any(is_waiting)
     }
 
     /// Takes what the tunnel tells of its peers, and looks for those that may have moved. True if an
@@ -74,6 +82,7 @@ impl Controller {
                 handshake_age: peer.last_handshake,
                 received: peer.rx_bytes,
                 sent: peer.tx_bytes,
+                is_waiting: !is_alive || peer.unanswered.is_some(),
                 candidates: self.discovery.outcomes(key, now),
             };
             self.traffic.insert(*key, traffic);
