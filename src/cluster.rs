@@ -42,7 +42,7 @@ use access::Connection;
 use listwatch::{Event, Expectation, ListWatch, SwitchRequest};
 use store::Store;
 
-use crate::clock::{self, now};
+use crate::clock;
 use crate::topology::{NodeName, Object, Snapshot};
 
 /// Debounce: a view is sent when no change arrived for this long.
@@ -407,7 +407,7 @@ impl ViewPublisher {
         notices.extend(self.notices.borrow_and_update().iter().cloned());
         let missing = &self.api_status.borrow_and_update().missing_policies;
         notices.extend(policies::notice(&self.own, missing));
-        for notice in self.notice_filter.new_notices(notices, now()) {
+        for notice in self.notice_filter.new_notices(notices, clock::now()) {
             tracing::warn!(object = %notice.object, reason = notice.reason, notice = %notice.note, "object problem found");
             if events::is_reporter(&self.own, &notice.object, &view.snapshot) {
                 let uid = match &notice.object {

@@ -18,13 +18,25 @@ use crate::wireguard::{PeerConfig, PeerId};
 /// `Display` prints what an operator would type.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Change {
-    /// Creates the tunnel's link, down.
-    CreateLink {
-        /// Its name.
-        name: String,
-        /// Its MTU in bytes.
-        mtu: u32,
-    },
+    /// For [`crate::kernel`].
+    Kernel(KernelChange),
+    /// For the tunnel device ([`crate::wireguard`]).
+    Tunnel(TunnelChange),
+}
+
+impl Change {
+    /// The change, if it is the kernel's.
+    pub fn of_kernel(&self) -> Option<&KernelChange> {
+        match self {
+            Self::Kernel(change) => Some(change),
+            Self::Tunnel(_) => None,
+        }
+    }
+}
+
+/// A change of the kernel.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum KernelChange {
     /// Changes the MTU of the tunnel's link.
     SetMtu {
         /// The link.
@@ -53,24 +65,6 @@ pub enum Change {
         /// Its scope (IPv4 only).
         scope: Scope,
     },
-    /// Makes the tunnel device listen on another UDP port.
-    SetListenPort {
-        /// The link.
-        dev: String,
-        /// The port.
-        port: NonZeroU16,
-    },
-    /// Adds a peer to the tunnel device, or changes it.
-    SetPeer {
-        /// The link.
-        dev: String,
-        /// The peer.
-        id: PeerId,
-        /// The key that it has now, where it is another one.
-        replaced: Option<PublicKey>,
-        /// What it should be.
-        peer: PeerConfig,
-    },
     /// Makes the nft table this one in one transaction; where only prefixes differ, by its sets' elements.
     ReplaceFirewall(Box<Firewall>),
     /// Adds a route, or replaces the one with the same key in place.
@@ -86,15 +80,6 @@ pub enum Change {
     DeleteRule(Rule),
     /// Deletes a route.
     DeleteRoute(RouteKey),
-    /// Removes a peer from the tunnel device.
-    RemovePeer {
-        /// The link.
-        dev: String,
-        /// The peer.
-        id: PeerId,
-        /// Its key.
-        key: PublicKey,
-    },
     /// Deletes an address of the tunnel's link.
     DeleteAddress {
         /// The link.
@@ -116,6 +101,45 @@ pub enum Change {
     DeleteFirewall,
 }
 
+/// A change of the tunnel device.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum TunnelChange {
+    /// Creates the tunnel's link, down.
+    CreateLink {
+        /// Its name.
+        name: String,
+        /// Its MTU in bytes.
+        mtu: u32,
+    },
+    /// Makes the tunnel device listen on another UDP port.
+    SetListenPort {
+        /// The link.
+        dev: String,
+        /// The port.
+        port: NonZeroU16,
+    },
+    /// Adds a peer to the tunnel device, or changes it.
+    SetPeer {
+        /// The link.
+        dev: String,
+        /// The peer.
+        id: PeerId,
+        /// The key that it has now, where it is another one.
+        replaced: Option<PublicKey>,
+        /// What it should be.
+        peer: PeerConfig,
+    },
+    /// Removes a peer from the tunnel device.
+    RemovePeer {
+        /// The link.
+        dev: String,
+        /// The peer.
+        id: PeerId,
+        /// Its key.
+        key: PublicKey,
+    },
+}
+
 /// Returns the changes in the order they must be applied.
 ///
 /// Additions precede deletions, so that no destination is without a route in between:
@@ -124,7 +148,8 @@ pub enum Change {
 ///    route through a link that is down and a preferred source that is not an address of the host;
 ///    an IPv6 address is only usable once its link is up.
 /// 2. The firewall comes before the first route, so nothing that a new route carries is translated
-///    or leaks in between.
+///    or leaks in between. The agent applies it beside the others, and holds back what must wait for it
+///    ([`crate::reconciler::core`]).
 /// 3. A route whose key stays is replaced in place: followers move to a new leader without a hole.
 ///    What is thrown back to main comes before the wider prefix that would take it.
 /// 4. Routes come before the rules that lead to them: the look-up never sees half a table.
@@ -147,22 +172,30 @@ fn add(observed: &State, desired: &State, changes: &mut Vec<Change>) {
     if let Some(ruleset @ Ruleset::Planned(firewall)) = &desired.firewall
         && observed.firewall.as_ref() != Some(ruleset)
     {
-        changes.push(Change::ReplaceFirewall(firewall.clone()));
+        changes.push(Change::Kernel(KernelChange::ReplaceFirewall(
+            firewall.clone(),
+        )));
     }
     let routes = |throw: bool| {
         let is_new = move |(key, route): &(&RouteKey, &Route)| {
             (**route == Route::Throw) == throw && observed.routes.get(*key) != Some(route)
         };
-        let replace = |(&key, route): (&RouteKey, &Route)| Change::ReplaceRoute {
-            key,
-            route: route.clone(),
+        let replace = |(&key, route): (&RouteKey, &Route)| {
+            Change::Kernel(KernelChange::ReplaceRoute {
+                key,
+                route: route.clone(),
+            })
         };
         desired.routes.iter().filter(is_new).map(replace)
     };
     changes.extend(routes(true));
     changes.extend(routes(false));
     let rules = desired.rules.difference(&observed.rules);
-    changes.extend(rules.cloned().map(Change::AddRule));
+    changes.extend(
+        rules
+            .cloned()
+            .map(|it| Change::Kernel(KernelChange::AddRule(it))),
+    );
 }
 
 /// What needs the link: its addresses, the device and its peers.
@@ -175,14 +208,14 @@ fn add_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec<Ch
         &nothing
     };
     match &old.link {
-        None => changes.push(Change::CreateLink {
+        None => changes.push(Change::Tunnel(TunnelChange::CreateLink {
             name: name(),
             mtu: link.mtu,
-        }),
-        Some(old) if old.mtu != link.mtu => changes.push(Change::SetMtu {
+        })),
+        Some(old) if old.mtu != link.mtu => changes.push(Change::Kernel(KernelChange::SetMtu {
             name: name(),
             mtu: link.mtu,
-        }),
+        })),
         Some(_) => {}
     }
     changes.extend(
@@ -190,13 +223,15 @@ fn add_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec<Ch
             .sysctls
             .iter()
             .filter(|(path, value)| old.sysctls.get(*path) != Some(value))
-            .map(|(path, value)| Change::SetSysctl {
-                path: path.clone(),
-                value: value.clone(),
+            .map(|(path, value)| {
+                Change::Kernel(KernelChange::SetSysctl {
+                    path: path.clone(),
+                    value: value.clone(),
+                })
             }),
     );
     if link.up && !old.link.as_ref().is_some_and(|old| old.up) {
-        changes.push(Change::SetUp { name: name() });
+        changes.push(Change::Kernel(KernelChange::SetUp { name: name() }));
     }
     for (&address, &scope) in &desired.addresses {
         let dev = name();
@@ -204,57 +239,66 @@ fn add_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec<Ch
             Some(old) if *old == scope => continue,
             // Somebody else's doing: a scope cannot be changed. Should it be the last address, the
             // next pass puts back what the kernel flushes.
-            Some(_) => changes.push(Change::DeleteAddress { dev, address }),
+            Some(_) => changes.push(Change::Kernel(KernelChange::DeleteAddress { dev, address })),
             None => {}
         }
-        changes.push(Change::AddAddress {
+        changes.push(Change::Kernel(KernelChange::AddAddress {
             dev: name(),
             address,
             scope,
-        });
+        }));
     }
     changes.extend(
         stale(old, desired)
             .filter(|a| !is_last(a, desired))
-            .map(|address| Change::DeleteAddress {
-                dev: name(),
-                address,
+            .map(|address| {
+                Change::Kernel(KernelChange::DeleteAddress {
+                    dev: name(),
+                    address,
+                })
             }),
     );
     if let Some(port) = desired.listen_port
         && old.listen_port != desired.listen_port
     {
-        changes.push(Change::SetListenPort { dev: name(), port });
+        changes.push(Change::Tunnel(TunnelChange::SetListenPort {
+            dev: name(),
+            port,
+        }));
     }
     let changed = |(id, peer): &(&PeerId, &PeerConfig)| old.peers.get(*id) != Some(peer);
     let changed = by_key(desired.peers.iter().filter(changed));
     changes.extend(changed.map(|(id, peer)| {
         let before = old.peers.get(id).map(|before| before.public_key);
-        Change::SetPeer {
+        Change::Tunnel(TunnelChange::SetPeer {
             dev: name(),
             id: id.clone(),
             replaced: before.filter(|key| *key != peer.public_key),
             peer: peer.clone(),
-        }
+        })
     }));
 }
 
 fn delete(observed: &State, desired: &State, changes: &mut Vec<Change>) {
     let rules = observed.rules.difference(&desired.rules);
-    changes.extend(rules.cloned().map(Change::DeleteRule));
+    changes.extend(
+        rules
+            .cloned()
+            .map(|it| Change::Kernel(KernelChange::DeleteRule(it))),
+    );
     changes.extend(
         observed
             .routes
             .keys()
             .filter(|key| !desired.routes.contains_key(*key))
             .copied()
-            .map(Change::DeleteRoute),
+            .map(|it| Change::Kernel(KernelChange::DeleteRoute(it))),
     );
     if let Some(link) = &observed.link {
         delete_link(observed, desired, link, changes);
     }
     if observed.firewall.is_some() && desired.firewall.is_none() {
-        changes.push(Change::DeleteFirewall);
+        changes.push(Change::Kernel(KernelChange::DeleteFirewall));
     }
 }
 
@@ -262,26 +306,30 @@ fn delete_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec
     let name = || link.name.clone();
     if !same_link(observed, desired) {
         // Everything else goes with it.
-        changes.push(Change::DeleteLink { name: name() });
+        changes.push(Change::Kernel(KernelChange::DeleteLink { name: name() }));
         return;
     }
     let removed = observed.peers.iter();
     let removed = by_key(removed.filter(|(id, _)| !desired.peers.contains_key(*id)));
-    changes.extend(removed.map(|(id, peer)| Change::RemovePeer {
-        dev: name(),
-        id: id.clone(),
-        key: peer.public_key,
+    changes.extend(removed.map(|(id, peer)| {
+        Change::Tunnel(TunnelChange::RemovePeer {
+            dev: name(),
+            id: id.clone(),
+            key: peer.public_key,
+        })
     }));
     changes.extend(
         stale(observed, desired)
             .filter(|address| is_last(address, desired))
-            .map(|address| Change::DeleteAddress {
-                dev: name(),
-                address,
+            .map(|address| {
+                Change::Kernel(KernelChange::DeleteAddress {
+                    dev: name(),
+                    address,
+                })
             }),
     );
     if link.up && desired.link.as_ref().is_some_and(|new| !new.up) {
-        changes.push(Change::SetDown { name: name() });
+        changes.push(Change::Kernel(KernelChange::SetDown { name: name() }));
     }
 }
 
@@ -317,12 +365,15 @@ fn same_link(observed: &State, desired: &State) -> bool {
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::CreateLink { name, mtu } => {
-                write!(
-                    f,
-                    "ip tuntap add {name} mode tun; ip link set {name} mtu {mtu}"
-                )
-            }
+            Self::Kernel(change) => change.fmt(f),
+            Self::Tunnel(change) => change.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for KernelChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
             Self::SetMtu { name, mtu } => write!(f, "ip link set {name} mtu {mtu}"),
             Self::SetSysctl { path, value } => write!(f, "sysctl -w {path}={value}"),
             Self::SetUp { name } => write!(f, "ip link set {name} up"),
@@ -337,6 +388,30 @@ impl fmt::Display for Change {
                     Scope::Link => f.write_str(" scope link"),
                 }
             }
+            Self::ReplaceFirewall(_) => f.write_str("nft -f -"),
+            Self::ReplaceRoute { key, route } => {
+                write!(f, "{}", RouteCommand("replace", key, Some(route)))
+            }
+            Self::AddRule(rule) => write!(f, "ip {}rule add {rule}", family(rule.v6)),
+            Self::DeleteRule(rule) => write!(f, "ip {}rule del {rule}", family(rule.v6)),
+            Self::DeleteRoute(key) => write!(f, "{}", RouteCommand("del", key, None)),
+            Self::DeleteAddress { dev, address } => write!(f, "ip addr del {address} dev {dev}"),
+            Self::SetDown { name } => write!(f, "ip link set {name} down"),
+            Self::DeleteLink { name } => write!(f, "ip link del {name}"),
+            Self::DeleteFirewall => f.write_str("nft delete table inet selvedge"),
+        }
+    }
+}
+
+impl fmt::Display for TunnelChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::CreateLink { name, mtu } => {
+                write!(
+                    f,
+                    "ip tuntap add {name} mode tun; ip link set {name} mtu {mtu}"
+                )
+            }
             Self::SetListenPort { dev, port } => write!(f, "wg set {dev} listen-port {port}"),
             Self::SetPeer {
                 dev,
@@ -350,18 +425,7 @@ impl fmt::Display for Change {
                 }
                 write!(f, " peer {}{peer}", peer.public_key)
             }
-            Self::ReplaceFirewall(_) => f.write_str("nft -f -"),
-            Self::ReplaceRoute { key, route } => {
-                write!(f, "{}", RouteCommand("replace", key, Some(route)))
-            }
-            Self::AddRule(rule) => write!(f, "ip {}rule add {rule}", family(rule.v6)),
-            Self::DeleteRule(rule) => write!(f, "ip {}rule del {rule}", family(rule.v6)),
-            Self::DeleteRoute(key) => write!(f, "{}", RouteCommand("del", key, None)),
             Self::RemovePeer { dev, key, .. } => write!(f, "wg set {dev} peer {key} remove"),
-            Self::DeleteAddress { dev, address } => write!(f, "ip addr del {address} dev {dev}"),
-            Self::SetDown { name } => write!(f, "ip link set {name} down"),
-            Self::DeleteLink { name } => write!(f, "ip link del {name}"),
-            Self::DeleteFirewall => f.write_str("nft delete table inet selvedge"),
         }
     }
 }

@@ -41,7 +41,7 @@ pub use self::ownership::KilosRemains;
 pub use self::rtnetlink::Rtnetlink;
 pub use self::sysctl::ipv6_is_off;
 pub use self::underlay::{LocalAddress, Path, Uplink};
-use crate::diff::{Change, diff};
+use crate::diff::{Change, KernelChange, diff};
 use crate::state::State;
 
 /// The kernel of this node, in one network namespace.
@@ -83,7 +83,7 @@ impl Kernel {
     /// # Errors
     ///
     /// Where the kernel or `nft` refuses it, and for a change of the tunnel device.
-    pub fn apply(&self, change: &Change) -> anyhow::Result<()> {
+    pub fn apply(&self, change: &KernelChange) -> anyhow::Result<()> {
         if is_nft(change) {
             self.nft.apply(change)
         } else {
@@ -93,14 +93,17 @@ impl Kernel {
 
     /// Makes changes in their order and returns those that failed. One that fails does not keep
     /// those behind it from being made.
-    pub fn apply_all<'a>(&self, changes: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)> {
+    pub fn apply_all<'a>(
+        &self,
+        changes: &[&'a KernelChange],
+    ) -> Vec<(&'a KernelChange, anyhow::Error)> {
         let mut failed = Vec::new();
         for run in changes.chunk_by(|a, b| is_nft(a) == is_nft(b)) {
-            if !run.first().is_some_and(is_nft) {
+            if !run.first().is_some_and(|change| is_nft(change)) {
                 failed.extend(self.rtnetlink.apply_all(run));
                 continue;
             }
-            for change in run {
+            for &change in run {
                 if let Err(error) = self.nft.apply(change) {
                     failed.push((change, error));
                 }
@@ -117,6 +120,9 @@ impl Kernel {
             Err(error) => return vec![error],
         };
         let changes = diff(&observed, &State::default());
+        // Nothing of the tunnel's is observed.
+        let changes = changes.iter().filter_map(Change::of_kernel);
+        let changes: Vec<_> = changes.collect();
         for change in &changes {
             tracing::info!(%change, "removing agent state");
         }
@@ -128,6 +134,9 @@ impl Kernel {
 }
 
 /// Whether a change is made to the nft table ([`NftTable`]), and not by [`Rtnetlink`].
-pub fn is_nft(change: &Change) -> bool {
-    matches!(change, Change::ReplaceFirewall(_) | Change::DeleteFirewall)
+pub fn is_nft(change: &KernelChange) -> bool {
+    matches!(
+        change,
+        KernelChange::ReplaceFirewall(_) | KernelChange::DeleteFirewall
+    )
 }

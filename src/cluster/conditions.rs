@@ -17,7 +17,7 @@ use super::access::Connection;
 use super::call::{self, Failure};
 use super::events::{self, Notice};
 use super::{Object, View, backoff};
-use crate::clock::now;
+use crate::clock;
 use crate::topology::NodeName;
 
 const MERGE: &str = "application/merge-patch+json";
@@ -94,7 +94,7 @@ pub(super) async fn run(
     let mut writes = backoff::Budget::new(20, Duration::from_secs(30));
     let mut sent = Sent::default();
     loop {
-        let now = crate::clock::now();
+        let now = clock::now();
         let next = {
             let (verdicts, observed) = (verdicts.borrow_and_update(), observed.borrow_and_update());
             sent.forget(&observed, now);
@@ -122,7 +122,7 @@ pub(super) async fn run(
         match call::call(&connection.client, request).await {
             Ok(_) => {
                 backoff.reset();
-                sent.written.insert(name, (verdict, now()));
+                sent.written.insert(name, (verdict, clock::now()));
             }
             Err(Failure::Forbidden(reason)) => {
                 tracing::info!(error = %reason, "writing conditions of Peers refused: check the ClusterRole");
@@ -325,7 +325,7 @@ mod tests {
         let view = view(&["good"]);
         let first = verdicts(&own(), &view, &BTreeSet::new());
         let there: Conditions = [("good".to_owned(), None)].into();
-        let (now, mut sent) = (crate::clock::now(), Sent::default());
+        let (now, mut sent) = (clock::now(), Sent::default());
         sent.unwritable
             .insert("good".to_owned(), first["good"].clone());
 

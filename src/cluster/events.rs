@@ -12,7 +12,6 @@ use tokio::sync::{mpsc, watch};
 use super::access::Connection;
 use super::call::{self, Failure};
 use super::{Object, Rejected, peer};
-use crate::clock::now;
 use crate::liveness;
 use crate::plan::Caveat;
 use crate::text;
@@ -211,6 +210,7 @@ pub(super) fn cut(text: &str, limit: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock;
 
     fn notice(node: &str, field: &str, note: &str) -> Notice {
         Notice {
@@ -224,7 +224,7 @@ mod tests {
     #[test]
     fn a_lasting_notice_is_reported_once() {
         let mut notice_filter = NoticeFilter::default();
-        let now = crate::clock::now();
+        let now = clock::now();
         let all = BTreeSet::from([notice("a1", "key", "x")]);
         assert_eq!(notice_filter.new_notices(all.clone(), now).len(), 1);
         for minutes in 1..100 {
@@ -236,7 +236,7 @@ mod tests {
     #[test]
     fn a_field_that_keeps_changing_is_reported_once_in_ten_minutes() {
         let mut notice_filter = NoticeFilter::default();
-        let now = crate::clock::now();
+        let now = clock::now();
         let reported: usize = (0..1200)
             .map(|second| {
                 let all = BTreeSet::from([notice("a1", "key", &second.to_string())]);
@@ -256,7 +256,7 @@ mod tests {
             notice("a1", "endpoint", "x"),
             notice("a2", "key", "x"),
         ]);
-        assert_eq!(notice_filter.new_notices(all, now()).len(), 3);
+        assert_eq!(notice_filter.new_notices(all, clock::now()).len(), 3);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::netlink::Netlink;
 use super::{route, rule};
-use crate::diff::Change;
+use crate::diff::KernelChange;
 use crate::state::{Route, RouteKey, Rule};
 
 /// Adds routes without next hops and the rules that lead to them, and returns what could not be added.
@@ -25,21 +25,21 @@ use crate::state::{Route, RouteKey, Rule};
 pub fn guard(
     routes: &[(RouteKey, Route)],
     rules: &BTreeSet<Rule>,
-) -> anyhow::Result<Vec<(Change, anyhow::Error)>> {
+) -> anyhow::Result<Vec<(KernelChange, anyhow::Error)>> {
     let mut netlink = Netlink::open(NETLINK_ROUTE).context("opening a socket to rtnetlink")?;
     let mut changes = Vec::with_capacity(routes.len() + rules.len());
     let mut requests = Vec::with_capacity(changes.capacity());
     for (key, route) in routes {
         let message = route::to_message(key, route, &route::Indexes::new())?;
         requests.push(RouteNetlinkMessage::NewRoute(message));
-        changes.push(Change::ReplaceRoute {
+        changes.push(KernelChange::ReplaceRoute {
             key: *key,
             route: route.clone(),
         });
     }
     for rule in rules {
         requests.push(RouteNetlinkMessage::NewRule(rule::to_message(rule)));
-        changes.push(Change::AddRule(rule.clone()));
+        changes.push(KernelChange::AddRule(rule.clone()));
     }
     let flags = NLM_F_CREATE | NLM_F_EXCL;
     let requests = requests.into_iter().map(|request| (request, flags));

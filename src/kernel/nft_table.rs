@@ -18,7 +18,7 @@ use super::nft::{self, SEAL, TABLE, frame, render, render_elements};
 use super::nft_identity::digest;
 use super::subprocess::{self, Failure};
 use crate::clock::now;
-use crate::diff::Change;
+use crate::diff::KernelChange;
 use crate::refusal::Refusal;
 use crate::state::{Firewall, FirewallId, Ruleset};
 
@@ -119,10 +119,10 @@ impl NftTable {
     /// # Errors
     ///
     /// Those of [`Self::replace`] and [`Self::delete`], and for any other change.
-    pub fn apply(&self, change: &Change) -> anyhow::Result<()> {
+    pub fn apply(&self, change: &KernelChange) -> anyhow::Result<()> {
         match change {
-            Change::ReplaceFirewall(firewall) => self.replace(firewall),
-            Change::DeleteFirewall => self.delete(),
+            KernelChange::ReplaceFirewall(firewall) => self.replace(firewall),
+            KernelChange::DeleteFirewall => self.delete(),
             other => Err(anyhow!("nft does not make this change: {other}")),
         }
     }

@@ -3,7 +3,7 @@
 
 use super::link::Found;
 use super::{Rtnetlink, dump, route};
-use crate::diff::Change;
+use crate::diff::KernelChange;
 use crate::refusal::Refusal;
 use crate::state::{PROTOCOL, Table};
 
@@ -33,10 +33,10 @@ impl Rtnetlink {
         if !self.left_by_kilo()?.link {
             return Ok(false);
         }
-        let changes = [Change::DeleteLink {
+        let change = KernelChange::DeleteLink {
             name: self.interface.clone(),
-        }];
-        match self.apply_all(&changes).pop() {
+        };
+        match self.apply_all(&[&change]).pop() {
             None => Ok(true),
             Some((change, error)) => Err(error.context(change.to_string())),
         }

@@ -13,7 +13,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use super::flannel_repair::{self, FlannelState, Repair};
 use super::netlink::{Netlink, Refused};
 use super::{dump, link, route, rule, sysctl};
-use crate::diff::Change;
+use crate::diff::KernelChange;
 use crate::flannel::Vtep;
 use crate::state::{Link, Route, RouteKey, Scope, State, Table};
 
@@ -93,8 +93,8 @@ impl Rtnetlink {
     /// # Errors
     ///
     /// Where the kernel refuses it, and for a change of the nft table or of the tunnel device.
-    pub fn apply(&self, change: &Change) -> anyhow::Result<()> {
-        match self.apply_all(std::slice::from_ref(change)).pop() {
+    pub fn apply(&self, change: &KernelChange) -> anyhow::Result<()> {
+        match self.apply_all(&[change]).pop() {
             Some((_, error)) => Err(error),
             None => Ok(()),
         }
@@ -104,13 +104,16 @@ impl Rtnetlink {
     /// those behind it from being made.
     ///
     /// Many routes in a row cost one exchange with the kernel.
-    pub fn apply_all<'a>(&self, changes: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)> {
+    pub fn apply_all<'a>(
+        &self,
+        changes: &[&'a KernelChange],
+    ) -> Vec<(&'a KernelChange, anyhow::Error)> {
         let mut netlink = self.netlink();
         let mut failed = Vec::new();
         let mut requested = Vec::new();
         let mut requests = Vec::new();
         let indexes = self.indexes(&mut netlink, changes);
-        for change in changes {
+        for &change in changes {
             match self.request(change, &indexes) {
                 Ok(Some(request)) => {
                     requested.push(change);
@@ -196,7 +199,7 @@ impl Rtnetlink {
     /// The message that makes a change, and its flags; `None` where there is nothing left to delete.
     fn request(
         &self,
-        change: &Change,
+        change: &KernelChange,
         indexes: &route::Indexes,
     ) -> anyhow::Result<Option<(RouteNetlinkMessage, u16)>> {
         use RouteNetlinkMessage as Message;
@@ -208,9 +211,11 @@ impl Rtnetlink {
                 .with_context(|| format!("there is no link {}", crate::text::quote(name)))
         };
         let request = match change {
-            Change::SetMtu { name, mtu } => (Message::SetLink(link::to_mtu(index(name)?, *mtu)), 0),
-            Change::SetUp { name } => (Message::SetLink(link::to_up(index(name)?, true)), 0),
-            Change::AddAddress {
+            KernelChange::SetMtu { name, mtu } => {
+                (Message::SetLink(link::to_mtu(index(name)?, *mtu)), 0)
+            }
+            KernelChange::SetUp { name } => (Message::SetLink(link::to_up(index(name)?, true)), 0),
+            KernelChange::AddAddress {
                 dev,
                 address,
                 scope,
@@ -218,35 +223,37 @@ impl Rtnetlink {
                 Message::NewAddress(link::to_address(index(dev)?, *address, *scope)),
                 NLM_F_CREATE | NLM_F_EXCL,
             ),
-            Change::ReplaceRoute { key, route } => (
+            KernelChange::ReplaceRoute { key, route } => (
                 Message::NewRoute(route::to_message(key, route, indexes)?),
                 NLM_F_CREATE | NLM_F_REPLACE,
             ),
-            Change::SetSysctl { path, value } => {
+            KernelChange::SetSysctl { path, value } => {
                 let key = sysctl::key(path, &self.interface)?;
                 let message = link::to_sysctl(index(&self.interface)?, &key, value)
                     .with_context(|| format!("{} is no value for it", crate::text::quote(value)))?;
                 (Message::SetLink(message), 0)
             }
-            Change::AddRule(rule) => (
+            KernelChange::AddRule(rule) => (
                 Message::NewRule(rule::to_message(rule)),
                 NLM_F_CREATE | NLM_F_EXCL,
             ),
-            Change::DeleteRule(rule) => (Message::DelRule(rule::to_message(rule)), 0),
-            Change::DeleteRoute(key) => (Message::DelRoute(route::to_key_message(key)?), 0),
-            Change::DeleteAddress { dev, address } => {
+            KernelChange::DeleteRule(rule) => (Message::DelRule(rule::to_message(rule)), 0),
+            KernelChange::DeleteRoute(key) => (Message::DelRoute(route::to_key_message(key)?), 0),
+            KernelChange::DeleteAddress { dev, address } => {
                 let Some(&index) = indexes.get(dev) else {
                     return Ok(None);
                 };
                 let message = link::to_address(index, *address, Scope::Global);
                 (Message::DelAddress(message), 0)
             }
-            Change::SetDown { name } | Change::DeleteLink { name } => {
+            KernelChange::SetDown { name } | KernelChange::DeleteLink { name } => {
                 let Some(&index) = indexes.get(name) else {
                     return Ok(None);
                 };
                 match change {
-                    Change::SetDown { .. } => (Message::SetLink(link::to_up(index, false)), 0),
+                    KernelChange::SetDown { .. } => {
+                        (Message::SetLink(link::to_up(index, false)), 0)
+                    }
                     _ => (Message::DelLink(link::to_index(index)), 0),
                 }
             }
@@ -256,23 +263,23 @@ impl Rtnetlink {
     }
 
     /// The indexes of the links that changes name. One that does not exist is left out.
-    fn indexes(&self, netlink: &mut Netlink, changes: &[Change]) -> route::Indexes {
+    fn indexes(&self, netlink: &mut Netlink, changes: &[&KernelChange]) -> route::Indexes {
         let mut names = BTreeSet::new();
         for change in changes {
             match change {
-                Change::SetMtu { name, .. }
-                | Change::SetUp { name }
-                | Change::SetDown { name }
-                | Change::DeleteLink { name } => {
+                KernelChange::SetMtu { name, .. }
+                | KernelChange::SetUp { name }
+                | KernelChange::SetDown { name }
+                | KernelChange::DeleteLink { name } => {
                     names.insert(name);
                 }
-                Change::SetSysctl { .. } => {
+                KernelChange::SetSysctl { .. } => {
                     names.insert(&self.interface);
                 }
-                Change::AddAddress { dev, .. } | Change::DeleteAddress { dev, .. } => {
+                KernelChange::AddAddress { dev, .. } | KernelChange::DeleteAddress { dev, .. } => {
                     names.insert(dev);
                 }
-                Change::ReplaceRoute {
+                KernelChange::ReplaceRoute {
                     route: Route::Unicast { next_hops, .. },
                     ..
                 } => names.extend(next_hops.iter().map(|hop| &hop.dev)),
@@ -292,18 +299,18 @@ impl Rtnetlink {
 }
 
 /// Whether a refusal means that the change is already made.
-fn is_done(change: &Change, refused: &Refused) -> bool {
+fn is_done(change: &KernelChange, refused: &Refused) -> bool {
     match (change, refused.errno()) {
         // The link has the address; the same rule is there.
-        (Change::AddAddress { .. } | Change::AddRule(_), libc::EEXIST) => true,
+        (KernelChange::AddAddress { .. } | KernelChange::AddRule(_), libc::EEXIST) => true,
         // No such route; no such table (IPv4); the link it led through is gone.
-        (Change::DeleteRoute(_), libc::ESRCH | libc::ENOENT | libc::ENODEV) => true,
+        (KernelChange::DeleteRoute(_), libc::ESRCH | libc::ENOENT | libc::ENODEV) => true,
         // No such rule; no IPv6 in this kernel.
-        (Change::DeleteRule(_), libc::ENOENT | libc::EAFNOSUPPORT) => true,
+        (KernelChange::DeleteRule(_), libc::ENOENT | libc::EAFNOSUPPORT) => true,
         // The link does not have the address; the link is gone.
-        (Change::DeleteAddress { .. }, libc::EADDRNOTAVAIL | libc::ENODEV) => true,
+        (KernelChange::DeleteAddress { .. }, libc::EADDRNOTAVAIL | libc::ENODEV) => true,
         // The link is gone.
-        (Change::SetDown { .. } | Change::DeleteLink { .. }, libc::ENODEV) => true,
+        (KernelChange::SetDown { .. } | KernelChange::DeleteLink { .. }, libc::ENODEV) => true,
         _ => false,
     }
 }

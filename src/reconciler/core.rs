@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::firewall::{self, Job};
-use crate::diff::{Change, diff};
+use crate::diff::{Change, KernelChange, TunnelChange, diff};
 use crate::kernel::flannel_repair::Repair;
 use crate::kernel::nft;
 use crate::state::{Firewall, RouteKey, Rule, Ruleset, State};
@@ -126,20 +126,25 @@ enum Item {
 impl Item {
     fn of(change: &Change) -> Self {
         match change {
-            Change::CreateLink { .. }
-            | Change::SetMtu { .. }
-            | Change::SetUp { .. }
-            | Change::SetDown { .. }
-            | Change::DeleteLink { .. } => Self::Link,
-            Change::SetSysctl { path, .. } => Self::Sysctl(path.clone()),
-            Change::AddAddress { address, .. } | Change::DeleteAddress { address, .. } => {
+            Change::Tunnel(TunnelChange::CreateLink { .. })
+            | Change::Kernel(KernelChange::SetMtu { .. })
+            | Change::Kernel(KernelChange::SetUp { .. })
+            | Change::Kernel(KernelChange::SetDown { .. })
+            | Change::Kernel(KernelChange::DeleteLink { .. }) => Self::Link,
+            Change::Kernel(KernelChange::SetSysctl { path, .. }) => Self::Sysctl(path.clone()),
+            Change::Kernel(KernelChange::AddAddress { address, .. })
+            | Change::Kernel(KernelChange::DeleteAddress { address, .. }) => {
                 Self::Address(*address)
             }
-            Change::SetListenPort { .. } => Self::ListenPort,
-            Change::SetPeer { id, .. } | Change::RemovePeer { id, .. } => Self::Peer(id.clone()),
-            Change::ReplaceFirewall(_) | Change::DeleteFirewall => Self::Firewall,
-            Change::ReplaceRoute { key, .. } | Change::DeleteRoute(key) => Self::Route(*key),
-            Change::AddRule(rule) | Change::DeleteRule(rule) => Self::Rule(rule.clone()),
+            Change::Tunnel(TunnelChange::SetListenPort { .. }) => Self::ListenPort,
+            Change::Tunnel(TunnelChange::SetPeer { id, .. })
+            | Change::Tunnel(TunnelChange::RemovePeer { id, .. }) => Self::Peer(id.clone()),
+            Change::Kernel(KernelChange::ReplaceFirewall(_))
+            | Change::Kernel(KernelChange::DeleteFirewall) => Self::Firewall,
+            Change::Kernel(KernelChange::ReplaceRoute { key, .. })
+            | Change::Kernel(KernelChange::DeleteRoute(key)) => Self::Route(*key),
+            Change::Kernel(KernelChange::AddRule(rule))
+            | Change::Kernel(KernelChange::DeleteRule(rule)) => Self::Rule(rule.clone()),
         }
     }
 }
@@ -391,9 +396,11 @@ impl Core {
 
     fn port_change(&self, observed: &State) -> Option<Change> {
         let port = self.desired.listen_port?;
-        (observed.listen_port != Some(port)).then(|| Change::SetListenPort {
-            dev: self.desired.interface.clone(),
-            port,
+        (observed.listen_port != Some(port)).then(|| {
+            Change::Tunnel(TunnelChange::SetListenPort {
+                dev: self.desired.interface.clone(),
+                port,
+            })
         })
     }
 
@@ -466,29 +473,30 @@ impl Core {
 
 /// Whether a change may be left out while the firewall is waited for.
 fn may_wait(change: &Change) -> bool {
-    is_after_firewall(change) || matches!(change, Change::DeleteAddress { .. })
+    is_after_firewall(change)
+        || matches!(change, Change::Kernel(KernelChange::DeleteAddress { .. }))
 }
 
 /// Whether the order of a difference puts a change behind the firewall.
 fn is_after_firewall(change: &Change) -> bool {
     match change {
-        Change::ReplaceRoute { .. }
-        | Change::AddRule(_)
-        | Change::DeleteRule(_)
-        | Change::DeleteRoute(_)
-        | Change::RemovePeer { .. }
-        | Change::SetDown { .. }
-        | Change::DeleteLink { .. }
-        | Change::DeleteFirewall => true,
-        Change::CreateLink { .. }
-        | Change::SetMtu { .. }
-        | Change::SetSysctl { .. }
-        | Change::SetUp { .. }
-        | Change::AddAddress { .. }
-        | Change::DeleteAddress { .. }
-        | Change::SetListenPort { .. }
-        | Change::SetPeer { .. }
-        | Change::ReplaceFirewall(_) => false,
+        Change::Kernel(KernelChange::ReplaceRoute { .. })
+        | Change::Kernel(KernelChange::AddRule(_))
+        | Change::Kernel(KernelChange::DeleteRule(_))
+        | Change::Kernel(KernelChange::DeleteRoute(_))
+        | Change::Tunnel(TunnelChange::RemovePeer { .. })
+        | Change::Kernel(KernelChange::SetDown { .. })
+        | Change::Kernel(KernelChange::DeleteLink { .. })
+        | Change::Kernel(KernelChange::DeleteFirewall) => true,
+        Change::Tunnel(TunnelChange::CreateLink { .. })
+        | Change::Kernel(KernelChange::SetMtu { .. })
+        | Change::Kernel(KernelChange::SetSysctl { .. })
+        | Change::Kernel(KernelChange::SetUp { .. })
+        | Change::Kernel(KernelChange::AddAddress { .. })
+        | Change::Kernel(KernelChange::DeleteAddress { .. })
+        | Change::Tunnel(TunnelChange::SetListenPort { .. })
+        | Change::Tunnel(TunnelChange::SetPeer { .. })
+        | Change::Kernel(KernelChange::ReplaceFirewall(_)) => false,
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use crate::clock::now;
-use crate::diff::Change;
+use crate::diff::{Change, KernelChange};
 use crate::kernel::NftTable;
 use crate::state::{Firewall, Ruleset};
 
@@ -99,11 +99,13 @@ pub(super) fn ensure(
                 return Ok(None);
             }
             table.replace(firewall)?;
-            Ok(Some(Change::ReplaceFirewall(Box::new(firewall.clone()))))
+            Ok(Some(Change::Kernel(KernelChange::ReplaceFirewall(
+                Box::new(firewall.clone()),
+            ))))
         }
         None if observed.is_some() => {
             table.delete()?;
-            Ok(Some(Change::DeleteFirewall))
+            Ok(Some(Change::Kernel(KernelChange::DeleteFirewall)))
         }
         None => Ok(None),
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, anyhow};
 
 use super::core::Platform;
-use crate::diff::Change;
+use crate::diff::{Change, KernelChange, TunnelChange};
 use crate::kernel::Rtnetlink;
 use crate::kernel::flannel_repair::Repair;
 use crate::port_holder;
@@ -90,40 +90,39 @@ impl Host {
         peers
     }
 
-    /// Makes a run of changes that are all the tunnel's.
-    fn apply_to_tunnel<'a>(&mut self, run: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)> {
-        let mut failed = Vec::new();
-        for change in run {
-            #[expect(
-                clippy::wildcard_enum_match_arm,
-                reason = "every other change is the kernel's"
-            )]
-            match change {
-                // The tunnel makes its link again; what needs the link is tried again then.
-                Change::CreateLink { name, .. } => {
-                    failed.push((change, anyhow!("the link {name} is not there yet")));
-                }
-                Change::SetListenPort { port, .. } => {
-                    if let Err(sentence) = self.listen_on(port.get()) {
-                        failed.push((change, anyhow!(sentence)));
-                    }
-                }
-                Change::SetPeer { id, peer, .. } => {
-                    self.asked.insert(id.clone(), peer.clone());
-                }
-                Change::RemovePeer { id, .. } => {
-                    self.asked.remove(id);
-                }
-                _ => failed.push((change, anyhow!("this is the kernel's: {change}"))),
+    /// Makes a change of the tunnel's; peers take effect with [`Device::set_peers`].
+    fn apply_to_tunnel(&mut self, change: &TunnelChange) -> anyhow::Result<()> {
+        match change {
+            // The tunnel makes its link again; what needs the link is tried again then.
+            TunnelChange::CreateLink { name, .. } => {
+                Err(anyhow!("the link {name} is not there yet"))
+            }
+            TunnelChange::SetListenPort { port, .. } => self
+                .listen_on(port.get())
+                .map_err(|sentence| anyhow!(sentence)),
+            TunnelChange::SetPeer { id, peer, .. } => {
+                self.asked.insert(id.clone(), peer.clone());
+                Ok(())
+            }
+            TunnelChange::RemovePeer { id, .. } => {
+                self.asked.remove(id);
+                Ok(())
             }
         }
-        if run
-            .iter()
-            .any(|change| matches!(change, Change::SetPeer { .. } | Change::RemovePeer { .. }))
-        {
-            self.tunnel.set_peers(&self.asked);
-        }
+    }
+
+    /// Makes a run of changes that are all the kernel's.
+    fn apply_to_kernel<'a>(&self, run: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)> {
+        let changes: Vec<_> = run.iter().filter_map(Change::of_kernel).collect();
+        let failed = self.rtnetlink.apply_all(&changes);
+        let whole = |refused: &KernelChange| {
+            let is_it = |change: &&Change| change.of_kernel() == Some(refused);
+            run.iter().find(is_it)
+        };
+        let failed = failed.into_iter();
         failed
+            .filter_map(|(refused, error)| Some((whole(refused)?, error)))
+            .collect()
     }
 }
 
@@ -141,11 +140,28 @@ impl Platform for Host {
 
     fn apply_all<'a>(&mut self, changes: &'a [Change]) -> Vec<(&'a Change, anyhow::Error)> {
         let mut failed = Vec::new();
-        for run in changes.chunk_by(|a, b| is_of_tunnel(a) == is_of_tunnel(b)) {
-            failed.extend(match run.first() {
-                Some(first) if is_of_tunnel(first) => self.apply_to_tunnel(run),
-                Some(_) | None => self.rtnetlink.apply_all(run),
-            });
+        let is_of_kernel = |change: &Change| change.of_kernel().is_some();
+        for run in changes.chunk_by(|a, b| is_of_kernel(a) == is_of_kernel(b)) {
+            if run.first().is_some_and(is_of_kernel) {
+                failed.extend(self.apply_to_kernel(run));
+                continue;
+            }
+            let is_of_peer = |change: &Change| {
+                matches!(
+                    change,
+                    Change::Tunnel(TunnelChange::SetPeer { .. } | TunnelChange::RemovePeer { .. })
+                )
+            };
+            for change in run {
+                if let Change::Tunnel(of_tunnel) = change
+                    && let Err(error) = self.apply_to_tunnel(of_tunnel)
+                {
+                    failed.push((change, error));
+                }
+            }
+            if run.iter().any(is_of_peer) {
+                self.tunnel.set_peers(&self.asked);
+            }
         }
         failed
     }
@@ -153,15 +169,4 @@ impl Platform for Host {
     fn repair<'a>(&mut self, repairs: &'a [Repair]) -> Vec<(&'a Repair, anyhow::Error)> {
         self.rtnetlink.repair(repairs)
     }
-}
-
-/// Whether a change is made to the tunnel, and not to the kernel.
-fn is_of_tunnel(change: &Change) -> bool {
-    matches!(
-        change,
-        Change::CreateLink { .. }
-            | Change::SetListenPort { .. }
-            | Change::SetPeer { .. }
-            | Change::RemovePeer { .. }
-    )
 }

@@ -3,7 +3,7 @@
 use std::net::UdpSocket;
 use std::time::Duration;
 
-use selvedge::diff::Change;
+use selvedge::diff::KernelChange;
 use selvedge::kernel::Kernel;
 use selvedge::state::{Firewall, Guard};
 
@@ -14,7 +14,7 @@ mod replacing;
 mod translation;
 
 fn install(kernel: &Kernel, firewall: &Firewall) {
-    let change = Change::ReplaceFirewall(Box::new(firewall.clone()));
+    let change = KernelChange::ReplaceFirewall(Box::new(firewall.clone()));
     kernel.apply(&change).unwrap();
 }
 

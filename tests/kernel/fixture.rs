@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use selvedge::diff::{Change, diff};
+use selvedge::diff::{Change, KernelChange, diff};
 use selvedge::kernel::Kernel;
 use selvedge::state::{
     BACKSTOP_METRIC, Firewall, Guard, Link, NextHop, Route, RouteKey, Rule, Ruleset, Scope, State,
@@ -260,15 +260,17 @@ pub(crate) fn firewall() -> Firewall {
 }
 
 /// Brings the kernel to the desired state; panics with all failures.
-pub(crate) fn reach(kernel: &Kernel, desired: &State) -> Vec<Change> {
+pub(crate) fn reach(kernel: &Kernel, desired: &State) -> Vec<KernelChange> {
     let changes = diff(&kernel.observe().unwrap(), desired);
+    let changes = changes.iter().filter_map(Change::of_kernel).cloned();
+    let changes: Vec<_> = changes.collect();
     apply(kernel, &changes);
     changes
 }
 
-pub(crate) fn apply(kernel: &Kernel, changes: &[Change]) {
+pub(crate) fn apply(kernel: &Kernel, changes: &[KernelChange]) {
     let failed: Vec<String> = kernel
-        .apply_all(changes)
+        .apply_all(&changes.iter().collect::<Vec<_>>())
         .iter()
         .map(|(change, error)| format!("{change}: {error:#}"))
         .collect();

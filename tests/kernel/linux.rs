@@ -1,7 +1,7 @@
 //! Behaviour of Linux that the agent relies on, and that the fake kernel in the tests of the diff imitates.
 //! It is tested here, so that the fake stays as strict as the real one.
 
-use selvedge::diff::Change;
+use selvedge::diff::KernelChange;
 use selvedge::state::{Route, Table};
 
 use crate::fixture::{Node, apply, commands, hop, key, leader, net, reach, unicast};
@@ -98,7 +98,7 @@ fn linux_refuses_a_route_through_a_link_that_is_down_or_from_a_source_that_is_no
     let node = Node::with_tunnel("refuse");
     node.with(|kernel| {
         let refuse = |dst: &str, route: Route| {
-            let change = Change::ReplaceRoute {
+            let change = KernelChange::ReplaceRoute {
                 key: key(Table::Mesh, dst, if dst.contains(':') { 512 } else { 0 }),
                 route,
             };
@@ -127,7 +127,7 @@ fn linux_refuses_a_route_through_a_link_that_is_down_or_from_a_source_that_is_no
         // Routes without a link are not affected.
         apply(
             kernel,
-            &[Change::ReplaceRoute {
+            &[KernelChange::ReplaceRoute {
                 key: key(Table::Mesh, "10.42.0.0/24", 0),
                 route: Route::Unreachable,
             }],
@@ -157,7 +157,7 @@ fn linux_replaces_a_route_of_any_kind_in_place() {
         for from in &forms {
             for to in &forms {
                 for (v4, v6) in [from, to] {
-                    let replace = |dst, metric, route: &Route| Change::ReplaceRoute {
+                    let replace = |dst, metric, route: &Route| KernelChange::ReplaceRoute {
                         key: key(Table::Pods, dst, metric),
                         route: route.clone(),
                     };
@@ -206,6 +206,6 @@ fn linux_deletes_only_the_route_with_the_same_metric() {
         .into_keys()
         .find(|key| key.dst == net("fd42::/64") && key.metric != 512)
         .unwrap();
-    node.with(|kernel| apply(kernel, &[Change::DeleteRoute(backstop)]));
+    node.with(|kernel| apply(kernel, &[KernelChange::DeleteRoute(backstop)]));
     insta::assert_snapshot!(missing(&node), @"ip -6 route replace table 5130 unreachable fd42::/64 metric 4278198272 proto 118");
 }

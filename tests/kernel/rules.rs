@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use selvedge::diff::Change;
+use selvedge::diff::KernelChange;
 use selvedge::kernel::Kernel;
 use selvedge::plan::place;
 use selvedge::state::{OtherAction, Route, Rule, Table};
@@ -25,10 +25,10 @@ fn leader(label: &str) -> Node {
     node.with(|kernel| {
         let route = unicast([&hop(None, "kilo0", false)], Some("10.42.1.0"));
         let key = key(Table::Mesh, "10.42.0.0/24", 0);
-        apply(kernel, &[Change::ReplaceRoute { key, route }]);
+        apply(kernel, &[KernelChange::ReplaceRoute { key, route }]);
         let key = crate::fixture::key(Table::Mesh, "10.42.0.0/16", 4_278_198_272);
         let route = Route::Unreachable;
-        apply(kernel, &[Change::ReplaceRoute { key, route }]);
+        apply(kernel, &[KernelChange::ReplaceRoute { key, route }]);
     });
     node
 }
@@ -51,7 +51,7 @@ fn settle(kernel: &Kernel) -> u32 {
     let pods = net("10.42.0.0/16");
     let place = place(5190, &others, || std::iter::once(&pods));
     assert_eq!(place.obstacle, None);
-    apply(kernel, &[Change::AddRule(mesh_rule(place.first + 2))]);
+    apply(kernel, &[KernelChange::AddRule(mesh_rule(place.first + 2))]);
     place.first
 }
 
@@ -72,9 +72,9 @@ fn a_vpns_rules_apply_to_the_tunnels_datagrams_and_not_to_the_mesh() {
     ");
     node.with(|kernel| {
         // Control: at the former priorities flannel's route is found first.
-        apply(kernel, &[Change::AddRule(mesh_rule(5192))]);
+        apply(kernel, &[KernelChange::AddRule(mesh_rule(5192))]);
         assert_eq!(link(kernel, "10.42.0.5", 0).as_deref(), Some("flannel.1"));
-        apply(kernel, &[Change::DeleteRule(mesh_rule(5192))]);
+        apply(kernel, &[KernelChange::DeleteRule(mesh_rule(5192))]);
 
         assert_eq!(settle(kernel), 97);
         assert_eq!(link(kernel, "10.42.0.5", 0).as_deref(), Some("kilo0"));

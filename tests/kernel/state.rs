@@ -1,6 +1,6 @@
 //! Changes are applied and read back, and other programs' state is left alone.
 
-use selvedge::diff::{Change, diff};
+use selvedge::diff::{Change, KernelChange, diff};
 use selvedge::state::{State, Table};
 
 use crate::fixture::{Node, apply, commands, hop, key, leader, reach, unicast};
@@ -63,12 +63,17 @@ fn every_kind_of_state_is_reached_and_read_back() {
 fn every_change_can_be_made_twice() {
     let node = Node::with_tunnel("twice");
     node.with(|kernel| {
-        let there = diff(&kernel.observe().unwrap(), &leader());
+        let of_kernel = |desired: &State| -> Vec<KernelChange> {
+            let changes = diff(&kernel.observe().unwrap(), desired);
+            let changes = changes.iter().filter_map(Change::of_kernel);
+            changes.cloned().collect()
+        };
+        let there = of_kernel(&leader());
         apply(kernel, &there);
         apply(kernel, &there);
         assert_eq!(kernel.observe().unwrap(), leader());
 
-        let back = diff(&kernel.observe().unwrap(), &State::default());
+        let back = of_kernel(&State::default());
         apply(kernel, &back);
         apply(kernel, &back);
         assert_eq!(kernel.observe().unwrap(), State::default());
@@ -79,7 +84,7 @@ fn every_change_can_be_made_twice() {
 fn a_failed_change_is_reported_and_does_not_stop_the_others() {
     let node = Node::with_tunnel("errors");
     node.with(|kernel| {
-        let replace = |dst: &str, hop| Change::ReplaceRoute {
+        let replace = |dst: &str, hop| KernelChange::ReplaceRoute {
             key: key(Table::Mesh, dst, 0),
             route: unicast([&hop], None),
         };
@@ -87,14 +92,14 @@ fn a_failed_change_is_reported_and_does_not_stop_the_others() {
         let changes = [
             replace("10.42.0.0/24", hop(None, "kilo0", false)),
             replace("10.42.3.0/24", hop(None, "kilo9", false)),
-            Change::ReplaceRoute {
+            KernelChange::ReplaceRoute {
                 key: key(Table::Mesh, "10.42.4.0/24", 0),
                 route: unicast([&hop(None, "flannel.1", false)], Some("192.0.2.1")),
             },
             replace("10.42.5.0/24", hop(Some("10.42.2.0"), "flannel.1", true)),
         ];
         let failed: Vec<String> = kernel
-            .apply_all(&changes)
+            .apply_all(&changes.iter().collect::<Vec<_>>())
             .iter()
             .map(|(change, error)| format!("{change}: {error:#}"))
             .collect();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
-use selvedge::diff::{Change, diff};
+use selvedge::diff::{Change, KernelChange, diff};
 use selvedge::kernel::{LocalAddress, Path, Uplink};
 use selvedge::state::{Route, State, Table};
 
@@ -129,9 +129,11 @@ fn thousands_of_routes_are_quick_even_on_a_busy_router() {
     };
     node.with(|kernel| {
         let mut clock = Stopwatch::start();
-        let changes: Vec<Change> = diff(&kernel.observe().unwrap(), &desired)
-            .into_iter()
-            .filter(|change| matches!(change, Change::ReplaceRoute { .. }))
+        let changes = diff(&kernel.observe().unwrap(), &desired);
+        let changes: Vec<&KernelChange> = changes
+            .iter()
+            .filter_map(Change::of_kernel)
+            .filter(|change| matches!(change, KernelChange::ReplaceRoute { .. }))
             .collect();
         assert_eq!(changes.len(), 2 * ROUTES as usize);
         clock.lap("observing 20,000 foreign routes");

@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use selvedge::agent::decision::{self, Facts};
 use selvedge::agent::schedule::{Outcome, Schedule};
 use selvedge::config::Config;
-use selvedge::diff::Change;
+use selvedge::diff::{Change, KernelChange};
 use selvedge::kernel::flannel_repair::Repair;
 use selvedge::reconciler::core::{Core, Desired, Failure, Platform};
 use selvedge::reconciler::firewall::{Job, Outcome as FirewallOutcome};
@@ -90,8 +90,8 @@ impl Shaky {
         let wanted = job.firewall.as_deref().cloned().map(Box::new);
         let change = match wanted {
             Some(wanted) if observed == Some(Ruleset::Planned(wanted.clone())) => None,
-            Some(wanted) => Some(Change::ReplaceFirewall(wanted)),
-            None => observed.map(|_| Change::DeleteFirewall),
+            Some(wanted) => Some(Change::Kernel(KernelChange::ReplaceFirewall(wanted))),
+            None => observed.map(|_| Change::Kernel(KernelChange::DeleteFirewall)),
         };
         let result = match &change {
             Some(change) => self.apply(change).map_err(|error| anyhow!(error)),
@@ -244,17 +244,41 @@ impl Sim {
 /// What anybody with the right could take away.
 fn removals(state: &State) -> Vec<Change> {
     let mut removals = Vec::new();
-    removals.extend(state.routes.keys().copied().map(Change::DeleteRoute));
-    removals.extend(state.rules.iter().cloned().map(Change::DeleteRule));
-    removals.extend(state.firewall.iter().map(|_| Change::DeleteFirewall));
+    removals.extend(
+        state
+            .routes
+            .keys()
+            .copied()
+            .map(|it| Change::Kernel(KernelChange::DeleteRoute(it))),
+    );
+    removals.extend(
+        state
+            .rules
+            .iter()
+            .cloned()
+            .map(|it| Change::Kernel(KernelChange::DeleteRule(it))),
+    );
+    removals.extend(
+        state
+            .firewall
+            .iter()
+            .map(|_| Change::Kernel(KernelChange::DeleteFirewall)),
+    );
     if let Some(link) = &state.link {
         let dev = &link.name;
-        removals.extend(state.addresses.keys().map(|address| Change::DeleteAddress {
-            dev: dev.clone(),
-            address: *address,
+        removals.extend(state.addresses.keys().map(|address| {
+            Change::Kernel(KernelChange::DeleteAddress {
+                dev: dev.clone(),
+                address: *address,
+            })
         }));
-        removals.extend(link.up.then(|| Change::SetDown { name: dev.clone() }));
-        removals.push(Change::DeleteLink { name: dev.clone() });
+        removals.extend(
+            link.up
+                .then(|| Change::Kernel(KernelChange::SetDown { name: dev.clone() })),
+        );
+        removals.push(Change::Kernel(KernelChange::DeleteLink {
+            name: dev.clone(),
+        }));
     }
     removals
 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use selvedge::diff::Change;
+use selvedge::diff::{Change, KernelChange, TunnelChange};
 use selvedge::state::{Link, NextHop, Route, RouteKey, State};
 use selvedge::topology::NodeName;
 use selvedge::wireguard::PeerId;
@@ -75,7 +75,7 @@ impl FakeKernel {
     fn try_apply(&mut self, change: &Change) -> Result<(), &'static str> {
         let state = &mut self.state;
         match change {
-            Change::CreateLink { name, mtu } => {
+            Change::Tunnel(TunnelChange::CreateLink { name, mtu }) => {
                 refuse(state.link.is_some(), "the old link must be moved off first")?;
                 refuse(self.links.contains_key(name), "EEXIST")?;
                 refuse(name.len() > MAX_NAME, "ERANGE")?;
@@ -85,42 +85,42 @@ impl FakeKernel {
                     up: false,
                 });
             }
-            Change::SetMtu { name, mtu } => {
+            Change::Kernel(KernelChange::SetMtu { name, mtu }) => {
                 let link = own(state, name)?;
                 refuse(link.mtu == *mtu, "redundant")?;
                 link.mtu = *mtu;
             }
-            Change::SetSysctl { path, value } => {
+            Change::Kernel(KernelChange::SetSysctl { path, value }) => {
                 let name = path.split('/').nth(3).ok_or("ENOENT")?;
                 own(state, name)?;
                 let old = state.sysctls.insert(path.clone(), value.clone());
                 refuse(old.as_ref() == Some(value), "redundant")?;
             }
-            Change::SetUp { name } => {
+            Change::Kernel(KernelChange::SetUp { name }) => {
                 let link = own(state, name)?;
                 refuse(link.up, "redundant")?;
                 link.up = true;
             }
-            Change::AddAddress {
+            Change::Kernel(KernelChange::AddAddress {
                 dev,
                 address,
                 scope,
-            } => {
+            }) => {
                 own(state, dev)?;
                 let old = state.addresses.insert(*address, *scope);
                 refuse(old.is_some(), "EEXIST")?;
             }
-            Change::SetListenPort { dev, port } => {
+            Change::Tunnel(TunnelChange::SetListenPort { dev, port }) => {
                 own(state, dev)?;
                 refuse(state.listen_port == Some(*port), "redundant")?;
                 state.listen_port = Some(*port);
             }
-            Change::SetPeer {
+            Change::Tunnel(TunnelChange::SetPeer {
                 dev,
                 id,
                 replaced,
                 peer,
-            } => {
+            }) => {
                 own(state, dev)?;
                 let robbed = self.robbed.remove(id);
                 let old = state.peers.get(id);
@@ -139,28 +139,34 @@ impl FakeKernel {
                 }
                 state.peers.insert(id.clone(), peer.clone());
             }
-            Change::ReplaceFirewall(firewall) => {
+            Change::Kernel(KernelChange::ReplaceFirewall(firewall)) => {
                 let new = Some(selvedge::state::Ruleset::Planned(firewall.clone()));
                 refuse(state.firewall == new, "redundant")?;
                 state.firewall = new;
             }
-            Change::ReplaceRoute { key, route } => self.replace_route(*key, route)?,
-            Change::AddRule(rule) => refuse(!state.rules.insert(rule.clone()), "EEXIST")?,
-            Change::DeleteRule(rule) => refuse(!state.rules.remove(rule), "ENOENT")?,
-            Change::DeleteRoute(key) => {
+            Change::Kernel(KernelChange::ReplaceRoute { key, route }) => {
+                self.replace_route(*key, route)?
+            }
+            Change::Kernel(KernelChange::AddRule(rule)) => {
+                refuse(!state.rules.insert(rule.clone()), "EEXIST")?
+            }
+            Change::Kernel(KernelChange::DeleteRule(rule)) => {
+                refuse(!state.rules.remove(rule), "ENOENT")?
+            }
+            Change::Kernel(KernelChange::DeleteRoute(key)) => {
                 refuse(state.routes.remove(key).is_none(), "ESRCH")?;
             }
-            Change::RemovePeer { dev, id, key } => {
+            Change::Tunnel(TunnelChange::RemovePeer { dev, id, key }) => {
                 own(state, dev)?;
                 let old = state.peers.remove(id).map(|old| old.public_key);
                 refuse(old != Some(*key), "redundant")?;
             }
-            Change::DeleteAddress { dev, address } => {
+            Change::Kernel(KernelChange::DeleteAddress { dev, address }) => {
                 own(state, dev)?;
                 refuse(state.addresses.remove(address).is_none(), "EADDRNOTAVAIL")?;
                 self.forget_address(address);
             }
-            Change::SetDown { name } => {
+            Change::Kernel(KernelChange::SetDown { name }) => {
                 let link = own(state, name)?;
                 refuse(!link.up, "redundant")?;
                 link.up = false;
@@ -170,7 +176,7 @@ impl FakeKernel {
                     .retain(|address, _| address.addr().is_ipv4());
                 self.flush(|_| true);
             }
-            Change::DeleteLink { name } => {
+            Change::Kernel(KernelChange::DeleteLink { name }) => {
                 own(state, name)?;
                 self.flush(|_| true);
                 self.state.link = None;
@@ -179,7 +185,7 @@ impl FakeKernel {
                 self.state.sysctls.clear();
                 self.state.listen_port = None;
             }
-            Change::DeleteFirewall => {
+            Change::Kernel(KernelChange::DeleteFirewall) => {
                 refuse(state.firewall.take().is_none(), "ENOENT")?;
             }
         }

@@ -421,15 +421,15 @@ fn the_fake_kernel_refuses_what_the_kernel_refuses() {
     assert!(changes.iter().all(|change| kernel.apply(change).is_err()));
 
     // The last address takes the routes with it.
-    let link = selvedge::diff::Change::DeleteAddress {
+    let link = selvedge::diff::Change::Kernel(selvedge::diff::KernelChange::DeleteAddress {
         dev: "kilo0".into(),
         address: net("10.42.1.0/32"),
-    };
+    });
     kernel.apply(&link).unwrap();
-    let wireguard = selvedge::diff::Change::DeleteAddress {
+    let wireguard = selvedge::diff::Change::Kernel(selvedge::diff::KernelChange::DeleteAddress {
         dev: "kilo0".into(),
         address: net("10.4.0.1/32"),
-    };
+    });
     kernel.apply(&wireguard).unwrap();
     let left = kernel.observe().routes;
     assert!(

@@ -34,13 +34,15 @@ impl Platform for Fake {
             }
             #[expect(clippy::wildcard_enum_match_arm, reason = "routes are enough here")]
             match change {
-                Change::ReplaceRoute { key, route } => {
+                Change::Kernel(KernelChange::ReplaceRoute { key, route }) => {
                     self.state.routes.insert(*key, route.clone());
                 }
-                Change::DeleteRoute(key) => {
+                Change::Kernel(KernelChange::DeleteRoute(key)) => {
                     self.state.routes.remove(key);
                 }
-                Change::SetListenPort { port, .. } => self.state.listen_port = Some(*port),
+                Change::Tunnel(TunnelChange::SetListenPort { port, .. }) => {
+                    self.state.listen_port = Some(*port)
+                }
                 _ => {}
             }
         }

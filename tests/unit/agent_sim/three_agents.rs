@@ -15,7 +15,7 @@ use selvedge::agent::controller::{Controller, Effect, Setup, ShellFacts, WallClo
 use selvedge::agent::kernel_facts::{FlannelFacts, KernelFacts};
 use selvedge::cluster::{ParseSettings, View, node};
 use selvedge::config::Config;
-use selvedge::diff::Change;
+use selvedge::diff::{Change, KernelChange};
 use selvedge::flannel::{Files, SubnetEnv};
 use selvedge::kernel::LocalAddress;
 use selvedge::kernel::flannel_repair::{FlannelState, Repair};
@@ -69,7 +69,7 @@ impl Platform for OneBadRoute {
                 .or_default() += 1;
             let is_refused = matches!(
                 change,
-                Change::ReplaceRoute { key, .. } if Some(*key) == self.refused
+                Change::Kernel(KernelChange::ReplaceRoute { key, .. }) if Some(*key) == self.refused
             );
             let result = if is_refused {
                 Err("EINVAL".to_owned())
@@ -343,7 +343,7 @@ impl World {
             let wanted = job.firewall.as_deref().cloned().map(Box::new);
             let change = wanted
                 .filter(|wanted| observed != Some(Ruleset::Planned(wanted.clone())))
-                .map(Change::ReplaceFirewall);
+                .map(|it| Change::Kernel(KernelChange::ReplaceFirewall(it)));
             if let Some(change) = &change {
                 agent.node.kernel.apply(change).unwrap();
             }
@@ -543,7 +543,10 @@ fn an_outage_of_the_api_holds_up_no_repair_and_changes_nothing() {
     let now = world.now;
     let b1 = world.agents.get_mut("b1").unwrap();
     let route = *before.routes.keys().next().unwrap();
-    b1.node.kernel.apply(&Change::DeleteRoute(route)).unwrap();
+    b1.node
+        .kernel
+        .apply(&Change::Kernel(KernelChange::DeleteRoute(route)))
+        .unwrap();
     b1.controller.handle_trigger(now);
     world.run(Duration::from_millis(100));
     assert_eq!(world.agents["b1"].node.kernel.observe(), before);
@@ -569,7 +572,10 @@ fn a_change_that_fails_is_tried_again_alone() {
         .find(|key| key.dst == net("10.42.2.0/24"))
         .unwrap();
     for key in [bad, good] {
-        b1.node.kernel.apply(&Change::DeleteRoute(key)).unwrap();
+        b1.node
+            .kernel
+            .apply(&Change::Kernel(KernelChange::DeleteRoute(key)))
+            .unwrap();
     }
     b1.node.refused = Some(bad);
     b1.node.attempts.borrow_mut().clear();
