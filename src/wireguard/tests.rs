@@ -1,6 +1,6 @@
 //! Devices without sockets and threads, whose datagrams a test carries by hand.
 //!
-//! [`boringtun_gaps`] has a test for each thing that boringtun leaves to whoever embeds it.
+//! [`boringtun_gaps`] has a test for each thing that boringtun leaves to its embedder.
 
 #[cfg(test)]
 mod boringtun_gaps;
@@ -68,13 +68,13 @@ impl Datagram {
     }
 }
 
-/// Where a host sends: a list.
+/// Collects what a host sends.
 struct Captured {
     address: SocketAddr,
     sent: RefCell<Vec<Datagram>>,
-    /// What every send is refused with, if it is.
+    /// The error of every send, if any.
     errno: Cell<Option<i32>>,
-    /// Whether the path takes segmentation offload.
+    /// Whether the path accepts segmentation offload.
     offload: Cell<bool>,
 }
 
@@ -112,7 +112,7 @@ struct Host {
     transmit: Transmit,
     receive: Receive,
     handshaker: Handshaker,
-    /// What came out of the tunnel.
+    /// Packets that the tunnel has delivered.
     delivered: Vec<Vec<u8>>,
 }
 
@@ -122,12 +122,12 @@ impl Host {
         Self::that_accepted(n, Arc::default())
     }
 
-    /// One whose earlier runs have accepted these timestamps.
+    /// A host whose earlier runs have accepted these timestamps.
     fn that_accepted(n: u8, accepted: Arc<Mutex<Accepted>>) -> Self {
         Self::with(n, accepted, false)
     }
 
-    /// One that drops what is for no unicast address, or does not.
+    /// A host that drops packets to other than unicast addresses, or does not.
     fn with(n: u8, accepted: Arc<Mutex<Accepted>>, unicast_only: bool) -> Self {
         let timestamps = TimestampSequence::new(Timestamp::default(), None);
         let mut core = Core::new(
@@ -223,12 +223,12 @@ struct World {
     hosts: Vec<Host>,
     now: Time,
     under_way: VecDeque<Datagram>,
-    /// Everything that was ever sent.
+    /// All datagrams ever sent.
     log: Vec<Datagram>,
 }
 
 impl World {
-    /// Two hosts, 1 and 2, that know each other; nothing was said yet.
+    /// Two hosts, 1 and 2, that are peers. Nothing was sent yet.
     fn pair() -> Self {
         let world = Self::of([1, 2]);
         let [one, two] = world.hosts.as_slice() else {
@@ -239,8 +239,8 @@ impl World {
         world
     }
 
-    /// Two hosts, of which the second does not know where the first is.
-    fn pair_with_a_stranger() -> Self {
+    /// Two hosts, the second of which has no endpoint of the first.
+    fn pair_with_one_endpoint() -> Self {
         let world = Self::of([1, 2]);
         let [one, two] = world.hosts.as_slice() else {
             unreachable!()
@@ -273,7 +273,7 @@ impl World {
         }
     }
 
-    /// A host takes a packet from its TUN device and sends what comes of it.
+    /// A host reads a packet from its TUN device and sends it.
     fn send(&mut self, host: usize, packet: &[u8]) {
         let bytes = [&gso::VnetHeader::default().to_bytes()[..], packet].concat();
         let Host {
@@ -287,7 +287,7 @@ impl World {
         self.collect();
     }
 
-    /// The same with several packets, which leave as one run where they may.
+    /// The same with several packets, which are sent as one run if possible.
     #[cfg(test)]
     fn send_run(&mut self, host: usize, packets: &[Vec<u8>]) {
         let Host {
@@ -304,7 +304,7 @@ impl World {
         self.collect();
     }
 
-    /// Every handshake thread does what it has to.
+    /// Every handshake thread does its work.
     fn work(&mut self) {
         let now = self.now;
         for host in &mut self.hosts {
@@ -351,12 +351,12 @@ impl World {
         });
     }
 
-    /// Everything under way arrives, and what it leads to, until nobody has anything to say.
+    /// All datagrams arrive, with those that they lead to, until none is under way.
     fn settle(&mut self) {
         self.settle_with(|_| true);
     }
 
-    /// The same, with only those datagrams that `passes`.
+    /// The same, but only datagrams that `passes` arrive.
     fn settle_with(&mut self, mut passes: impl FnMut(&Datagram) -> bool) {
         for _ in 0..100 {
             self.work();
@@ -369,7 +369,7 @@ impl World {
                 }
             }
         }
-        panic!("the hosts do not stop talking");
+        panic!("the hosts do not stop sending");
     }
 
     /// Time passes, in steps of a tick.

@@ -1,4 +1,4 @@
-//! Where datagrams come from and go to: roaming, NAT, source addresses that come and go.
+//! Sources and endpoints of datagrams: roaming, NAT, and source addresses that are added and removed.
 
 use std::thread;
 use std::time::Duration;
@@ -47,7 +47,7 @@ pub(crate) fn a_peer_may_roam_to_ipv6(pairing: Pairing) -> Result<()> {
     expect_endpoint(right, left, "127.0.0.1:9998")
 }
 
-/// A peer behind a NAT whose table forgets after four seconds stays reachable by keepalives.
+/// Keepalives keep a peer reachable behind a NAT whose mappings end after four seconds.
 pub(crate) fn a_keepalive_holds_a_nat_open(pairing: Pairing) -> Result<()> {
     let (nat, left, right) = (
         Namespace::new("nat")?,
@@ -87,7 +87,7 @@ pub(crate) fn a_keepalive_holds_a_nat_open(pairing: Pairing) -> Result<()> {
     right.ping(LEFT4)?;
     behind.set(&format!("{peer} persistent-keepalive 0"))?;
     thread::sleep(Duration::from_secs(7));
-    // Without keepalives the NAT forgets: this harness would notice.
+    // The control: without keepalives the mapping ends.
     right.ping_fails(LEFT4)
 }
 
@@ -95,7 +95,7 @@ pub(crate) fn a_keepalive_holds_a_nat_open(pairing: Pairing) -> Result<()> {
 fn on_a_cable(pairing: Pairing, left: &[u8], right: &[u8]) -> Result<Pair> {
     let pair = Pair::by_cable(pairing)?;
     for (end, addresses) in [(&pair.left, left), (&pair.right, right)] {
-        // Else the first address takes the others with it when it goes.
+        // Otherwise the kernel removes the other addresses with the first.
         end.space
             .sysctl("ipv4/conf/cable/promote_secondaries", "1")?;
         for last in addresses {
@@ -104,7 +104,7 @@ fn on_a_cable(pairing: Pairing, left: &[u8], right: &[u8]) -> Result<Pair> {
         }
         end.settled()?;
     }
-    // A link that just went up drops what it is given for a moment, and says nothing.
+    // A link that just went up silently drops packets for a moment.
     for last in right {
         pair.left.reaches(&format!("10.0.0.{last}"))?;
         pair.left.reaches(&format!("fd00:aa::{last}"))?;
@@ -112,7 +112,7 @@ fn on_a_cable(pairing: Pairing, left: &[u8], right: &[u8]) -> Result<Pair> {
     Ok(pair)
 }
 
-pub(crate) fn an_ipv4_source_that_is_gone_is_replaced(pairing: Pairing) -> Result<()> {
+pub(crate) fn a_removed_ipv4_source_is_replaced(pairing: Pairing) -> Result<()> {
     let pair = on_a_cable(pairing, &[1], &[2])?;
     let (left, right) = (&pair.left, &pair.right);
     left.endpoint(right, "10.0.0.2:2")?;
@@ -124,7 +124,7 @@ pub(crate) fn an_ipv4_source_that_is_gone_is_replaced(pairing: Pairing) -> Resul
     right.ping(LEFT4)
 }
 
-pub(crate) fn an_ipv6_source_that_is_gone_is_replaced(pairing: Pairing) -> Result<()> {
+pub(crate) fn a_removed_ipv6_source_is_replaced(pairing: Pairing) -> Result<()> {
     let pair = on_a_cable(pairing, &[1], &[2])?;
     let (left, right) = (&pair.left, &pair.right);
     left.endpoint(right, "[fd00:aa::2]:2")?;
@@ -137,10 +137,10 @@ pub(crate) fn an_ipv6_source_that_is_gone_is_replaced(pairing: Pairing) -> Resul
     right.ping(LEFT4)
 }
 
-/// The address that the peer called goes, and no route with it: what was to leave from it leaves from
-/// another one, and is not lost. wireguard-go's code does not send again either; but it has forgotten the
-/// address before that could be seen.
-pub(crate) fn a_called_address_that_is_gone_costs_no_packet(pairing: Pairing) -> Result<()> {
+/// The local address that the peer sent to is removed, and no route with it: datagrams get another source, and
+/// none is lost. wireguard-go's code does not send again either, but it has forgotten the address before that
+/// matters.
+pub(crate) fn a_removed_local_address_costs_no_packet(pairing: Pairing) -> Result<()> {
     let pair = on_a_cable(pairing, &[1], &[3])?;
     let (left, right) = (&pair.left, &pair.right);
     left.ip("link add other type veth peer name nowhere")?;
@@ -157,8 +157,8 @@ pub(crate) fn a_called_address_that_is_gone_costs_no_packet(pairing: Pairing) ->
     expect_endpoint(right, left, "[fd00:aa::1]:1")
 }
 
-/// Several times, for wireguard-go keeps the addresses that it sends to in a pool, and writes an IPv6 one
-/// over what was an IPv4 one last by its first four bytes only: which of them it takes is chance.
+/// Several times, because wireguard-go keeps the addresses that it sends to in a pool and overwrites only the
+/// first four bytes of a former IPv4 address with an IPv6 one: which entry it uses is chance.
 pub(crate) fn an_address_of_one_family_does_not_spoil_the_other(pairing: Pairing) -> Result<()> {
     let pair = on_a_cable(pairing, &[1], &[2])?;
     let (left, right) = (&pair.left, &pair.right);
@@ -173,9 +173,11 @@ pub(crate) fn an_address_of_one_family_does_not_spoil_the_other(pairing: Pairing
     Ok(())
 }
 
-/// A device with several addresses answers from the one it was called on. Several times, see
+/// A device with several addresses answers from the one that the peer sent to. Several times, see
 /// [`an_address_of_one_family_does_not_spoil_the_other`].
-pub(crate) fn the_answer_comes_from_the_address_that_was_called(pairing: Pairing) -> Result<()> {
+pub(crate) fn the_source_of_an_answer_is_the_address_the_peer_sent_to(
+    pairing: Pairing,
+) -> Result<()> {
     let pair = on_a_cable(pairing, &[1, 2], &[3])?;
     let (left, right) = (&pair.left, &pair.right);
     let endpoints = [
@@ -194,8 +196,8 @@ pub(crate) fn the_answer_comes_from_the_address_that_was_called(pairing: Pairing
     Ok(())
 }
 
-/// The address that was called may belong to another interface than the route back.
-pub(crate) fn the_answer_comes_from_an_address_of_another_interface(
+/// The address that the peer sent to may belong to another interface than the route back.
+pub(crate) fn the_source_of_an_answer_may_belong_to_another_interface(
     pairing: Pairing,
 ) -> Result<()> {
     let pair = on_a_cable(pairing, &[1], &[3])?;
@@ -210,8 +212,8 @@ pub(crate) fn the_answer_comes_from_an_address_of_another_interface(
     expect_endpoint(right, left, "10.50.0.1:1")
 }
 
-/// A better route by another interface is taken as soon as it is there, with its own source.
-pub(crate) fn a_better_route_is_taken_with_its_own_source(pairing: Pairing) -> Result<()> {
+/// A better route through another interface is used as soon as it exists, with its own source.
+pub(crate) fn a_better_route_is_used_with_its_own_source(pairing: Pairing) -> Result<()> {
     let pair = on_a_cable(pairing, &[1], &[2])?;
     let (left, right) = (&pair.left, &pair.right);
     left.space.veth("second", &right.space, "second")?;
@@ -227,14 +229,14 @@ pub(crate) fn a_better_route_is_taken_with_its_own_source(pairing: Pairing) -> R
     left.ping(RIGHT4)?;
     expect_endpoint(right, left, "10.0.0.1:1")?;
     left.ip("route add 10.0.0.0/24 dev second src 10.0.0.3 metric 1")?;
-    // The daemon hears of it when it has the time.
+    // The daemon notices it after a while.
     wait_for("the better route to be taken", SOON, || {
         left.ping(RIGHT4).is_ok() && expect_endpoint(right, left, "10.0.0.3:1").is_ok()
     })
     .map(drop)
 }
 
-pub(crate) fn a_changed_port_is_answered_at_once(pairing: Pairing) -> Result<()> {
+pub(crate) fn a_changed_port_works_at_once(pairing: Pairing) -> Result<()> {
     let pair = Pair::new(pairing)?;
     let (left, right) = (&pair.left, &pair.right);
     right.ping(LEFT4)?;
@@ -248,7 +250,7 @@ pub(crate) fn a_changed_port_is_answered_at_once(pairing: Pairing) -> Result<()>
     Ok(())
 }
 
-/// With a persistent keepalive, a device speaks as soon as it is up and has a key.
+/// With a persistent keepalive, a device sends as soon as it is up and has a key.
 pub(crate) fn keepalives_begin_when_the_link_comes_up(program: Program) -> Result<()> {
     for key_first in [true, false] {
         let space = Namespace::new("keepalive")?;
@@ -283,20 +285,20 @@ pairs! {
     a_peer_may_roam_over_ipv4;
     a_peer_may_roam_to_ipv6;
     a_keepalive_holds_a_nat_open;
-    an_ipv4_source_that_is_gone_is_replaced;
-    an_ipv6_source_that_is_gone_is_replaced;
-    a_called_address_that_is_gone_costs_no_packet
+    a_removed_ipv4_source_is_replaced;
+    a_removed_ipv6_source_is_replaced;
+    a_removed_local_address_costs_no_packet
         fails with WireguardGo on left: "the peer is at [fd00:aa::1]:1, not at [fd00:bb::1]:1";
     an_address_of_one_family_does_not_spoil_the_other
         fails with WireguardGo on left: "to [fd00:aa::2]:2", right: "to [fd00:aa::2]:2";
-    the_answer_comes_from_the_address_that_was_called
+    the_source_of_an_answer_is_the_address_the_peer_sent_to
         fails with WireguardGo on
             left: "the peer is at 10.0.0.1:1, not at 10.0.0.2:1",
             right: "[fd00:aa::";
-    the_answer_comes_from_an_address_of_another_interface
+    the_source_of_an_answer_may_belong_to_another_interface
         fails with WireguardGo on left: "the peer is at 10.0.0.1:1, not at 10.50.0.1:1";
-    a_better_route_is_taken_with_its_own_source;
-    a_changed_port_is_answered_at_once;
+    a_better_route_is_used_with_its_own_source;
+    a_changed_port_works_at_once;
 }
 
 devices! {

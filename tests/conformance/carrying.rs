@@ -1,4 +1,4 @@
-//! What a tunnel carries, and how its datagrams look from outside.
+//! The packets that a tunnel carries, and its datagrams as seen from outside.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ pub(crate) fn ipv4_and_ipv6_pass_over_ipv4(pairing: Pairing) -> Result<()> {
 }
 
 pub(crate) fn ipv4_and_ipv6_pass_over_ipv6(pairing: Pairing) -> Result<()> {
-    let pair = Pair::strangers(pairing)?;
+    let pair = Pair::without_endpoints(pairing)?;
     pair.meet("[::1]")?;
     everything(&pair)
 }
@@ -26,15 +26,15 @@ pub(crate) fn fifty_tcp_streams_share_a_tunnel(pairing: Pairing) -> Result<()> {
     parallel(&Pair::new(pairing)?, 50, 1 << 20)
 }
 
-/// Ten echo requests of 84 bytes: padded to 96, with 32 bytes of header and tag. The one who asks
-/// sends the initiation (148) and gets the response (92); it may owe a keepalive (32), too.
+/// Ten echo requests of 84 bytes: padded to 96, with 32 bytes of header and tag. The requesting side sends the
+/// initiation (148) and gets the response (92); it may also send a keepalive (32).
 pub(crate) fn counters_are_exact(pairing: Pairing) -> Result<()> {
     let pair = Pair::new(pairing)?;
     let (left, right) = (&pair.left, &pair.right);
     right
         .space
         .run(&format!("ping -q -n -c 10 -f -W 1 {LEFT4}"))?;
-    // ping does not wait for the last answers longer than for the others.
+    // ping does not wait longer for the last answers than for the others.
     let counted = || -> Result<bool> {
         let (received, sent) = right.tunnel.transfer(&left.key.public)?;
         let (left_received, left_sent) = left.tunnel.transfer(&right.key.public)?;
@@ -72,7 +72,7 @@ pub(crate) fn a_raised_mtu_is_used(pairing: Pairing) -> Result<()> {
     let pair = Pair::new(pairing)?;
     pair.left.ping(RIGHT4)?;
     let usual = 1420;
-    // As much as fits into the loopback's datagrams twice, and is no multiple of anything.
+    // Twice what fits into the datagrams of the loopback, and no round number.
     let big = 34_736;
     pair.mtu(big)?;
     for (end, peer) in [
@@ -98,7 +98,7 @@ pub(crate) fn a_raised_mtu_is_used(pairing: Pairing) -> Result<()> {
 }
 
 pub(crate) fn padding_fills_blocks_of_sixteen(pairing: Pairing) -> Result<()> {
-    let pair = Pair::strangers(pairing)?;
+    let pair = Pair::without_endpoints(pairing)?;
     let relay = Relay::listening(&pair)?;
     pair.left.ping(RIGHT4)?;
     for payload in [0, 1, 4, 5, 21, 100, 1000] {
@@ -132,11 +132,13 @@ pub(crate) fn padding_never_exceeds_the_mtu(pairing: Pairing) -> Result<()> {
     full_sized_packets_pass(&pair, &left.space, &right.space)
 }
 
-/// The same where the MTU is set in another namespace than the one the daemon lives in.
-pub(crate) fn padding_never_exceeds_an_mtu_set_elsewhere(pairing: Pairing) -> Result<()> {
+/// The same with an MTU that is set in another namespace than the daemon's.
+pub(crate) fn padding_never_exceeds_an_mtu_set_in_another_namespace(
+    pairing: Pairing,
+) -> Result<()> {
     let pair = Pair::new(pairing)?;
     pair.mtu(1299)?;
-    // Nothing tells a daemon of a link in another namespace: it has to look.
+    // A daemon gets no notification about a link in another namespace: it must poll.
     thread::sleep(Duration::from_secs(2));
     full_sized_packets_pass(&pair, &pair.under, &pair.under)
 }
@@ -171,10 +173,10 @@ pub(crate) fn a_tenth_of_the_datagrams_may_be_lost(pairing: Pairing) -> Result<(
     let under = &pair.under;
     under.run("nft add table inet lossy")?;
     under.run("nft add chain inet lossy in { type filter hook input priority 0 ; }")?;
-    // Each tenth and not any: where chance loses a segment several times running, TCP's patience grows
-    // to minutes, and the test's would have to.
+    // Every tenth and not at random: if chance loses a segment several times in a row, TCP waits for minutes,
+    // and the test would have to.
     under.run("nft add rule inet lossy in meta l4proto udp numgen inc mod 10 == 0 counter drop")?;
-    // The handshake may be lost as well, and is tried again after five seconds.
+    // The handshake may be lost too, and is retried after five seconds.
     pair.left.reaches(RIGHT4)?;
     for (from, to, address) in [
         (&pair.left, &pair.right, RIGHT4),
@@ -190,9 +192,9 @@ pub(crate) fn a_tenth_of_the_datagrams_may_be_lost(pairing: Pairing) -> Result<(
     Ok(())
 }
 
-/// Datagrams that are doubled and swapped arrive once each, whatever the order.
+/// Datagrams that are duplicated and reordered are delivered once each.
 pub(crate) fn reordered_and_doubled_datagrams_arrive_once(pairing: Pairing) -> Result<()> {
-    let pair = Pair::strangers(pairing)?;
+    let pair = Pair::without_endpoints(pairing)?;
     let mut held: Option<(crate::relay::Way, Vec<u8>)> = None;
     let mut count = 0_u32;
     let _relay = Relay::between(&pair, move |way, bytes| {
@@ -200,7 +202,7 @@ pub(crate) fn reordered_and_doubled_datagrams_arrive_once(pairing: Pairing) -> R
         count += 1;
         match held.take_if(|(held_way, _)| *held_way == way) {
             Some((_, late)) => out.push(late),
-            // Only data: a handshake held back would wait for a next datagram that never comes.
+            // Only data: a delayed handshake would wait for a next datagram that never comes.
             None if count.is_multiple_of(3) && bytes.first() == Some(&4) && held.is_none() => {
                 held = Some((way, bytes.to_vec()));
                 return Vec::new();
@@ -209,39 +211,39 @@ pub(crate) fn reordered_and_doubled_datagrams_arrive_once(pairing: Pairing) -> R
         }
         out
     })?;
-    // What is held goes out with the next one, be it an echo request or a number.
+    // A delayed datagram is sent with the next one.
     pair.left.reaches(RIGHT4)?;
     numbered(&pair.left.space, &pair.right.space, RIGHT4, 100)
 }
 
 pub(crate) fn an_idle_tunnel_is_silent(pairing: Pairing) -> Result<()> {
-    let pair = Pair::strangers(pairing)?;
+    let pair = Pair::without_endpoints(pairing)?;
     let relay = Relay::listening(&pair)?;
     thread::sleep(Duration::from_secs(1));
     ensure!(relay.seen()?.is_empty(), "datagrams without any traffic");
     let since = Instant::now();
     pair.left.ping(RIGHT4)?;
-    // The keepalive that answers the last message comes after ten seconds, and then nothing more.
+    // The keepalive after the last message comes after ten seconds, and then nothing more.
     thread::sleep(Duration::from_secs(12));
     let before = relay.seen()?.len();
-    // Two handshakes, where both sides begin one, and the echo.
+    // Two handshakes, if both sides begin one, and the echo.
     ensure!(before <= 12, "{before} datagrams for one echo");
     thread::sleep(Duration::from_secs(12));
     let more = relay.seen()?.len() - before;
-    // An initiation, its answer and the keepalive that confirms it.
+    // An initiation, its answer and the confirming keepalive.
     let needless = 3 * pairing.needless_handshakes(since.elapsed());
     ensure!(more <= needless, "{more} more datagrams while idle");
     Ok(())
 }
 
-pub(crate) fn a_link_that_was_down_carries_again(pairing: Pairing) -> Result<()> {
+pub(crate) fn a_link_that_was_down_carries_packets_again(pairing: Pairing) -> Result<()> {
     let pair = Pair::new(pairing)?;
     let (left, right) = (&pair.left, &pair.right);
     left.ping(RIGHT4)?;
     for _ in 0..3 {
         left.ip("link set {} down")?;
         left.ip("link set {} up")?;
-        // Taking a link down takes its IPv6 addresses away.
+        // A link that goes down loses its IPv6 addresses.
         left.ip(&format!("address add {LEFT6}/112 dev {{}} nodad"))?;
         left.settled()?;
         left.reaches(RIGHT4)?;
@@ -258,11 +260,11 @@ pairs! {
     a_raised_mtu_is_used;
     padding_fills_blocks_of_sixteen;
     padding_never_exceeds_the_mtu;
-    padding_never_exceeds_an_mtu_set_elsewhere
+    padding_never_exceeds_an_mtu_set_in_another_namespace
         fails with WireguardGo on
             left: "-M do", right: "-M do";
     a_tenth_of_the_datagrams_may_be_lost;
     reordered_and_doubled_datagrams_arrive_once;
     an_idle_tunnel_is_silent;
-    a_link_that_was_down_carries_again;
+    a_link_that_was_down_carries_packets_again;
 }

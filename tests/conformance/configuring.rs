@@ -1,4 +1,4 @@
-//! A device and its configuration socket: large and odd requests, keys, signals, leftovers.
+//! A device and its configuration socket: large and unusual requests, keys, signals, cleanup.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -36,7 +36,7 @@ impl Device {
             .map(drop)
     }
 
-    /// Sends the text to the socket, closes that direction and returns what comes back.
+    /// Sends the text to the socket, closes that direction and returns the answer.
     fn say(&self, text: &str) -> Result<String> {
         let mut stream = UnixStream::connect(self.tunnel.socket())?;
         stream.set_read_timeout(Some(SOON))?;
@@ -149,7 +149,7 @@ pub(crate) fn allowed_ips_of_all_lengths_are_replaced(program: Program) -> Resul
         expected.sort_unstable();
         ensure!(shown == expected, "{ips} came back as {shown:?}");
     }
-    // Host bits mean nothing.
+    // Host bits are ignored.
     device
         .tunnel
         .set(&format!("peer {peer} allowed-ips 10.1.2.3/8"))?;
@@ -178,7 +178,7 @@ pub(crate) fn keys_are_shown_and_cleared(program: Program) -> Result<()> {
     Ok(())
 }
 
-/// A private key is shown as it is used: clamped.
+/// A private key is shown clamped, as it is used.
 pub(crate) fn a_private_key_is_clamped(program: Program) -> Result<()> {
     let device = Device::new(program)?;
     let directory = tempfile::tempdir()?;
@@ -193,7 +193,7 @@ pub(crate) fn a_private_key_is_clamped(program: Program) -> Result<()> {
     Ok(())
 }
 
-/// A connection that breaks off within a line, or before the empty line, has said nothing.
+/// A request that breaks off within a line, or before the empty line, has no effect.
 pub(crate) fn a_request_that_breaks_off_changes_nothing(program: Program) -> Result<()> {
     let device = Device::new(program)?;
     let peer = Key::new()?;
@@ -214,7 +214,7 @@ pub(crate) fn a_request_that_breaks_off_changes_nothing(program: Program) -> Res
     Ok(())
 }
 
-pub(crate) fn requests_that_mean_nothing_are_refused(program: Program) -> Result<()> {
+pub(crate) fn invalid_requests_are_refused(program: Program) -> Result<()> {
     let device = Device::new(program)?;
     let key = hex(&Key::new()?)?;
     let long = format!("set=1\nfwmark={}\n\n", "1".repeat(1 << 20));
@@ -244,7 +244,7 @@ pub(crate) fn requests_that_mean_nothing_are_refused(program: Program) -> Result
     Ok(())
 }
 
-/// `update_only`, `remove` and `replace_peers`, which `wg` has no words for or hides.
+/// `update_only`, `remove` and `replace_peers`, which `wg` does not offer or hides.
 pub(crate) fn peers_are_updated_removed_and_replaced(program: Program) -> Result<()> {
     let device = Device::new(program)?;
     let keys = [Key::new()?, Key::new()?, Key::new()?];
@@ -282,7 +282,7 @@ pub(crate) fn peers_are_updated_removed_and_replaced(program: Program) -> Result
     Ok(())
 }
 
-/// One prefix is taken away by a minus, and only from the peer that has it.
+/// A minus removes one prefix, and only from the peer that has it.
 pub(crate) fn a_single_allowed_ip_is_removed(program: Program) -> Result<()> {
     let device = Device::new(program)?;
     let (one, two) = (Key::new()?, Key::new()?);
@@ -302,7 +302,7 @@ pub(crate) fn a_single_allowed_ip_is_removed(program: Program) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn a_hundred_idle_clients_lock_nobody_out_for_good(program: Program) -> Result<()> {
+pub(crate) fn a_hundred_idle_clients_block_others_for_a_while_only(program: Program) -> Result<()> {
     let device = Device::new(program)?;
     let clients: Vec<_> = (0..100)
         .map(|_| UnixStream::connect(device.tunnel.socket()))
@@ -331,7 +331,7 @@ pub(crate) fn sigterm_removes_link_and_socket(program: Program) -> Result<()> {
     Ok(())
 }
 
-/// A link may be deleted by hand or with its namespace; `wg-quick down` relies on it.
+/// A link may be deleted by hand or with its namespace; `wg-quick down` depends on it.
 pub(crate) fn a_deleted_link_ends_the_daemon(program: Program) -> Result<()> {
     let mut device = Device::new(program)?;
     let name = device.tunnel.name.clone();
@@ -345,7 +345,7 @@ pub(crate) fn a_deleted_link_ends_the_daemon(program: Program) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn nothing_is_left_of_many_devices(program: Program) -> Result<()> {
+pub(crate) fn many_devices_leave_nothing_behind(program: Program) -> Result<()> {
     let space = Namespace::new("many")?;
     let key = Key::new()?;
     for _ in 0..10 {
@@ -371,11 +371,11 @@ devices! {
     keys_are_shown_and_cleared;
     a_private_key_is_clamped;
     a_request_that_breaks_off_changes_nothing fails with WireguardGo: "half a request left 0.0.0.0/2";
-    requests_that_mean_nothing_are_refused;
+    invalid_requests_are_refused;
     peers_are_updated_removed_and_replaced;
     a_single_allowed_ip_is_removed;
-    a_hundred_idle_clients_lock_nobody_out_for_good;
+    a_hundred_idle_clients_block_others_for_a_while_only;
     sigterm_removes_link_and_socket;
     a_deleted_link_ends_the_daemon;
-    nothing_is_left_of_many_devices;
+    many_devices_leave_nothing_behind;
 }

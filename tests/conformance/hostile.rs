@@ -1,4 +1,4 @@
-//! Datagrams from people who are no peers: nothing comes of them, not even an answer.
+//! Datagrams from hosts that are no peers: they have no effect and get no answer.
 
 use std::io::ErrorKind;
 use std::net::UdpSocket;
@@ -15,7 +15,7 @@ use crate::relay::{Relay, Way};
 use crate::traffic::{numbered, tcp};
 use crate::tunnel::{Key, Program, SOON, Tunnel};
 
-/// The public keys of small order, with which every secret is zero.
+/// The public keys of small order, with which every shared secret is zero.
 const LOW_ORDER: [&str; 7] = [
     "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
     "AQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
@@ -26,8 +26,8 @@ const LOW_ORDER: [&str; 7] = [
     "7v///////////////////////////////////////38=",
 ];
 
-/// A socket in the daemons' namespace that is nobody's peer.
-fn stranger(pair: &Pair) -> Result<UdpSocket> {
+/// A socket in the daemons' namespace that belongs to no peer.
+fn unknown_sender(pair: &Pair) -> Result<UdpSocket> {
     let socket = pair.under.within(|| UdpSocket::bind("127.0.0.1:666"))?;
     socket.set_read_timeout(Some(Duration::from_millis(500)))?;
     Ok(socket)
@@ -48,8 +48,8 @@ fn expect_silence(socket: &UdpSocket) -> Result<()> {
     }
 }
 
-/// Ten echoes of ten each way, one after the other: `ping -c 10` waits for the last one no longer than
-/// twice what the others took, which is nothing on a busy machine.
+/// Ten of ten echoes each way, one after the other: `ping -c 10` waits for the last one no longer than twice
+/// the time of the others, which is too short on a busy host.
 fn expect_no_loss(pair: &Pair) -> Result<()> {
     for (end, address) in [(&pair.left, RIGHT4), (&pair.right, LEFT4)] {
         for echo in 0..10 {
@@ -60,17 +60,17 @@ fn expect_no_loss(pair: &Pair) -> Result<()> {
     Ok(())
 }
 
-/// Numbered datagrams each way: each arrives, and once.
+/// Numbered datagrams each way: each arrives exactly once.
 fn expect_every_number(pair: &Pair) -> Result<()> {
     let (left, right) = (&pair.left.space, &pair.right.space);
     numbered(left, right, RIGHT4, 100).context("from left to right")?;
     numbered(right, left, LEFT4, 100).context("from right to left")
 }
 
-pub(crate) fn garbage_does_nothing_and_gets_no_answer(pairing: Pairing) -> Result<()> {
+pub(crate) fn garbage_has_no_effect_and_gets_no_answer(pairing: Pairing) -> Result<()> {
     let mut pair = Pair::new(pairing)?;
     pair.left.ping(RIGHT4)?;
-    let socket = stranger(&pair)?;
+    let socket = unknown_sender(&pair)?;
     let mut random = rand::rngs::StdRng::seed_from_u64(7);
     let sizes = [
         0, 1, 2, 3, 4, 15, 16, 31, 32, 33, 48, 63, 64, 65, 91, 92, 93, 147, 148, 149, 1000, 1452,
@@ -96,11 +96,11 @@ pub(crate) fn garbage_does_nothing_and_gets_no_answer(pairing: Pairing) -> Resul
     expect_no_loss(&pair)
 }
 
-/// The bytes of a datagram that its receiver must have found unaltered (paper, 5.4). The second MAC of a
-/// handshake message is none of it: it is looked at under load only, so a copy that differs there is a valid
-/// duplicate. By its source, wireguard-go may accept a duplicate and the message itself on two threads and
-/// then delete the keys of its first answer, which the initiator has taken (`ConsumeMessageInitiation`,
-/// `BeginSymmetricSession`). In 231 runs with such duplicates it was not seen to do so.
+/// The bytes of a datagram that its receiver authenticates (paper, 5.4). The second MAC of a handshake message is
+/// not among them: it is checked under load only, so a copy with another one is a valid duplicate. According to
+/// its source, wireguard-go may accept a duplicate and the message itself on two threads and then delete the keys
+/// of its first answer, which the initiator uses (`ConsumeMessageInitiation`, `BeginSymmetricSession`). In 231
+/// runs with such duplicates this did not happen.
 fn authenticated(datagram: &[u8]) -> usize {
     const MAC: usize = 16;
     match datagram.first() {
@@ -109,10 +109,10 @@ fn authenticated(datagram: &[u8]) -> usize {
     }
 }
 
-/// Altered copies of real datagrams, from the peer's own address and just ahead of the real ones: not one
-/// of the real ones is lost, and no copy is taken for one.
+/// Altered copies of genuine datagrams, from the peer's own address and just before the genuine ones: none of the
+/// genuine ones is lost, and no copy is accepted.
 pub(crate) fn altered_datagrams_are_dropped(pairing: Pairing) -> Result<()> {
-    let pair = Pair::strangers(pairing)?;
+    let pair = Pair::without_endpoints(pairing)?;
     let mut random = rand::rngs::StdRng::seed_from_u64(8);
     let _relay = Relay::between(&pair, move |_, bytes| {
         let mut out = Vec::new();
@@ -142,9 +142,9 @@ pub(crate) fn altered_datagrams_are_dropped(pairing: Pairing) -> Result<()> {
     expect_every_number(&pair)
 }
 
-/// All that was said once is said again by a stranger: nothing is delivered, moved or answered.
-pub(crate) fn replayed_datagrams_do_nothing(pairing: Pairing) -> Result<()> {
-    let pair = Pair::strangers(pairing)?;
+/// Another host sends all datagrams again: nothing is delivered, no endpoint moves, and there is no answer.
+pub(crate) fn replayed_datagrams_have_no_effect(pairing: Pairing) -> Result<()> {
+    let pair = Pair::without_endpoints(pairing)?;
     let relay = Relay::listening(&pair)?;
     expect_no_loss(&pair)?;
     let endpoints = || -> Result<_> {
@@ -157,7 +157,7 @@ pub(crate) fn replayed_datagrams_do_nothing(pairing: Pairing) -> Result<()> {
         Ok(([left?, right?], endpoints()?))
     };
     let before = state()?;
-    let socket = stranger(&pair)?;
+    let socket = unknown_sender(&pair)?;
     let seen = relay.seen()?;
     ensure!(seen.len() > 20, "only {} datagrams to replay", seen.len());
     for datagram in seen {
@@ -173,16 +173,16 @@ pub(crate) fn replayed_datagrams_do_nothing(pairing: Pairing) -> Result<()> {
     expect_no_loss(&pair)
 }
 
-/// After a restart a device knows no more which initiations it took, so an old one may be answered (paper,
-/// 5.1): nothing comes of the answer, and once the peer itself has spoken not even that.
+/// After a restart a device does not know which initiations it accepted before, so an old one may get an answer
+/// (paper, 5.1). The answer has no effect, and after a new handshake of the peer there is none.
 pub(crate) fn datagrams_replayed_after_a_restart_deliver_nothing(pairing: Pairing) -> Result<()> {
-    let mut pair = Pair::strangers(pairing)?;
+    let mut pair = Pair::without_endpoints(pairing)?;
     let relay = Relay::listening(&pair)?;
     expect_no_loss(&pair)?;
     let seen = relay.seen()?;
     let seen: Vec<_> = seen.iter().filter(|seen| seen.way == Way::Right).collect();
     ensure!(seen.len() > 10, "only {} datagrams to replay", seen.len());
-    let socket = stranger(&pair)?;
+    let socket = unknown_sender(&pair)?;
     let replay = || -> Result<()> {
         for datagram in &seen {
             socket.send_to(&datagram.bytes, ("127.0.0.1", RIGHT_PORT))?;
@@ -241,8 +241,8 @@ pub(crate) fn datagrams_replayed_after_a_restart_deliver_nothing(pairing: Pairin
     expect_no_loss(&pair)
 }
 
-/// Peers with keys of small order can be configured, and are never spoken to.
-pub(crate) fn keys_of_low_order_are_never_spoken_to(program: Program) -> Result<()> {
+/// Peers with keys of small order can be configured, and nothing is ever sent to them.
+pub(crate) fn nothing_is_sent_to_keys_of_low_order(program: Program) -> Result<()> {
     let space = Namespace::new("low")?;
     let tunnel = Tunnel::start(program, &space)?;
     let own = Key::new()?;
@@ -259,15 +259,15 @@ pub(crate) fn keys_of_low_order_are_never_spoken_to(program: Program) -> Result<
     }
     space.run(&format!("ip link set {} up", tunnel.name))?;
     expect_silence(&socket)?;
-    // The harness hears what an honest key causes.
+    // The control: a valid key causes an initiation.
     add(&Key::new()?.public)?;
     socket.set_read_timeout(Some(SOON))?;
     ensure!(socket.recv(&mut [0; 2048])? == 148, "no initiation");
     Ok(())
 }
 
-/// One's own key is no peer, whether the peer or the private key is set first.
-pub(crate) fn the_own_key_is_no_peer(program: Program) -> Result<()> {
+/// The own key becomes no peer, whether the peer or the private key is set first.
+pub(crate) fn the_own_key_becomes_no_peer(program: Program) -> Result<()> {
     let space = Namespace::new("own")?;
     let tunnel = Tunnel::start(program, &space)?;
     let (key, other) = (Key::new()?, Key::new()?);
@@ -289,12 +289,12 @@ pub(crate) fn the_own_key_is_no_peer(program: Program) -> Result<()> {
     Ok(())
 }
 
-/// Datagrams of strangers by the ten thousand cost the tunnel nothing that lasts.
-pub(crate) fn a_burst_of_garbage_passes(pairing: Pairing) -> Result<()> {
+/// Ten thousands of datagrams from unknown senders have no lasting effect on the tunnel.
+pub(crate) fn a_burst_of_garbage_has_no_lasting_effect(pairing: Pairing) -> Result<()> {
     let mut pair = Pair::new(pairing)?;
     pair.left.ping(RIGHT4)?;
     let mut random = rand::rngs::StdRng::seed_from_u64(9);
-    let socket = stranger(&pair)?;
+    let socket = unknown_sender(&pair)?;
     thread::scope(|scope| -> Result<()> {
         let transfer = scope.spawn(|| tcp(&pair.left.space, &pair.right.space, RIGHT4, 16 << 20));
         for _ in 0..20_000 {
@@ -309,7 +309,7 @@ pub(crate) fn a_burst_of_garbage_passes(pairing: Pairing) -> Result<()> {
     })?;
     expect_silence(&socket)?;
     ensure!(!pair.left.tunnel.ended(), "the daemon is gone");
-    // What waits in the daemon's socket takes the room of what comes next, and that is the kernel's loss.
+    // Datagrams that wait in the daemon's socket leave no room for later ones, which the kernel drops.
     wait_for("the daemon to read what it was sent", SOON, || {
         pair.left
             .tunnel
@@ -330,14 +330,14 @@ pub(crate) fn a_burst_of_garbage_passes(pairing: Pairing) -> Result<()> {
 }
 
 pairs! {
-    garbage_does_nothing_and_gets_no_answer;
+    garbage_has_no_effect_and_gets_no_answer;
     altered_datagrams_are_dropped;
-    replayed_datagrams_do_nothing;
+    replayed_datagrams_have_no_effect;
     datagrams_replayed_after_a_restart_deliver_nothing;
-    a_burst_of_garbage_passes;
+    a_burst_of_garbage_has_no_lasting_effect;
 }
 
 devices! {
-    keys_of_low_order_are_never_spoken_to;
-    the_own_key_is_no_peer;
+    nothing_is_sent_to_keys_of_low_order;
+    the_own_key_becomes_no_peer;
 }

@@ -1,10 +1,9 @@
 //! WireGuard's behaviour, scenario by scenario, on real links in network namespaces.
 //!
-//! Each scenario runs with wireguard-go at both ends first (`control`: it proves the harness), then
-//! with this repository's `selvedge tunnel` at both ends (`ours`), then with one of each
-//! (`ours_left`, `ours_right`). Where the control is known to be wrong, the scenario says with what
-//! words it fails there, and has to fail with those; ours has to pass all. They follow the scenarios
-//! of the kernel's own self-test, netns.sh, and of the daemons' known failures.
+//! Each scenario runs with wireguard-go at both ends (`control`, which proves the harness), with this
+//! repository's `selvedge tunnel` at both ends (`ours`), and with one of each (`ours_left`, `ours_right`). Where
+//! the control is known to be wrong, the scenario names the message of its failure, and must fail with it; ours
+//! must pass all. The scenarios follow the kernel's self-test, netns.sh, and known failures of the daemons.
 //!
 //! They need root, `wg`, `nft`, `ping` and the cached `wireguard-go`, and touch nothing outside
 //! namespaces of their own but the directory of the configuration sockets.
@@ -89,10 +88,11 @@ mod traffic;
 mod tunnel;
 mod uplinks;
 
-/// How often what is known of wireguard-go may fail to show itself: some of it is chance.
+/// How often a scenario with a known failure of wireguard-go may pass before the failure shows: some depend on
+/// chance.
 const CHANCES: usize = 5;
 
-/// Runs a scenario; where a failure is known, it has to happen, and in those words.
+/// Runs a scenario. A known failure must happen, with its message.
 fn judge(known: &[(bool, &str)], scenario: impl Fn() -> Result<()>) {
     let known = known.iter().find(|(applies, _)| *applies);
     let mut outcome = scenario();
@@ -102,15 +102,15 @@ fn judge(known: &[(bool, &str)], scenario: impl Fn() -> Result<()>) {
         }
         outcome = scenario();
     }
-    let complaint = disappointment(known.map(|(_, words)| *words), outcome);
+    let complaint = mismatch(known.map(|(_, words)| *words), outcome);
     let logs = tunnel::take_logs();
     if let Some(complaint) = complaint {
         panic!("{complaint}\n{logs}");
     }
 }
 
-/// What is wrong with an outcome, if anything is.
-fn disappointment(known: Option<&str>, outcome: Result<()>) -> Option<String> {
+/// The difference between an outcome and the expected one, if any.
+fn mismatch(known: Option<&str>, outcome: Result<()>) -> Option<String> {
     match (known, outcome) {
         (None, Ok(())) => None,
         (None, Err(error)) => Some(format!("{error:#}")),

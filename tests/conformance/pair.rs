@@ -1,7 +1,7 @@
-//! Two tunnels back to back, the arrangement most scenarios begin with.
+//! Two tunnels back to back, the start of most scenarios.
 //!
-//! Both daemons live in one namespace, `under`, and speak over its loopback; their links are moved
-//! to a namespace each, so that whatever passes between `left` and `right` has passed the tunnel.
+//! Both daemons run in one namespace, `under`, and exchange datagrams over its loopback. Each link is moved to a
+//! namespace of its own, so that all packets between `left` and `right` have passed the tunnel.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use selvedge_lab::process::wait_for;
 
 use crate::tunnel::{Key, Program, SOON, Tunnel};
 
-/// Which program stands at which end.
+/// The programs at the two ends.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pairing {
     pub(crate) left: Program,
@@ -19,11 +19,11 @@ pub(crate) struct Pairing {
 }
 
 impl Pairing {
-    /// The handshakes that may be made for no reason in this time.
+    /// The number of needless handshakes that are accepted in this time.
     ///
-    /// wireguard-go starts its timer for an answer when it has sent, not before (`RoutineSequentialSender`).
-    /// Where the answer was faster, as on a busy machine, nothing stops the timer, and after 15 seconds it
-    /// begins a new handshake with a peer that is there.
+    /// wireguard-go starts its timer for an answer after sending, not before (`RoutineSequentialSender`). If the
+    /// answer is faster, as on a busy host, nothing stops the timer, and after 15 seconds it begins a needless
+    /// handshake.
     pub(crate) fn needless_handshakes(self, time: Duration) -> usize {
         let programs = [self.left, self.right].into_iter();
         let ends = programs.filter(|program| *program == Program::WireguardGo);
@@ -33,7 +33,7 @@ impl Pairing {
 
 /// A tunnel and the namespace its link is in.
 pub(crate) struct End {
-    // Dropped in this order: the daemon first, then what it works on.
+    // Dropped in this order: the daemon comes first.
     pub(crate) tunnel: Tunnel,
     pub(crate) space: Namespace,
     pub(crate) key: Key,
@@ -105,7 +105,7 @@ impl End {
         self.space.run(&format!("ip {line}"))
     }
 
-    /// Gives the link its addresses, the device its key, port and peer, and takes it up.
+    /// Sets the addresses of the link and the key, port and peer of the device, and sets the link up.
     pub(crate) fn configure(
         &self,
         port: u16,
@@ -125,30 +125,30 @@ impl End {
         ))?;
         self.ip("link set {} up")?;
         self.settled()?;
-        self.tunnel.hears(port)?;
-        // wireguard-go opens its port before it starts its peers, and drops what it has for them until
-        // then; whatever is set of a peer waits for that.
+        self.tunnel.listens(port)?;
+        // wireguard-go opens its port before it starts its peers, and drops their packets until then. To set
+        // anything of a peer waits for that.
         self.tunnel.set(&format!("peer {}", peer.key.public))
     }
 
-    /// Waits until the IPv6 addresses of the end's namespace may be used. Without duplicate address
-    /// detection, too, they may be only when the kernel has come round to it.
+    /// Waits until the IPv6 addresses of the end's namespace may be used. Even without duplicate address
+    /// detection the kernel needs a moment.
     pub(crate) fn settled(&self) -> Result<()> {
         settled(&self.space)
     }
 
-    /// Sets where the peer is.
+    /// Sets the endpoint of the peer.
     pub(crate) fn endpoint(&self, peer: &Self, endpoint: &str) -> Result<()> {
         self.tunnel
             .set(&format!("peer {} endpoint {endpoint}", peer.key.public))
     }
 
-    /// Where the device believes its peer to be.
+    /// The endpoint of the peer.
     pub(crate) fn endpoint_of(&self, peer: &Self) -> Result<String> {
         self.tunnel.peer("endpoints", &peer.key.public)
     }
 
-    /// One echo request, answered. The request that has to wait for the handshake counts too.
+    /// One echo request that is answered, even if it must wait for the handshake.
     pub(crate) fn ping(&self, address: &str) -> Result<()> {
         self.space
             .run(&format!("ping -q -n -c 1 -W 10 {address}"))
@@ -178,15 +178,15 @@ impl End {
 }
 
 impl Pair {
-    /// Both ends up and configured, knowing each other's address on the IPv4 loopback.
+    /// Both ends up and configured, each with the other's endpoint on the IPv4 loopback.
     pub(crate) fn new(pairing: Pairing) -> Result<Self> {
-        let pair = Self::strangers(pairing)?;
+        let pair = Self::without_endpoints(pairing)?;
         pair.meet("127.0.0.1")?;
         Ok(pair)
     }
 
     /// Both ends up and configured, but without endpoints.
-    pub(crate) fn strangers(pairing: Pairing) -> Result<Self> {
+    pub(crate) fn without_endpoints(pairing: Pairing) -> Result<Self> {
         let under = Namespace::new("under")?;
         let left = End::over(pairing.left, &under, "left")?;
         let right = End::over(pairing.right, &under, "right")?;
@@ -231,7 +231,7 @@ impl Pair {
         })
     }
 
-    /// Tells both ends that the other is at this address of `under`.
+    /// Sets the endpoint of both peers to this address of `under`.
     pub(crate) fn meet(&self, address: &str) -> Result<()> {
         let Self { left, right, .. } = self;
         left.endpoint(right, &format!("{address}:{RIGHT_PORT}"))?;

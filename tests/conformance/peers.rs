@@ -1,4 +1,4 @@
-//! Who may send what: cryptokey routing, keys that change, peers that are changed while they live.
+//! Cryptokey routing, changes of keys, and changes of live peers.
 
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
@@ -20,8 +20,7 @@ fn arrives(from: &End, to: &End, address: &str, patience: Duration) -> Result<bo
     Ok(receiver.recv(&mut [0; 8]).is_ok())
 }
 
-/// A source that belongs to a more specific owner is not its neighbour's to use; the datagram is
-/// authentic all the same, so the endpoint follows it.
+/// A packet with a source of a more specific owner is dropped. Its datagram is authentic, so the endpoint moves.
 pub(crate) fn a_source_belongs_to_its_most_specific_owner(pairing: Pairing) -> Result<()> {
     let pair = Pair::new(pairing)?;
     let (left, right) = (&pair.left, &pair.right);
@@ -49,9 +48,9 @@ pub(crate) fn a_source_belongs_to_its_most_specific_owner(pairing: Pairing) -> R
     Ok(())
 }
 
-/// The same with an owner that is there from the beginning, so that nothing depends on changes.
-pub(crate) fn a_spoofed_source_never_comes_through(pairing: Pairing) -> Result<()> {
-    let pair = Pair::strangers(pairing)?;
+/// The same with an owner that is configured from the beginning, without changes.
+pub(crate) fn packets_with_a_spoofed_source_are_dropped(pairing: Pairing) -> Result<()> {
+    let pair = Pair::without_endpoints(pairing)?;
     let (left, right) = (&pair.left, &pair.right);
     let other = Key::new()?.public;
     left.tunnel.set(&format!(
@@ -59,7 +58,7 @@ pub(crate) fn a_spoofed_source_never_comes_through(pairing: Pairing) -> Result<(
         right.key.public
     ))?;
     pair.meet("127.0.0.1")?;
-    // By the addresses it owns, the tunnel is up.
+    // The tunnel carries its own addresses.
     right.ip("address add 192.168.241.7/24 dev {}")?;
     right
         .space
@@ -93,7 +92,7 @@ pub(crate) fn a_changed_private_key_makes_a_new_handshake_at_once(pairing: Pairi
 }
 
 pub(crate) fn a_changed_preshared_key_keeps_the_session(pairing: Pairing) -> Result<()> {
-    let pair = Pair::strangers(pairing)?;
+    let pair = Pair::without_endpoints(pairing)?;
     let relay = Relay::listening(&pair)?;
     let since = Instant::now();
     let (left, right) = (&pair.left, &pair.right);
@@ -128,7 +127,7 @@ pub(crate) fn different_preshared_keys_make_no_session(pairing: Pairing) -> Resu
     left.ping_fails(RIGHT4)?;
     right.ping_fails(LEFT4)?;
     psk(&pair.psk)?;
-    // The attempt under way has to time out first: five seconds.
+    // The attempt under way must time out first: five seconds.
     left.reaches(RIGHT4)
 }
 
@@ -138,9 +137,9 @@ fn initiations(relay: &Relay) -> Result<usize> {
     Ok(initiations.count())
 }
 
-/// What is changed on a peer while its session lives takes effect without a new handshake.
-pub(crate) fn changes_of_a_live_peer_leave_its_session_alone(pairing: Pairing) -> Result<()> {
-    let pair = Pair::strangers(pairing)?;
+/// Changes of a peer with a session take effect without a new handshake.
+pub(crate) fn changes_of_a_live_peer_keep_its_session(pairing: Pairing) -> Result<()> {
+    let pair = Pair::without_endpoints(pairing)?;
     let relay = Relay::listening(&pair)?;
     let since = Instant::now();
     let (left, right) = (&pair.left, &pair.right);
@@ -172,7 +171,7 @@ pub(crate) fn changes_of_a_live_peer_leave_its_session_alone(pairing: Pairing) -
     Ok(())
 }
 
-/// Changes during a transfer lose nothing of it.
+/// Changes during a transfer lose no byte of it.
 pub(crate) fn a_transfer_survives_hundreds_of_changes(pairing: Pairing) -> Result<()> {
     let pair = Pair::new(pairing)?;
     let (left, right) = (&pair.left, &pair.right);
@@ -196,7 +195,7 @@ pub(crate) fn a_transfer_survives_hundreds_of_changes(pairing: Pairing) -> Resul
     })
 }
 
-pub(crate) fn a_removed_peer_gets_and_sends_nothing(pairing: Pairing) -> Result<()> {
+pub(crate) fn nothing_is_sent_to_or_accepted_from_a_removed_peer(pairing: Pairing) -> Result<()> {
     let pair = Pair::new(pairing)?;
     let (left, right) = (&pair.left, &pair.right);
     left.ping(RIGHT4)?;
@@ -212,8 +211,8 @@ pub(crate) fn a_removed_peer_gets_and_sends_nothing(pairing: Pairing) -> Result<
     left.ping(RIGHT4)
 }
 
-/// An end that was restarted is spoken to again by its peer's first packets or its own.
-pub(crate) fn a_restarted_end_is_found_again(pairing: Pairing) -> Result<()> {
+/// A restarted end has a session again after the first packets of either end.
+pub(crate) fn a_restarted_end_has_a_session_again(pairing: Pairing) -> Result<()> {
     let mut pair = Pair::new(pairing)?;
     pair.left.ping(RIGHT4)?;
     pair.left.tunnel.stop()?;
@@ -237,12 +236,12 @@ pub(crate) fn a_restarted_end_is_found_again(pairing: Pairing) -> Result<()> {
 
 pairs! {
     a_source_belongs_to_its_most_specific_owner;
-    a_spoofed_source_never_comes_through;
+    packets_with_a_spoofed_source_are_dropped;
     a_changed_private_key_makes_a_new_handshake_at_once;
     a_changed_preshared_key_keeps_the_session;
     different_preshared_keys_make_no_session;
-    changes_of_a_live_peer_leave_its_session_alone;
+    changes_of_a_live_peer_keep_its_session;
     a_transfer_survives_hundreds_of_changes;
-    a_removed_peer_gets_and_sends_nothing;
-    a_restarted_end_is_found_again;
+    nothing_is_sent_to_or_accepted_from_a_removed_peer;
+    a_restarted_end_has_a_session_again;
 }

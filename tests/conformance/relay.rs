@@ -1,7 +1,7 @@
-//! A stretch of network between the two ends that a test can listen on and interfere with.
+//! A network between the two ends that a test can record and interfere with.
 //!
-//! Each end takes one of the relay's two sockets for its peer. The relay runs in the namespace of
-//! the daemons' sockets; it keeps a copy of every datagram it is given.
+//! Each end has one of the relay's two sockets as the endpoint of its peer. The relay runs in the namespace of the
+//! daemons' sockets and keeps a copy of every datagram.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,18 +13,18 @@ use anyhow::{Context as _, Result};
 
 use crate::pair::{LEFT_PORT, Pair, RIGHT_PORT};
 
-/// Where the relay stands in for the right end, and for the left one.
+/// The ports of the relay in place of the right end and of the left one.
 const AS_RIGHT: u16 = 1002;
 const AS_LEFT: u16 = 1001;
 
-/// Which way a datagram goes.
+/// The direction of a datagram.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Way {
     Right,
     Left,
 }
 
-/// A datagram that came by.
+/// A datagram that the relay received.
 #[derive(Clone, Debug)]
 pub(crate) struct Seen {
     pub(crate) way: Way,
@@ -32,13 +32,13 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    /// Whether it is a data message with something in it, so no keepalive.
+    /// Whether it is a data message with a packet, and so no keepalive.
     pub(crate) fn is_data(&self) -> bool {
         self.bytes.first() == Some(&4) && self.bytes.len() > 32
     }
 }
 
-/// A running relay; it ends with its value.
+/// A running relay. Dropping it ends it.
 pub(crate) struct Relay {
     seen: Arc<Mutex<Vec<Seen>>>,
     stop: Arc<AtomicBool>,
@@ -46,8 +46,8 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
-    /// Puts a relay between the ends of a pair; `pass` says what becomes of each datagram: what it
-    /// returns is sent on, in this order.
+    /// Puts a relay between the ends of a pair. For each datagram, the relay forwards what `pass` returns, in
+    /// this order.
     pub(crate) fn between<P>(pair: &Pair, pass: P) -> Result<Self>
     where
         P: FnMut(Way, &[u8]) -> Vec<Vec<u8>> + Send + 'static,
@@ -84,12 +84,12 @@ impl Relay {
         })
     }
 
-    /// A relay that only listens.
+    /// A relay that only records.
     pub(crate) fn listening(pair: &Pair) -> Result<Self> {
         Self::between(pair, |_, bytes| vec![bytes.to_vec()])
     }
 
-    /// What came by so far.
+    /// The datagrams so far.
     pub(crate) fn seen(&self) -> Result<Vec<Seen>> {
         let seen = self.seen.lock().ok().context("the relay panicked")?;
         Ok(seen.clone())
@@ -107,7 +107,7 @@ fn carry<P: FnMut(Way, &[u8]) -> Vec<Vec<u8>>>(
 ) {
     let mut buffer = vec![0; 1 << 16];
     while !stop.load(Ordering::Relaxed) {
-        // Timeouts, and what a peer without a socket sends back.
+        // Timeouts, and errors from a peer without a socket.
         let Ok(length) = from.recv(&mut buffer) else {
             continue;
         };
@@ -122,7 +122,7 @@ fn carry<P: FnMut(Way, &[u8]) -> Vec<Vec<u8>>>(
             return;
         };
         for datagram in pass(way, bytes) {
-            // Lost like on any network.
+            // Lost, as on any network.
             let _ = to.send_to(&datagram, target);
         }
     }

@@ -25,16 +25,15 @@ fn hosts(pairing: Pairing) -> Result<Pair> {
     Ok(pair)
 }
 
-/// Waits until the cable carries: a link that just went up drops what it is given for a moment, and says
-/// nothing.
+/// Waits until the cable carries packets: a link that just went up silently drops them for a moment.
 fn cabled(pair: &Pair) -> Result<()> {
     pair.left.settled()?;
     pair.right.settled()?;
     pair.left.reaches("10.0.0.2")
 }
 
-/// A pair whose UDP sockets are in the namespaces of another pair's links, and reach each other
-/// through that.
+/// A pair whose UDP sockets are in the namespaces of another pair's links, and reach each other through that
+/// pair's tunnel.
 fn nested(pairing: Pairing, outer: &Pair) -> Result<(End, End)> {
     let (outer_left, outer_right) = (&outer.left, &outer.right);
     for (end, peer, own, other) in [
@@ -67,7 +66,7 @@ fn nested(pairing: Pairing, outer: &Pair) -> Result<(End, End)> {
         ),
     ] {
         end.configure(5, &psk, peer, own, other)?;
-        // In 80 bytes of headers, with no padding that could make it too long for the outer tunnel.
+        // With 80 bytes of headers, and without padding that could exceed the outer tunnel's MTU.
         end.ip("link set {} mtu 1328")?;
         end.endpoint(peer, endpoint)?;
     }
@@ -86,10 +85,10 @@ pub(crate) fn a_tunnel_carries_a_tunnel(pairing: Pairing) -> Result<()> {
     tcp(&right.space, &left.space, LEFT4, 8 << 20)
 }
 
-/// A route of a tunnel's datagrams back into the tunnel, through another one: each goes round but a few
-/// times, and no more comes of ten echo requests than netns.sh grants the kernel. Both daemons outlive
-/// it, and all is well when the route is.
-pub(crate) fn a_routing_loop_ends_with_its_cause(pairing: Pairing) -> Result<()> {
+/// A route of a tunnel's datagrams back into the tunnel, through another one: each loops a few times only, and ten
+/// echo requests cause no more traffic than netns.sh permits the kernel. Both daemons survive it, and the tunnel
+/// works again without the route.
+pub(crate) fn a_routing_loop_is_bounded_and_ends_with_its_cause(pairing: Pairing) -> Result<()> {
     let mut outer = Pair::new(pairing)?;
     let (mut inner, _right) = nested(pairing, &outer)?;
     inner.ping(RIGHT4)?;
@@ -120,7 +119,7 @@ pub(crate) fn a_routing_loop_ends_with_its_cause(pairing: Pairing) -> Result<()>
     Ok(())
 }
 
-/// A peer behind another peer; and then a peer behind itself, which is nowhere.
+/// A peer behind another peer; and then a peer behind itself, which is unreachable.
 pub(crate) fn a_peer_may_be_behind_a_peer_but_not_behind_itself(pairing: Pairing) -> Result<()> {
     let mut pair = hosts(pairing)?;
     let (left, right) = (&pair.left, &pair.right);
@@ -149,9 +148,10 @@ pub(crate) fn a_peer_may_be_behind_a_peer_but_not_behind_itself(pairing: Pairing
     left.reaches(RIGHT4)
 }
 
-/// All traffic goes into the tunnel but the marked datagrams of the tunnel itself, the way wg-quick
-/// arranges it.
-pub(crate) fn a_mark_keeps_the_tunnel_out_of_its_own_default_route(pairing: Pairing) -> Result<()> {
+/// All traffic goes into the tunnel except the marked datagrams of the tunnel itself, as wg-quick sets it up.
+pub(crate) fn a_mark_keeps_the_datagrams_out_of_the_default_route_into_the_tunnel(
+    pairing: Pairing,
+) -> Result<()> {
     let pair = hosts(pairing)?;
     let (left, right) = (&pair.left, &pair.right);
     left.ip("-6 route add default via fd00:aa::2")?;
@@ -191,7 +191,7 @@ pub(crate) fn a_mark_keeps_the_tunnel_out_of_its_own_default_route(pairing: Pair
     Ok(())
 }
 
-/// Packets bound to the tunnel's interface, and packets that are marked and so routed again.
+/// Packets bound to the tunnel's interface, and packets that are rerouted because of a mark.
 pub(crate) fn bound_and_marked_packets_pass(pairing: Pairing) -> Result<()> {
     let pair = hosts(pairing)?;
     let left = &pair.left;
@@ -206,8 +206,10 @@ pub(crate) fn bound_and_marked_packets_pass(pairing: Pairing) -> Result<()> {
     left.space.run(&bound).map(drop)
 }
 
-/// The sender learns that there is no peer for an address, or no way to it, instead of waiting.
-pub(crate) fn who_has_no_peer_is_unreachable(program: Program) -> Result<()> {
+/// The sender gets an ICMP error for an address without a peer, or of a peer without an endpoint.
+pub(crate) fn destinations_without_a_peer_or_endpoint_are_unreachable(
+    program: Program,
+) -> Result<()> {
     let space = Namespace::new("icmp")?;
     let tunnel = Tunnel::start(program, &space)?;
     let key = Key::new()?;
@@ -221,7 +223,7 @@ pub(crate) fn who_has_no_peer_is_unreachable(program: Program) -> Result<()> {
     space.run(&format!("ip address add {LEFT6}/112 dev {name} nodad"))?;
     space.run(&format!("ip link set {name} up"))?;
     settled(&space)?;
-    // .2 is a peer without an endpoint, .3 nobody.
+    // .2 is a peer without an endpoint, .3 is no peer.
     for address in [RIGHT4, "192.168.241.3", RIGHT6, "fd00::3"] {
         let output = space.attempt(&format!("ping -n -c 1 -W 5 {address}"))?;
         let report = String::from_utf8_lossy(&output.stdout).to_lowercase();
@@ -233,7 +235,7 @@ pub(crate) fn who_has_no_peer_is_unreachable(program: Program) -> Result<()> {
     Ok(())
 }
 
-/// A router behind which a peer is gone tells so from the right address.
+/// A router reports a removed peer with the right source address.
 pub(crate) fn a_removed_peer_is_reported_by_the_router(pairing: Pairing) -> Result<()> {
     let pair = hosts(pairing)?;
     let (left, right) = (&pair.left, &pair.right);
@@ -261,7 +263,7 @@ pub(crate) fn a_removed_peer_is_reported_by_the_router(pairing: Pairing) -> Resu
     Ok(())
 }
 
-/// A rule in a namespace that counts what its words describe.
+/// Adds a rule in a namespace that counts the packets that its words describe.
 fn count(space: &Namespace, hook: &str, words: &str) -> Result<()> {
     space.run("nft add table inet count")?;
     space.run(&format!(
@@ -301,7 +303,7 @@ pub(crate) fn ecn_is_copied_to_the_datagram(pairing: Pairing) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn congestion_marks_come_out_of_the_tunnel(pairing: Pairing) -> Result<()> {
+pub(crate) fn congestion_marks_reach_the_inner_packets(pairing: Pairing) -> Result<()> {
     let pair = Pair::new(pairing)?;
     pair.left.ping(RIGHT4)?;
     count(&pair.under, "output", "udp dport 2 ip ecn set ce counter")?;
@@ -341,7 +343,7 @@ pub(crate) fn dscp_does_not_leak(pairing: Pairing) -> Result<()> {
     }
     let leaks = || -> Result<_> { Ok([counted(under, "input")?, counted(under, "prerouting")?]) };
     ensure!(leaks()? == [false; 2], "the class of traffic shows outside");
-    // The control: outside of the tunnel it shows.
+    // The control: outside of the tunnel it is visible.
     for address in ["127.0.0.1", "::1"] {
         under.run(&format!("ping -q -n -c 1 -W 10 -Q 0xb8 {address}"))?;
     }
@@ -349,7 +351,7 @@ pub(crate) fn dscp_does_not_leak(pairing: Pairing) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn a_link_may_move_on_to_another_namespace(pairing: Pairing) -> Result<()> {
+pub(crate) fn a_link_may_move_to_another_namespace_again(pairing: Pairing) -> Result<()> {
     let mut pair = Pair::new(pairing)?;
     pair.left.ping(RIGHT4)?;
     for label in ["second", "third"] {
@@ -365,7 +367,7 @@ pub(crate) fn a_link_may_move_on_to_another_namespace(pairing: Pairing) -> Resul
     tcp(&pair.left.space, &pair.right.space, RIGHT4, 1 << 20)
 }
 
-pub(crate) fn a_link_that_goes_with_its_namespace_ends_the_daemon(program: Program) -> Result<()> {
+pub(crate) fn a_link_deleted_with_its_namespace_ends_the_daemon(program: Program) -> Result<()> {
     let under = Namespace::new("under")?;
     let space = Namespace::new("doomed")?;
     let mut tunnel = Tunnel::start(program, &under)?;
@@ -377,8 +379,8 @@ pub(crate) fn a_link_that_goes_with_its_namespace_ends_the_daemon(program: Progr
     Ok(())
 }
 
-/// What the tunnel sends to may be out of reach for a while, in all the ways the kernel reports.
-pub(crate) fn an_underlay_that_was_away_is_used_again(pairing: Pairing) -> Result<()> {
+/// The endpoint may be unreachable for a while, with each error that the kernel reports.
+pub(crate) fn the_tunnel_recovers_with_the_underlay(pairing: Pairing) -> Result<()> {
     let mut pair = hosts(pairing)?;
     let ways: [(&str, &str); 4] = [
         (
@@ -406,9 +408,9 @@ pub(crate) fn an_underlay_that_was_away_is_used_again(pairing: Pairing) -> Resul
     tcp(&pair.left.space, &pair.right.space, RIGHT4, 1 << 20)
 }
 
-/// A handshake that the firewall or the lack of a route keeps from being sent is tried again, and the
-/// log says so once for each time it begins.
-pub(crate) fn a_handshake_that_was_refused_is_tried_again(pairing: Pairing) -> Result<()> {
+/// A handshake that a firewall or a missing route keeps from being sent is retried, and the log reports each
+/// obstacle once.
+pub(crate) fn a_refused_handshake_is_retried(pairing: Pairing) -> Result<()> {
     let pair = hosts(pairing)?;
     let left = &pair.left;
     let refuse = "nft add table ip no ; \
@@ -437,13 +439,13 @@ pub(crate) fn a_handshake_that_was_refused_is_tried_again(pairing: Pairing) -> R
     }
     if pairing.left == Program::Selvedge {
         let log = left.tunnel.log();
-        let told = log.matches("refuses to send").count();
-        ensure!(told == ways.len(), "it was told {told} times:\n{log}");
+        let reports = log.matches("refuses to send").count();
+        ensure!(reports == ways.len(), "{reports} reports:\n{log}");
     }
     Ok(())
 }
 
-/// Where the underlay's MTU leaves no room for full datagrams, TCP gets through all the same.
+/// TCP works even if the underlay's MTU is too small for full datagrams.
 pub(crate) fn a_narrow_underlay_still_carries_tcp(pairing: Pairing) -> Result<()> {
     let pair = hosts(pairing)?;
     for end in [&pair.left, &pair.right] {
@@ -453,7 +455,7 @@ pub(crate) fn a_narrow_underlay_still_carries_tcp(pairing: Pairing) -> Result<()
         (&pair.left, &pair.right, RIGHT4),
         (&pair.right, &pair.left, LEFT6),
     ] {
-        // Long for what it takes, and less than wireguard-go's retransmissions would.
+        // Longer than it takes, and shorter than with wireguard-go's retransmissions.
         let limit = Duration::from_secs(30);
         tcp_within(limit, &from.space, &to.space, address, 4 << 20)?;
     }
@@ -464,21 +466,21 @@ pairs! {
     a_narrow_underlay_still_carries_tcp
         fails with WireguardGo on left: "ing over TCP", right: "ing over TCP";
     a_tunnel_carries_a_tunnel;
-    a_routing_loop_ends_with_its_cause
+    a_routing_loop_is_bounded_and_ends_with_its_cause
         fails with WireguardGo on left: "bytes went round";
     a_peer_may_be_behind_a_peer_but_not_behind_itself;
-    a_mark_keeps_the_tunnel_out_of_its_own_default_route;
+    a_mark_keeps_the_datagrams_out_of_the_default_route_into_the_tunnel;
     bound_and_marked_packets_pass;
     a_removed_peer_is_reported_by_the_router fails with WireguardGo on right: "no ICMP";
     ecn_is_copied_to_the_datagram fails with WireguardGo on left: "ECT(0) stayed inside";
-    congestion_marks_come_out_of_the_tunnel fails with WireguardGo on right: "the mark was lost";
+    congestion_marks_reach_the_inner_packets fails with WireguardGo on right: "the mark was lost";
     dscp_does_not_leak;
-    a_link_may_move_on_to_another_namespace;
-    an_underlay_that_was_away_is_used_again;
-    a_handshake_that_was_refused_is_tried_again;
+    a_link_may_move_to_another_namespace_again;
+    the_tunnel_recovers_with_the_underlay;
+    a_refused_handshake_is_retried;
 }
 
 devices! {
-    who_has_no_peer_is_unreachable fails with WireguardGo: "no ICMP";
-    a_link_that_goes_with_its_namespace_ends_the_daemon;
+    destinations_without_a_peer_or_endpoint_are_unreachable fails with WireguardGo: "no ICMP";
+    a_link_deleted_with_its_namespace_ends_the_daemon;
 }

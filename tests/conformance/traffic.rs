@@ -1,4 +1,4 @@
-//! TCP and UDP through a tunnel, every byte of it checked.
+//! TCP and UDP through a tunnel, with every byte checked.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -11,22 +11,21 @@ use selvedge_lab::netns::Namespace;
 use crate::pair::{LEFT4, LEFT6, Pair, RIGHT4, RIGHT6};
 use crate::tunnel::SOON;
 
-/// The bytes 0 to 250 over and over: 251 is prime, so that a segment that is missing, doubled or out
-/// of place shows.
+/// The bytes 0 to 250, repeated: 251 is prime, so a missing, duplicated or misplaced segment is detected.
 fn pattern(length: usize) -> Vec<u8> {
     (0..251).cycle().take(length).collect()
 }
 
-/// So many of the last datagrams may still be held back when all are sent.
+/// The number of last datagrams that may still be delayed when all are sent.
 const FEW: u32 = 10;
 
-/// How long to wait for what should not come.
+/// How long to wait for datagrams that should not arrive.
 const SHORT: Duration = Duration::from_millis(500);
 
-/// How long a transfer may take that would take a second on an idle machine.
+/// The time limit of a transfer that takes a second on an idle host.
 const LONG: Duration = Duration::from_secs(180);
 
-/// Sends so many bytes over TCP from one namespace to an address in another and checks them.
+/// Sends this number of bytes over TCP from one namespace to an address in another and checks them.
 pub(crate) fn tcp(from: &Namespace, to: &Namespace, address: &str, bytes: usize) -> Result<()> {
     tcp_within(LONG, from, to, address, bytes)
 }
@@ -45,7 +44,7 @@ pub(crate) fn tcp_within(
     thread::scope(|scope| {
         let receiver = scope.spawn(move || receive(&listener, bytes, limit));
         let sent = from.within(|| send(target, bytes, limit));
-        // The sender's error first: the receiver's is then only its consequence.
+        // The sender's error comes first: the receiver's is its consequence.
         sent.context("sending over TCP")?;
         receiver
             .join()
@@ -81,7 +80,7 @@ fn receive(listener: &TcpListener, bytes: usize, limit: Duration) -> Result<()> 
             Err(error) if error.kind() == ErrorKind::WouldBlock && since.elapsed() < limit => {
                 thread::sleep(Duration::from_millis(5));
             }
-            Err(error) => return Err(error).context("nobody connects"),
+            Err(error) => return Err(error).context("no connection"),
         }
     };
     stream.set_nonblocking(false)?;
@@ -104,8 +103,8 @@ fn receive(listener: &TcpListener, bytes: usize, limit: Duration) -> Result<()> 
     Ok(())
 }
 
-/// Sends datagrams of these sizes, one after the other's arrival, and checks them. One that never
-/// arrives is an error.
+/// Sends datagrams of these sizes, each after the arrival of the one before, and checks them. A lost one is an
+/// error.
 pub(crate) fn udp(
     from: &Namespace,
     to: &Namespace,
@@ -128,13 +127,13 @@ pub(crate) fn udp(
     let mut previous = None;
     for (index, size) in sizes.into_iter().enumerate() {
         let datagram = pattern(size);
-        // A busy machine may lose one; the same one three times it does not.
+        // A busy host may lose one, but not the same one three times.
         let mut tries = 0..3;
         let length = loop {
             sender.send(&datagram)?;
             match receiver.recv(&mut buffer) {
                 Err(_) if tries.next().is_some() => {}
-                // It was only late, and has been sent again meanwhile.
+                // It was late, and has been sent again meanwhile.
                 Ok(length) if previous == Some(length) && length != size => {}
                 received => {
                     let context = || format!("datagram {index} of {size} bytes");
@@ -148,7 +147,7 @@ pub(crate) fn udp(
     Ok(())
 }
 
-/// Sends so many numbered datagrams; each but the last few has to arrive once, in whatever order.
+/// Sends this number of numbered datagrams. Each except the last few must arrive once, in any order.
 pub(crate) fn numbered(from: &Namespace, to: &Namespace, address: &str, count: u32) -> Result<()> {
     let address: IpAddr = address.parse()?;
     let receiver = to.within(|| UdpSocket::bind((address, 0)))?;
@@ -156,14 +155,14 @@ pub(crate) fn numbered(from: &Namespace, to: &Namespace, address: &str, count: u
     sender.connect(receiver.local_addr()?)?;
     for number in 0..count + FEW {
         sender.send(&number.to_be_bytes())?;
-        // Slowly enough for whatever stands between.
+        // Slowly enough for the network between.
         thread::sleep(Duration::from_millis(2));
     }
     let mut arrived = vec![0; (count + FEW) as usize];
     let due = |arrived: &[u32]| arrived[..count as usize].contains(&0);
     let mut buffer = [0; 4];
     loop {
-        // The copies of the last ones may be under way when they have arrived.
+        // Copies of the last ones may still be under way.
         let patience = if due(&arrived) { SOON } else { SHORT };
         receiver.set_read_timeout(Some(patience))?;
         match receiver.recv(&mut buffer) {
@@ -182,7 +181,7 @@ pub(crate) fn numbered(from: &Namespace, to: &Namespace, address: &str, count: u
     Ok(())
 }
 
-/// Pings, TCP each way and in parallel, UDP of all kinds of sizes, over IPv4 and IPv6.
+/// Pings, TCP each way and in parallel, UDP of many sizes, over IPv4 and IPv6.
 pub(crate) fn everything(pair: &Pair) -> Result<()> {
     let (left, right) = (&pair.left, &pair.right);
     for (from, to) in [
@@ -207,7 +206,7 @@ pub(crate) fn everything(pair: &Pair) -> Result<()> {
     Ok(())
 }
 
-/// So many TCP connections at once.
+/// This number of TCP connections at the same time.
 pub(crate) fn parallel(pair: &Pair, streams: usize, bytes: usize) -> Result<()> {
     let (from, to) = (&pair.left.space, &pair.right.space);
     thread::scope(|scope| {

@@ -14,14 +14,14 @@ use selvedge_lab::netns::{Namespace, unique_prefix};
 use selvedge_lab::process::{Process, wait_for};
 use tempfile::TempDir;
 
-/// How long anything may take that should happen at once, on a machine that has other work too; also two
-/// of a handshake's attempts, which are five seconds apart.
+/// The time limit of anything that should happen at once, on a busy host. It includes two attempts of a handshake,
+/// five seconds apart.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
 /// A program that makes a WireGuard device and serves its configuration socket.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Program {
-    /// The control: what passes on it is a property of WireGuard and not of this harness.
+    /// The control: it proves that the harness expects what WireGuard does.
     WireguardGo,
     /// The subject.
     Selvedge,
@@ -33,13 +33,13 @@ impl Program {
             Self::WireguardGo => {
                 let path = cached("wireguard-go")?;
                 let mut command = namespace.command(&path.to_string_lossy());
-                // Else it prints twenty lines of advice.
+                // Otherwise it prints twenty lines of advice.
                 command.env("WG_PROCESS_FOREGROUND", "1");
                 command.arg("-f");
                 command
             }
             Self::Selvedge => {
-                // Another build of it, to compare with.
+                // Another build, for comparison.
                 let other = env::var("SELVEDGE_PROGRAM").ok();
                 let program = other.as_deref().unwrap_or(env!("CARGO_BIN_EXE_selvedge"));
                 let mut command = namespace.command(program);
@@ -95,18 +95,18 @@ impl Key {
         self.directory.path().join("key").display().to_string()
     }
 
-    /// What the file says.
+    /// The private half in base64.
     pub(crate) fn private(&self) -> Result<String> {
         Ok(fs::read_to_string(self.file())?)
     }
 }
 
 thread_local! {
-    /// What the daemons of this thread's scenario printed, for the report of its failure.
+    /// The output of the daemons of this thread's scenario, for the report of a failure.
     static LOGS: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// What the daemons printed that this thread has started and dropped since the last call.
+/// The output of the daemons that this thread has started and dropped since the last call.
 pub(crate) fn take_logs() -> String {
     LOGS.take()
 }
@@ -114,7 +114,7 @@ pub(crate) fn take_logs() -> String {
 /// A running daemon and its device.
 pub(crate) struct Tunnel {
     process: Option<Process>,
-    /// The device's name, unique on the machine: the sockets of all namespaces share a directory.
+    /// The device's name, unique on the host: the sockets of all namespaces share a directory.
     pub(crate) name: String,
     log: TempDir,
 }
@@ -122,8 +122,8 @@ pub(crate) struct Tunnel {
 impl Tunnel {
     /// Starts a daemon whose UDP sockets, and at first its link, are in a namespace.
     pub(crate) fn start(program: Program, namespace: &Namespace) -> Result<Self> {
-        // wireguard-go looks for the socket it has just bound and may not find it while others come
-        // and go in the directory; it then gives up, and is started once more.
+        // wireguard-go looks for its new socket and may miss it while other sockets in the directory come and
+        // go. It ends then, and is started once more.
         match Self::start_once(program, namespace) {
             Err(error) if format!("{error:#}").contains("Failed to listen on uapi socket") => {
                 Self::start_once(program, namespace)
@@ -152,7 +152,7 @@ impl Tunnel {
         Ok(tunnel)
     }
 
-    /// What the daemon printed.
+    /// The output of the daemon.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.log.path().join("log")).unwrap_or_default()
     }
@@ -162,9 +162,9 @@ impl Tunnel {
         Some(self.process.as_ref()?.pid())
     }
 
-    /// Waits until the daemon has opened its port: wireguard-go does so some time after its link went
-    /// up, and what comes before is lost until the next try, five seconds later.
-    pub(crate) fn hears(&self, port: u16) -> Result<()> {
+    /// Waits until the daemon has opened its port: wireguard-go does so some time after its link went up, and
+    /// earlier initiations are lost until the next attempt, five seconds later.
+    pub(crate) fn listens(&self, port: u16) -> Result<()> {
         let pid = self.pid().context("the daemon was stopped")?;
         // The sockets of the process's namespace, addresses and ports in hexadecimal digits.
         let (sockets, wanted) = (format!("/proc/{pid}/net/udp"), format!(":{port:04X} "));
@@ -174,8 +174,8 @@ impl Tunnel {
         Ok(())
     }
 
-    /// What waits in the sockets of a port of the daemon's namespace, in bytes of the kernel's memory, and
-    /// how many datagrams they had no room for (proc_net_udp(5): `rx_queue`, `drops`).
+    /// The bytes of the kernel's memory that wait in the sockets of a port of the daemon's namespace, and the
+    /// number of datagrams that found no room (proc_net_udp(5): `rx_queue`, `drops`).
     pub(crate) fn queue(&self, port: u16) -> Result<(u64, u64)> {
         let pid = self.pid().context("the daemon was stopped")?;
         let (mut waiting, mut dropped) = (0, 0);
@@ -196,7 +196,7 @@ impl Tunnel {
         Ok((waiting, dropped))
     }
 
-    /// Whether the daemon is gone, by itself or because it was stopped.
+    /// Whether the daemon has ended.
     pub(crate) fn ended(&mut self) -> bool {
         self.process
             .as_mut()
@@ -260,7 +260,7 @@ impl Tunnel {
         Ok((received.parse()?, sent.parse()?))
     }
 
-    /// Moves the link, which goes down by that, to another namespace.
+    /// Moves the link to another namespace, which sets it down.
     pub(crate) fn move_link(&self, from: &Namespace, to: &Namespace) -> Result<()> {
         from.run(&format!("ip link set {} netns {}", self.name, to.name()))
             .map(drop)

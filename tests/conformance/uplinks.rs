@@ -1,9 +1,9 @@
 //! A host with two uplinks, whose default route moves from one to the other and back.
 //!
-//! Each provider forwards only what has its own address as the source, and delivers what is sent to that
-//! address whatever route the host has. So the peer is still heard by the uplink of before until something
-//! has reached it by the new one, which in half of the runs takes that provider half a second. The figures
-//! are printed.
+//! Each provider forwards only datagrams with its own address as the source, and delivers datagrams to that
+//! address whatever route the host has. So datagrams of the peer arrive through the earlier uplink until one has
+//! reached the peer through the new one, which takes that provider half a second in half of the runs. The test
+//! prints the figures.
 
 use std::net::{IpAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,13 +17,13 @@ use crate::pair::{LEFT4, Pair, Pairing, RIGHT4, reaches};
 
 /// Between two numbers.
 const PACE: Duration = Duration::from_millis(5);
-/// How long each route is kept.
+/// How long each route stays.
 const KEPT: Duration = Duration::from_secs(3);
-/// How often the route moves.
+/// How many times the route moves.
 const MOVES: usize = 6;
-/// How long a provider that is slow to begin forwards nothing of the host's.
+/// How long a slow provider forwards none of the host's datagrams at first.
 const SLOW: Duration = Duration::from_millis(500);
-/// The longest gap that a move may cost beside that: not a handshake's timeout.
+/// The longest gap of a move beyond that: less than the timeout of a handshake.
 const GAP: Duration = Duration::from_secs(1);
 
 struct Uplinks {
@@ -73,7 +73,7 @@ impl Uplinks {
         Ok(Self { pair, providers })
     }
 
-    /// What the providers dropped because of its source.
+    /// The number of datagrams that the providers dropped because of their source.
     fn refused(&self) -> Result<u64> {
         let mut refused = 0;
         for provider in &self.providers {
@@ -92,7 +92,7 @@ fn send(space: &Namespace, to: (&str, u16), stop: &AtomicBool) -> Result<u32> {
     socket.connect(to)?;
     let mut number = 0_u32;
     while !stop.load(Ordering::Relaxed) {
-        // What finds no route is lost like any other.
+        // Datagrams without a route are lost.
         let _ = socket.send(&number.to_be_bytes());
         number += 1;
         thread::sleep(PACE);
@@ -100,7 +100,7 @@ fn send(space: &Namespace, to: (&str, u16), stop: &AtomicBool) -> Result<u32> {
     Ok(number)
 }
 
-/// Takes numbers until `stop` is set; returns when each came.
+/// Receives numbers until `stop` is set; returns the time of each arrival.
 fn receive(socket: &UdpSocket, stop: &AtomicBool) -> Vec<Instant> {
     let mut arrivals = Vec::new();
     while !stop.load(Ordering::Relaxed) {
@@ -129,7 +129,7 @@ fn longest_gap(arrivals: &[Instant], since: Instant, until: Instant) -> Duration
     gaps.max().unwrap_or_default()
 }
 
-/// The default route moves while both sides send, and what the host sends arrives by the new uplink.
+/// The default route moves while both sides send, and the host's datagrams arrive through the new uplink.
 pub(crate) fn the_source_follows_the_default_route(pairing: Pairing) -> Result<()> {
     for slow in [Duration::ZERO, SLOW] {
         moves(pairing, slow).with_context(|| format!("with a provider that takes {slow:?}"))?;

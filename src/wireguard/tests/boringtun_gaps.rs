@@ -1,10 +1,9 @@
-//! What boringtun 0.7.1 leaves to whoever embeds it, or does otherwise than the protocol says; in the
-//! order in which it was found.
+//! What boringtun 0.7.1 leaves to its embedder, or does differently from the protocol.
 
 use super::*;
 
 #[test]
-fn gap_1_a_peer_that_did_not_answer_for_an_hour_is_still_called() {
+fn handshakes_go_on_with_a_peer_that_did_not_answer_for_an_hour() {
     let mut world = World::pair();
     let [one, two] = world.hosts.as_slice() else {
         unreachable!()
@@ -18,7 +17,7 @@ fn gap_1_a_peer_that_did_not_answer_for_an_hour_is_still_called() {
 
     let before = world.count(1);
     world.pass_with(seconds(60), |_| false);
-    assert!(world.count(1) > before, "it has given up");
+    assert!(world.count(1) > before, "no more initiations");
     world.pass(seconds(60));
     assert!(
         world.hosts[1]
@@ -30,14 +29,14 @@ fn gap_1_a_peer_that_did_not_answer_for_an_hour_is_still_called() {
 }
 
 #[test]
-fn gap_1_an_idle_tunnel_does_not_expire() {
+fn an_idle_tunnel_carries_packets_after_an_hour() {
     let mut world = World::connected_pair();
     world.pass(seconds(3600));
     world.assert_connected();
 }
 
 #[test]
-fn gap_2_a_session_after_a_long_silence_lives_its_full_time() {
+fn a_session_after_a_long_silence_lasts_its_full_time() {
     let mut world = World::pair();
     world.now = world.now + seconds(7200);
     world.assert_connected();
@@ -48,7 +47,7 @@ fn gap_2_a_session_after_a_long_silence_lives_its_full_time() {
 }
 
 #[test]
-fn gap_3_a_forged_datagram_of_any_length_harms_nothing() {
+fn a_forged_datagram_of_any_length_is_dropped() {
     let mut world = World::connected_pair();
     let genuine = world
         .log
@@ -68,14 +67,14 @@ fn gap_3_a_forged_datagram_of_any_length_harms_nothing() {
 }
 
 #[test]
-fn gap_4_a_peer_is_called_as_soon_as_it_is_configured() {
+fn a_handshake_begins_as_soon_as_a_peer_is_configured() {
     let mut world = World::pair();
     world.work();
-    assert_eq!(world.count(1), 2, "both were told where the other is");
+    assert_eq!(world.count(1), 2, "both have an endpoint of the other");
 }
 
 #[test]
-fn gap_5_replayed_initiations_do_not_make_load_for_others() {
+fn replayed_initiations_are_dropped_and_cost_other_peers_nothing() {
     let mut world = World::pair();
     world.work();
     let initiation = world
@@ -95,14 +94,14 @@ fn gap_5_replayed_initiations_do_not_make_load_for_others() {
         });
         world.settle();
     }
-    assert_eq!(world.log.len(), replies, "a repetition was answered");
+    assert_eq!(world.log.len(), replies, "a replay got an answer");
     assert_eq!(world.hosts[1].drops(Dropped::Replayed), 400);
     world.assert_connected();
 }
 
 #[test]
-fn gap_5_under_load_a_cookie_is_asked_for_that_counts_for_one_address_and_port() {
-    let mut world = World::pair_with_a_stranger();
+fn under_load_a_cookie_is_required_that_is_valid_for_one_address_and_port() {
+    let mut world = World::pair_with_one_endpoint();
     world.work();
     let initiation = world
         .log
@@ -127,7 +126,7 @@ fn gap_5_under_load_a_cookie_is_asked_for_that_counts_for_one_address_and_port()
     assert_eq!(cookies.len(), 1, "the others carry no valid MAC");
     assert!(cookies[0].bytes.len() < initiation.bytes.len());
 
-    // With the cookie the same host is answered, and from another port it is not.
+    // With the cookie the same host gets an answer, and from another port it gets none.
     let before = world.count(2);
     world.pass_with(seconds(1), |datagram| datagram.kind() == 1);
     assert_eq!(world.count(2), before + 1);
@@ -140,7 +139,7 @@ fn gap_5_under_load_a_cookie_is_asked_for_that_counts_for_one_address_and_port()
 }
 
 #[test]
-fn gap_5_a_flood_of_strangers_does_not_hold_up_a_peer_at_its_known_address() {
+fn a_flood_from_unknown_addresses_does_not_delay_a_peer_at_its_known_address() {
     let mut world = World::pair();
     world.work();
     let to_two = |datagram: &&Datagram| datagram.to == address(2);
@@ -163,7 +162,7 @@ fn gap_5_a_flood_of_strangers_does_not_hold_up_a_peer_at_its_known_address() {
 }
 
 #[test]
-fn gap_6_an_initiation_is_verified_and_counted_once() {
+fn an_initiation_is_verified_and_counted_once() {
     let mut world = World::pair();
     world.work();
     world.under_way.retain(|datagram| datagram.to == address(2));
@@ -178,7 +177,7 @@ fn gap_6_an_initiation_is_verified_and_counted_once() {
 }
 
 #[test]
-fn gap_7_eight_thousand_packets_may_be_late() {
+fn packets_may_be_late_by_8192_counters() {
     let mut world = World::connected_pair();
     for n in 0..8192_u32 {
         world.send(0, &packet(1, 2, &n.to_be_bytes()));
@@ -193,10 +192,10 @@ fn gap_7_eight_thousand_packets_may_be_late() {
     assert_eq!(world.hosts[1].drops(Dropped::Replayed), 0);
 }
 
-// Gap 8, the end of the counter, is tested in `session`, where the counter can be set.
+// The end of the counter is tested in `session`, where the counter can be set.
 
 #[test]
-fn gap_9_a_peer_cannot_speak_for_a_more_specific_owner() {
+fn a_source_is_refused_from_a_peer_that_is_not_its_most_specific_owner() {
     let mut world = World::of([1, 2, 3]);
     {
         let [one, two, three] = world.hosts.as_slice() else {
@@ -214,7 +213,7 @@ fn gap_9_a_peer_cannot_speak_for_a_more_specific_owner() {
     world.send(1, &packet(3, 1, b"of another"));
     world.send(
         1,
-        &packet_between([10, 9, 9, 9].into(), [10, 0, 1, 1].into(), b"of nobody"),
+        &packet_between([10, 9, 9, 9].into(), [10, 0, 1, 1].into(), b"of no peer"),
     );
     world.settle();
     assert_eq!(world.hosts[0].delivered, [packet(2, 1, b"mine")]);
@@ -227,7 +226,7 @@ fn gap_9_a_peer_cannot_speak_for_a_more_specific_owner() {
 }
 
 #[test]
-fn gap_9_a_peer_whose_narrower_prefix_is_another_peers_still_roams() {
+fn a_peer_roams_even_if_its_packet_has_the_source_of_another() {
     let mut world = World::of([1, 2, 3]);
     {
         let [one, two, three] = world.hosts.as_slice() else {
@@ -247,7 +246,7 @@ fn gap_9_a_peer_whose_narrower_prefix_is_another_peers_still_roams() {
 }
 
 #[test]
-fn gap_10_a_peer_roams_with_every_authentic_message_and_with_no_other() {
+fn a_peer_roams_with_every_new_authentic_message_and_with_no_other() {
     let mut world = World::connected_pair();
     let peer = world.hosts[1].peer(&world.hosts[0]);
     let elsewhere = |port| SocketAddr::from((Ipv4Addr::new(203, 0, 113, 7), port));
@@ -273,13 +272,13 @@ fn gap_10_a_peer_roams_with_every_authentic_message_and_with_no_other() {
     assert_eq!(
         peer.endpoint().unwrap().remote,
         elsewhere(2),
-        "it came before"
+        "it is a replay"
     );
 }
 
 #[test]
-fn gap_10_a_cookie_says_nothing_about_where_a_peer_is() {
-    let mut world = World::pair_with_a_stranger();
+fn a_cookie_moves_no_endpoint_and_counts_as_no_traffic() {
+    let mut world = World::pair_with_one_endpoint();
     world.work();
     let initiation = world
         .log
@@ -309,7 +308,7 @@ fn gap_10_a_cookie_says_nothing_about_where_a_peer_is() {
 }
 
 #[test]
-fn gap_11_packets_are_padded_to_sixteen_bytes_and_come_out_as_they_went_in() {
+fn packets_are_padded_to_16_bytes_and_delivered_unchanged() {
     let mut world = World::connected_pair();
     for (payload, datagram) in [
         (0, 64),
@@ -334,7 +333,7 @@ fn gap_11_packets_are_padded_to_sixteen_bytes_and_come_out_as_they_went_in() {
 }
 
 #[test]
-fn gap_12_two_peers_with_keepalives_settle_on_one_session_and_do_not_fight_over_it() {
+fn two_peers_with_keepalives_agree_on_one_session() {
     let mut world = World::of([1, 2]);
     {
         let [one, two] = world.hosts.as_slice() else {
@@ -350,7 +349,7 @@ fn gap_12_two_peers_with_keepalives_settle_on_one_session_and_do_not_fight_over_
     world.pass_with(seconds(400), |_| false);
     let before = world.count(1);
     world.pass(seconds(600));
-    // One every two minutes, as keepalives are sent; the first may collide.
+    // One every two minutes, because of the keepalives. The first ones may collide.
     assert!(
         (4..=9).contains(&(world.count(1) - before)),
         "{}",
@@ -360,7 +359,7 @@ fn gap_12_two_peers_with_keepalives_settle_on_one_session_and_do_not_fight_over_
 }
 
 #[test]
-fn gap_12_a_changed_keepalive_or_preshared_key_leaves_the_session_alone() {
+fn a_changed_keepalive_or_preshared_key_leaves_the_session_alone() {
     use crate::wireguard::key::PresharedKey;
     let mut world = World::connected_pair();
     let handshakes = world.count(1);
@@ -387,7 +386,7 @@ fn gap_12_a_changed_keepalive_or_preshared_key_leaves_the_session_alone() {
 }
 
 #[test]
-fn gap_12_nothing_is_ever_sent_to_a_key_of_small_order() {
+fn nothing_is_ever_sent_to_a_key_of_small_order() {
     let mut world = World::of([1]);
     for low in [0_u8, 1] {
         let mut key = [0; 32];
@@ -406,7 +405,7 @@ fn gap_12_nothing_is_ever_sent_to_a_key_of_small_order() {
 }
 
 #[test]
-fn gap_12_a_peer_is_taken_fifty_initiations_of_per_second() {
+fn at_most_50_initiations_of_a_peer_per_second_are_answered() {
     let mut world = World::of([1, 2]);
     {
         let [one, two] = world.hosts.as_slice() else {
@@ -415,7 +414,7 @@ fn gap_12_a_peer_is_taken_fifty_initiations_of_per_second() {
         one.set_peers(&[(two, config(2))], world.now);
         two.set_peers(&[(one, config(1))], world.now);
     }
-    // A host that forgets that it has just sent one.
+    // A host that sends initiations without a pause.
     for _ in 0..1000 {
         let [one, two] = world.hosts.as_slice() else {
             unreachable!()
@@ -440,7 +439,7 @@ fn gap_12_a_peer_is_taken_fifty_initiations_of_per_second() {
 }
 
 #[test]
-fn gap_12_the_indices_of_a_peer_do_not_tell_that_they_belong_together() {
+fn the_indices_of_a_peer_cannot_be_linked() {
     let mut world = World::connected_pair();
     world.pass(seconds(1));
     for _ in 0..3 {
@@ -462,7 +461,7 @@ fn gap_12_the_indices_of_a_peer_do_not_tell_that_they_belong_together() {
 }
 
 #[test]
-fn gap_13_little_waits_for_a_dead_peer_and_the_newest_of_it_arrives_when_it_comes_back() {
+fn few_packets_wait_for_a_dead_peer_and_the_newest_arrive_when_it_is_back() {
     let mut world = World::pair();
     for n in 0..1000_u32 {
         world.send(0, &packet(1, 2, &n.to_be_bytes()));
@@ -476,7 +475,7 @@ fn gap_13_little_waits_for_a_dead_peer_and_the_newest_of_it_arrives_when_it_come
 }
 
 #[test]
-fn gap_13_what_waited_too_long_is_dropped() {
+fn packets_that_waited_too_long_are_dropped() {
     let mut world = World::pair();
     world.send(0, &packet(1, 2, b"old"));
     world.pass_with(seconds(120), |_| false);

@@ -1,4 +1,4 @@
-//! Candidate endpoints of a peer, and initiations that came unasked.
+//! Candidate endpoints of a peer, and unasked initiations.
 
 use super::super::UNASKED_AFTER;
 use super::*;
@@ -9,7 +9,7 @@ fn endpoint(world: &World, of: usize, at: usize) -> Option<SocketAddr> {
 }
 
 #[test]
-fn one_initiation_goes_to_all_candidates_and_the_first_that_answers_is_used() {
+fn one_initiation_is_sent_to_all_candidates_and_the_one_that_answers_is_used() {
     let mut world = World::connected_pair();
     world.hosts[1].wire.address = address(9);
     let id = world.hosts[1].id();
@@ -36,7 +36,7 @@ fn one_initiation_goes_to_all_candidates_and_the_first_that_answers_is_used() {
 }
 
 #[test]
-fn a_second_copy_of_an_initiation_moves_nothing() {
+fn a_second_copy_of_an_initiation_moves_no_endpoint() {
     let mut world = World::connected_pair();
     let id = world.hosts[1].id();
     world.now = world.now + seconds(1);
@@ -45,7 +45,7 @@ fn a_second_copy_of_an_initiation_moves_nothing() {
         .try_candidates(&id, &[address(2), address(9)]);
     world.work();
     let mut copies: Vec<_> = world.under_way.drain(..).collect();
-    // Both candidates are ways to the same host, and host 1 is seen from another address on the second.
+    // Both candidates lead to the same host, which sees host 1 at another address through the second.
     copies[1].to = address(2);
     copies[1].from = address(7);
     for copy in copies {
@@ -58,14 +58,15 @@ fn a_second_copy_of_an_initiation_moves_nothing() {
     world.assert_connected();
 }
 
-/// Host 2 calls host 1, which has host 2 as a peer without an endpoint. Returns what host 1 makes of it.
-fn called(world: &mut World) -> Option<Time> {
+/// Host 2 begins a handshake with host 1, which has no endpoint of host 2. Returns when host 1 had an unasked
+/// initiation.
+fn unasked(world: &mut World) -> Option<Time> {
     world.send(1, &packet(2, 1, b"hello"));
     world.settle();
     world.hosts[0].peer(&world.hosts[1]).heard_unasked()
 }
 
-fn pair_of_which_one_knows_no_endpoint() -> World {
+fn pair_without_an_endpoint_of_host_2() -> World {
     let world = World::of([1, 2]);
     let anywhere = PeerConfig {
         endpoint: None,
@@ -78,40 +79,40 @@ fn pair_of_which_one_knows_no_endpoint() -> World {
 
 #[test]
 fn an_initiation_from_an_address_that_was_never_sent_to_is_unasked() {
-    let mut world = pair_of_which_one_knows_no_endpoint();
-    assert_eq!(called(&mut world), Some(world.now));
+    let mut world = pair_without_an_endpoint_of_host_2();
+    assert_eq!(unasked(&mut world), Some(world.now));
 }
 
 #[test]
-fn an_initiation_after_one_of_ours_is_not_unasked() {
-    let mut world = pair_of_which_one_knows_no_endpoint();
+fn an_initiation_after_one_to_a_candidate_is_not_unasked() {
+    let mut world = pair_without_an_endpoint_of_host_2();
     let id = world.hosts[1].id();
-    // A candidate that is wrong: the peer answers from elsewhere, through a hole that may be ours.
+    // A wrong candidate: the initiation of the peer may come through a mapping that this one made.
     world.hosts[0].core.try_candidates(&id, &[address(9)]);
     world.settle();
     world.pass(UNASKED_AFTER.checked_sub(seconds(1)).unwrap());
-    assert_eq!(called(&mut world), None);
+    assert_eq!(unasked(&mut world), None);
 }
 
 #[test]
 fn after_minutes_of_silence_an_initiation_is_unasked() {
     let mut world = World::connected_pair();
-    // Until neither side has anything to say any more: sessions end after three minutes.
+    // Until neither side sends anything: sessions end after three minutes.
     world.pass(seconds(600));
     let before = world.hosts[0].peer(&world.hosts[1]).heard_unasked();
     assert_eq!(before, None);
-    assert_eq!(called(&mut world), Some(world.now));
+    assert_eq!(unasked(&mut world), Some(world.now));
 }
 
 #[test]
-fn a_process_that_has_just_begun_cannot_tell_what_is_unasked() {
-    let mut world = pair_of_which_one_knows_no_endpoint();
+fn no_initiation_is_unasked_shortly_after_the_start() {
+    let mut world = pair_without_an_endpoint_of_host_2();
     world.now = Time::from_duration(UNASKED_AFTER.checked_sub(seconds(1)).unwrap());
-    assert_eq!(called(&mut world), None);
+    assert_eq!(unasked(&mut world), None);
 }
 
 #[test]
-fn a_peer_that_was_removed_and_added_again_was_not_silent_meanwhile() {
+fn no_initiation_is_unasked_shortly_after_a_peer_was_removed_and_added_again() {
     let mut world = World::connected_pair();
     let anywhere = PeerConfig {
         endpoint: None,
@@ -122,11 +123,11 @@ fn a_peer_that_was_removed_and_added_again_was_not_silent_meanwhile() {
     world.hosts[1].set_peers(&[], world.now);
     world.hosts[1].set_peers(&[(&world.hosts[0], config(1))], world.now);
     world.now = world.now + seconds(1);
-    assert_eq!(called(&mut world), None);
+    assert_eq!(unasked(&mut world), None);
 }
 
 #[test]
-fn what_is_sent_to_another_peer_at_the_same_address_opens_the_way_too() {
+fn no_initiation_is_unasked_from_the_address_of_another_peer() {
     let mut world = World::of([1, 2, 3]);
     let [one, two, three] = world.hosts.as_slice() else {
         unreachable!()
@@ -141,5 +142,5 @@ fn what_is_sent_to_another_peer_at_the_same_address_opens_the_way_too() {
     two.set_peers(&[(one, config(1))], world.now);
     world.send(0, &packet(1, 3, b"out"));
     world.work();
-    assert_eq!(called(&mut world), None);
+    assert_eq!(unasked(&mut world), None);
 }

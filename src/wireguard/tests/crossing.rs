@@ -1,15 +1,15 @@
-//! Handshakes one after the other and from both sides at once, with datagrams under way: on a network
-//! that loses nothing, none is lost.
+//! Handshakes one after the other and from both sides at the same time, with datagrams under way: no packet is
+//! lost on a network that loses none.
 //!
-//! Two leaders behind NAT look for each other at several places at the same time, so what is rare
-//! between a client and a server is the rule here: an initiation that meets another one, an answer to
-//! the last but one, a session that is replaced before its first message arrived.
+//! Two leaders behind NAT try several candidates of each other at the same time. So these cases, rare between a
+//! client and a server, are common here: an initiation that crosses another, an answer to the last initiation
+//! but one, a session that is replaced before its first message arrives.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// What happens next between two hosts whose datagrams keep their order.
+/// The next step between two hosts whose datagrams keep their order.
 #[derive(Clone, Copy, Debug)]
 enum Event {
     /// A host sends a packet.
@@ -31,7 +31,7 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
-/// A world and what was sent in it.
+/// A world and the packets that were sent in it.
 struct Crossing {
     world: World,
     sent: [Vec<Vec<u8>>; 2],
@@ -84,7 +84,7 @@ impl Crossing {
         }
     }
 
-    /// What was sent and has not arrived when everything under way has.
+    /// The packets that were lost after all datagrams under way have arrived.
     fn missing(mut self) -> Vec<Vec<u8>> {
         self.world.settle();
         let sent = self.sent.into_iter().zip(self.world.hosts.iter().rev());
@@ -97,13 +97,13 @@ impl Crossing {
 }
 
 #[test]
-fn what_is_under_way_arrives_when_both_sides_begin_at_once() {
+fn no_packet_is_lost_when_both_sides_begin_at_the_same_time() {
     for first in 0..2 {
         let mut crossing = Crossing::new();
         crossing.begin(first);
         crossing.begin(1 - first);
         for to in [1 - first, first] {
-            // The initiation arrives and is answered, and what follows goes by the old keys.
+            // The initiation arrives and is answered. Packets are still sealed with the old keys.
             crossing.arrive(to);
             crossing.packet(to);
         }
@@ -116,19 +116,19 @@ fn what_is_under_way_arrives_when_both_sides_begin_at_once() {
 }
 
 #[test]
-fn what_is_under_way_arrives_when_an_initiation_follows_another() {
+fn no_packet_is_lost_when_an_initiation_follows_another() {
     let mut crossing = Crossing::new();
     crossing.begin(0);
     crossing.world.now = crossing.world.now + Duration::from_millis(30);
     crossing.begin(0);
     crossing.packet(0);
-    // The first initiation and its answer, by whose keys the initiator goes on.
+    // The first initiation and its answer, whose keys the initiator uses.
     crossing.arrive(1);
     crossing.packet(1);
     crossing.arrive(0);
     crossing.packet(0);
     crossing.world.now = crossing.world.now + Duration::from_millis(30);
-    // The second one overtakes none of it.
+    // The second one arrives after that.
     crossing.arrive(1);
     crossing.packet(1);
     assert_eq!(crossing.missing(), Vec::<Vec<u8>>::new());
@@ -136,7 +136,7 @@ fn what_is_under_way_arrives_when_an_initiation_follows_another() {
 
 proptest! {
     #[test]
-    fn whatever_handshakes_cross_nothing_is_lost(events in prop::collection::vec(event(), 0..80)) {
+    fn no_packet_is_lost_in_any_order_of_handshakes(events in prop::collection::vec(event(), 0..80)) {
         let mut crossing = Crossing::new();
         for event in events {
             crossing.handle(event);

@@ -1,9 +1,9 @@
-//! Where packets of a peer may be for: with `unicast_only`, as in the agent, and without.
+//! The destinations that packets of a peer may have: with `unicast_only`, as in the agent, and without.
 
 use super::*;
 
-/// Host 1 sends packets to these addresses, which host 2 owns; returns what comes out there, and how many
-/// were dropped for their destination.
+/// Host 1 sends packets to these addresses, which host 2 owns. Returns how many are delivered there, and how
+/// many are dropped for their destination.
 fn sent_to(unicast_only: bool, addresses: &[Ipv4Addr]) -> (usize, u64) {
     let mut world = World::of([1, 2]);
     world.hosts[1] = Host::with(2, Arc::default(), unicast_only);
@@ -31,14 +31,14 @@ const NO_UNICAST: [[u8; 4]; 6] = [
 ];
 
 #[test]
-fn packets_to_loopback_multicast_and_the_like_do_not_reach_the_kernel() {
+fn packets_to_loopback_multicast_and_similar_addresses_do_not_reach_the_kernel() {
     let addresses = NO_UNICAST.map(Ipv4Addr::from);
     assert_eq!(sent_to(true, &addresses), (0, 6));
     assert_eq!(sent_to(true, &[[10, 0, 2, 1].into()]), (1, 0));
 }
 
 #[test]
-fn a_device_on_its_own_passes_them_as_the_kernel_does() {
+fn without_unicast_only_they_are_delivered_as_by_the_kernel() {
     let addresses = NO_UNICAST.map(Ipv4Addr::from);
     assert_eq!(sent_to(false, &addresses), (6, 0));
 }

@@ -1,4 +1,4 @@
-//! The events that the control plane is told.
+//! Events for the control plane.
 
 use super::*;
 use crate::wireguard::PeerEvents;
@@ -21,20 +21,20 @@ fn connected_pair() -> World {
 }
 
 #[test]
-fn both_sides_are_told_of_a_handshake_once() {
+fn a_handshake_is_one_event_on_both_sides() {
     let world = World::connected_pair();
     for host in &world.hosts {
         assert!(host.core.signal.take(), "the embedder is called");
-        let told = host.core.take_events();
-        assert_eq!(told.len(), 1);
-        assert!(told.values().all(|events| events.handshake));
+        let taken = host.core.take_events();
+        assert_eq!(taken.len(), 1);
+        assert!(taken.values().all(|events| events.handshake));
         assert_eq!(host.core.take_events(), BTreeMap::new());
         assert!(!host.core.signal.take());
     }
 }
 
 #[test]
-fn packets_of_a_living_session_raise_no_event() {
+fn packets_of_a_session_are_no_event() {
     let mut world = connected_pair();
     for _ in 0..20 {
         world.assert_connected();
@@ -47,7 +47,7 @@ fn packets_of_a_living_session_raise_no_event() {
 }
 
 #[test]
-fn a_peer_that_is_heard_elsewhere_has_another_endpoint() {
+fn a_message_from_another_address_is_an_endpoint_event() {
     let mut world = connected_pair();
     world.hosts[1].wire.address = address(9);
     world.send(1, &packet(2, 1, b"from elsewhere"));
@@ -64,7 +64,7 @@ fn a_peer_that_is_heard_elsewhere_has_another_endpoint() {
 }
 
 #[test]
-fn a_peer_that_does_not_answer_is_silent_after_5_seconds_and_heard_when_it_does() {
+fn a_peer_is_silent_after_5_seconds_without_an_answer_and_heard_with_its_next_message() {
     let mut world = connected_pair();
     world.send(0, &packet(1, 2, b"lost"));
     world.pass_with(seconds(4), |_| false);
@@ -73,7 +73,11 @@ fn a_peer_that_does_not_answer_is_silent_after_5_seconds_and_heard_when_it_does(
     assert!(world.hosts[0].core.signal.take());
     assert!(events(&world.hosts[0]).silent);
     world.pass_with(seconds(2), |_| false);
-    assert_eq!(events(&world.hosts[0]), PeerEvents::default(), "told once");
+    assert_eq!(
+        events(&world.hosts[0]),
+        PeerEvents::default(),
+        "reported once"
+    );
 
     world.send(1, &packet(2, 1, b"here"));
     world.settle();
@@ -81,7 +85,7 @@ fn a_peer_that_does_not_answer_is_silent_after_5_seconds_and_heard_when_it_does(
 }
 
 #[test]
-fn a_session_that_nothing_is_sent_by_expires() {
+fn an_idle_session_expires_after_180_seconds() {
     let mut world = connected_pair();
     world.pass(seconds(179));
     assert_eq!(events(&world.hosts[0]), PeerEvents::default());
@@ -94,20 +98,20 @@ fn a_session_that_nothing_is_sent_by_expires() {
 }
 
 #[test]
-fn events_that_are_not_taken_coalesce_and_a_removed_peer_has_none() {
+fn events_coalesce_until_they_are_taken_and_a_removed_peer_has_none() {
     let mut world = World::connected_pair();
     world.pass_with(seconds(1), |_| true);
     world.hosts[1].wire.address = address(9);
     world.send(1, &packet(2, 1, b"from elsewhere"));
     world.settle();
-    let told = world.hosts[0].core.take_events();
+    let taken = world.hosts[0].core.take_events();
     let both = PeerEvents {
         handshake: true,
         endpoint: true,
         ..PeerEvents::default()
     };
     let expected = BTreeMap::from([(world.hosts[1].id(), both)]);
-    assert_eq!(told, expected);
+    assert_eq!(taken, expected);
 
     world.hosts[1].wire.address = address(8);
     world.send(1, &packet(2, 1, b"from elsewhere"));

@@ -1,4 +1,4 @@
-//! What the kernel refuses is counted, costs the packet and nothing else; a thread that dies costs all.
+//! An error of the kernel is counted and costs one packet. A panic of a thread ends the process.
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Stdio};
@@ -8,7 +8,7 @@ use super::*;
 use crate::wireguard::abort::AbortOnPanic;
 
 #[test]
-fn whatever_error_a_send_meets_the_session_goes_on() {
+fn the_session_goes_on_after_any_error_of_a_send() {
     let mut world = World::connected_pair();
     let handshakes = world.count(1);
     for errno in [
@@ -37,10 +37,10 @@ fn whatever_error_a_send_meets_the_session_goes_on() {
             host.delivered.clear();
         }
     }
-    assert_eq!(world.count(1), handshakes, "a session was given up");
+    assert_eq!(world.count(1), handshakes, "a session ended");
 }
 
-/// What is logged while something is done, from INFO on.
+/// The log of a function, from INFO on.
 fn logged(what: impl FnOnce()) -> Vec<String> {
     let log = Arc::<Mutex<Vec<u8>>>::default();
     let writer = log.clone();
@@ -68,7 +68,7 @@ impl io::Write for Writer {
 }
 
 #[test]
-fn a_handshake_that_the_kernel_refuses_is_tried_again_and_reported_once() {
+fn a_handshake_that_the_kernel_refuses_is_retried_and_reported_once() {
     for errno in [
         libc::EAGAIN,
         libc::EIO,
@@ -91,19 +91,19 @@ fn a_handshake_that_the_kernel_refuses_is_tried_again_and_reported_once() {
         assert_eq!(
             world.hosts[1].delivered,
             [packet(1, 2, b"hello")],
-            "errno {errno}: what waited arrives"
+            "errno {errno}: the waiting packet arrives"
         );
         world.hosts[1].delivered.clear();
         world.assert_connected();
         let count = |words: &str| log.iter().filter(|line| line.contains(words)).count();
-        // Each of the two hosts says it once.
+        // Once by each of the two hosts.
         assert_eq!(count("refuses to send"), 2, "{log:?}");
         assert_eq!(count("sends to the peer again"), 2, "{log:?}");
     }
 }
 
 #[test]
-fn a_handshake_that_is_refused_for_good_is_given_up() {
+fn a_handshake_that_the_kernel_always_refuses_is_given_up() {
     let mut world = World::pair();
     world.hosts[0].wire.errno.set(Some(libc::EPERM));
     world.hosts[1].wire.errno.set(Some(libc::EPERM));
@@ -115,7 +115,7 @@ fn a_handshake_that_is_refused_for_good_is_given_up() {
 }
 
 #[test]
-fn a_kernel_that_refuses_now_and_then_is_reported_once_a_minute() {
+fn occasional_refusals_of_the_kernel_are_reported_once_a_minute() {
     let mut world = World::connected_pair();
     let log = logged(|| {
         for round in 0..600 {
@@ -130,7 +130,7 @@ fn a_kernel_that_refuses_now_and_then_is_reported_once_a_minute() {
 }
 
 #[test]
-fn a_path_without_segmentation_offload_is_remembered_and_told_of_once() {
+fn a_path_without_segmentation_offload_is_reported_once() {
     let mut world = World::connected_pair();
     world.hosts[0].wire.offload.set(false);
     let log = logged(|| {
@@ -143,16 +143,16 @@ fn a_path_without_segmentation_offload_is_remembered_and_told_of_once() {
     assert_eq!(
         world.hosts[1].delivered.len(),
         400,
-        "all is carried all the same"
+        "every packet is delivered"
     );
-    let told = log
+    let reports = log
         .iter()
         .filter(|line| line.contains("segmentation offload"));
-    assert_eq!(told.count(), 1, "{log:?}");
+    assert_eq!(reports.count(), 1, "{log:?}");
 }
 
 #[test]
-fn a_thread_that_dies_takes_the_process_with_it() {
+fn a_panic_of_a_thread_ends_the_process() {
     const DIE: &str = "SELVEDGE_TEST_DIES";
     if std::env::var_os(DIE).is_some() {
         let thread = std::thread::spawn(|| {
@@ -162,8 +162,11 @@ fn a_thread_that_dies_takes_the_process_with_it() {
         let _ = thread.join();
         return;
     }
-    let name = "wireguard::tests::failing::a_thread_that_dies_takes_the_process_with_it";
-    #[expect(clippy::disallowed_methods, reason = "to die takes another process")]
+    let name = "wireguard::tests::failing::a_panic_of_a_thread_ends_the_process";
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the process that ends must be another one"
+    )]
     let status = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", name])
         .env(DIE, "1")

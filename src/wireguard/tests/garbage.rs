@@ -1,11 +1,11 @@
-//! Bytes that nobody meant, and networks that lose, repeat and reorder.
+//! Random bytes, and networks that lose, repeat and reorder datagrams.
 
 use proptest::prelude::*;
 
 use super::*;
 
 #[test]
-fn a_stranger_is_never_answered() {
+fn random_bytes_get_no_answer() {
     let mut world = World::pair();
     world.settle();
     let sent = world.log.len();
@@ -42,7 +42,7 @@ proptest! {
         let mut changed = of_interest[which % of_interest.len()].clone();
         let at = at % changed.bytes.len();
         changed.bytes[at] ^= 1 << bit;
-        // Only the second MAC is not looked at without load.
+        // Only the second MAC is not checked without load.
         prop_assume!(changed.kind() != 1 || at < 132);
         let sent = world.log.len();
         world.deliver(&changed);
@@ -53,7 +53,7 @@ proptest! {
     }
 
     #[test]
-    fn a_bad_network_delivers_each_packet_at_most_once_and_the_tunnel_recovers(script in prop::collection::vec((0_u8..4, any::<u8>(), 0_u64..3000), 1..150)) {
+    fn on_a_bad_network_each_packet_arrives_at_most_once_and_the_tunnel_recovers(script in prop::collection::vec((0_u8..4, any::<u8>(), 0_u64..3000), 1..150)) {
         let mut world = World::pair();
         let mut n = 0_u32;
         for (what, which, millis) in script {

@@ -17,7 +17,7 @@ fn named_pair() -> World {
     let peers = named(&[("node/two", config(2))]);
     world.hosts[0].core.set_peers(&peers, world.now);
     world.assert_connected();
-    // Host 2 answers no two initiations at once.
+    // Host 2 accepts no second initiation within 20 milliseconds.
     world.pass(seconds(1));
     world
 }
@@ -84,7 +84,7 @@ fn the_key_that_was_replaced_opens_no_packet_and_gets_no_answer() {
     world.deliver(&late);
     assert_eq!(world.hosts[0].delivered, Vec::<Vec<u8>>::new());
     assert_eq!(world.hosts[0].drops(Dropped::UnknownIndex), 1);
-    // Host 2 has the old key still, and is a stranger now.
+    // Host 2 still has the old key and is unknown now.
     let answers = world.count(2);
     world.pass(seconds(30));
     assert_eq!(world.count(2), answers);
@@ -96,7 +96,7 @@ fn a_packet_that_waits_for_a_session_is_sent_under_the_new_key() {
     let peers = named(&[("node/two", config(2))]);
     world.hosts[0].core.set_peers(&peers, world.now);
     let public_key = change_key(&mut world, 7);
-    // Nothing comes of the handshake with the old key.
+    // The handshake with the old key fails.
     world.send(0, &packet(1, 2, b"waits"));
     world.settle_with(|_| false);
 
@@ -148,7 +148,7 @@ fn of_two_names_with_one_key_the_first_counts() {
     let twice = named(&[("node/a", config(2)), ("node/b", config(2))]);
     core.set_peers(&twice, world.now);
     assert_eq!(core.peer_configs(), named(&[("node/a", config(2))]));
-    // The other one has the key when the first is gone.
+    // Without the first, the second has the key.
     let second = named(&[("node/b", config(2))]);
     core.set_peers(&second, world.now);
     assert_eq!(core.peer_configs(), second);

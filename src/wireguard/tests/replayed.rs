@@ -1,4 +1,4 @@
-//! Initiations that were recorded and are sent again by someone else, and where they move a peer: nowhere.
+//! Initiations that another host has recorded and sends again move no endpoint.
 
 use super::super::timestamp::Store;
 use super::super::timestamp_store::StoreWriter;
@@ -15,19 +15,19 @@ fn recorded(world: &World) -> Datagram {
     initiation.unwrap().clone()
 }
 
-/// Host 2 is killed and begins again with these timestamps.
+/// Host 2 is killed and starts again with these timestamps.
 fn restart(world: &mut World, accepted: &Arc<Mutex<Accepted>>) {
     world.hosts[1] = Host::that_accepted(2, accepted.clone());
     let [one, two] = world.hosts.as_slice() else {
         unreachable!()
     };
     two.set_peers(&[(one, config(1))], world.now);
-    // What host 2 itself has to say is another matter.
+    // Without the datagrams of host 2 itself.
     world.work();
     world.under_way.clear();
 }
 
-/// The answers to the recorded initiation, sent by someone at 192.0.2.66.
+/// The number of answers to the recorded initiation, sent from 192.0.2.66.
 fn replay(world: &mut World, initiation: &Datagram) -> usize {
     let answers = world.count(2);
     let replayed = Datagram {
@@ -38,13 +38,13 @@ fn replay(world: &mut World, initiation: &Datagram) -> usize {
     world.work();
     let answered = world.count(2) - answers;
     let sent: Vec<_> = world.under_way.drain(..).collect();
-    let to_stranger = sent.iter().filter(|sent| sent.to == address(66)).count();
-    assert_eq!(to_stranger, answered);
+    let to_sender = sent.iter().filter(|sent| sent.to == address(66)).count();
+    assert_eq!(to_sender, answered);
     answered
 }
 
-/// Two hosts that have spoken, the second of which has its accepted timestamps in memory.
-fn pair_that_spoke() -> (World, Arc<Mutex<Accepted>>) {
+/// Two hosts with a session, and the accepted timestamps of the second.
+fn connected_pair() -> (World, Arc<Mutex<Accepted>>) {
     let mut world = World::pair();
     let accepted = Arc::default();
     world.hosts[1] = Host::that_accepted(2, Arc::clone(&accepted));
@@ -66,7 +66,7 @@ fn pair_that_spoke() -> (World, Arc<Mutex<Accepted>>) {
 
 #[test]
 fn a_recorded_initiation_is_refused_after_a_restart_that_kept_the_timestamps() {
-    let (mut world, accepted) = pair_that_spoke();
+    let (mut world, accepted) = connected_pair();
     let initiation = recorded(&world);
     restart(&mut world, &accepted);
     assert_eq!(replay(&mut world, &initiation), 0);
@@ -75,8 +75,8 @@ fn a_recorded_initiation_is_refused_after_a_restart_that_kept_the_timestamps() {
 }
 
 #[test]
-fn a_recorded_initiation_moves_nothing_after_a_restart_that_lost_the_timestamps() {
-    let (mut world, _) = pair_that_spoke();
+fn a_recorded_initiation_moves_no_endpoint_after_a_restart_that_lost_the_timestamps() {
+    let (mut world, _) = connected_pair();
     let initiation = recorded(&world);
     restart(&mut world, &Arc::default());
     // The control: without the timestamp it is answered, once.
@@ -89,7 +89,7 @@ fn a_recorded_initiation_moves_nothing_after_a_restart_that_lost_the_timestamps(
     world.now = world.now + seconds(1);
     assert_eq!(replay(&mut world, &initiation), 0);
 
-    // What host 2 sends goes to host 1, and the two find each other.
+    // Host 2 sends to host 1, and the two have a session again.
     world.send(1, &packet(2, 1, b"to host 1"));
     world.pass(seconds(6));
     assert!(
@@ -104,7 +104,7 @@ fn a_recorded_initiation_moves_nothing_after_a_restart_that_lost_the_timestamps(
 }
 
 #[test]
-fn a_peer_is_followed_once_it_confirms_the_session() {
+fn the_endpoint_moves_when_the_peer_confirms_the_session() {
     let mut world = World::connected_pair();
     world.hosts[0].wire.address = address(9);
     world.now = world.now + seconds(130);
@@ -129,8 +129,8 @@ fn a_peer_is_followed_once_it_confirms_the_session() {
 }
 
 #[test]
-fn a_peer_that_is_removed_and_added_again_is_not_open_to_what_was_recorded() {
-    let (mut world, _) = pair_that_spoke();
+fn a_recorded_initiation_is_refused_after_a_peer_was_removed_and_added_again() {
+    let (mut world, _) = connected_pair();
     let initiation = recorded(&world);
     world.hosts[1].set_peers(&[], world.now);
     let [one, two] = world.hosts.as_slice() else {
@@ -143,11 +143,11 @@ fn a_peer_that_is_removed_and_added_again_is_not_open_to_what_was_recorded() {
 }
 
 #[test]
-fn a_copy_that_differs_in_its_second_mac_only_is_taken_once_and_costs_nothing() {
+fn a_copy_with_another_second_mac_is_dropped_and_the_handshake_succeeds() {
     for copy_first in [true, false] {
-        let mut world = World::pair_with_a_stranger();
+        let mut world = World::pair_with_one_endpoint();
         world.send(0, &packet(1, 2, b"hello"));
-        // Each handshake message has a copy, of which the last byte is another one.
+        // Each handshake message has a copy with another last byte.
         for _ in 0..20 {
             world.work();
             for datagram in std::mem::take(&mut world.under_way) {
@@ -164,13 +164,13 @@ fn a_copy_that_differs_in_its_second_mac_only_is_taken_once_and_costs_nothing() 
         }
         assert_eq!(world.hosts[1].delivered, [packet(1, 2, b"hello")]);
         assert_eq!(world.count(2), 1, "answers");
-        // At most one initiation in 20 milliseconds is looked at; a later copy is a replay.
+        // At most one initiation in 20 milliseconds is accepted; a later copy is a replay.
         assert_eq!(world.hosts[1].drops(Dropped::RateLimited), 1);
         world.assert_connected();
     }
 }
 
-/// Counts what it is asked to keep.
+/// Records every call.
 #[derive(Clone, Default)]
 struct Counting(Arc<Mutex<Vec<Accepted>>>);
 
@@ -183,7 +183,7 @@ impl Store for Counting {
 }
 
 #[test]
-fn what_is_accepted_is_kept_at_once_and_a_burst_of_it_costs_few_writes() {
+fn accepted_timestamps_are_written_at_once_and_a_burst_takes_few_writes() {
     let accepted = Arc::<Mutex<Accepted>>::default();
     let store = Counting::default();
     let writer = StoreWriter::start(

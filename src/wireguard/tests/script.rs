@@ -1,10 +1,10 @@
-//! Two devices and the network between them, driven by any bytes: what the fuzzer runs, and the
-//! corpora of what it ran.
+//! Two devices and the network between them, driven by arbitrary bytes: for the fuzzer, and for the replay of
+//! its corpora.
 
 use super::*;
 
-/// Any datagrams, and altered genuine ones, reach a device that has a session: nothing is delivered
-/// that was not sent, and the session goes on.
+/// Arbitrary datagrams and altered genuine ones reach a device with a session: none is delivered, and the
+/// session goes on.
 pub fn datagrams(data: &[u8]) {
     let mut world = World::connected_pair();
     let genuine: Vec<_> = world
@@ -19,13 +19,13 @@ pub fn datagrams(data: &[u8]) {
         rest = after;
         let mut datagram = genuine[usize::from(how) % genuine.len()].clone();
         match how >> 6 {
-            // Something else from a stranger, or from the peer's own address.
+            // Other bytes, from another address or from the peer's own.
             0 => {
                 datagram.bytes = piece.to_vec();
                 datagram.from = address(9);
             }
             1 => datagram.bytes = piece.to_vec(),
-            // A genuine one with other bytes at its beginning, or of another length.
+            // A genuine datagram with other bytes at its beginning, or of another length.
             2 => {
                 for (byte, change) in datagram.bytes.iter_mut().zip(piece) {
                     *byte ^= change;
@@ -41,7 +41,7 @@ pub fn datagrams(data: &[u8]) {
         world.under_way.clear();
         assert!(
             world.hosts[1].delivered.is_empty(),
-            "a forged or repeated datagram came through"
+            "a forged or repeated datagram was delivered"
         );
     }
     world.pass(seconds(20));
@@ -51,8 +51,8 @@ pub fn datagrams(data: &[u8]) {
     world.assert_connected();
 }
 
-/// A network that drops, repeats, reorders and delays by the script: every packet arrives at most
-/// once, and when the network is good again, so is the tunnel.
+/// A network that drops, repeats, reorders and delays datagrams as the script says: every packet arrives at
+/// most once, and the tunnel recovers with the network.
 pub fn pair(data: &[u8]) {
     let mut world = World::pair();
     let mut number = 0_u32;
@@ -91,7 +91,11 @@ pub fn pair(data: &[u8]) {
         let mut once = host.delivered.clone();
         once.sort();
         once.dedup();
-        assert_eq!(once.len(), host.delivered.len(), "a packet came twice");
+        assert_eq!(
+            once.len(),
+            host.delivered.len(),
+            "a packet was delivered twice"
+        );
     }
     world.pass(seconds(20));
     for host in &mut world.hosts {

@@ -7,7 +7,7 @@ use crate::wireguard::timestamp_store::StoreWriter;
 use crate::wireguard::uapi::{AllowedIp, KeyUpdate, PeerSet};
 
 #[test]
-fn nothing_is_lost_while_keys_change() {
+fn no_packet_is_lost_while_keys_change() {
     let mut world = World::connected_pair();
     let mut sent = Vec::new();
     for n in 0..6000_u32 {
@@ -25,10 +25,10 @@ fn nothing_is_lost_while_keys_change() {
 }
 
 #[test]
-fn a_side_that_only_receives_keeps_the_keys_fresh() {
+fn an_initiator_that_only_receives_renews_the_keys() {
     let mut world = World::connected_pair();
     for n in 0..6000_u32 {
-        // The initiator hears; only the responder speaks.
+        // Only the responder sends.
         world.send(1, &packet(2, 1, &n.to_be_bytes()));
         world.now = world.now + Duration::from_millis(100);
         world.settle();
@@ -37,13 +37,13 @@ fn a_side_that_only_receives_keeps_the_keys_fresh() {
 }
 
 #[test]
-fn a_host_that_restarts_is_back_with_its_first_packet() {
+fn a_host_that_restarts_has_a_session_with_its_first_packet() {
     let mut world = World::connected_pair();
-    let mut reborn = Host::new(1);
-    // Its timestamps go on where they ended.
+    let mut restarted = Host::new(1);
+    // Its timestamps continue.
     let floor = Timestamp::from_unix(seconds(100));
-    *reborn.core.timestamps.lock().unwrap() = TimestampSequence::new(floor, None);
-    std::mem::swap(&mut world.hosts[0], &mut reborn);
+    *restarted.core.timestamps.lock().unwrap() = TimestampSequence::new(floor, None);
+    std::mem::swap(&mut world.hosts[0], &mut restarted);
     {
         let [one, two] = world.hosts.as_slice() else {
             unreachable!()
@@ -56,7 +56,7 @@ fn a_host_that_restarts_is_back_with_its_first_packet() {
 
 #[test]
 fn a_host_whose_clock_went_back_without_a_floor_is_refused() {
-    // The control for the test above: the floor is what makes it work.
+    // The control for the test above: without the floor it fails.
     let mut world = World::connected_pair();
     world.hosts[0] = Host::new(1);
     {
@@ -71,7 +71,7 @@ fn a_host_whose_clock_went_back_without_a_floor_is_refused() {
     assert_eq!(world.hosts[1].drops(Dropped::Replayed), 1);
 }
 
-/// A disk that takes nothing until the other end of `held` is dropped.
+/// A disk that writes nothing until the other end of `held` is dropped.
 struct Hanging {
     held: std::sync::mpsc::Receiver<()>,
     written: Arc<Mutex<Option<Timestamp>>>,
@@ -89,7 +89,7 @@ impl Store for Hanging {
 }
 
 #[test]
-fn a_disk_that_hangs_stops_no_handshake() {
+fn handshakes_go_on_while_the_disk_hangs() {
     let mut world = World::pair();
     let (hold, held) = std::sync::mpsc::channel::<()>();
     let written = Arc::new(Mutex::new(None));
@@ -118,20 +118,20 @@ fn a_disk_that_hangs_stops_no_handshake() {
         .unwrap()
         .next(Timestamp::from_unix(seconds(1)));
     drop(world);
-    // The end of a device does not wait for long.
+    // The end of a device waits only briefly.
     for _ in 0..3000 {
         if written.lock().unwrap().is_some_and(|mark| mark >= used) {
             return;
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    panic!("no mark was written that is no earlier than {used:?}");
+    panic!("every mark that was written is earlier than {used:?}");
 }
 
 #[test]
-fn a_peer_that_others_see_elsewhere_is_found_there() {
+fn a_peer_that_moved_is_found_at_its_candidate() {
     let mut world = World::connected_pair();
-    // Host 2 is somewhere else now, and host 1 goes on sending to where it was.
+    // Host 2 has moved, and host 1 still sends to its old address.
     world.hosts[1].wire.address = address(9);
     world.send(0, &packet(1, 2, b"lost"));
     world.settle();
@@ -148,7 +148,7 @@ fn a_peer_that_others_see_elsewhere_is_found_there() {
 }
 
 #[test]
-fn a_peer_that_others_see_wrongly_stays_where_it_is() {
+fn a_wrong_candidate_does_not_move_the_endpoint() {
     let mut world = World::connected_pair();
     let id = world.hosts[1].id();
     for _ in 0..20 {
@@ -162,7 +162,7 @@ fn a_peer_that_others_see_wrongly_stays_where_it_is() {
 }
 
 #[test]
-fn a_peer_that_vanished_is_called_again_after_15_seconds_of_silence() {
+fn a_handshake_begins_after_15_seconds_without_an_answer() {
     let mut world = World::connected_pair();
     let handshakes = world.count(1);
     world.send(0, &packet(1, 2, b"lost"));
@@ -174,7 +174,7 @@ fn a_peer_that_vanished_is_called_again_after_15_seconds_of_silence() {
 }
 
 #[test]
-fn both_sides_may_begin_at_once() {
+fn both_sides_may_begin_at_the_same_time() {
     for order in 0..2 {
         let mut world = World::pair();
         world.send(0, &packet(1, 2, b"from one"));
@@ -192,7 +192,7 @@ fn both_sides_may_begin_at_once() {
 }
 
 #[test]
-fn a_preshared_key_that_differs_keeps_the_peers_apart() {
+fn peers_with_different_preshared_keys_have_no_session() {
     let mut world = World::of([1, 2]);
     let with = |n, key| PeerConfig {
         preshared_key: Some(PresharedKey([key; 32])),
@@ -220,7 +220,7 @@ fn a_preshared_key_that_differs_keeps_the_peers_apart() {
 }
 
 #[test]
-fn several_peers_may_own_a_prefix_and_flows_keep_to_one_of_them() {
+fn several_peers_may_own_a_prefix_and_each_flow_stays_with_one_of_them() {
     let mut world = World::of([1, 2, 3]);
     {
         let [one, two, three] = world.hosts.as_slice() else {
@@ -256,14 +256,14 @@ fn several_peers_may_own_a_prefix_and_flows_keep_to_one_of_them() {
     assert_eq!(
         world.hosts[1].delivered.len() % 2,
         0,
-        "a flow went two ways"
+        "a flow was sent to two peers"
     );
     assert_eq!(
         world.hosts[1].delivered.len() + world.hosts[2].delivered.len(),
         80
     );
 
-    // From either, packets with that source are taken.
+    // Packets with that source are accepted from each.
     for host in [1, 2] {
         world.send(host, &packet(9, 1, b"back"));
     }
@@ -312,14 +312,14 @@ fn a_roamed_endpoint_stays_until_the_configured_one_changes() {
 }
 
 #[test]
-fn a_new_endpoint_is_told_at_once_where_keepalives_hold_a_way_open() {
+fn with_a_persistent_keepalive_a_new_endpoint_gets_a_keepalive_at_once() {
     let mut world = World::connected_pair();
     let elsewhere = |persistent_keepalive| PeerConfig {
         endpoint: Some(address(7)),
         persistent_keepalive,
         ..config(2)
     };
-    for (keepalive, told) in [(None, 0), (NonZeroU16::new(25), 1)] {
+    for (keepalive, expected) in [(None, 0), (NonZeroU16::new(25), 1)] {
         let [one, two] = world.hosts.as_slice() else {
             unreachable!()
         };
@@ -336,12 +336,12 @@ fn a_new_endpoint_is_told_at_once_where_keepalives_hold_a_way_open() {
         one.set_peers(&[(two, elsewhere(keepalive))], world.now);
         world.settle();
         let there = world.log.iter().filter(|sent| sent.to == address(7));
-        assert_eq!(there.count(), told, "{keepalive:?}");
+        assert_eq!(there.count(), expected, "{keepalive:?}");
     }
 }
 
 #[test]
-fn a_removed_peer_is_gone_with_its_sessions_and_indices() {
+fn a_removed_peer_has_no_sessions_and_indices_any_more() {
     let mut world = World::connected_pair();
     world.send(0, &packet(1, 2, b"late"));
     world.hosts[1].core.set_peers(&BTreeMap::new(), world.now);
@@ -351,7 +351,7 @@ fn a_removed_peer_is_gone_with_its_sessions_and_indices() {
 }
 
 #[test]
-fn a_changed_private_key_means_a_new_handshake_at_once() {
+fn a_changed_private_key_leads_to_a_new_handshake_at_once() {
     let mut world = World::connected_pair();
     let key = PrivateKey([7; 32]);
     world.hosts[0].core.set_private_key(Some(key.clone()));
@@ -462,11 +462,11 @@ fn update_only_creates_no_peer_and_a_removed_prefix_is_refused_to_others() {
 }
 
 #[test]
-fn congestion_marks_cross_the_tunnel_and_nothing_else_of_the_outer_header() {
+fn of_the_outer_header_only_congestion_marks_reach_the_inner_packet() {
     let mut world = World::connected_pair();
     let marked = |bits| {
         let mut marked = packet(1, 2, b"x");
-        // A DSCP that must not show outside.
+        // A DSCP, which must not be in the outer header.
         marked[1] = 0xb8;
         marked[10..12].fill(0);
         let sum = checksum::finish(checksum::sum(&marked[..20]));
@@ -490,7 +490,7 @@ fn congestion_marks_cross_the_tunnel_and_nothing_else_of_the_outer_header() {
 }
 
 #[test]
-fn peers_are_set_again_without_effect() {
+fn setting_the_same_peers_again_has_no_effect() {
     let mut world = World::connected_pair();
     let [one, two] = world.hosts.as_slice() else {
         unreachable!()
