@@ -209,6 +209,11 @@ fn of_report(report: &Report) -> Vec<Finding> {
             "Remove the flag unless this is intended.",
         ));
     }
+    if let (Some(port), Some(reason)) = (report.tunnel.listen_port, &report.tunnel.port_reason) {
+        findings.push(Finding::note(format!(
+            "The tunnel listens on UDP port {port} {reason}: a NAT on the way seems to keep that port for another node. To fix the port, forward it and annotate the node with kilo.squat.ai/force-endpoint."
+        )));
+    }
     findings.extend(report.excluded.iter().map(|excluded| {
         Finding::warning(
             format!("Left out of the mesh: {excluded}."),

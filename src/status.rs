@@ -114,6 +114,8 @@ pub struct Tunnel {
     pub public_key: String,
     /// The UDP port it listens on.
     pub listen_port: Option<u16>,
+    /// Why it listens on another port than `--port`; `None` where it does not. A clause.
+    pub port_reason: Option<String>,
     /// Its MTU in bytes.
     pub mtu: Option<u32>,
     /// Its addresses.
@@ -329,6 +331,7 @@ mod tests {
                 interface: "kilo0".into(),
                 public_key: "K=".into(),
                 listen_port: Some(51820),
+                port_reason: None,
                 mtu: Some(1420),
                 addresses: vec!["10.42.0.0/32".into(), "10.4.0.1/32".into()],
                 endpoint: Some("203.0.113.10:51820".into()),

@@ -311,7 +311,7 @@ impl Device {
         self.core.set_private_key(key);
     }
 
-    /// Changes the UDP port; 0 takes a free one. Sessions go on.
+    /// Changes the UDP port; 0 takes a free one. Sessions go on: a keepalive shows each peer the new port.
     ///
     /// # Errors
     /// `AddrInUse` if it is taken. On an error the port stays as it was.
@@ -322,6 +322,7 @@ impl Device {
         let fwmark = self.io.fwmark.load(Ordering::Relaxed);
         self.io.replace_sockets(Sockets::bind(port, fwmark)?);
         self.clear_sources();
+        self.core.announce_move();
         Ok(())
     }
 

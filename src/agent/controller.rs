@@ -18,6 +18,7 @@ use super::flap_damping::FlapDamping;
 use super::grace::Grace;
 use super::kernel_facts::{FlannelFacts, KernelFacts};
 use super::kilo_clock::{self, KiloClock};
+use super::listen_port::ListenPort;
 use super::obstacle::{self, Obstacle};
 use super::publication;
 use super::readiness::Readiness;
@@ -102,6 +103,7 @@ pub struct Controller {
     /// Whether an [`Effect::Observe`] is not answered yet.
     observing: bool,
     discovery: EndpointDiscovery,
+    listen_port: ListenPort,
     flap_damping: FlapDamping,
     kilo_clock: KiloClock,
     tenure: Tenure,
@@ -141,6 +143,7 @@ impl Controller {
         Self {
             schedule: Schedule::new(now, config.resync_period),
             readiness: Readiness::new(now),
+            listen_port: ListenPort::new(config.port, public_key),
             config,
             public_key,
             key_files,
@@ -252,7 +255,7 @@ impl Controller {
         self.effects.push_back(Effect::Reconcile(Desired {
             state: self.decision.desired.clone(),
             interface: self.config.interface.clone(),
-            listen_port: std::num::NonZeroU16::new(self.config.port),
+            listen_port: std::num::NonZeroU16::new(self.listen_port.port()),
             repairs,
         }));
         let topology = Arc::clone(&self.decision.topology);
@@ -319,6 +322,7 @@ impl Controller {
             rejected: &rejected,
             problems: &problems,
             traffic: &self.traffic,
+            listen_port: &self.listen_port,
             drops: &self.drops,
             counters: shell.counters,
             cache_failures: shell.cache_failures,
@@ -354,6 +358,11 @@ impl Controller {
             facts.api_servers = view.servers.addresses.clone();
         }
         facts.resolved = Arc::clone(&self.resolved);
+        let own = facts.snapshot.nodes.get(&self.config.node);
+        if let Some(endpoint) = own.and_then(|own| own.endpoint.as_ref()) {
+            self.listen_port.handle_published(endpoint.port(), now);
+        }
+        facts.listen_port = Some(self.listen_port.port());
         let changed = self.view.as_ref().and_then(|view| view.own_changed);
         let server = wall.server.unwrap_or(wall.node);
         facts.server_time = Some(self.claim_clock.handle_time(now, server, changed));

@@ -48,6 +48,8 @@ pub struct Facts {
     /// The endpoint to publish for each peer that ever had a session: where the tunnel heard it, rate-limited
     /// for those that flap.
     pub heard: BTreeMap<PublicKey, SocketAddr>,
+    /// The UDP port to publish and to listen on; `None` for `--port`.
+    pub listen_port: Option<u16>,
     /// When this node checked in, in Unix seconds; only published beside a real `kg`.
     pub last_seen: i64,
     /// The API server's time in Unix seconds, for claims that are new; `None` where it is not known.
@@ -123,6 +125,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             config,
             links: &facts.links,
             offered: &facts.offered,
+            port: facts.listen_port.unwrap_or(config.port),
             public_key,
             heard: &facts.heard,
             last_seen: facts.last_seen,

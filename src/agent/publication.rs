@@ -36,6 +36,8 @@ pub struct Inputs<'a> {
     pub links: &'a [InterfaceAddr],
     /// Those of them at which the tunnel may be offered to others.
     pub offered: &'a [IpAddr],
+    /// The UDP port of the endpoint.
+    pub port: u16,
     /// This node's key.
     pub public_key: PublicKey,
     /// Where the tunnel last heard each peer with which it ever had a session.
@@ -191,10 +193,7 @@ fn endpoint(inputs: &Inputs<'_>) -> Option<Endpoint> {
         return inputs.node.endpoint.clone();
     }
     own(inputs)
-        .endpoint(
-            inputs.config.port,
-            inputs.config.prioritise_private_addresses,
-        )
+        .endpoint(inputs.port, inputs.config.prioritise_private_addresses)
         .or_else(|| inputs.node.endpoint.clone())
 }
 
@@ -330,6 +329,7 @@ mod tests {
                 config: &self.config,
                 links: &["192.168.50.11/24".parse().unwrap()],
                 offered: &["192.168.50.11".parse().unwrap()],
+                port: self.config.port,
                 public_key: self.key,
                 heard: &self.heard,
                 last_seen: 100,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::decision::{Decision, Facts};
 use super::endpoint_discovery::Outcome;
+use super::listen_port::ListenPort;
 use crate::cluster::{ApiStatus, annotation};
 use crate::config::Config;
 use crate::flannel::Backend;
@@ -55,6 +56,8 @@ pub struct Inputs<'a> {
     pub problems: &'a [String],
     /// The tunnel's peers.
     pub traffic: &'a BTreeMap<PublicKey, Traffic>,
+    /// The tunnel's port.
+    pub listen_port: &'a ListenPort,
     /// Packets the tunnel dropped, by reason.
     pub drops: &'a BTreeMap<String, u64>,
     /// What the nft table counted; `None` where it could not be asked.
@@ -105,6 +108,7 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
             interface: config.interface.clone(),
             public_key: inputs.public_key.to_string(),
             listen_port: desired.listen_port.map(Into::into),
+            port_reason: port_reason(inputs),
             mtu: desired.link.as_ref().map(|link| link.mtu),
             addresses: desired.addresses.keys().map(ToString::to_string).collect(),
             endpoint: decision
@@ -194,12 +198,37 @@ fn peers(inputs: &Inputs<'_>, desired: &State) -> Vec<Peer> {
                 sent: traffic.sent,
                 persistent_keepalive: peer.persistent_keepalive.map_or(0, Into::into),
                 both_behind_nat: is_behind_nat(key) && is_behind_nat(&inputs.public_key),
-                candidates: traffic.candidates.iter().map(candidate).collect(),
+                candidates: candidates(&traffic),
             }
         })
         .collect::<Vec<_>>();
     peers.sort_by(|a, b| a.name.cmp(&b.name));
     peers
+}
+
+/// Why the tunnel does not listen on `--port`.
+fn port_reason(inputs: &Inputs<'_>) -> Option<String> {
+    let configured = inputs.config.port;
+    let reason = match inputs.listen_port.reason()? {
+        Some(peer) => format!(
+            "{} never answered there",
+            name(&inputs.decision.topology, &peer)
+        ),
+        None => "an earlier agent of this node had no answer there".to_owned(),
+    };
+    Some(format!("instead of {configured}, since {reason}"))
+}
+
+/// None is in use before the first handshake.
+fn candidates(traffic: &Traffic) -> Vec<Candidate> {
+    let in_use = |outcome: &Outcome| outcome.in_use && traffic.handshake_age.is_some();
+    let outcomes = traffic.candidates.iter();
+    outcomes
+        .map(|outcome| Candidate {
+            in_use: in_use(outcome),
+            ..candidate(outcome)
+        })
+        .collect()
 }
 
 fn candidate(outcome: &Outcome) -> Candidate {

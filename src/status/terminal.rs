@@ -95,7 +95,9 @@ fn write_tunnel(out: &mut String, tunnel: &Tunnel) -> fmt::Result {
     writeln!(out, "\ninterface: {}", tunnel.interface)?;
     writeln!(out, "  public key: {}", tunnel.public_key)?;
     if let Some(port) = tunnel.listen_port {
-        writeln!(out, "  listening port: {port}")?;
+        let reason = tunnel.port_reason.iter();
+        let reason: String = reason.map(|reason| format!(" ({reason})")).collect();
+        writeln!(out, "  listening port: {port}{reason}")?;
     }
     if let Some(mtu) = tunnel.mtu {
         writeln!(out, "  mtu: {mtu}")?;

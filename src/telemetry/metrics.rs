@@ -167,6 +167,11 @@ impl Collector for Latest {
             report.fail_open.into(),
         )?;
         gauge(
+            "selvedge_other_listen_port",
+            "Whether the tunnel listens on another UDP port than --port, where a peer behind NAT never answered",
+            report.tunnel.port_reason.is_some().into(),
+        )?;
+        gauge(
             "selvedge_desired_routes",
             "Routes in the agent's own tables",
             count(report.routes),

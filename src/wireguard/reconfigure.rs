@@ -299,6 +299,15 @@ impl Core {
         }
     }
 
+    /// Sends a keepalive to each peer with a session, so that it learns where this device sends from now.
+    pub(super) fn announce_move(&self) {
+        for peer in self.table.load().peers.values() {
+            if peer.has_session() {
+                self.jobs.push(Job::Keepalive(peer.clone()));
+            }
+        }
+    }
+
     /// Records that the link went up or down.
     pub(super) fn link_changed(&self, up: bool) {
         if !self.set_up(up) || !up {

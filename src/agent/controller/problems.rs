@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::super::listen_port::PortChange;
 use super::super::obstacle::{self, Obstacle};
 use super::Controller;
 use crate::plan::Caveat;
@@ -53,6 +54,13 @@ impl Controller {
             tracing::info!("all failed changes applied");
         }
         self.failures = failures;
+        let mut failures = self.failures.iter();
+        if failures.any(|failure| failure.kind == FailureKind::ListenPort) {
+            let desired = self.decision.desired.as_ref();
+            let port = desired.and_then(|desired| desired.listen_port);
+            let change = port.and_then(|port| self.listen_port.handle_taken(port.get()));
+            change.iter().for_each(PortChange::log);
+        }
     }
 
     /// Looks for obstacles again; news of them leads to a pass, which reports it.

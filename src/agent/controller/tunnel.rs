@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use super::super::endpoint_discovery;
+use super::super::listen_port::Look;
 use super::super::report::Traffic;
 use super::{Controller, Effect};
 use crate::liveness;
@@ -102,7 +103,17 @@ impl Controller {
         self.facts.alive = alive;
         self.facts.heard = heard;
         self.facts.callers = callers;
-        news
+        self.choose_port(now, stats) || news
+    }
+
+    /// Decides on which UDP port the tunnel listens; true if it is another one from now on.
+    fn choose_port(&mut self, now: Instant, stats: &Stats) -> bool {
+        let look = Look::new(&self.facts, &self.decision, stats, &self.config.node);
+        let change = self.listen_port.handle_look(&look, now);
+        if let Some(change) = &change {
+            change.log();
+        }
+        change.is_some()
     }
 
     /// How many peers have an endpoint and never answered.

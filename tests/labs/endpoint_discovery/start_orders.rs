@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use selvedge_lab::topology::{MASTER, Shape, Third};
 use selvedge_lab::{Lab, Steps};
 
@@ -33,6 +33,10 @@ pub(super) fn orders_of_start(steps: &mut Steps) -> Option<()> {
     steps.step(
         "orders_of_start::two_regions_behind_nat_find_each_other_in_whatever_order_their_agents_start",
         || start_in_every_order(&mut lab, &flags),
+    );
+    steps.step(
+        "orders_of_start::a_leader_whose_router_keeps_its_port_for_another_node_takes_another_port",
+        || port_kept_for_another(&mut lab, &flags),
     );
     Some(())
 }
@@ -114,6 +118,12 @@ fn start_in_order(
     order: &[String],
     gap: Duration,
 ) -> anyhow::Result<Duration> {
+    stop_and_forget(lab, order)?;
+    start_and_wait(lab, flags, order, gap, Duration::from_secs(30))
+}
+
+/// Stops all agents, and has them and the routers forget everything.
+fn stop_and_forget(lab: &mut Lab, order: &[String]) -> anyhow::Result<()> {
     for name in order {
         lab.take_agent(name)?.stop()?;
         let state = lab.node(name)?.outside("/var/lib/selvedge");
@@ -125,11 +135,22 @@ fn start_in_order(
         // A link that goes down takes the mappings of its MASQUERADE rules with it.
         lab.network().router(router)?.sh(&format!(
             "ip link set wan down
+             conntrack -F
              ip link set wan up
              ip address replace 203.0.113.{last}/24 dev wan
              ip route replace default via 203.0.113.1"
         ))?;
     }
+    Ok(())
+}
+
+fn start_and_wait(
+    lab: &mut Lab,
+    flags: &[&str],
+    order: &[String],
+    gap: Duration,
+    patience: Duration,
+) -> anyhow::Result<Duration> {
     let mesh = mesh(flags);
     for (index, name) in order.iter().enumerate() {
         if index > 0 {
@@ -138,9 +159,56 @@ fn start_in_order(
         lab.restart_agent(mesh.binary, name, mesh.access, mesh.flags)?;
     }
     let begun = Instant::now();
-    let found = reached_both_ways(lab, LEADER, THIRD_LEADER, Duration::from_secs(30));
+    let found = reached_both_ways(lab, LEADER, THIRD_LEADER, patience);
     found.with_context(|| evidence(lab))?;
     Ok(begun.elapsed())
+}
+
+/// One router, then the other, then both know the leader's port towards the master, and have it taken by another
+/// node of the region towards the other leader. That mapping stays for as long as the other leader sends there, so
+/// it is made to last.
+fn port_kept_for_another(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String> {
+    let order = lab.node_names();
+    let mut told = Vec::new();
+    for routers in [&["nat1"][..], &["nat2"], &["nat1", "nat2"]] {
+        stop_and_forget(lab, &order)?;
+        for router in routers {
+            let (inside, here, there) = match *router {
+                "nat1" => ("192.168.50", "203.0.113.20", "203.0.113.30"),
+                _ => ("192.168.60", "203.0.113.30", "203.0.113.20"),
+            };
+            let ports = "-t 3600 --sport 51820 --dport 51820";
+            lab.network().router(router)?.sh(&format!(
+                "conntrack -I -p udp {ports} -s {inside}.11 -d 203.0.113.10 --src-nat {here}
+                 conntrack -I -p udp {ports} -s {inside}.12 -d {there} --src-nat {here}"
+            ))?;
+        }
+        let took = start_and_wait(lab, flags, &order, Duration::ZERO, Duration::from_secs(40))?;
+        let mut moved = Vec::new();
+        for node in [LEADER, THIRD_LEADER] {
+            let [doctor, status] = looks(lab, node)?;
+            let mut lines = status.lines();
+            let port = lines.find_map(|line| line.trim().strip_prefix("listening port: "));
+            let port = port.context("no listening port")?;
+            if port != "51820" {
+                ensure!(port.contains("instead of 51820"), "{port}");
+                ensure!(doctor.contains("another node"), "{doctor}");
+                moved.push(format!("{node} on {port}"));
+            }
+        }
+        ensure!(
+            !moved.is_empty(),
+            "{routers:?}: no leader took another port: {}",
+            evidence(lab)
+        );
+        told.push(format!(
+            "{}: after {:.1} s, {}",
+            routers.join(" and "),
+            took.as_secs_f64(),
+            moved.join(", ")
+        ));
+    }
+    Ok(told.join("; "))
 }
 
 /// What each leader knows of the other, for the message of a failure.
@@ -163,5 +231,10 @@ fn evidence(lab: &Lab) -> String {
         observed.insert(node, endpoints.unwrap_or_default());
     }
     let _ = writeln!(text, "observed: {observed:?}");
+    for router in ["nat1", "nat2"] {
+        let router = lab.network().router(router);
+        let flows = router.and_then(|router| router.run("conntrack -L -p udp --dport 51820"));
+        let _ = writeln!(text, "{}", flows.unwrap_or_else(|error| error.to_string()));
+    }
     text
 }

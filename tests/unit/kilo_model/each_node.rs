@@ -161,6 +161,7 @@ pub(super) fn annotations_are_kilos(
         config: &config,
         links: node.private_ip.as_slice(),
         offered: &[],
+        port: config.port,
         public_key,
         heard: &mesh.observed,
         last_seen: 999_999,

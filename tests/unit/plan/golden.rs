@@ -242,6 +242,7 @@ pub(crate) fn annotations(
         config: &config.unwrap(),
         links: node.private_ip.as_slice(),
         offered: &[],
+        port: 51820,
         public_key: node.public_key.unwrap(),
         heard: &heard.collect(),
         last_seen: 1_000,
