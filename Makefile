@@ -1,4 +1,4 @@
-# The commands of the README and of CONTRIBUTING. Those that need root say so and stop.
+# The commands of the README and of CONTRIBUTING. Without root those that need it stop with a message.
 #
 #   make lab [ARGS="--real --keep"]   two regions in network namespaces, narrated; root
 #   make unit                         all tests that need neither root nor Go, in a minute

@@ -1,10 +1,10 @@
-//! The same mesh in other surroundings, on a real flannel and a real kube-apiserver: flannel's other
+//! The same mesh in other clusters, on a real flannel and a real kube-apiserver: flannel's other
 //! backends and firewalls, a master behind 1:1 NAT, a third region behind a NAT of its own, a third
 //! region that uses the very subnet of the second, regions joined by leased lines, agents without a
 //! kubeconfig, nodes without any annotation.
 //!
-//! `two_regions_behind_nat` has the usual surroundings and all faults; here each cluster only has to work. The
-//! clusters are up one after the other, and combine what does not concern each other.
+//! `two_regions_behind_nat` has the usual cluster and all faults; here each cluster only has to work. The
+//! clusters come up one after the other, and each combines several independent variants.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -241,7 +241,7 @@ fn in_clear(lab: &Lab) -> anyhow::Result<String> {
     Ok(format!("{reached}: {findings}"))
 }
 
-/// The leaders speak from and to their private addresses, which no router has translated.
+/// The leaders send from and to their private addresses, which no router translates.
 fn untranslated(lab: &Lab) -> anyhow::Result<String> {
     let mut summary = Vec::new();
     for (leader, other) in [(MASTER, "node-agent-01"), ("node-agent-01", MASTER)] {

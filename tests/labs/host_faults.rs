@@ -1,9 +1,9 @@
-//! What happens to hosts in production, on a real flannel and a real kube-apiserver: large frames on the NIC, a
-//! region label that goes and comes, a cloned disk, a port that is taken, a kernel and a firewall that
-//! forward nothing.
+//! What happens to hosts in production, on a real flannel and a real kube-apiserver: large frames on the NIC,
+//! a region label that disappears for a while, a cloned disk, a port that is taken, a kernel and a firewall
+//! that forward nothing.
 //!
-//! The steps share one cluster and run in order; each names what went wrong, and has the way it went wrong as
-//! its control where that can be kept.
+//! The steps share one cluster and run in order; each is named after a problem of the
+//! field, and has that problem as its control where it can be reproduced.
 #![expect(
     clippy::disallowed_methods,
     reason = "a test may wait and read the clock"
@@ -31,7 +31,7 @@ const REGION: &str = "topology.kubernetes.io/region";
 
 /// The agent looks each second; a busy CI machine gets some more.
 const SOON: Duration = Duration::from_secs(20);
-/// A firewall is looked at half a minute after the last look, at the latest.
+/// An agent reads the firewall every half minute.
 const FIREWALL: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
@@ -91,8 +91,8 @@ fn run(steps: &mut Steps) -> Option<()> {
     Some(())
 }
 
-/// Gives the data centre frames of 9,000 bytes. The internet keeps its 1,500, and so does flannel, which has
-/// looked already.
+/// Gives the data centre frames of 9,000 bytes. The internet keeps its 1,500, and so does flannel, which
+/// read the sizes before.
 fn large_frames(lab: &Lab) -> anyhow::Result<()> {
     let router = lab.network().router("nat1")?;
     for node in [LEADER, FOLLOWER] {
@@ -134,7 +134,7 @@ fn arrived(lab: &Lab, size: u32) -> anyhow::Result<u64> {
     let to = lab.pod(MASTER)?;
     let counter = "ip heard count";
     counted(to.namespace(), counter)?;
-    // What was learned of this way before is forgotten.
+    // Forgets path MTUs that were learned before.
     let pod = lab.pod(FOLLOWER)?.namespace();
     pod.run("ip route flush cache")?;
     let (payload, address) = (size - 28, to.address());
@@ -155,7 +155,7 @@ fn no_fragments(lab: &Lab) -> anyhow::Result<String> {
     Ok("packets of 1420 bytes pass whole".to_owned())
 }
 
-/// The control: what `auto` gave the tunnel before.
+/// The control: a tunnel as large as the NIC allows.
 fn fragments(lab: &mut Lab) -> anyhow::Result<String> {
     for node in [LEADER, FOLLOWER] {
         restart(lab, node, &["--mtu=8920"])?;
@@ -220,7 +220,7 @@ fn cloned_disk(lab: &mut Lab) -> anyhow::Result<String> {
         |node: &str| -> anyhow::Result<_> { Ok(lab.node(node)?.outside("/var/lib/selvedge/key")) };
     let (original, clone) = (key(LEADER)?, key(FOLLOWER)?);
     lab.take_agent(FOLLOWER)?.stop()?;
-    // The whole disk: the other's memory comes with it.
+    // The whole disk: the state of the other agent is on it.
     let (from, to) = (original.parent(), clone.parent());
     let (from, to) = (from.context("no directory")?, to.context("no directory")?);
     for file in fs::read_dir(from)? {
@@ -259,7 +259,7 @@ fn taken_port(lab: &mut Lab) -> anyhow::Result<String> {
     restart(lab, LEADER, &[])?;
     let reason = not_ready(lab, LEADER, "UDP port 51820 is held by ", SOON)?;
     event(lab, LEADER, "UDP port 51820 is held by ")?;
-    // What it begins itself goes on, and nothing was taken away meanwhile.
+    // What the node itself begins works, and nothing was removed meanwhile.
     claims::reached_within(lab, "pod@node-agent-02", "pod@node-master", SOON)?;
     let meanwhile = claims::own_state(lab, LEADER)?;
     ensure!(meanwhile == before, "was {before}\nand became {meanwhile}");
@@ -387,7 +387,7 @@ fn doctor(lab: &Lab, node: &str) -> anyhow::Result<String> {
     printed(lab, node, &["doctor", kubeconfig, &hostname])
 }
 
-/// What the program prints on a node; it may well find something wrong.
+/// What the program prints on a node, whatever its exit code.
 fn printed(lab: &Lab, node: &str, arguments: &[&str]) -> anyhow::Result<String> {
     let mut command = std::process::Command::new(SELVEDGE);
     command.args(arguments);

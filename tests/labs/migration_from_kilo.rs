@@ -1,5 +1,5 @@
 //! Real agents beside stand-ins of Kilo's, on a real flannel and a real kube-apiserver: a running mesh
-//! is moved to Selvedge node by node, back to Kilo, and forth again in another order.
+//! is moved to Selvedge node by node, back to Kilo, and again to Selvedge in another order.
 //!
 //! After every node all pods and nodes reach each other: Selvedge leads Kilo's followers, and follows Kilo's
 //! leaders. A connection that Selvedge's leaders carry is kept over the change of the algorithm and over
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     steps.finish()
 }
 
-/// A mesh in which each node has one of the two.
+/// A mesh in which each node runs one of the two.
 struct Mixed {
     lab: Lab,
     kilos: BTreeMap<String, Kg>,

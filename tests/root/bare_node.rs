@@ -1,5 +1,5 @@
 //! A node on which something is in the way of the agent: files, rights, links, ports. Each ends the agent at
-//! once, with one sentence on stderr and the exit code 78. And what `selvedge doctor` says of such a node.
+//! once, with one sentence on stderr and the exit code 78. And what `selvedge doctor` reports on such a node.
 #![expect(
     clippy::disallowed_methods,
     clippy::unwrap_used,
@@ -19,7 +19,7 @@ use selvedge_lab::{Namespace, wait_for};
 use crate::refused::refused;
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
-/// A busy machine takes its time.
+/// How long a busy machine may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A node without anything: a namespace, and the agent's files in a directory of its own.

@@ -1,4 +1,4 @@
-//! `graph` and `showconf` on a real API server, as a user runs them with her kubeconfig.
+//! `graph` and `showconf` on a real API server, as a user runs them with a kubeconfig.
 //!
 //! What they print of known clusters, case by case, is in `tests/unit/graph_and_showconf.rs`.
 #![expect(

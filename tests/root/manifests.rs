@@ -40,7 +40,7 @@ struct Cluster {
     namespace: &'static str,
 }
 
-/// Names of Peers are unique per test, so that the tests do not meet.
+/// Names of Peers are unique per test, so that tests do not disturb each other.
 fn cluster() -> Arc<Cluster> {
     static SHARED: Mutex<Weak<Cluster>> = Mutex::new(Weak::new());
     let mut shared = SHARED

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::{FOLLOWER, LEADER, PATIENCE, flags, mesh, reached_both_ways, remember_as_at_home, up};
 
-/// A rest that is longer than a home router remembers.
+/// A pause that is longer than a home router keeps a mapping.
 const REST: Duration = Duration::from_secs(60);
 
 /// Nodes whose cloud provider reports the address of their NAT as their own.
@@ -54,7 +54,7 @@ pub(super) fn external_address_of_the_nat(steps: &mut Steps) -> Option<()> {
             Ok("0 of 15 pings lost".to_owned())
         },
     );
-    // What happened when the address decided: no keepalive.
+    // The control: no keepalive, as when a public ExternalIP was taken to mean that there is no NAT.
     steps.step(
         "external_address_of_the_nat::without_keepalives_it_is_not_which_shows_that_the_nat_forgets",
         || {

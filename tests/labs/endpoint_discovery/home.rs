@@ -77,7 +77,7 @@ fn published(lab: &Lab) -> anyhow::Result<String> {
 
 /// The keepalive of the leader at home would come within 25 seconds; the public leader does not wait for it.
 fn called_after_restart(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String> {
-    // What an agent keeps is written within five seconds of a change.
+    // An agent writes its state within five seconds of a change.
     sleep(Duration::from_secs(6));
     lab.take_agent(MASTER)?.stop()?;
     let mesh = mesh(flags);

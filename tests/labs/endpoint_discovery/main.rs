@@ -1,5 +1,5 @@
-//! Endpoint discovery: every candidate of a leader is tried, and none is judged by its range. Regions whose routers hand out IPv6,
-//! nodes with their NAT's address, and regions behind NAT whose agents start in every order.
+//! Endpoint discovery: every candidate of a leader is tried, and none is judged by its range. Regions whose
+//! routers hand out IPv6, nodes with their NAT's address, and regions behind NAT whose agents start in every order.
 //!
 //! Real flannel, a real kube-apiserver, real NATs; no node has the annotation `persistent-keepalive`.
 #![expect(
@@ -24,10 +24,10 @@ mod start_orders;
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
 
-/// How long the mesh may take to follow a change in a loaded machine.
+/// How long the mesh may take to follow a change on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What a home router remembers of UDP, in seconds; Linux would remember an answered flow for 120.
+/// How long a home router keeps a UDP mapping, in seconds; Linux keeps that of an answered flow for 120.
 const HOME_TIMEOUT: &str = "30";
 
 fn main() -> ExitCode {

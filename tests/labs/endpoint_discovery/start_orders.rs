@@ -13,7 +13,7 @@ use crate::{
     FOLLOWER, LEADER, THIRD_LEADER, flags, looks, mesh, reached_both_ways, remember_as_at_home, up,
 };
 
-/// Two regions behind NAT whose agents start afresh, in one order after another.
+/// Two regions behind NAT whose agents start without any state, in one order after another.
 pub(super) fn orders_of_start(steps: &mut Steps) -> Option<()> {
     if !steps.selects("orders_of_start") {
         return None;
@@ -44,8 +44,8 @@ pub(super) fn orders_of_start(steps: &mut Steps) -> Option<()> {
 /// How agents are started: their order, and how long after the one before each.
 type Order = (Vec<String>, Duration);
 
-/// A few orders, those among them in which another node leads a region for a moment and takes its router's
-/// port; with `SELVEDGE_START_ORDERS=all` every one, at once and one after the other.
+/// A few orders, among them those in which another node leads a region for a moment and gets the router's own
+/// port; with `SELVEDGE_START_ORDERS=all` every order, all agents at once and one after the other.
 fn orders(lab: &Lab) -> Vec<Order> {
     let names = lab.node_names();
     let all = permutations(&names);

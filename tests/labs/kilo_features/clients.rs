@@ -20,8 +20,8 @@ use crate::{FOLLOWER, LEADER, PATIENCE, SELVEDGE, THIRD_LEADER, selvedge};
 pub(crate) const PEERS: &str = "/apis/kilo.squat.ai/v1alpha1/peers";
 
 pub(crate) fn clients(steps: &mut Steps, lab: &Lab) -> Option<()> {
-    // Hosts that drop what they forward let flannel's networks pass, and a client has another. Their
-    // operators must let it pass too.
+    // Hosts whose firewall drops forwarded packets accept flannel's networks. A client's network is another one,
+    // which the operator has to accept.
     for name in lab.node_names() {
         let node = lab.node(&name).unwrap();
         node.run("iptables -P FORWARD ACCEPT").unwrap();
@@ -163,7 +163,7 @@ impl Home {
     }
 }
 
-/// Whatever of the cluster a client does not reach, asked all at once.
+/// All places of the cluster that a client does not reach, tried at once.
 fn unreached(lab: &Lab, client: &Node, services: bool) -> Vec<String> {
     let from = client.namespace().path();
     let mut targets = Vec::new();
@@ -290,7 +290,7 @@ fn plain_wireguard(client: &Node, lab: &Lab) -> anyhow::Result<Process> {
     let process = client.spawn("wireguard-go", command)?;
     wait_for("wireguard-go", PATIENCE, || client.tunnel_answers("wg0"))?;
 
-    // Where a leader behind NAT is seen may change until the mesh has settled.
+    // The observed endpoint of a leader behind NAT may change until the mesh has settled.
     let configuration = selvedge(client, lab, &["showconf", "peer", "desktop"])?;
     std::fs::write(client.outside("/run/wg0.conf"), &configuration)?;
     client.run("wg setconf wg0 /run/wg0.conf")?;
@@ -314,8 +314,7 @@ fn plain_wireguard(client: &Node, lab: &Lab) -> anyhow::Result<Process> {
     Ok(process)
 }
 
-/// A client's packets come from another port of its router from one moment to the next: connections to
-/// the public region and to those behind NAT go on.
+/// The router of a client changes its port: connections to the public region and to those behind NAT go on.
 fn roams(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     let from = laptop.namespace().path();
     let streams: anyhow::Result<Vec<_>> = [MASTER, LEADER, THIRD_LEADER]
@@ -329,7 +328,7 @@ fn roams(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     let port = laptop.run("wg show kilo0 listen-port")?;
     let other = port.trim().parse::<u16>()?.wrapping_add(1).max(1024);
     laptop.run(&format!("wg set kilo0 listen-port {other}"))?;
-    // The public leader hears it where it is now; those behind NAT learn from that one.
+    // The public leader sees the new endpoint; the leaders behind NAT learn it from the public leader.
     let mut failures = Vec::new();
     wait_for("the leaders behind NAT", Duration::from_secs(25), || {
         failures = unreached(lab, laptop, false);
@@ -465,7 +464,7 @@ fn duplicate_claim(lab: &Lab) -> anyhow::Result<String> {
     Ok(String::new())
 }
 
-/// A machine beside a follower that knows no way back to VPN clients is reached all the same.
+/// A machine beside a follower is reached although it has no route back to VPN clients.
 fn allowed_location(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     let router = lab.network().router("nat1")?;
     let printer = Namespace::named(format!("{}-printer", lab.network().prefix()))?;
@@ -496,7 +495,7 @@ fn allowed_location(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     .with_context(|| format!("{seen:?}"))?;
     // A neighbour's address: the leader's own.
     ensure!(seen? == Ipv4Addr::new(192, 168, 50, 11));
-    // The laptop's own program and each agent hear of the change at times of their own.
+    // The laptop's program and each agent see the change at different times.
     let from_pod = lab.pod(MASTER)?.namespace().path();
     let mut seen = Err(anyhow::anyhow!("not asked yet"));
     wait_for("the printer, from a pod elsewhere", PATIENCE, || {
@@ -509,14 +508,14 @@ fn allowed_location(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     Ok(String::new())
 }
 
-/// Machines beside a follower alone know that one, and no way to its leader or further.
+/// Machines beside a follower have a route to that node only, and none to its leader or further.
 fn behind_a_follower(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     let follower = lab.node(FOLLOWER)?;
     let scanner = Namespace::named(format!("{}-scanner", lab.network().prefix()))?;
     follower.namespace().veth("scanners", &scanner, "eth0")?;
     follower.run("ip address add 192.168.77.1/24 dev scanners")?;
     scanner.run("ip address add 192.168.77.9/24 dev eth0")?;
-    // The region's own network is its operator's business.
+    // Routes inside the region are the operator's task.
     let leader = lab.node(LEADER)?;
     let way = format!("192.168.77.0/24 via {}", follower.address());
     leader.run(&format!("ip route add {way}"))?;

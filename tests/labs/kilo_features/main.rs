@@ -27,7 +27,7 @@ mod nat;
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
 
-/// How long the mesh may take to follow a change in a loaded machine.
+/// How long the mesh may take to follow a change on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn main() -> ExitCode {

@@ -25,7 +25,7 @@ const THIRD: &str = "203.0.113.30:";
 
 /// The keepalive that the leaders behind NAT are annotated with.
 const KEEPALIVE: Duration = Duration::from_secs(25);
-/// After so long agents see to it that a silent connection to the API server is there.
+/// After so long without traffic agents probe their connection to the API server.
 const API_PROBES: Duration = Duration::from_secs(10);
 
 pub(crate) fn regions(steps: &mut Steps, lab: &mut Lab, flags: &[&str]) {
@@ -73,7 +73,7 @@ fn found_each_other(lab: &Lab) -> anyhow::Result<String> {
     Ok(String::new())
 }
 
-/// While the two regions behind NAT talk, all of it goes from router to router.
+/// Traffic between the two regions behind NAT goes from router to router.
 fn goes_directly(lab: &Lab) -> anyhow::Result<String> {
     let wire = Listener::start(
         lab.network().router("nat2")?,
@@ -129,7 +129,7 @@ impl Listener {
         self.tcpdump.signal(Signal::SIGINT);
         self.tcpdump.wait(Duration::from_secs(10))?;
         let mut datagrams: BTreeMap<_, u64> = BTreeMap::new();
-        // What offloads have put together counts as one, so bytes are counted:
+        // Packets that offloads joined count as one, so bytes are counted:
         // IP 203.0.113.20.51820 > 203.0.113.30.51820: UDP, length 148
         for line in std::fs::read_to_string(&self.file)?.lines() {
             let mut words = line.split_whitespace();
@@ -152,7 +152,7 @@ impl Listener {
 
 /// Both leaders' agents restart with nothing but their state on disk.
 fn without_the_api(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String> {
-    // What an agent keeps is written within five seconds of a change.
+    // An agent writes its state within five seconds of a change.
     sleep(Duration::from_secs(6));
     lab.plane()?.freeze(true);
     let outcome = (|| {
@@ -174,8 +174,7 @@ fn without_the_api(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String> {
     outcome
 }
 
-/// The router restarts: what it lets out comes from other ports than before, and what comes in for the
-/// old ones is dropped.
+/// The router restarts: it sends from other ports than before, and drops what arrives for the old ones.
 pub(crate) fn restart_router(lab: &Lab, name: &str, ports: &str) -> anyhow::Result<()> {
     // A link that goes down takes the mappings of its MASQUERADE rules with it.
     lab.network().router(name)?.sh(&format!(
@@ -189,7 +188,7 @@ pub(crate) fn restart_router(lab: &Lab, name: &str, ports: &str) -> anyhow::Resu
     Ok(())
 }
 
-/// Routers, the addresses of their leaders, and the ports they give from now on.
+/// `routers`: their names, the addresses of their leaders, and the ports that they use from now on.
 fn follows_new_mappings(lab: &Lab, routers: &[(&str, &str, &str)]) -> anyhow::Result<String> {
     let written = writes(lab)?;
     let server = (lab.pod(LEADER)?.address(), PORT).into();
@@ -243,7 +242,7 @@ fn follows_new_mappings(lab: &Lab, routers: &[(&str, &str, &str)]) -> anyhow::Re
     let report = stream.stop()?;
     ensure!(report.silence < 5 * KEEPALIVE, "{report}");
     let written = writes(lab)? - written;
-    // Of each leader that saw another move, and of the clients' none.
+    // One of each leader that saw another one move; the clients' moves cause none.
     ensure!(written <= 3 * routers.len(), "{written} writes");
     Ok(format!(
         "seen by the master and by the other leader after {times}a connection was silent for {:.1} s; of a change in the API the leader heard after {:.1} s; {written} writes; {pairs}",

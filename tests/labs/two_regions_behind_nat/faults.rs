@@ -31,7 +31,7 @@ const POD_PAIRS: [(&str, &str); 3] = [
 
 pub(super) fn all(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
     steps.step("flannel_restarts_and_nothing_is_lost", || {
-        // Under a policy of DROP flannel's own gap would hide ours; the next step looks there.
+        // With a policy of DROP flannel's own gap would hide ours; the next step measures that.
         lab.policy_of_forward("ACCEPT")?;
         let outcome = flannel_restarts(lab, &POD_PAIRS);
         lab.policy_of_forward("DROP")?;
@@ -109,7 +109,7 @@ pub(super) fn untracked(lab: &Lab, on: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What streams met while flannel was restarted on three nodes, one after the other.
+/// What streams lost while flannel was restarted on three nodes, one after the other.
 pub(super) struct Restarts {
     /// How much they lost together.
     pub(super) lost: u32,
@@ -119,10 +119,9 @@ pub(super) struct Restarts {
     pub(super) summary: String,
 }
 
-/// flannel takes its own rules out and in again when it starts. Where nothing else lets its packets
-/// through meanwhile, they are dropped: in a region as between regions, with Selvedge or without.
-/// kube-proxy lets established connections through, but nothing that is not tracked, as is what a
-/// leader passes on.
+/// flannel removes its rules and adds them again when it starts. Where no other rule accepts its packets
+/// meanwhile, they are dropped: in a region as between regions, with Selvedge or without. kube-proxy
+/// accepts established connections, but no untracked packets, such as a leader's transit.
 pub(super) fn flannel_restarts(lab: &mut Lab, pairs: &[(&str, &str)]) -> anyhow::Result<Restarts> {
     for name in lab.node_names() {
         // What passes before the chain FORWARD, and what after it.
@@ -249,7 +248,7 @@ fn flannel_device_deleted(lab: &mut Lab, node: &str) -> anyhow::Result<String> {
         ensure!(report.silence < REPAIR, "{report}");
         summary.push(report.to_string());
     }
-    // What it knew of other regions, which only it uses, it learns again when it starts.
+    // flannel learns its entries for other regions, which only flannel uses, again when it starts.
     lab.restart_flannel(node)?;
     Ok(summary.join("; "))
 }
@@ -280,7 +279,7 @@ fn agents_killed(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
     Ok(summary.join("; "))
 }
 
-/// The proof that the capture would have seen it: the same traffic, with our state taken away.
+/// The control: the capture sees the same traffic once our state is removed.
 fn circumvented(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
     lab.take_agent(MASTER)?.kill();
     lab.node(MASTER)?

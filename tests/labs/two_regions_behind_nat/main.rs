@@ -71,7 +71,7 @@ fn run(steps: &mut Steps) -> Option<()> {
     Some(())
 }
 
-/// The control run: what flannel does alone, and that the detectors detect.
+/// The control run: what flannel does without Selvedge, and that the captures detect it.
 fn without_selvedge(steps: &mut Steps, lab: &mut Lab) {
     steps.step("flannel_alone_connects_no_two_regions", || {
         claims::only_regions_are_connected(lab)
@@ -99,7 +99,7 @@ fn without_selvedge(steps: &mut Steps, lab: &mut Lab) {
                 dropped,
                 summary,
             } = {
-                // As a leader's transit is, and unlike what kube-proxy lets pass as established.
+                // Untracked, as a leader's transit is: kube-proxy accepts only established connections.
                 untracked(lab, true)?;
                 let outcome = flannel_restarts(lab, &pairs);
                 untracked(lab, false)?;
@@ -247,8 +247,8 @@ fn steady_state(steps: &mut Steps, lab: &mut Lab) {
             let pid = lab.agent(&name).context("no agent")?.pid();
             sizes.push(claims::resident_kib(pid)?);
         }
-        // What is shipped is to stay below 24 MiB; four times that is a failure. A debug build
-        // maps half as much again.
+        // The limit of a release build is 24 MiB; four times that is a failure. A debug build
+        // needs half as much again.
         ensure!(sizes.iter().all(|size| *size < 96 * 1024), "{sizes:?} KiB");
         let build = if cfg!(debug_assertions) {
             "debug build, of which a release build needs about 60 %"
@@ -259,7 +259,7 @@ fn steady_state(steps: &mut Steps, lab: &mut Lab) {
     });
 }
 
-/// What `selvedge doctor` prints on a node, asked as the agent there is started.
+/// What `selvedge doctor` prints on a node, with the flags of the agent there.
 fn doctor(lab: &Lab, node: &str) -> anyhow::Result<String> {
     let mut command = Command::new(SELVEDGE);
     command
@@ -298,8 +298,8 @@ fn wg_on_both_leaders(lab: &Lab) -> anyhow::Result<String> {
     Ok(summary.join("; "))
 }
 
-/// What an agent installed outlives it, so that the next one finds it at work. The tunnel itself
-/// pauses with a leader's process; a follower's absence is not felt.
+/// Routes, rules and the firewall stay when an agent ends, so that the next one finds them. The tunnel pauses
+/// without a leader's process; without a follower's nothing is lost.
 fn terminated(lab: &mut Lab) -> anyhow::Result<String> {
     let before = claims::own_state(lab, FOLLOWER)?;
     let stream = stream(lab, "pod@node-agent-02", "pod@node-master")?;

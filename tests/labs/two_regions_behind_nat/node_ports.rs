@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::{FOLLOWER, LEADER};
 
-/// What kube-proxy may take to hear of a service.
+/// How long kube-proxy may take to program a service.
 const HEARD: Duration = Duration::from_secs(15);
 const COLLECTIONS: [&str; 2] = [
     "/api/v1/namespaces/default/services",
@@ -34,11 +34,12 @@ pub(super) fn lead_to_pods(lab: &Lab) -> anyhow::Result<String> {
     Ok(summary.join("; "))
 }
 
-/// A follower that calls its own leader for a pod elsewhere is answered where both hosts filter loosely.
+/// A follower that connects to a node port of its own leader for a pod elsewhere gets an answer only where both
+/// hosts have loose reverse path filters.
 ///
-/// To the leader's strict filter the way back to a member is flannel's device, as it is for what comes
-/// out of the tunnel, and the call came by another; the follower's filter expects its leader's address
-/// there and gets the answer from flannel's device.
+/// The leader's strict filter expects packets of its member from flannel's device, and this one arrives by the
+/// underlay. The follower's strict filter expects its leader's address on the underlay, and the answer arrives
+/// by flannel's device.
 pub(super) fn of_the_own_leader(lab: &Lab) -> anyhow::Result<String> {
     let port = NodePort::open(lab, 30_702, LEADER, MASTER)?;
     let leader = namespace(lab, LEADER)?;
@@ -56,8 +57,8 @@ pub(super) fn of_the_own_leader(lab: &Lab) -> anyhow::Result<String> {
     Ok(format!("{}, past loose filters only", port.what))
 }
 
-/// A service with one endpoint; deleted when the value is dropped, so that nothing of it is in the way
-/// when the nodes are compared with how they were.
+/// A service with one endpoint; deleted when the value is dropped, so that the nodes can be
+/// compared with their state before.
 struct NodePort<'a> {
     lab: &'a Lab,
     name: String,

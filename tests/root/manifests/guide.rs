@@ -1,7 +1,8 @@
 //! The migration guide's commands, as they stand in it, on a real API server: Kilo goes node by node, and
-//! never are both on one. Not the way back, which waits for what the garbage collector does in its own time.
+//! no node ever has both. The way back is left out, because it waits for the garbage collector.
 //!
-//! A stand-in plays the kubelets, and pods run nothing: what the agents do is shown in `tests/labs/migration_from_kilo.rs`.
+//! A stand-in acts as the kubelets, and pods run nothing: `tests/labs/migration_from_kilo.rs` shows what the
+//! agents do.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -149,7 +150,7 @@ fn node_by_node(cluster: &Cluster) {
         panic!("the guide has other steps");
     };
     shell.run(prepare, "");
-    // Time for the controllers to do what they should not.
+    // Time for the controllers to do something wrong.
     let watched = Instant::now();
     while watched.elapsed() < Duration::from_secs(3) {
         assert_eq!(kilos_pods(cluster), before, "Kilo's pods are left alone");
