@@ -54,7 +54,7 @@ use crate::guard::{Guard, boots};
 use crate::kernel::Monitor;
 use crate::node_lock::NodeLock;
 use crate::reconciler::core::{Applied, Source};
-use crate::reconciler::{Reconciler, Report};
+use crate::reconciler::{Message, Reconciler};
 use crate::status::Question;
 use crate::telemetry;
 use crate::telemetry::metrics::{Event, Metrics};
@@ -68,7 +68,7 @@ const TICK: Duration = Duration::from_secs(1);
 const TICK_AT_REST: Duration = Duration::from_secs(5);
 /// Changes logged one by one; more of them are a new cluster, and a number says as much.
 const LOGGED: usize = 40;
-/// What to do beside each other: the agent itself needs one thread, look-ups of names block others.
+/// Threads for blocking work, such as look-ups of names.
 const BLOCKING_THREADS: usize = 4;
 
 /// Runs the agent until a signal ends it.
@@ -115,7 +115,7 @@ struct Agent {
     access: Access,
     cluster: Cluster,
     reconciler: Reconciler,
-    reports: mpsc::UnboundedReceiver<Report<KernelFacts>>,
+    messages: mpsc::UnboundedReceiver<Message<KernelFacts>>,
     /// Wakes the loop when the tunnel has events.
     tunnel_events: Arc<Notify>,
     /// When the tunnel's counters were last read at a tick.
@@ -168,7 +168,7 @@ impl Agent {
                         self.controller.handle_view(now(), view);
                     }
                 }
-                Some(report) = self.reports.recv() => self.handle_report(report),
+                Some(message) = self.messages.recv() => self.handle_message(message),
                 event = self.monitor.changed() => {
                     let event = event.context("following the kernel")?;
                     if event.firewall {
@@ -185,11 +185,11 @@ impl Agent {
                     self.controller.handle_resolved(now(), Arc::new(addresses));
                 }
                 Some(question) = self.shown.questions.recv() => {
-                    // The one who asked may be gone.
+                    // The client may be gone.
                     let _ = question.send(self.report());
                 }
                 () = self.tunnel_events.notified() => {
-                    // They say where to look; the counters say what is there.
+                    // An event is a reason to read the counters, which have the values.
                     self.reconciler.tunnel().take_events();
                     self.read_tunnel();
                 }
@@ -200,9 +200,9 @@ impl Agent {
         self.stop().await
     }
 
-    fn handle_report(&mut self, report: Report<KernelFacts>) {
-        match report {
-            Report::Facts(facts) => {
+    fn handle_message(&mut self, message: Message<KernelFacts>) {
+        match message {
+            Message::Facts(facts) => {
                 self.read_tunnel();
                 let wall = WallClock {
                     node: unix_now(),
@@ -210,7 +210,7 @@ impl Agent {
                 };
                 self.controller.handle_kernel(now(), wall, *facts);
             }
-            Report::Applied(applied) => {
+            Message::Applied(applied) => {
                 log_changes(&applied.made);
                 self.count(&applied);
                 self.controller.handle_applied(now(), applied);

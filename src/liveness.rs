@@ -1,4 +1,4 @@
-//! Who is alive. Every such verdict of the agent is made here. Pure, on values.
+//! Verdicts on liveness: every verdict of the agent on whether a peer or node is alive. Pure, on values.
 //!
 //! | verdict | question | made from | decides |
 //! |---|---|---|---|
@@ -6,7 +6,7 @@
 //! | [`is_alive`] | Does the session carry packets? | handshake, bytes received | where routes and datagrams go |
 //! | [`is_suspect`] | Is an answer overdue? | unanswered packets | the search at its candidates |
 //! | [`is_silent`] | Are keepalives missing? | bytes received | the search at its candidates |
-//! | [`looks_dead`] | Should a person be told? | handshake | `status`, `doctor` |
+//! | [`looks_dead`] | Should it be shown as a problem? | handshake | `status`, `doctor` |
 //! | [`may_lead`] | May this node lead its region, or speak for others? | the Node's `Ready` | the topology; Events |
 //!
 //! Whether the tunnel can encrypt at all (it has a session) stays inside [`crate::wireguard`].
@@ -41,8 +41,8 @@ pub fn is_heard(handshake: Option<Duration>) -> bool {
 
 /// Whether the session with the peer carries packets.
 ///
-/// A peer that sends no keepalives says nothing for minutes, and is there; one whose session has ended as
-/// well is not.
+/// A peer without keepalives may be silent for minutes while it is alive. When its session has ended as well,
+/// it is not.
 pub fn is_alive(signs: Signs) -> bool {
     signs
         .handshake
@@ -69,7 +69,7 @@ pub fn is_silent(signs: Signs) -> bool {
     signs.received >= limit
 }
 
-/// Whether nothing comes through, as far as handshakes tell: they are renewed every two minutes while there
+/// Whether the age of the last handshake says that nothing comes through: handshakes are renewed every two minutes while there
 /// is traffic, and keepalives, which this node sends every `keepalive` seconds, are traffic (paper, 6.1).
 pub fn looks_dead(handshake: Option<Duration>, keepalive: u16) -> bool {
     handshake.is_none_or(|age| age > REJECT_AFTER_TIME && keepalive > 0)

@@ -1,4 +1,4 @@
-//! Makes the node as desired, on threads of its own, and reads the kernel's facts there.
+//! Applies the desired state on separate threads, and reads the kernel's facts there.
 //!
 //! ```text
 //!   owner ── read / reconcile ──► reconciler ── rtnetlink, tunnel
@@ -8,7 +8,7 @@
 //!                                  firewall ── nft
 //! ```
 //!
-//! The owner never waits: it sends what it wants and receives [`Report`]s. The latest desired state wins.
+//! The owner never waits: it sends commands and receives [`Message`]s. The latest desired state wins.
 //! The reconciler's thread takes microseconds a change; `nft`, which may hang, runs on a second thread.
 //! What is made in which order, and what waits for the firewall, is decided in [`core`].
 
@@ -37,28 +37,28 @@ const ELEMENTS: Duration = Duration::from_millis(25);
 /// How long the end waits for `nft`, which is ended after 10 s.
 const FAREWELL: Duration = Duration::from_secs(12);
 
-/// What the reconciler tells its owner.
+/// A message of the reconciler to its owner.
 #[derive(Debug)]
-pub enum Report<F> {
+pub enum Message<F> {
     /// The facts that were asked for.
     Facts(Box<F>),
     /// What a pass, or the firewall, came to.
     Applied(Applied),
 }
 
-/// How the reconciler reads the facts of type `F` and tells its owner.
+/// How the reconciler reads the facts of type `F` and sends messages to its owner.
 pub struct Owner<F> {
     /// Reads the facts; called on the reconciler's thread.
     pub read: Box<dyn FnMut(&Rtnetlink) -> F + Send>,
-    /// Takes a report; called on the reconciler's thread, so it must not block.
-    pub report: Box<dyn Fn(Report<F>) + Send>,
+    /// Sends a message; called on the reconciler's thread, so it must not block.
+    pub send: Box<dyn Fn(Report<F>) + Send>,
 }
 
 enum Command {
     Read,
     Reconcile(Box<Desired>),
     Firewall(firewall::Outcome),
-    /// Ends the thread; removes what is on the node before, but for the link, if told to.
+    /// Ends the thread. With `remove`, everything but the link is removed before.
     Stop {
         remove: bool,
         done: Sender<Removed>,
@@ -119,12 +119,12 @@ impl Reconciler {
         })
     }
 
-    /// Has the facts be read; they come as a [`Report::Facts`].
+    /// Has the facts be read; they come as a [`Message::Facts`].
     pub fn read(&self) {
         self.send(Command::Read);
     }
 
-    /// Has the node be made so; every pass comes as a [`Report::Applied`].
+    /// Has the node be made so; every pass comes as a [`Message::Applied`].
     pub fn reconcile(&self, desired: Desired) {
         self.send(Command::Reconcile(Box::new(desired)));
     }
@@ -190,7 +190,7 @@ impl<F> Thread<F> {
                 match command {
                     Command::Read => {
                         let facts = (self.owner.read)(self.host.rtnetlink());
-                        (self.owner.report)(Report::Facts(Box::new(facts)));
+                        (self.owner.send)(Message::Facts(Box::new(facts)));
                     }
                     Command::Reconcile(desired) => {
                         self.core.handle_desired(*desired);
@@ -242,7 +242,7 @@ impl<F> Thread<F> {
     fn take_outcome(&mut self, outcome: firewall::Outcome) -> bool {
         let waited = self.core.waits_for_firewall();
         let applied = self.core.handle_firewall(outcome, now());
-        (self.owner.report)(Report::Applied(applied));
+        (self.owner.send)(Message::Applied(applied));
         waited
     }
 
@@ -274,7 +274,7 @@ impl<F> Thread<F> {
         let begun = now();
         let mut applied = self.core.pass(&mut self.host, begun);
         applied.took = begun.elapsed();
-        (self.owner.report)(Report::Applied(applied));
+        (self.owner.send)(Message::Applied(applied));
     }
 
     /// Waits for a job under way: half a ruleset must not be what the process leaves behind.

@@ -1,6 +1,6 @@
 //! Removing all that the agent installed: `selvedge cleanup`, and SIGTERM with `--clean-up`.
 //!
-//! The private key stays: it is who the node is, and comes back with the agent.
+//! The private key stays: it is the node's identity, and the next agent uses it again.
 
 use std::path::Path;
 use std::process::ExitCode;

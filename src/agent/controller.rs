@@ -50,13 +50,13 @@ pub struct Setup {
     pub resolved: Arc<Resolved>,
 }
 
-/// The wall clocks of one moment, in Unix seconds. What is decided by them: the age of claims by the API
-/// server's, and beside a real `kg` who takes part by this node's.
+/// The wall clocks at one moment, in Unix seconds. The API server's clock gives claims their age. Beside a real
+/// `kg`, this node's clock decides which nodes take part.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct WallClock {
     /// This node's.
     pub node: i64,
-    /// The API server's, as its last answer told it.
+    /// The API server's clock, by the `Date` of its last answer.
     pub server: Option<i64>,
 }
 
@@ -118,7 +118,7 @@ pub struct Controller {
     forwarding_off: Option<String>,
     /// What the host's firewall does to forwarded packets.
     host_firewall: Option<String>,
-    /// What the operator has to mend.
+    /// The obstacles that the operator has to remove.
     obstacles: Vec<Obstacle>,
     /// What the reconciler could not do yet.
     failures: Vec<Failure>,

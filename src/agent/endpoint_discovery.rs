@@ -256,7 +256,7 @@ impl Peer {
         }
     }
 
-    /// Takes the candidates of now and keeps what is known of those that stay; true if there is a new one.
+    /// Replaces the candidates and keeps the results of those that stay. Returns whether one is new.
     fn take_candidates(&mut self, candidates: &[Candidate], is_new: bool, now: Instant) -> bool {
         let same = |tried: &Tried, candidate: &Candidate| tried.candidate == *candidate;
         let old = &mut self.candidates;

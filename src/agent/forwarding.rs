@@ -1,4 +1,4 @@
-//! Whether this node's kernel and firewall let a leader pass on what it is there to pass on.
+//! Whether this node's kernel and firewall let a leader forward traffic of its region.
 //!
 //! The settings are files of `/proc`, read at every tick. The firewall can only be listed by `nft`, and the
 //! loop waits for no program. So a task of its own runs `nft` when the kernel reports a change of others'

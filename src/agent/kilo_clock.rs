@@ -1,6 +1,6 @@
 //! What time it is to Kilo's algorithm, and when this node checks in. Pure: the clock is passed in.
 //!
-//! A real `kg` judges who is alive by `last-seen`, so beside one every agent writes it, and reads it
+//! A real `kg` judges by `last-seen` which nodes are alive, so beside one every agent writes it, and reads it
 //! the same way. While the API takes no check-ins, no check-in is fresh, and that says nothing about any node:
 //! time stands still here until all have had the chance to check in again. Kilo itself forgets its
 //! peers in that moment.
@@ -57,7 +57,7 @@ impl KiloClock {
     }
 }
 
-/// The `last-seen` to publish: what is there while it is fresh, so that nothing is written.
+/// The `last-seen` to publish: the published one while it is fresh, so that nothing is written.
 pub fn last_seen(now: i64, own: Option<i64>) -> i64 {
     own.filter(|seen| (0..PERIOD).contains(&now.saturating_sub(*seen)))
         .unwrap_or(now)

@@ -9,7 +9,7 @@ use crate::cluster::Notice;
 use crate::topology::{Excluded, Field, Node, NodeName, Object, Reason, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
 
-/// Something in the way that the operator has to mend.
+/// An obstacle that the operator has to remove.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Obstacle {
     /// What it is about, in the words of an Event; one is reported at a time of each.
@@ -146,7 +146,7 @@ mod tests {
         assert_eq!(holder(None, 1), Some(name("b1")), "a cloned machine");
         assert_eq!(holder(Some(2), 2), None);
         assert_eq!(holder(None, 3), None, "a new node");
-        // Who of two that both say so has it is the topology's to judge.
+        // Between two Nodes that both claim the key, the topology decides.
         assert_eq!(holder(Some(1), 1), None);
     }
 }

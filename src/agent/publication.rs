@@ -216,7 +216,7 @@ fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
             // A new tunnel has heard no peer yet; what the last one heard is still the best guess.
             let before = inputs.node.discovered_endpoints.get(&key);
             let others = || match topology.mode {
-                // Kilo's agents pass on what they were told.
+                // Kilo's agents pass on endpoints that others published.
                 Mode::Kilo(_) => topology
                     .segments
                     .iter()

@@ -35,7 +35,7 @@ impl Readiness {
         self.unrest = now;
     }
 
-    /// Nothing but what [`Self::poll_wait`] tells keeps the agent from being ready.
+    /// Nothing keeps the agent from being ready except what [`Self::poll_wait`] returns.
     pub fn handle_no_problems(&mut self, now: Instant, unheard: usize) {
         self.reached |= self.poll_wait(now, unheard).is_none();
     }

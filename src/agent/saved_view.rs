@@ -165,7 +165,7 @@ pub fn forget(state_dir: &Path) -> io::Result<()> {
     secure_file::remove(&state_dir.join(STATE))
 }
 
-/// Writes the cluster's state on a thread of its own, for disks may be slow: the last that was given,
+/// Writes the cluster's state on a separate thread, because disks may be slow: the latest state,
 /// at most every five seconds, and once more when it is dropped.
 #[derive(Debug)]
 pub struct Writer {

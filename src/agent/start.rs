@@ -17,7 +17,7 @@ use crate::cluster::{Access, Cluster, ParseSettings, Sources};
 use crate::config::Config;
 use crate::kernel::{Kernel, Monitor};
 use crate::pages::{self, Pages};
-use crate::reconciler::{Owner, Reconciler, Report};
+use crate::reconciler::{Message, Owner, Reconciler};
 use crate::refusal::Refusal;
 use crate::resolve;
 use crate::status::ReportSource;
@@ -90,7 +90,7 @@ impl Agent {
             key_files,
             resolved,
         };
-        let (reconciler, reports) = start_reconciler(&config, kernel, device)?;
+        let (reconciler, messages) = start_reconciler(&config, kernel, device)?;
         Ok(Self {
             controller: Controller::new(setup, now()),
             reconciler,
@@ -99,7 +99,7 @@ impl Agent {
             host_firewall: HostFirewall::start(&config.interface),
             access,
             cluster,
-            reports,
+            messages,
             tunnel_events,
             ticked: now(),
             monitor,
@@ -146,23 +146,23 @@ fn show(config: &Config, listener: Option<TcpListener>) -> Shown {
     }
 }
 
-/// Starts the threads that own the kernel and the tunnel; their reports come by the receiver.
+/// Starts the threads that own the kernel and the tunnel; their messages come by the receiver.
 fn start_reconciler(
     config: &Arc<Config>,
     kernel: Kernel,
     device: Arc<Device>,
-) -> anyhow::Result<(Reconciler, mpsc::UnboundedReceiver<Report<KernelFacts>>)> {
-    let (sender, reports) = mpsc::unbounded_channel();
+) -> anyhow::Result<(Reconciler, mpsc::UnboundedReceiver<Message<KernelFacts>>)> {
+    let (sender, messages) = mpsc::unbounded_channel();
     let flags = Arc::clone(config);
     let owner = Owner {
         read: Box::new(move |kernel| kernel_facts::read(&flags, kernel)),
-        report: Box::new(move |report| {
+        send: Box::new(move |message| {
             // The loop may have ended.
-            let _ = sender.send(report);
+            let _ = sender.send(message);
         }),
     };
     let reconciler = Reconciler::start(kernel, device, owner).context("starting a thread")?;
-    Ok((reconciler, reports))
+    Ok((reconciler, messages))
 }
 
 /// Starts the tunnel: its link, its port, its threads.
@@ -186,7 +186,7 @@ fn start_tunnel(
         ..wireguard::Options::new(config.interface.clone())
     };
     let device = match Device::start(options(config.port)) {
-        // The agent goes on by a free port: routes, guard and what it begins itself are kept while the
+        // The agent starts on a free port: routes, guard and its own handshakes work while the
         // port is another's, and each second it tries to have it.
         Err(StartError::PortInUse(_)) => Device::start(options(0)),
         started => started,

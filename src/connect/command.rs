@@ -26,7 +26,7 @@ use crate::config;
 use crate::kernel::Kernel;
 use crate::preflight;
 use crate::reconciler::core::{Desired, Failure, Source};
-use crate::reconciler::{Owner, Reconciler, Report};
+use crate::reconciler::{Message, Owner, Reconciler};
 use crate::refusal::Refusal;
 use crate::survey::{self, Access, Survey};
 use crate::telemetry::{LogFormat, LogLevel, start_logging};
@@ -186,12 +186,12 @@ async fn connect(
         &args.interface,
         Arc::clone(&device) as Arc<dyn uapi::Control>,
     )?;
-    let (sender, mut reports) = mpsc::unbounded_channel();
+    let (sender, mut messages) = mpsc::unbounded_channel();
     let owner = Owner {
         read: Box::new(|_| ()),
-        report: Box::new(move |report| {
+        send: Box::new(move |message| {
             // The loop may have ended.
-            let _ = sender.send(report);
+            let _ = sender.send(message);
         }),
     };
     let kernel = Kernel::open(&args.interface)?;
@@ -213,8 +213,8 @@ async fn connect(
         };
         tokio::select! {
             () = stop.recv() => return Ok(()),
-            Some(report) = reports.recv() => {
-                let Report::Applied(applied) = report else { continue };
+            Some(message) = messages.recv() => {
+                let Message::Applied(applied) = message else { continue };
                 for change in &applied.made {
                     tracing::info!(%change, "change applied");
                 }

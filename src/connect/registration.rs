@@ -15,12 +15,12 @@ use crate::wireguard::key::PublicKey;
 /// Marks a Peer that a `connect` on the named machine made; only such a one is ever changed or deleted.
 const MADE_BY: &str = "selvedge.dev/connect";
 
-/// Who this machine wants to be.
+/// The identity of this host in the mesh.
 #[derive(Clone, Debug)]
 pub(super) struct Identity {
     /// The name of the Peer.
     pub(super) name: String,
-    /// Who made it: this machine's name.
+    /// The host that made it.
     pub(super) host: String,
     /// `--allowed-ip`.
     pub(super) address: InterfaceAddr,
@@ -30,7 +30,7 @@ pub(super) struct Identity {
     pub(super) persistent_keepalive: u16,
 }
 
-/// A Peer that is there.
+/// A Peer that exists.
 #[derive(Clone, Debug)]
 pub(super) struct Registration {
     /// What it says.
@@ -45,7 +45,7 @@ impl Registration {
     ///
     /// # Errors
     ///
-    /// When the API server refuses, or a Peer of this name is there that is not this machine.
+    /// If the API server refuses, or a Peer of this name belongs to another host.
     pub(super) async fn find_or_make(client: &Client, who: &Identity) -> anyhow::Result<Self> {
         let kind = GroupVersionKind::gvk("kilo.squat.ai", "v1alpha1", "Peer");
         let resource = ApiResource::from_gvk_with_plural(&kind, "peers");
@@ -58,7 +58,7 @@ impl Registration {
                     .create(&PostParams::default(), &object)
                     .await
                     .map_err(describe)?;
-                tracing::info!(peer = who.name, "created the Peer");
+                tracing::info!(peer = who.name, "Peer created");
                 (made, true)
             }
             Some(found) => match who.is_made_by(&found) {
@@ -66,7 +66,7 @@ impl Registration {
                 true => {
                     let patch = Patch::Merge(wanted);
                     let taken = api.patch(&who.name, &PatchParams::default(), &patch).await;
-                    tracing::info!(peer = who.name, "took over a Peer of an earlier run");
+                    tracing::info!(peer = who.name, "Peer of an earlier run reused");
                     (taken.map_err(describe)?, true)
                 }
                 false => (found, false),
@@ -83,7 +83,7 @@ impl Registration {
         }
         let options = DeleteParams::default();
         match self.api.delete(&self.peer.name, &options).await {
-            Ok(_) => tracing::info!(peer = self.peer.name, "deleted the Peer"),
+            Ok(_) => tracing::info!(peer = self.peer.name, "Peer deleted"),
             Err(kube::Error::Api(status)) if status.code == 404 => {}
             Err(error) => return Err(error.into()),
         }

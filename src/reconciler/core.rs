@@ -31,7 +31,7 @@ const RETRY_PORT: Duration = Duration::from_secs(1);
 
 /// What a desired state is applied to: the kernel without nf_tables, and the tunnel.
 pub trait Platform {
-    /// What is there of the agent's, read afresh, without the firewall.
+    /// Reads the agent's state, without the firewall.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! The nft table on a thread of its own, since `nft` may hang. At most one job is under way; the next one
+//! The nft table on a separate thread, since `nft` may hang. At most one job is under way; the next one
 //! has the latest content.
 
 use std::io;

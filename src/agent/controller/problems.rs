@@ -44,7 +44,7 @@ impl Controller {
         problems
     }
 
-    /// Takes what is not done, and logs what is new of it, and when all is done again.
+    /// Replaces the failures. Logs new ones, and when none is left.
     pub(super) fn handle_failures(&mut self, failures: Vec<Failure>) {
         let new = failures.iter().filter(|new| !self.failures.contains(new));
         for failure in new.filter(|failure| failure.kind != FailureKind::ListenPort) {
@@ -63,14 +63,14 @@ impl Controller {
         }
     }
 
-    /// Looks for obstacles again; news of them leads to a pass, which reports it.
+    /// Finds the obstacles again. A change leads to a pass, which reports it.
     pub(super) fn handle_obstacles(&mut self, now: Instant) {
         if self.look_for_obstacles() {
             self.schedule.handle_trigger(now);
         }
     }
 
-    /// Looks for what the operator has to mend. True if there is news.
+    /// Finds the obstacles that the operator has to remove. Returns whether they have changed.
     pub(super) fn look_for_obstacles(&mut self) -> bool {
         let (own, topology) = (&self.config.node, &self.decision.topology);
         let holder = obstacle::holder_of_key(&self.facts.snapshot, own, self.public_key);

@@ -1,4 +1,4 @@
-//! What the tunnel tells, and what follows for the search of peers.
+//! The tunnel's counters, and the search for peers that follows from them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -32,7 +32,7 @@ impl Controller {
         !self.decided && self.readiness.is_reached() && !self.traffic.values().any(is_waiting)
     }
 
-    /// Takes what the tunnel tells of its peers, and looks for those that may have moved. True if an
+    /// Takes the counters of all peers, and searches for peers that may have moved. Returns whether an
     /// endpoint or a session changed.
     fn take_stats(&mut self, now: Instant, stats: &Stats) -> bool {
         let (keys, candidates) = (&self.decision.keys, &self.decision.candidates);
