@@ -51,7 +51,7 @@ pub struct Owner<F> {
     /// Reads the facts; called on the reconciler's thread.
     pub read: Box<dyn FnMut(&Rtnetlink) -> F + Send>,
     /// Sends a message; called on the reconciler's thread, so it must not block.
-    pub send: Box<dyn Fn(Report<F>) + Send>,
+    pub send: Box<dyn Fn(Message<F>) + Send>,
 }
 
 enum Command {

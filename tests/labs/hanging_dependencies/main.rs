@@ -119,8 +119,8 @@ fn an_nft_that_hangs_holds_up_the_firewall_alone() {
     for turn in 0..TURNS {
         let prefix = format!("10.78.{turn}.0/24");
         let annotation = ("kilo.squat.ai/allowed-location-ips", Some(prefix.as_str()));
-        let begun = now();
         lab.api().annotate(MASTER, &[annotation]).unwrap();
+        let begun = now();
         wait_until(|| has_route(&prefix));
         followed.push(begun.elapsed());
 
