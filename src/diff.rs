@@ -1,7 +1,7 @@
 //! Computes the changes that turn the observed state into the desired one.
 //!
-//! Pure. What a change does to the kernel or the tunnel device is the shell's business; here is only
-//! which changes are needed and in which order.
+//! Pure. This module only finds the changes and their order. The reconciler applies them to the kernel and the
+//! tunnel device.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -65,7 +65,7 @@ pub enum KernelChange {
         /// Its scope (IPv4 only).
         scope: Scope,
     },
-    /// Makes the nft table this one in one transaction; where only prefixes differ, by its sets' elements.
+    /// Replaces the nft table in one transaction. Where only prefixes differ, only the elements of its sets change.
     ReplaceFirewall(Box<Firewall>),
     /// Adds a route, or replaces the one with the same key in place.
     ReplaceRoute {
@@ -124,7 +124,7 @@ pub enum TunnelChange {
         dev: String,
         /// The peer.
         id: PeerId,
-        /// The key that it has now, where it is another one.
+        /// The peer's present key, if it is another one.
         replaced: Option<PublicKey>,
         /// What it should be.
         peer: PeerConfig,
@@ -142,22 +142,21 @@ pub enum TunnelChange {
 
 /// Returns the changes in the order they must be applied.
 ///
-/// Additions precede deletions, so that no destination is without a route in between:
+/// Additions come before deletions, so that every destination has a route in between:
 ///
 /// 1. The link, its addresses and peers come before the routes that need them. The kernel refuses a
 ///    route through a link that is down and a preferred source that is not an address of the host;
 ///    an IPv6 address is only usable once its link is up.
-/// 2. The firewall comes before the first route, so nothing that a new route carries is translated
-///    or leaks in between. The agent applies it beside the others, and holds back what must wait for it
+/// 2. The firewall comes before the first route, so no packet of a new route is translated or leaks in between. The agent applies it beside the others, and holds back what must wait for it
 ///    ([`crate::reconciler::core`]).
-/// 3. A route whose key stays is replaced in place: followers move to a new leader without a hole.
-///    What is thrown back to main comes before the wider prefix that would take it.
-/// 4. Routes come before the rules that lead to them: the look-up never sees half a table.
-/// 5. What is deleted goes in the opposite order. A link is set down only when no route that stays
-///    leads through it (the kernel flushes the others), and the last IPv4 address is never deleted
-///    while such a route exists (the kernel would flush it, in every table). Other addresses go
-///    before the routes come: this node's former WireGuard address may be another leader's now, and
-///    the kernel takes none of its own addresses for a gateway.
+/// 3. A route whose key stays is replaced in place: followers move to a new leader without an interruption. The
+///    `throw` route of a prefix comes before the wider prefix that would take its packets.
+/// 4. Routes come before the rules that lead to them, so no look-up sees half a table.
+/// 5. Deletions come in the opposite order. A link is set down only when no remaining route leads
+///    through it (the kernel flushes the others), and the last IPv4 address is never deleted while such a route
+///    exists (the kernel would flush it, in every table). Other addresses are deleted before routes are added: this
+///    node's former WireGuard address may be another leader's now, and the kernel refuses an own address as a
+///    gateway.
 pub fn diff(observed: &State, desired: &State) -> Vec<Change> {
     let mut changes = Vec::new();
     add(observed, desired, &mut changes);
@@ -198,9 +197,9 @@ fn add(observed: &State, desired: &State, changes: &mut Vec<Change>) {
     );
 }
 
-/// What needs the link: its addresses, the device and its peers.
+/// Adds the link, with its addresses, the device's port and its peers.
 fn add_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec<Change>) {
-    // A link of another name is another link: nothing of the old one's carries over.
+    // A link of another name is another link, which inherits nothing from the old one.
     let (nothing, name) = (State::default(), || link.name.clone());
     let old = if same_link(observed, desired) {
         observed
@@ -237,8 +236,8 @@ fn add_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec<Ch
         let dev = name();
         match old.addresses.get(&address) {
             Some(old) if *old == scope => continue,
-            // Somebody else's doing: a scope cannot be changed. Should it be the last address, the
-            // next pass puts back what the kernel flushes.
+            // Another program added it. A scope cannot be changed, so the address is replaced. If it is the last one,
+            // the next pass restores the routes that the kernel flushes.
             Some(_) => changes.push(Change::Kernel(KernelChange::DeleteAddress { dev, address })),
             None => {}
         }
@@ -305,7 +304,7 @@ fn delete(observed: &State, desired: &State, changes: &mut Vec<Change>) {
 fn delete_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec<Change>) {
     let name = || link.name.clone();
     if !same_link(observed, desired) {
-        // Everything else goes with it.
+        // The kernel deletes everything else with it.
         changes.push(Change::Kernel(KernelChange::DeleteLink { name: name() }));
         return;
     }
@@ -342,13 +341,13 @@ fn by_key<'a>(
     peers.into_iter()
 }
 
-/// The addresses that must go.
+/// The addresses to delete.
 fn stale<'a>(observed: &'a State, desired: &'a State) -> impl Iterator<Item = IpNet> + 'a {
     let addresses = observed.addresses.keys().copied();
     addresses.filter(|address| !desired.addresses.contains_key(address))
 }
 
-/// Whether no address of the family stays.
+/// Whether no address of the family remains.
 fn is_last(address: &IpNet, desired: &State) -> bool {
     let v6 = address.addr().is_ipv6();
     let mut stay = desired.addresses.keys();
@@ -476,8 +475,8 @@ impl fmt::Display for Destination {
 }
 
 impl fmt::Display for Route {
-    /// What follows the destination; in the alternate form that of an IPv6 route, whose MTU counts for
-    /// forwarded packets only when it is locked.
+    /// The arguments of `ip route` behind the destination. The alternate form is for IPv6 routes, whose MTU applies
+    /// to forwarded packets only when it is locked.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self::Unicast {
             next_hops,

@@ -165,7 +165,7 @@ pub struct Section {
 }
 
 impl Configuration {
-    /// What a leader's device has: the leaders of the other groups, then the external peers.
+    /// What a leader's device has: the segments of the other groups, then the external peers.
     pub fn of_leader(
         topology: &Topology,
         segment: &Segment,
@@ -173,10 +173,11 @@ impl Configuration {
         listen_port: Option<u16>,
     ) -> Self {
         let keepalive = own.persistent_keepalive;
-        let leaders = topology
-            .leaders()
-            .filter(|(other, _)| other.group != segment.group)
-            .map(|(other, leader)| Section::of_leader(other, leader, keepalive));
+        let segments = topology
+            .segments
+            .iter()
+            .filter(|other| other.group != segment.group)
+            .map(|other| Section::of_segment(other, keepalive));
         let peers = topology.peers.iter().map(|peer| Section {
             persistent_keepalive: keepalive,
             ..Section::of_peer(topology, peer)
@@ -187,16 +188,16 @@ impl Configuration {
         });
         Self {
             listen_port: listen_port.or(own_port).or(Some(51820)),
-            peers: leaders.chain(peers).collect(),
+            peers: segments.chain(peers).collect(),
         }
     }
 
-    /// What an external peer must load: all leaders, then the other peers.
+    /// What an external peer must load: all segments, then the other peers.
     pub fn of_peer(topology: &Topology, own: &ExternalPeer) -> Self {
         let keepalive = own.persistent_keepalive;
-        let leaders = topology.leaders().map(|(segment, leader)| Section {
+        let segments = topology.segments.iter().map(|segment| Section {
             preshared_key: own.preshared_key.clone(),
-            ..Section::of_leader(segment, leader, keepalive)
+            ..Section::of_segment(segment, keepalive)
         });
         let others = topology
             .peers
@@ -210,19 +211,21 @@ impl Configuration {
             });
         Self {
             listen_port: None,
-            peers: leaders.chain(others).collect(),
+            peers: segments.chain(others).collect(),
         }
     }
 }
 
 impl Section {
-    /// A leader as others reach it at the moment.
-    fn of_leader(segment: &Segment, leader: &Leader, keepalive: u16) -> Self {
+    /// A segment as others reach it at the moment, through its primary: a WireGuard configuration has one peer for
+    /// each destination.
+    fn of_segment(segment: &Segment, keepalive: u16) -> Self {
+        let leader = segment.primary();
         let seen = leader
             .discovered
             .filter(|seen| leader.address != Some(*seen));
         Self {
-            allowed_ips: segment.routes_to(leader).collect(),
+            allowed_ips: segment.allowed_ips().collect(),
             endpoint: seen.map(Endpoint::Addr).or_else(|| leader.endpoint.clone()),
             persistent_keepalive: keepalive,
             preshared_key: None,

@@ -1,8 +1,7 @@
 //! What the agent owns on a node: its link, addresses, peers, routes, rules and firewall, as values.
 //!
-//! [`State`] is one type for what is observed and what is desired, keyed as the kernel keys it.
-//! [`crate::plan`] says what it should be, [`crate::diff`] compares two of them, [`crate::kernel`]
-//! reads and changes the real one.
+//! [`State`] is one type for the observed and the desired state, with the kernel's keys. [`crate::plan`] computes
+//! the desired one, [`crate::diff`] compares the two, [`crate::kernel`] reads and changes the real one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -22,7 +21,7 @@ pub const BACKSTOP_METRIC: u32 = 4_278_198_272;
 /// The kernel's number of the routing table `main` (`RT_TABLE_MAIN`).
 pub const MAIN: u32 = 254;
 
-/// How many rule priorities the agent uses, one after the other.
+/// The number of consecutive rule priorities that the agent uses.
 pub const RULES: u32 = 3;
 
 /// The agent's own routing tables.
@@ -30,7 +29,7 @@ pub const RULES: u32 = 3;
 /// | table | selected by | holds |
 /// |---|---|---|
 /// | `Mesh` | every packet | remote pod CIDRs, node addresses, WireGuard addresses |
-/// | `Pods` | source in the cluster network | remote node addresses that the host itself must reach directly: tunnel endpoints, the API server |
+/// | `Pods` | source in the cluster network | remote node addresses that the host must reach directly: tunnel endpoints, the API server |
 /// | `Members` | arriving from the tunnel | node addresses of the own region behind flannel's device |
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Table {
@@ -67,21 +66,21 @@ pub struct RouteKey {
     pub metric: u32,
 }
 
-/// What a route does with a packet.
+/// The action of a route.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Route {
-    /// Sends it on.
+    /// Forwards the packet.
     Unicast {
         /// The next hops; more than one is a multipath route, hashed by flow.
         next_hops: BTreeSet<NextHop>,
         /// The preferred source address for packets of the host itself.
         src: Option<IpAddr>,
-        /// RTAX_MTU in bytes: the sender is told by its own node what fits into the tunnel.
+        /// RTAX_MTU in bytes. With it the sender's own node reports the size that fits into the tunnel.
         mtu: Option<u32>,
     },
-    /// Refuses it with ICMP unreachable: no packet between regions leaves in clear.
+    /// Refuses the packet with ICMP unreachable, so that none between regions leaves in clear.
     Unreachable,
-    /// Ends the look-up in this table: flannel decides.
+    /// Ends the look-up in this table and leaves the packet to flannel's routes.
     Throw,
 }
 
@@ -92,13 +91,13 @@ pub struct NextHop {
     pub via: Option<IpAddr>,
     /// The name of the device.
     pub dev: String,
-    /// Whether the gateway is taken to be on the link.
+    /// Whether the kernel takes the gateway for reachable on the link without checking (`onlink`).
     pub onlink: bool,
 }
 
 /// A routing policy rule, of one address family.
 ///
-/// Rules stand in the guard's file, too: a change here needs another [`crate::guard::FORMAT`].
+/// The guard's file holds rules too: a change of this type needs another [`crate::guard::FORMAT`].
 #[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Rule {
     /// The priority (`pref`).
@@ -111,8 +110,8 @@ pub struct Rule {
     pub iif: Option<String>,
     /// The firewall mark, compared whole.
     pub fwmark: Option<u32>,
-    /// Whether the rule selects what the fields above do not (`ip rule add not …`). The kernel inverts
-    /// the whole selector, so this makes sense with one field alone.
+    /// Whether the selector is inverted (`ip rule add not …`). The kernel inverts it as a whole, so this is useful
+    /// with a single field only.
     pub not: bool,
     /// The table to look in.
     pub table: u32,
@@ -129,11 +128,11 @@ pub struct Link {
     pub up: bool,
 }
 
-/// How far an address of the tunnel's link goes (`ip address … scope`).
+/// The scope of an address of the tunnel's link (`ip address … scope`).
 ///
-/// Masquerading takes a link's first address of global scope. The WireGuard address has the scope of
-/// the link, so whatever the order in which the two were added, what is masqueraded into the tunnel
-/// carries an address of this node's pod CIDR and comes back to this node. IPv6 knows no such scope.
+/// Masquerading uses a link's first address of global scope. The WireGuard address has link scope. So in whatever
+/// order the two were added, packets masqueraded into the tunnel have an address of this node's pod CIDR, and
+/// answers come back to this node. IPv6 has no such scope.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Scope {
     /// May be a source for any destination.
@@ -161,13 +160,13 @@ pub struct Firewall {
     pub port: u16,
     /// flannel's vxlan devices and their UDP ports on this node.
     pub vxlan: BTreeMap<String, u16>,
-    /// Underlay addresses VXLAN may go to: the nodes of the own region.
+    /// Underlay addresses to which VXLAN may be sent: the nodes of the own region.
     pub region_underlay: BTreeSet<IpAddr>,
-    /// Pod CIDRs of other regions. A leader never sends them by flannel's device.
+    /// Pod CIDRs of other regions. A leader never sends packets for them through flannel's device.
     pub remote_pods: BTreeSet<IpNet>,
     /// Node, WireGuard and allowed-location addresses of other regions.
     pub remote_nodes: BTreeSet<IpNet>,
-    /// Those of them that this host itself reaches through the mesh, not directly.
+    /// Those of them that this host reaches through the mesh, not directly.
     pub mesh_nodes: BTreeSet<IpNet>,
     /// Pod CIDRs of the own region without this node's.
     pub region_pods: BTreeSet<IpNet>,
@@ -175,21 +174,21 @@ pub struct Firewall {
     pub region_nodes: BTreeSet<IpNet>,
     /// This node's own pod CIDRs.
     pub local_pods: BTreeSet<IpNet>,
-    /// Whether this node forwards for its region: transit is not tracked, SYNs are clamped.
+    /// Whether this node forwards for its region. Then transit is not tracked, and the MSS of SYNs is clamped.
     pub leader: bool,
     /// Whether VXLAN to other regions is dropped (`--on-tunnel-down=closed`, the default).
     pub fail_closed: bool,
-    /// Sources (VPN peers) masqueraded where they leave to destinations outside [`Self::known`].
+    /// Sources (VPN peers) that are masqueraded towards destinations outside of [`Self::known`].
     pub masquerade_sources: BTreeSet<IpNet>,
-    /// Destinations (the own region's `allowed-location-ips`) towards which everything is masqueraded
-    /// unless it goes to [`Self::known`]: hosts there have no route back to pods.
+    /// Destinations (the own region's `allowed-location-ips`) towards which all sources are masqueraded, except for
+    /// [`Self::known`] destinations: hosts there have no route back to pods.
     pub masquerade_destinations: BTreeSet<IpNet>,
     /// Destinations that are never masqueraded.
     pub known: BTreeSet<IpNet>,
-    /// What leaves this node through the mesh or not at all.
+    /// The destinations that packets reach through the mesh or not at all.
     pub guard: Guard,
-    /// Sources whose VXLAN this node takes: the nodes of its region and their networks; empty where it
-    /// is its region's only node.
+    /// Sources from which this node accepts VXLAN: the nodes of its region and their networks; empty where it is its
+    /// region's only node.
     pub vxlan_sources: BTreeSet<IpNet>,
     /// The devices by which the region's other nodes are reached and reach this one.
     pub region_devices: BTreeSet<String>,
@@ -197,8 +196,8 @@ pub struct Firewall {
     pub peer_internet: bool,
 }
 
-/// What leaves a node through the mesh or not at all, as its routes have it. The nft table holds it too,
-/// so that nothing leaves in clear when rules or routes are gone.
+/// The destinations that packets reach through the mesh or not at all, derived from the routes. The nft table holds
+/// them too, so that no packet leaves in clear when rules or routes are missing.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Guard {
     /// The next hops by which the other nodes of the region are reached.
@@ -217,28 +216,28 @@ pub struct Guard {
     pub cluster: BTreeSet<IpNet>,
 }
 
-/// The identity of an nft table's content: a digest of the text `nft` was given.
+/// The identity of an nft table's content: a digest of the text that `nft` loaded.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct FirewallId(pub [u8; 16]);
 
 impl FirewallId {
-    /// A table that is not as the agent left it; no [`Firewall`] has this identity.
+    /// The identity of a table that another program changed. No [`Firewall`] has it.
     pub const UNKNOWN: Self = Self([0; 16]);
 }
 
-/// The agent's nft table, as planned or as found.
+/// The agent's nft table, as planned or as observed.
 ///
-/// The plan knows the rules; the kernel only tells which rules it was given, and that nobody has
-/// touched them since. The two are equal when their identities are.
+/// The plan holds the rules. Of the kernel's table only the identity is known, and that no other program has changed
+/// it since. The two are equal when their identities are.
 #[derive(Clone, Debug)]
 pub enum Ruleset {
-    /// What the table should hold.
+    /// The desired content.
     Planned(Box<Firewall>),
-    /// What the table holds.
+    /// The present content.
     Installed(FirewallId),
 }
 
-/// Everything the agent owns on this node, and nothing else.
+/// All that the agent owns on this node.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct State {
     /// The tunnel's link; `None` where there is none.
@@ -268,28 +267,28 @@ pub struct OtherRule {
     pub v6: bool,
     /// The only destinations it selects; `None` is all.
     pub to: Option<IpNet>,
-    /// What it does with a packet.
+    /// Its action.
     pub action: OtherAction,
 }
 
-/// What a rule of another program does with a packet that it selects.
+/// The action of another program's rule.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum OtherAction {
-    /// Looks into a table that may lead away from this host.
+    /// Looks up a table that may lead to other hosts.
     Lookup(u32),
     /// Delivers to this host: the table `local`, or one with `local` routes alone, as transparent
     /// proxies have it.
     Deliver,
-    /// Looks into the table of the packet's VRF. It finds nothing for a packet of none.
+    /// Looks up the table of the packet's VRF. Packets without a VRF are not affected.
     Vrf,
-    /// Goes on at a rule of a higher priority.
+    /// Continues at a rule of a higher priority.
     Goto(u32),
     /// Refuses the packet, or does nothing.
     Refuse,
 }
 
 impl fmt::Display for OtherRule {
-    /// As `ip rule` prints it, as far as it is known.
+    /// As `ip rule` prints it, as far as its fields are known.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let family = if self.v6 { "-6 " } else { "" };
         write!(f, "ip {family}rule pref {}", self.priority)?;

@@ -421,26 +421,17 @@ impl Segment {
 
     /// The destinations that other segments send to one of the leaders, in the same order.
     ///
-    /// WireGuard has one peer for a destination, so the leaders share the members: each leader gets what
-    /// is for itself, and the other nodes in turn. The `allowed-location-ips` go to the primary.
+    /// They are all of [`Self::allowed_ips`] but those of the other leaders themselves: the tunnel spreads
+    /// flows over the leaders that share a destination, and a leader's own addresses are for it alone.
     pub fn routes_to<'s>(&'s self, leader: &'s Leader) -> impl Iterator<Item = IpNet> + 's {
         let is_only = self.leaders.len() == 1;
-        let is_primary = self.primary().node == leader.node;
-        let nodes = self.nodes.iter().enumerate();
-        let nodes = nodes.filter(move |(position, node)| {
-            is_only || self.leader_for(*position, node).node == leader.node
+        let nodes = self.nodes.iter().filter(move |node| {
+            is_only || node.name == leader.node || self.leader(&node.name).is_none()
         });
-        let offers = self.allowed_location_ips.iter().filter(move |_| is_primary);
         nodes
-            .flat_map(|(_, node)| node.allowed_ips())
+            .flat_map(Member::allowed_ips)
             .chain(leader.wireguard_nets())
-            .chain(offers.copied())
-    }
-
-    /// The leader that receives what is for the member at this position in [`Self::nodes`].
-    fn leader_for(&self, position: usize, node: &Member) -> &Leader {
-        self.leader(&node.name)
-            .unwrap_or_else(|| &self.leaders[position % self.leaders.len()])
+            .chain(self.allowed_location_ips.iter().copied())
     }
 }
 

@@ -33,9 +33,9 @@ pub(super) struct Request {
     pub(super) direct: BTreeSet<IpNet>,
 }
 
-/// The peers of the tunnel: the leaders, then the other external peers.
+/// The peers of the tunnel: the primary leaders of the segments, then the other external peers.
 ///
-/// Further networks belong to the first leader that has an endpoint; a leader without one cannot be
+/// Further networks belong to the first of those leaders that has an endpoint; a leader without one cannot be
 /// called, and costs only itself.
 pub(super) fn peers(
     topology: &Topology,
@@ -58,8 +58,9 @@ pub(super) fn peers(
         .map(|(key, place)| (*key, place.discovered.or(place.address)));
     let addresses: BTreeMap<_, _> = addresses.chain(of_peers).collect();
     let first = topology
-        .leaders()
-        .map(|(_, leader)| leader.public_key())
+        .segments
+        .iter()
+        .map(|segment| segment.primary().public_key())
         .find(|key| addresses.get(key).is_some_and(Option::is_some));
 
     let sections = Configuration::of_peer(topology, own).peers;

@@ -15,10 +15,10 @@ use crate::wireguard::{PeerConfig, PeerId};
 /// Seconds between keepalives: less than the 30 seconds after which common NATs forget a UDP mapping.
 const KEEPALIVE: Option<NonZeroU16> = NonZeroU16::new(25);
 
-/// The tunnel's link: on every node, up where it carries something.
+/// The tunnel's link, which is on every node and up where it has addresses.
 ///
-/// With host-gw no device of flannel's has this node's address inside the cluster network, so a
-/// follower needs the link for the address alone.
+/// With host-gw no device of flannel has this node's address inside the cluster network, so a follower needs the
+/// link for that address.
 pub(super) fn link(site: &Site<'_>) -> Link {
     let settings = site.inputs.settings;
     Link {
@@ -58,12 +58,12 @@ pub(super) fn addresses(site: &Site<'_>) -> BTreeMap<IpNet, Scope> {
 pub(super) fn sysctls(site: &Site<'_>) -> BTreeMap<String, String> {
     let name = &site.inputs.settings.interface;
     let mut sysctls = BTreeMap::new();
-    // Loose, also where `all` says strict: what comes out of the tunnel has been checked against its
-    // sender's allowed IPs, and another leader of this region may be the way back.
+    // Loose, also where `all` is strict: the tunnel has checked the source of a packet against its sender's allowed
+    // IPs, and the route back may lead through another leader of this region.
     sysctls.insert(format!("net/ipv4/conf/{name}/rp_filter"), "2".to_owned());
     let mut subnets = site.inputs.flannel.subnets.iter();
     if subnets.any(|subnet| subnet.addr().is_ipv6()) {
-        // No link-local address: there is no link.
+        // A tunnel needs no link-local address.
         sysctls.insert(
             format!("net/ipv6/conf/{name}/addr_gen_mode"),
             "1".to_owned(),
@@ -72,26 +72,36 @@ pub(super) fn sysctls(site: &Site<'_>) -> BTreeMap<String, String> {
     sysctls
 }
 
-/// The peers of a leader: the leaders elsewhere and the external peers.
+/// The peers of a leader: the leaders of other regions and the external peers.
 pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PeerId, PeerConfig> {
     let Some(own) = site.own_lead() else {
         return BTreeMap::new();
     };
-    // Native topologies are disjoint already; in Kilo's, of two equal claims the first stays.
+    // Native topologies are disjoint already. In Kilo's, the first of two equal claims counts.
     let mut taken = BTreeSet::new();
-    // And of two peers with one key the last stays.
+    // Of two peers with one key the last counts.
     let mut peers = BTreeMap::new();
     for segment in site.remotes() {
+        let accepts = segment
+            .allowed_ips()
+            .filter(|net| !is_local(site, segment, net) && taken.insert(*net))
+            .collect::<BTreeSet<_>>();
         for leader in &segment.leaders {
-            let allowed_ips = segment
-                .routes_to(leader)
-                .filter(|net| !is_near(site, segment, net) && taken.insert(*net))
-                .collect();
             let key = leader.public_key();
+            // Several leaders share what is not their own, and packets may come back through any of them.
+            let routes = match &segment.leaders[..] {
+                [_] => accepts.clone(),
+                _ => {
+                    let routes = segment.routes_to(leader);
+                    routes.filter(|net| accepts.contains(net)).collect()
+                }
+            };
             let peer = PeerConfig {
                 endpoint: site.endpoint_of(leader),
                 persistent_keepalive: keepalive(site, own, &key, None),
-                ..PeerConfig::new(key).with_allowed_ips(allowed_ips)
+                routes,
+                accepts: accepts.clone(),
+                ..PeerConfig::new(key)
             };
             peers.insert(key, (leader.peer_id(), peer));
         }
@@ -110,11 +120,11 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PeerId, PeerConfig> {
     peers.into_values().collect()
 }
 
-/// The keepalives that a leader sends to a peer: as its operator or the Peer object wants them, else to every
-/// peer that has not shown that it can call without them.
+/// The interval of the keepalives that a leader sends to a peer: the one that its operator or the Peer object
+/// sets, else a default for every peer that has not yet opened a session without keepalives.
 ///
-/// Whether a NAT or a firewall is in front of this node can't be told from its addresses: a router may
-/// translate a public one, and filter IPv6.
+/// This node's addresses do not show whether a NAT or a firewall is in front of it: a router may translate a
+/// public address, and filter IPv6.
 fn keepalive(
     site: &Site<'_>,
     own: &Leader,
@@ -126,15 +136,15 @@ fn keepalive(
     }
     let of_peer = vpn.and_then(|vpn| NonZeroU16::new(vpn.persistent_keepalive));
     let peer_addresses = site.inputs.topology.peer_addresses.get(key);
-    // A VPN peer without a known address must call first.
-    let is_somewhere = vpn.is_none() || peer_addresses.is_some_and(|at| !at.candidates.is_empty());
+    // A VPN peer without a known address must open the session.
+    let has_address = vpn.is_none() || peer_addresses.is_some_and(|at| !at.candidates.is_empty());
     let is_caller = site.inputs.callers.contains(key);
-    of_peer.or_else(|| KEEPALIVE.filter(|_| is_somewhere && !is_caller))
+    of_peer.or_else(|| KEEPALIVE.filter(|_| has_address && !is_caller))
 }
 
-/// Whether an allowed IP is an address of the own region's, used elsewhere too, or lies in a network that
-/// this node is connected to.
-fn is_near(site: &Site<'_>, segment: &Segment, net: &IpNet) -> bool {
+/// Whether a prefix of another region is local to this node: an address that the own region uses too, or inside
+/// a network that this node is connected to.
+fn is_local(site: &Site<'_>, segment: &Segment, net: &IpNet) -> bool {
     if net.prefix_len() < net.max_prefix_len() {
         return site.connected_to(net).is_some();
     }

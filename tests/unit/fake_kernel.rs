@@ -11,7 +11,6 @@ use ipnet::IpNet;
 use selvedge::diff::{Change, KernelChange, TunnelChange};
 use selvedge::state::{Link, NextHop, Route, RouteKey, State};
 use selvedge::topology::NodeName;
-use selvedge::wireguard::PeerId;
 
 use crate::mesh::Mesh;
 
@@ -30,8 +29,6 @@ pub(crate) struct FakeKernel {
     /// Links of others, all up.
     pub(crate) links: BTreeMap<String, ForeignLink>,
     state: State,
-    /// Peers that lost an allowed IP to another: telling them so again is not redundant.
-    robbed: BTreeSet<PeerId>,
 }
 
 impl FakeKernel {
@@ -122,21 +119,12 @@ impl FakeKernel {
                 peer,
             }) => {
                 own(state, dev)?;
-                let robbed = self.robbed.remove(id);
                 let old = state.peers.get(id);
-                refuse(old == Some(peer) && !robbed, "redundant")?;
+                refuse(old == Some(peer), "redundant")?;
                 let old = old.map(|old| old.public_key);
                 let other_key = old.filter(|key| *key != peer.public_key);
                 refuse(*replaced != other_key, "another key is replaced")?;
-                // An allowed IP has one owner: the last it was given to.
-                for (other_id, other) in &mut state.peers {
-                    let before = other.routes.len() + other.accepts.len();
-                    other.routes.retain(|net| !peer.routes.contains(net));
-                    other.accepts.retain(|net| !peer.accepts.contains(net));
-                    if other_id != id && other.routes.len() + other.accepts.len() < before {
-                        self.robbed.insert(other_id.clone());
-                    }
-                }
+                // Several peers may own one prefix.
                 state.peers.insert(id.clone(), peer.clone());
             }
             Change::Kernel(KernelChange::ReplaceFirewall(firewall)) => {

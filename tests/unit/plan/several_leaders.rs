@@ -44,8 +44,8 @@ fn a_remote_leader_has_a_peer_for_each_leader_and_routes_over_all_of_them() {
     let (mesh, topology) = two_leaders();
     let wanted = ["wg set kilo0 peer", "ip route replace table"];
     insta::assert_snapshot!(commands(&mesh, &topology, "node-master", &wanted), @"
-    wg set kilo0 peer h/wYe0dl8DAI8SLTR2E+bEkgxVvTFwS0ArNTXESFtFw= endpoint 198.51.100.7:24276 persistent-keepalive 25 allowed-ips 10.4.0.3/32,10.42.2.0/24,192.168.50.12/32
-    wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= endpoint 198.51.100.7:24276 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.42.1.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.13/32
+    wg set kilo0 peer h/wYe0dl8DAI8SLTR2E+bEkgxVvTFwS0ArNTXESFtFw= endpoint 198.51.100.7:24276 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.4.0.3/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
+    wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= endpoint 198.51.100.7:24276 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.4.0.3/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
     ip route replace table 5130 throw 10.42.0.0/24
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.0.0 mtu 1420
     ip route replace table 5130 10.4.0.3 dev kilo0 src 10.42.0.0 mtu 1420
@@ -94,26 +94,20 @@ fn each_leader_has_its_own_address_and_reaches_the_other_leaders_by_flannel() {
     ");
 }
 
-/// Each destination has one peer, and together the leaders' peers cover the segment.
 #[test]
-fn the_leaders_of_a_segment_share_its_destinations() {
-    let (_, topology) = two_leaders();
-    let nd = topology
-        .segment_of(&NodeName("node-agent-03".into()))
-        .unwrap();
-    let shares = nd
-        .leaders
-        .iter()
-        .map(|leader| nd.routes_to(leader).collect::<Vec<_>>());
-    let shares = shares.collect::<Vec<_>>();
-    let all = shares.concat();
-    let distinct = all.iter().copied().collect::<BTreeSet<_>>();
-    assert_eq!(all.len(), distinct.len());
-    assert_eq!(distinct, nd.allowed_ips().collect());
-    for (leader, share) in nd.leaders.iter().zip(&shares) {
-        let member = nd.member(&leader.node).unwrap();
-        assert!(member.pod_cidrs.iter().all(|pods| share.contains(pods)));
-    }
+fn leaders_share_the_destinations_that_are_not_their_own_and_each_may_send_from_all() {
+    let (mesh, topology) = two_leaders();
+    let nets = |texts: &[&str]| texts.iter().map(|text| net(text)).collect::<BTreeSet<_>>();
+    let shared = nets(&["10.42.3.0/24", "192.168.50.13/32"]);
+    let first = nets(&["10.4.0.2/32", "10.42.1.0/24", "192.168.50.11/32"]);
+    let second = nets(&["10.4.0.3/32", "10.42.2.0/24", "192.168.50.12/32"]);
+
+    let state = state(&mesh, &topology, "node-master");
+    let [one, two] = [&first, &second].map(|own| own.union(&shared).copied().collect());
+    let routes = state.peers.values().map(|peer| &peer.routes);
+    assert_eq!(routes.collect::<Vec<_>>(), [&one, &two]);
+    let all = one.union(&two).copied().collect();
+    assert!(state.peers.values().all(|peer| peer.accepts == all));
 }
 
 #[test]
