@@ -20,7 +20,7 @@ use crate::wireguard::{DEFAULT_MTU, Device, Options, uapi};
 pub struct Args {
     /// Name of the network interface to make
     pub interface: String,
-    /// Changes nothing: it stays in the foreground anyway; for the sake of wg-quick
+    /// No effect, since it always stays in the foreground; wg-quick needs the flag
     #[arg(short, long)]
     pub foreground: bool,
     /// MTU of the interface in bytes

@@ -27,7 +27,7 @@ const MAX_QUEUED: usize = 4096;
 /// The most that wait from addresses of peers, and the most with a valid cookie.
 const MAX_QUEUED_KNOWN: usize = 512;
 /// In a flood, a sender that repeats itself is admitted only while fewer messages than this wait.
-const FEW: usize = 16;
+const MAX_REPEATED: usize = 16;
 /// More messages of unknown senders than this within [`FLOOD_WINDOW`] are a flood: to process 512 a second
 /// takes a tenth of a CPU.
 const FLOOD: u32 = 128;
@@ -136,7 +136,7 @@ struct Queue {
     known: VecDeque<Box<HandshakeMessage>>,
     /// From unknown senders that have proved with a cookie that they receive at their address.
     proven: VecDeque<Box<HandshakeMessage>>,
-    strangers: VecDeque<Box<HandshakeMessage>>,
+    unknown: VecDeque<Box<HandshakeMessage>>,
 }
 
 impl Jobs {
@@ -163,8 +163,7 @@ impl Jobs {
     /// that it carries a valid cookie.
     ///
     /// # Errors
-    /// Why a message was dropped: this one, or where it came to a full lane of strangers the one that
-    /// had waited longest there.
+    /// The reason why a message was dropped: this one, or the oldest of a full lane of unknown senders.
     pub(super) fn push_message(
         &self,
         message: &[u8],
@@ -196,10 +195,10 @@ impl Jobs {
         } else if proven {
             (&mut queue.proven, MAX_QUEUED_KNOWN)
         } else if flooded && recency != Recency::New {
-            (&mut queue.strangers, FEW)
+            (&mut queue.unknown, MAX_REPEATED)
         } else {
             yields = true;
-            (&mut queue.strangers, MAX_QUEUED)
+            (&mut queue.unknown, MAX_QUEUED)
         };
         let full = lane.len() >= limit;
         if full && !yields {
@@ -222,17 +221,17 @@ impl Jobs {
         self.flood.is_on(now)
     }
 
-    /// The next job: the device's own first, then messages of peers, then, with `strangers`, messages of
+    /// The next job: the device's own first, then messages of peers, then, with `unknown`, messages of
     /// unknown senders, those with a cookie before the others. Also returns whether so many messages of
     /// peers wait that the device is under load.
-    pub(super) fn pop(&self, strangers: bool) -> Option<(Job, bool)> {
+    pub(super) fn pop(&self, unknown: bool) -> Option<(Job, bool)> {
         let mut queue = self.queue();
         let job = if let Some(job) = queue.own.pop_front() {
             job
         } else if let Some(message) = queue.known.pop_front() {
             Job::Message(message)
         } else {
-            let proven = if strangers {
+            let proven = if unknown {
                 queue.proven.pop_front()
             } else {
                 None
@@ -240,7 +239,7 @@ impl Jobs {
             let message = match proven {
                 // The newest first: the sender of an old one has sent another by now, and in a flood a
                 // new one would have to wait for all before it.
-                None if strangers => queue.strangers.pop_back(),
+                None if unknown => queue.unknown.pop_back(),
                 proven => proven,
             };
             Job::Message(message?)
@@ -250,9 +249,9 @@ impl Jobs {
     }
 
     /// The number of messages of unknown senders that wait.
-    pub(super) fn strangers(&self) -> usize {
+    pub(super) fn unknown(&self) -> usize {
         let queue = self.queue();
-        queue.proven.len() + queue.strangers.len()
+        queue.proven.len() + queue.unknown.len()
     }
 
     /// Sets the addresses of peers.
@@ -285,7 +284,7 @@ mod tests {
         }
         assert_eq!(ask(MAX_QUEUED), Err(Dropped::QueueFull));
 
-        let heard: Vec<_> = std::iter::from_fn(|| jobs.pop(true))
+        let served: Vec<_> = std::iter::from_fn(|| jobs.pop(true))
             .map(|(job, _)| {
                 let Job::Message(message) = job else {
                     unreachable!("nothing else was asked for")
@@ -294,7 +293,7 @@ mod tests {
             })
             .collect();
         let newest_first: Vec<_> = (1..=MAX_QUEUED).rev().map(|n| address(n).remote).collect();
-        assert_eq!(heard, newest_first);
+        assert_eq!(served, newest_first);
     }
 
     #[test]
@@ -309,8 +308,8 @@ mod tests {
             ask(u8::try_from(n % 7).unwrap()).unwrap();
         }
         assert_eq!(ask(99), Err(Dropped::QueueFull));
-        let heard = std::iter::from_fn(|| jobs.pop(false))
+        let served = std::iter::from_fn(|| jobs.pop(false))
             .filter(|(job, _)| matches!(job, Job::Message(message) if message.bytes()[0] != 99));
-        assert_eq!(heard.count(), MAX_QUEUED_KNOWN);
+        assert_eq!(served.count(), MAX_QUEUED_KNOWN);
     }
 }

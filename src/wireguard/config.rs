@@ -55,7 +55,7 @@ impl fmt::Debug for PeerId {
 pub struct PeerConfig {
     /// The peer's key. No two peers of a device have the same one.
     pub public_key: PublicKey,
-    /// Where to send until the peer is heard from elsewhere.
+    /// Where to send until a message of the peer comes from another address.
     pub endpoint: Option<SocketAddr>,
     /// The key mixed into handshakes.
     pub preshared_key: Option<PresharedKey>,

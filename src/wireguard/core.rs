@@ -66,8 +66,8 @@ pub(super) struct Configured {
     pub(super) routes: BTreeMap<IpNet, BTreeSet<PeerId>>,
     /// The peers that each source is accepted from.
     pub(super) accepts: BTreeMap<IpNet, BTreeSet<PeerId>>,
-    /// When something was last sent to the peers that were removed last, at most `MAX_REMOVED`. A peer that
-    /// comes back is no caller that had been sent nothing, see `PeerStats::heard_unasked`.
+    /// When something was last sent to removed peers, the latest `MAX_REMOVED` of them. If such a peer is added
+    /// again, its initiations are not unasked, see `PeerStats::heard_unasked`.
     pub(super) removed: BTreeMap<PublicKey, Time>,
 }
 

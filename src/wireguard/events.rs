@@ -1,4 +1,4 @@
-//! What happens with peers, for the control plane: which peers to look at, and when.
+//! Events of peers for the control plane: which peers to look at, and when.
 //!
 //! An event is one bit of its peer. A thread that carries packets sets the bit and, with the first event
 //! since the last wake-up, wakes the handshake thread, which calls the embedder. It takes no lock,
@@ -9,20 +9,20 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 /// What happened with one peer since its events were last taken.
 ///
 /// # Contract
-/// - [`super::Options::on_events`] is called after an event that was not taken yet, on the device's
-///   handshake thread. It should return soon: handshakes and timers wait for it. Packets do not.
-/// - Events are a set for each peer, so several handshakes may be one event. They say which peers to look
-///   at; what happened is in [`super::Device::stats`]. Read it after [`super::Device::take_events`], and
-///   nothing is missed.
+/// - The device calls [`super::Options::on_events`] after an event that was not taken yet, on its handshake
+///   thread. The function should return soon: handshakes and timers wait for it. Packets do not.
+/// - Events are a set for each peer, so several handshakes may be one event. They name the peers to look at;
+///   the values are in [`super::Device::stats`]. Read these after [`super::Device::take_events`], and nothing
+///   is missed.
 /// - Calls coalesce too. One may come when everything was taken already.
-/// - `handshake`, `endpoint` and `heard` come at once, `silent` and `expired` up to 0.2 seconds late.
+/// - `handshake`, `endpoint` and `heard` are reported at once, `silent` and `expired` up to 0.2 seconds late.
 /// - A peer that is removed takes its events along; one whose key changes keeps them.
-/// - No event says that time passes or that counters grow.
+/// - There is no event for the passing of time or the growth of counters.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct PeerEvents {
-    /// A handshake was completed, and both sides have used the session.
+    /// A handshake was completed.
     pub handshake: bool,
-    /// The endpoint is another one, since the peer was heard there.
+    /// The endpoint has changed, because a message of the peer came from another address.
     pub endpoint: bool,
     /// Data or an initiation was sent, and nothing came back for [`super::SILENT_AFTER`].
     pub silent: bool,
@@ -74,7 +74,7 @@ impl Pending {
     }
 }
 
-/// Whether the embedder has to be called.
+/// Whether the embedder must be called.
 #[derive(Debug, Default)]
 pub(super) struct Signal(AtomicBool);
 

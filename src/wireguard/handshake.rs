@@ -107,7 +107,7 @@ impl Handshaker {
         }
         self.transmit.rest();
         self.slice
-            .filter(|_| core.jobs.strangers() > 0 || core.jobs.is_flooded(now))
+            .filter(|_| core.jobs.unknown() > 0 || core.jobs.is_flooded(now))
             .map(|slice| slice + SLICE)
     }
 
@@ -127,7 +127,7 @@ impl Handshaker {
         for peer in table.peers.values() {
             let due = peer.timers.poll(now);
             if let Some(attempt) = due.handshake {
-                // The local address may have gone away.
+                // The local address may not exist any more.
                 peer.clear_source();
                 self.initiate(peer, attempt, wire, now);
             }

@@ -219,8 +219,8 @@ impl Core {
             .is_some_and(|identity| identity.public == *key)
     }
 
-    /// The peer of this name with this key. It is made if there is none, and if it has another key its
-    /// state is made anew but for what does not depend on the key.
+    /// The peer of this name with this key. Makes the peer if there is none. If it has another key, replaces all
+    /// of its state that depends on the key.
     fn peer<'a>(
         &self,
         configured: &'a mut Configured,

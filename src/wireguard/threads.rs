@@ -160,7 +160,7 @@ fn handshake(
     look_at_link(core, io, &mut link);
     let mut looked = Time::now();
     let mut looked_at_routes = looked;
-    let mut strangers = None;
+    let mut unknown = None;
     while !io.is_stopping() {
         let now = Time::now();
         let next = handshaker.tick(&**io.sockets.load(), now);
@@ -176,7 +176,7 @@ fn handshake(
             look_at_routes(core, io);
             looked_at_routes = now;
         }
-        let next = [next, strangers].into_iter().flatten().min();
+        let next = [next, unknown].into_iter().flatten().min();
         let timeout = next.map_or(TICK, |next| next.since(Time::now()).min(TICK));
         let mut fds = [
             PollFd::new(io.jobs.as_fd(), PollFlags::POLLIN),
@@ -207,7 +207,7 @@ fn handshake(
             looked_at_routes = Time::now();
             look_at_routes(core, io);
         }
-        strangers = handshaker.run(&**io.sockets.load(), Time::now);
+        unknown = handshaker.run(&**io.sockets.load(), Time::now);
         if core.signal.take() {
             on_events();
         }

@@ -12,7 +12,7 @@ use super::clock::Time;
 use super::protocol::{KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT};
 
 /// An initiation that the kernel refused to send is repeated after this time. It cost no network traffic,
-/// and the obstacle, a route or a firewall, may be gone soon.
+/// and the obstacle, a route or a firewall, may not last.
 pub(super) const REFUSED_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// A peer is silent when nothing came back for this time: more than any round trip, and less than the 15

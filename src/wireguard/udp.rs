@@ -208,7 +208,7 @@ fn is_offload_refused(error: &io::Error) -> bool {
     )
 }
 
-/// Whether a send may have failed only because its source address or the interface is gone.
+/// Whether a send may have failed only because its source address or the interface does not exist any more.
 pub(super) fn is_source_gone(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -447,7 +447,7 @@ fn set_buffer(fd: RawFd, force: libc::c_int, plain: libc::c_int) -> io::Result<(
 fn socket_address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
     match libc::c_int::from(name.ss_family) {
         libc::AF_INET => {
-            // SAFETY: the family says that it is one, and the storage is large and aligned enough.
+            // SAFETY: the family tells the type, and the storage is large and aligned enough.
             let name = unsafe { &*ptr::from_ref(name).cast::<libc::sockaddr_in>() };
             let address = Ipv4Addr::from(name.sin_addr.s_addr.to_ne_bytes());
             Some(SocketAddrV4::new(address, u16::from_be(name.sin_port)).into())

@@ -153,7 +153,7 @@ pub(crate) fn a_removed_local_address_costs_no_packet(pairing: Pairing) -> Resul
     right.ping(LEFT4)?;
     expect_endpoint(right, left, "[fd00:bb::1]:1")?;
     left.ip("address delete fd00:bb::1/128 dev other")?;
-    left.ping(RIGHT4).context("the called address is gone")?;
+    left.ping(RIGHT4).context("after the removal of the local address")?;
     expect_endpoint(right, left, "[fd00:aa::1]:1")
 }
 
@@ -270,7 +270,7 @@ pub(crate) fn keepalives_begin_when_the_link_comes_up(program: Program) -> Resul
             up()?;
         }
         thread::sleep(Duration::from_secs(2));
-        ensure!(sent()? == 0, "it speaks too early (key first: {key_first})");
+        ensure!(sent()? == 0, "it sends too early (key first: {key_first})");
         if key_first {
             up()?;
         } else {
@@ -302,5 +302,5 @@ pairs! {
 }
 
 devices! {
-    keepalives_begin_when_the_link_comes_up fails with WireguardGo: "it speaks too early";
+    keepalives_begin_when_the_link_comes_up fails with WireguardGo: "it sends too early";
 }

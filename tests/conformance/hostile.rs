@@ -37,7 +37,7 @@ fn unknown_sender(pair: &Pair) -> Result<UdpSocket> {
 fn expect_silence(socket: &UdpSocket) -> Result<()> {
     loop {
         return match socket.recv(&mut [0; 2048]) {
-            Ok(length) => bail!("{length} bytes were sent to a stranger"),
+            Ok(length) => bail!("{length} bytes were sent to an unknown sender"),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 Ok(())
             }
@@ -91,8 +91,8 @@ pub(crate) fn garbage_has_no_effect_and_gets_no_answer(pairing: Pairing) -> Resu
         }
     }
     expect_silence(&socket)?;
-    ensure!(!pair.left.tunnel.ended(), "the left daemon is gone");
-    ensure!(!pair.right.tunnel.ended(), "the right daemon is gone");
+    ensure!(!pair.left.tunnel.ended(), "the left daemon has ended");
+    ensure!(!pair.right.tunnel.ended(), "the right daemon has ended");
     expect_no_loss(&pair)
 }
 
@@ -210,7 +210,7 @@ pub(crate) fn datagrams_replayed_after_a_restart_deliver_nothing(pairing: Pairin
     loop {
         match socket.recv(&mut [0; 2048]) {
             Ok(length) => {
-                ensure!(length == 92, "{length} bytes were sent to a stranger");
+                ensure!(length == 92, "{length} bytes were sent to an unknown sender");
                 answers += 1;
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -275,7 +275,7 @@ pub(crate) fn the_own_key_becomes_no_peer(program: Program) -> Result<()> {
     let private_key = |key: &Key| tunnel.set(&format!("private-key {}", key.file()));
     let peer = format!("peer {}", key.public);
     tunnel.set(&peer)?;
-    ensure!(peers()? == key.public, "a stranger's key is a peer");
+    ensure!(peers()? == key.public, "the key of another host is no peer");
     private_key(&key)?;
     ensure!(peers()?.is_empty(), "it remains a peer");
     tunnel.set(&peer)?;
@@ -308,7 +308,7 @@ pub(crate) fn a_burst_of_garbage_has_no_lasting_effect(pairing: Pairing) -> Resu
         transfer.join().unwrap()
     })?;
     expect_silence(&socket)?;
-    ensure!(!pair.left.tunnel.ended(), "the daemon is gone");
+    ensure!(!pair.left.tunnel.ended(), "the daemon has ended");
     // Datagrams that wait in the daemon's socket leave no room for later ones, which the kernel drops.
     wait_for("the daemon to read what it was sent", SOON, || {
         pair.left

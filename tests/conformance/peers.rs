@@ -108,7 +108,7 @@ pub(crate) fn a_changed_preshared_key_keeps_the_session(pairing: Pairing) -> Res
     left.ping(RIGHT4)?;
     let count = initiations(&relay)?;
     let granted = 1 + pairing.needless_handshakes(since.elapsed());
-    ensure!(count <= granted, "the session was given up");
+    ensure!(count <= granted, "the session has ended");
     Ok(())
 }
 

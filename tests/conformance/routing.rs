@@ -114,7 +114,7 @@ pub(crate) fn a_routing_loop_is_bounded_and_ends_with_its_cause(pairing: Pairing
     reaches(under, RIGHT4)?;
     ensure!(
         !inner.tunnel.ended() && !outer.left.tunnel.ended(),
-        "a daemon is gone"
+        "a daemon has ended"
     );
     Ok(())
 }
@@ -142,7 +142,7 @@ pub(crate) fn a_peer_may_be_behind_a_peer_but_not_behind_itself(pairing: Pairing
     left.tunnel
         .set(&format!("peer {} endpoint 192.168.242.2:5", key.public))?;
     left.ping_fails("192.168.242.2")?;
-    ensure!(!pair.left.tunnel.ended(), "the daemon is gone");
+    ensure!(!pair.left.tunnel.ended(), "the daemon has ended");
     let left = &pair.left;
     left.tunnel.set(&format!("peer {} remove", key.public))?;
     left.reaches(RIGHT4)
@@ -403,7 +403,7 @@ pub(crate) fn the_tunnel_recovers_with_the_underlay(pairing: Pairing) -> Result<
         pair.left.ip(back)?;
         let left = &pair.left;
         left.reaches(RIGHT4).context(back)?;
-        ensure!(!pair.left.tunnel.ended(), "the daemon is gone after {away}");
+        ensure!(!pair.left.tunnel.ended(), "the daemon has ended after {away}");
     }
     tcp(&pair.left.space, &pair.right.space, RIGHT4, 1 << 20)
 }
