@@ -132,8 +132,8 @@ fn drop_in(state_dir: &Path) -> String {
     let program = state_dir.join(BIN).join(PROGRAM);
     let state_dir = state_dir.display();
     format!(
-        "# Written by selvedge guard --install. Until the agent runs, what is meant for other regions is\n\
-         # refused. The kubelet starts whatever comes of it; without an agent ever run it does nothing.\n\
+        "# Written by selvedge guard --install. Until the agent runs, packets for other regions are refused.\n\
+         # The kubelet starts even if this fails. On a node where no agent ever ran it does nothing.\n\
          [Service]\n\
          ExecStartPre=-{} guard --state-dir={state_dir}\n",
         program.display()

@@ -27,7 +27,7 @@ const IPV6_METRIC: u32 = 1024;
 /// The kernel's state of flannel.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct FlannelState {
-    /// Its vxlan devices, of whatever VNI.
+    /// Its vxlan devices, of any VNI.
     pub vteps: Vec<Vtep>,
     /// The next hops of routes in table main, where there is only one.
     pub next_hops: BTreeMap<IpNet, NextHop>,

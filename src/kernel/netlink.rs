@@ -175,7 +175,7 @@ impl Netlink {
             .collect()
     }
 
-    /// Sends one request and collects the answers; the flag says that a dump was not consistent.
+    /// Sends one request and collects the answers; the flag means that a dump was not consistent.
     fn ask<M>(&mut self, request: M, flags: u16) -> Result<(Vec<M>, bool), Refused>
     where
         M: NetlinkSerializable + NetlinkDeserializable,

@@ -3,7 +3,7 @@
 //! After a change the table is listed (without counters), and a digest of the listing is stored in it as
 //! the comment of a rule, with the identities of the requested table and of its frame (the table without
 //! the elements of its sets). So any process can see which table this is, whether it was modified since,
-//! whatever this version of `nft` prints for it, and whether new elements suffice in place of a new table.
+//! independently of how this version of `nft` prints it, and whether new elements suffice in place of a new table.
 //! nf_tables' generation number shows without a listing that nothing changed.
 
 use std::io;
@@ -171,7 +171,7 @@ impl NftTable {
     }
 
     fn installer(&self) -> MutexGuard<'_, Installer> {
-        // It stays usable whatever happened to the thread that held it.
+        // It stays usable after a panic of the thread that held it.
         self.installer
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -293,7 +293,7 @@ impl Rtnetlink {
     }
 
     pub(super) fn netlink(&self) -> MutexGuard<'_, Netlink> {
-        // The socket stays usable whatever happened to the thread that held it.
+        // The socket stays usable after a panic of the thread that held it.
         self.socket.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

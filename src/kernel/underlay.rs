@@ -167,7 +167,7 @@ impl Rtnetlink {
         let mut netlink = self.netlink();
         let answers = match netlink.get(RouteNetlinkMessage::GetRoute(request)) {
             Ok(answers) => answers,
-            // The route is unreachable, prohibit or blackhole (invalid), or there is none at all.
+            // The route is unreachable, prohibit or blackhole (invalid), or there is no route.
             Err(refused)
                 if [
                     libc::EHOSTUNREACH,
@@ -222,7 +222,7 @@ fn leads_out(link: &link::Found, net: IpNet, links: &[link::Found]) -> bool {
     }
 }
 
-/// Whether a link is hardware, or stands for some: several cards as one, a VLAN of one, a line to a provider.
+/// Whether a link is hardware, or a virtual link on hardware: a bond, a VLAN, a line to a provider.
 fn is_network_card(link: &link::Found) -> bool {
     const KINDS: [&str; 9] = [
         "bond", "hsr", "ipvlan", "macsec", "macvlan", "ppp", "team", "vlan", "wwan",

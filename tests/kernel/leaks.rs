@@ -165,7 +165,7 @@ impl Site {
         seen
     }
 
-    /// The region's other node, which the router stands for.
+    /// The region's other node, played by the router.
     fn own_hop(&self) -> &'static str {
         if self
             .node

@@ -90,7 +90,7 @@ fn packets_that_kube_proxy_marks_are_masqueraded() {
 #[test]
 fn a_leader_that_is_also_a_router_translates_packets_that_do_not_enter_the_tunnel() {
     let mesh = Mesh::new("router");
-    // Hosts reach the public address of a remote node directly; here, over what stands for the WAN.
+    // Hosts reach the public address of a remote node directly; here, over the link `wan`.
     mesh.leader
         .sh("
             ip route del 203.0.113.10
