@@ -54,7 +54,7 @@ impl Steps {
 
     /// Runs one step unless it is filtered out; its result text is printed beside its name.
     ///
-    /// A panic counts as a failure, and the following steps run all the same.
+    /// A panic counts as a failure, and the following steps still run.
     pub fn step(&mut self, name: &str, claim: impl FnOnce() -> anyhow::Result<String>) {
         let selected =
             self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter));

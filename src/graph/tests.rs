@@ -148,7 +148,7 @@ fn text_shows_leaders_members_peers_and_tunnels() {
 
     peers
       ○ office   10.5.0.1/32  vpn.example.com:51999
-      ○ zlaptop  10.5.0.1/32  calls by itself
+      ○ zlaptop  10.5.0.1/32  no endpoint
 
     tunnels
       node-master ══ node-agent-01

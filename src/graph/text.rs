@@ -80,7 +80,7 @@ fn peers(out: &mut String, topology: &Topology) {
             joined(&peer.allowed_ips, ","),
             peer.endpoint
                 .as_ref()
-                .map_or_else(|| "calls by itself".into(), ToString::to_string),
+                .map_or_else(|| "no endpoint".into(), ToString::to_string),
         ]);
     }
     for row in table.lines() {

@@ -280,15 +280,15 @@ fn a_node_that_does_not_lead_is_an_error_that_names_the_leader() {
         "Node \"node-agent-02\" is not a leader node; \"node-agent-01\" leads location:nd"
     );
     assert_eq!(
-        node("nobody", &Shape::default()).unwrap_err().to_string(),
-        "did not find any node named \"nobody\" in the cluster"
+        node("absent", &Shape::default()).unwrap_err().to_string(),
+        "did not find any node named \"absent\" in the cluster"
     );
-    let object = Object::Peer("nobody".into());
+    let object = Object::Peer("absent".into());
     assert_eq!(
         showconf(&scenario(), &object, &Shape::default())
             .unwrap_err()
             .to_string(),
-        "did not find any peer named \"nobody\" in the cluster"
+        "did not find any peer named \"absent\" in the cluster"
     );
 }
 

@@ -1,10 +1,10 @@
-//! Where a running agent's report comes from: it is computed when somebody asks, never before.
+//! The source of a running agent's report, which is computed on request only.
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::Report;
 
-/// How many questions may wait for the agent.
+/// Most requests that may wait for the agent.
 const QUEUE: usize = 8;
 
 /// A question for a report. The agent answers by sending it.

@@ -368,7 +368,7 @@ mod tests {
         ];
         let snapshot = snapshot(&nodes);
         assert_eq!(of(&snapshot, "a1"), ["192.168.0.11:51820 announced"]);
-        // An address at which another leader observed its key is tried all the same.
+        // An address at which another leader observed its key is still tried.
         assert_eq!(of(&snapshot, "b1"), ["192.168.0.11:51820 discovered"]);
         assert_eq!(of(&snapshot, "c1"), ["198.51.100.9:51820 forced"]);
     }

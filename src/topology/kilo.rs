@@ -1,9 +1,9 @@
 //! Kilo's algorithm, rule by rule (`pkg/mesh/topology.go`), for a mesh in which a real `kg` still runs.
 //!
 //! Every agent must compute the same segments, leaders and addresses as `kg` does: where two disagree on a
-//! leader, traffic is lost. So claims change neither segments nor leaders here. Node addresses are judged
-//! all the same: where one is reserved, another node's or not the node's own, only its route is left out,
-//! which agents need not agree on.
+//! leader, traffic is lost. So claims change neither segments nor leaders here. Node addresses are still
+//! verified: where one is reserved, another node's or not the node's own, only its route is left out, and
+//! agents need not agree on that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;

@@ -224,7 +224,7 @@ pub(crate) fn lease(data: &[u8]) {
     Lease::parse(&annotations, |_, _, reason| drop(reason.to_string()));
 }
 
-/// The values of annotations, each by itself; what is read and written is read as the same again.
+/// The values of annotations, one at a time; a formatted value parses to the same value.
 pub(crate) fn annotations(data: &[u8]) {
     let Ok(text) = str::from_utf8(data) else {
         return;

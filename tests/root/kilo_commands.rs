@@ -122,8 +122,8 @@ fn the_commands_ask_the_cluster() {
         (Some(1), String::new())
     );
     assert!(stderr(&follower).contains("is not a leader node"));
-    let nobody = selvedge(&["showconf", "peer", "nobody"]);
-    assert_eq!(nobody.status.code(), Some(1));
+    let absent = selvedge(&["showconf", "peer", "absent"]);
+    assert_eq!(absent.status.code(), Some(1));
 
     // What is shown as a Peer is one: another cluster takes it.
     let peer = selvedge(&[

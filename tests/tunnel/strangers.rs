@@ -520,7 +520,7 @@ fn a_recorded_initiation_is_refused_after_the_responder_was_killed() {
         })?;
         responder.kill()?;
 
-        // The control: without what was kept it is answered, as before; and moves nothing all the same.
+        // The control: without the stored timestamps it is answered, as before, but still moves nothing.
         fs::remove_file(state.join("accepted-handshakes"))?;
         let responder = Responder::start(&here, state, &key, &caller)?;
         let answer = replay(&second.initiation)?;

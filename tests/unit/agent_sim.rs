@@ -32,9 +32,9 @@ const REPAIR: Duration = Duration::from_secs(1);
 /// Something that happens to a node from outside.
 #[derive(Clone, Debug)]
 enum Event {
-    /// Somebody takes away one of the things the agent installed: that of this number.
+    /// Another program removes the installed object of this number.
     Drift(usize),
-    /// The next changes fail, so many.
+    /// This many of the next changes fail.
     Faults(u8),
     /// Reading the kernel fails once.
     Blind,
@@ -241,7 +241,7 @@ impl Sim {
     }
 }
 
-/// What anybody with the right could take away.
+/// Everything that another program could remove.
 fn removals(state: &State) -> Vec<Change> {
     let mut removals = Vec::new();
     removals.extend(

@@ -230,7 +230,7 @@ fn every_flag_of_the_agent_is_in_the_migration_guide_and_every_flag_there_exists
     let section = section("Flags");
     let named: BTreeSet<_> = quoted(&section).filter_map(flag).collect();
 
-    // Flags that change nothing here are accepted, and not shown to anybody.
+    // Flags without an effect are accepted, and hidden in the help.
     // The version is asked of the program, as of kg, and not of its agent.
     let hidden = named.difference(&ours).filter(|flag| *flag != "version");
     for flag in hidden {

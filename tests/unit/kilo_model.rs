@@ -39,9 +39,9 @@ const RULES: [&str; 38] = [
     "an endpoint whose name resolves may be public",
     "an endpoint whose name does not resolve is not public",
     "a leader with keepalives is where it was seen",
-    "a leader with keepalives that nobody saw is where it says",
+    "a leader with keepalives and no observer is at its own endpoint",
     "a leader without keepalives is where it says though it was seen elsewhere",
-    "of two that saw somebody the first by segment and name counts",
+    "of two observers the first by segment and name counts",
     "what a node sees itself counts first",
     "every entry has the node's own keepalive",
     "a node without keepalives sends none to a peer that does",
@@ -54,7 +54,7 @@ const RULES: [&str; 38] = [
     "a peer without keepalives is where it says though it was seen elsewhere",
     "a peer has its preshared key",
     "a location's address that another location claims is dropped, the later one's stays",
-    "a location's address inside somebody's allowed IPs is dropped",
+    "a location's address inside other allowed IPs is dropped",
     "a location's address that is a WireGuard address given by then is dropped",
     "a location's address that is a WireGuard address not yet given stays",
     "a location's address that overlaps a peer's is dropped",
@@ -120,7 +120,7 @@ struct ModelSegment {
     endpoint: Option<SocketAddr>,
 }
 
-/// Kilo's `Node.Ready`: whoever was not seen for a minute is gone.
+/// Kilo's `Node.Ready`: a node that was not seen for a minute is gone.
 fn is_ready(node: &Node, now: i64, hits: &Hits) -> bool {
     let endpoint = node.endpoint.is_some();
     let key = node.public_key.is_some();
@@ -185,7 +185,7 @@ fn model(mesh: &Mesh, hits: &Hits) -> Vec<ModelSegment> {
         hits.when(nodes.len() > 1, "nodes of a location share a segment");
     }
 
-    // What anybody saw, the first by segment and node.
+    // Observed endpoints, the first observer by segment and node.
     let mut discovered = BTreeMap::new();
     for nodes in segments.values() {
         for node in nodes {
@@ -194,7 +194,7 @@ fn model(mesh: &Mesh, hits: &Hits) -> Vec<ModelSegment> {
                     None => drop(discovered.insert(*key, *address)),
                     Some(first) => hits.when(
                         first != address,
-                        "of two that saw somebody the first by segment and name counts",
+                        "of two observers the first by segment and name counts",
                     ),
                 }
             }
@@ -288,7 +288,7 @@ fn model(mesh: &Mesh, hits: &Hits) -> Vec<ModelSegment> {
                 Some(*seen)
             }
             (None, true) => {
-                hits.hit("a leader with keepalives that nobody saw is where it says");
+                hits.hit("a leader with keepalives and no observer is at its own endpoint");
                 annotated
             }
             (Some(_), false) => {
@@ -341,7 +341,7 @@ fn model(mesh: &Mesh, hits: &Hits) -> Vec<ModelSegment> {
                         hits.hit(match (wireguard, not_yet) {
                             (_, true) => "a location's address that is a WireGuard address not yet given stays",
                             (true, false) => "a location's address that is a WireGuard address given by then is dropped",
-                            (false, false) => "a location's address inside somebody's allowed IPs is dropped",
+                            (false, false) => "a location's address inside other allowed IPs is dropped",
                         });
                         dropped |= !not_yet;
                     }
@@ -396,8 +396,8 @@ fn model_peers(mesh: &Mesh, hits: &Hits) -> Vec<(String, Vec<String>)> {
     peers
 }
 
-/// Where the peers are: one that sends keepalives where anybody saw it, the first by segment and node;
-/// any other where its object says.
+/// The peers' endpoints: of one with keepalives, the endpoint of the first observer by segment and node;
+/// of any other, the endpoint in its object.
 fn model_peer_addresses(
     mesh: &Mesh,
     segments: &[ModelSegment],
@@ -568,7 +568,7 @@ proptest! {
         prop_assert!(same > 1 || owner == Some(&&kilo), "{:?}", owner);
     }
 
-    /// Kilo's claims may collide; a tunnel device has one owner for each prefix all the same.
+    /// Kilo's claims may collide; a tunnel device still has one owner for each prefix.
     #[test]
     fn beside_a_real_kilo_no_allowed_ip_has_two_owners(mesh in mixed()) {
         let topology = mesh.topology();
@@ -620,7 +620,7 @@ fn changing_over_moves_no_address_and_interrupts_no_tunnel() {
 
     assert_eq!(mesh.topology().mode, Mode::Native);
     let changes = selvedge::diff::diff(&old, &mesh.state("b"));
-    // A node behind NAT keeps its mapping open by itself; nothing else changes.
+    // A node behind NAT keeps its mapping open with its own keepalives; nothing else changes.
     let changes = changes.iter().map(ToString::to_string).collect::<Vec<_>>();
     assert_eq!(
         changes,

@@ -1,4 +1,4 @@
-//! A DNS server that knows a few names, until it is told otherwise (RFC 1035, one question each).
+//! A DNS server that knows a few names, until the test changes them (RFC 1035, one question each).
 
 use std::collections::BTreeMap;
 use std::io;

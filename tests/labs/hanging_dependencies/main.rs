@@ -1,8 +1,8 @@
-//! What an agent asks and nobody answers: an `nft` that hangs, a DNS server that falls silent, and one
-//! whose answers change. All else goes on, and what was not answered is asked again.
+//! Dependencies that hang: an `nft` that hangs, a DNS server that stops answering, and one whose answers
+//! change. Everything else continues, and unanswered requests are repeated.
 //!
-//! On the lab's stand-ins for flannel and the API server. The program and the server in question are
-//! put into one node's own view of the file system, so that no other node and no other test meets them.
+//! Uses the lab's stand-ins for flannel and the API server. The hanging program and server are visible in
+//! one node's view of the file system only, so they affect no other node and no other test.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
@@ -174,7 +174,7 @@ fn an_nft_that_hangs_holds_up_the_firewall_alone() {
     wait_for("the complaint", PATIENCE, || told(&lab)).unwrap();
     let (status, body) = lab.ask_agent(LEADER, "/ready").unwrap();
     assert!(status == 503 && body.contains("nft"), "{status}: {body}");
-    // What others take away is put back as ever, while it hangs.
+    // Removed routes are still restored while `nft` hangs.
     for turn in 0..3 {
         lab.node(LEADER)
             .unwrap()
@@ -287,7 +287,7 @@ fn an_endpoint_by_name_is_followed_and_kept_while_nobody_answers() {
     let to = lab.place("pod@node-master").unwrap();
     let server = (to.address, selvedge_lab::traffic::PORT).into();
     let cut = selvedge_lab::traffic::source_seen(&from.namespace, server);
-    assert!(cut.is_err(), "the control: nobody notices that it moved");
+    assert!(cut.is_err(), "the control: no node follows the new address");
     dns.answer(SILENT, None);
     dns.answer(MOVES, Some(NEW));
 
@@ -296,7 +296,7 @@ fn an_endpoint_by_name_is_followed_and_kept_while_nobody_answers() {
     reached(&lab, "pod@node-agent-02", "pod@node-master");
     reached(&lab, "pod@node-master", "pod@node-agent-02");
 
-    let asked = wait_for("look-ups that nobody answers", PATIENCE, || {
+    let asked = wait_for("unanswered lookups", PATIENCE, || {
         // Each of the three nodes asks for both families.
         dns.unanswered(SILENT) >= 6
     })

@@ -198,7 +198,7 @@ fn follows_new_mappings(lab: &Lab, routers: &[(&str, &str, &str)]) -> anyhow::Re
         restart_router(lab, name, ports)?;
     }
     let begun = Instant::now();
-    // The router forgot this leader's connection to the API, too: the change must reach it all the same.
+    // The router also lost this leader's connection to the API; the change must still reach the leader.
     let location_ips = "kilo.squat.ai/allowed-location-ips";
     lab.api()
         .annotate(MASTER, &[(location_ips, Some("10.77.0.0/24"))])?;

@@ -44,7 +44,7 @@ const NODES: [(&str, &str, &str, u8); 3] = [
     ("b1", "b", "192.168.60.11", 3),
 ];
 
-/// A kernel that refuses one route while it is told to, and counts what is asked of it.
+/// A kernel that refuses one route on demand, and counts its calls.
 struct OneBadRoute {
     kernel: FakeKernel,
     refused: Option<RouteKey>,

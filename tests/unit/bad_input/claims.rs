@@ -112,7 +112,7 @@ fn a_private_address_of_another_node_is_not_carried() {
         expect_newcomer(
             foreign,
             |node| node["metadata"]["annotations"]["kilo.squat.ai/internal-ip"] = json!(foreign),
-            // What the kubelet says counts all the same.
+            // The kubelet's address still counts.
             |_| {},
         );
     }

@@ -63,7 +63,7 @@ pub(super) fn entries_are_kilos(
     for (name, _) in model_peers(mesh, &Hits::default()) {
         let peer = &mesh.snapshot.peers[&name];
         hits.when(peer.preshared_key.is_some(), "a peer has its preshared key");
-        // Where it is sent to is ours to know better: it calls by itself, and the device follows.
+        // The device's endpoint has precedence: the peer starts the handshake, and the device follows.
         let entry = peers.get(&peer.public_key);
         let endpoint = entry.and_then(|entry| entry.endpoint);
         expected.insert(peer.public_key, (endpoint, peer.preshared_key.clone()));
@@ -85,8 +85,8 @@ pub(super) fn entries_are_kilos(
     Ok(())
 }
 
-/// Ours never looks for a leader elsewhere at an address of its own region, and two behind one router meet
-/// at their private addresses. Neither changes what anybody else does.
+/// Selvedge never sends to a leader of another region at an address of its own region, and two leaders behind
+/// one router use their private addresses. Neither changes other nodes.
 fn is_sent_elsewhere(mesh: &Mesh, own: &ModelSegment, endpoint: Option<SocketAddr>) -> bool {
     let Some(endpoint) = endpoint else {
         return false;
@@ -99,8 +99,8 @@ fn is_sent_elsewhere(mesh: &Mesh, own: &ModelSegment, endpoint: Option<SocketAdd
     near || router
 }
 
-/// What `kg` would publish on the node, with our mark. The operator's endpoint and address are taken, since
-/// ours finds its own anew, which Kilo does once.
+/// The annotations that `kg` would publish on the node, with Selvedge's mark. The operator's endpoint and address
+/// are used, since Selvedge detects its own at every pass, and Kilo only once.
 pub(super) fn annotations_are_kilos(
     mesh: &Mesh,
     topology: &Topology,

@@ -314,7 +314,7 @@ fn an_ipv6_cluster_has_no_ipv4_routes() {
     for (index, node) in mesh.snapshot.nodes.values_mut().enumerate() {
         node.pod_cidrs = vec![net(&format!("fd42:0:0:{}::/64", index + 1))];
     }
-    // The underlay is IPv4 all the same.
+    // The underlay is still IPv4.
     insta::assert_snapshot!(mesh.commands("a1"), @"
     ip tuntap add kilo0 mode tun; ip link set kilo0 mtu 1420
     sysctl -w net/ipv4/conf/kilo0/rp_filter=2

@@ -77,10 +77,10 @@ fn states(mesh: &Mesh) -> Vec<State> {
     good.map(|name| mesh.state(name)).into()
 }
 
-/// Others take `bad` as they would take `as_if`, and somebody is told why.
+/// Other nodes treat `bad` like `as_if`, and the reason is reported.
 fn is_taken_as(bad: &Value, as_if: &Value) {
     let (mesh_with, said) = mesh(bad);
-    assert!(!said.is_empty(), "nobody is told about {bad}");
+    assert!(!said.is_empty(), "no report about {bad}");
     assert!(
         said.iter().all(|line| line.contains("node bad")),
         "{said:?}"
@@ -162,7 +162,7 @@ fn an_address_that_is_not_the_nodes_own_is_left_out() {
     let key = "kilo.squat.ai/internal-ip";
     let good = annotated(key, "172.16.5.5/24");
     let addresses = [
-        // Another node's, a pod's, a service's, the API server's, anybody's.
+        // Another node's, a pod's, a service's, the API server's, or a foreign address.
         "192.168.50.12/24",
         "10.42.2.7/24",
         "10.43.0.1/32",

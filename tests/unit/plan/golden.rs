@@ -21,12 +21,12 @@ pub(crate) enum Difference {
     /// The source is the node's address in the cluster network, which every node routes, and not its
     /// private one, which two regions may both have.
     ClusterSource,
-    /// Routes carry the tunnel's MTU, so that nobody depends on ICMP from the leader.
+    /// Routes carry the tunnel's MTU, so that senders do not depend on ICMP from the leader.
     Mtu,
     /// Behind each route to another region stands an `unreachable` one: nothing falls through to
     /// flannel's, which would send it in clear.
     Backstop,
-    /// In front of the own pods stands a `throw`: no wider claim of somebody else's takes them.
+    /// The own pods have a `throw` route: no wider claim of another node takes them.
     OwnPodsStay,
     /// The cluster network ends `unreachable`, with a `throw` for the region's other pods: what is for a
     /// Node that was deleted goes nowhere, and not to the default route.
@@ -40,7 +40,7 @@ pub(crate) enum Difference {
     /// pods from the host.
     FixedRules,
     /// An address that is a tunnel's endpoint is carried for pods from the start, and left to the host
-    /// itself. Kilo carries it for nobody until somebody has seen the node elsewhere.
+    /// itself. Kilo does not carry it until a node has observed that node at another endpoint.
     EndpointForPods,
 }
 

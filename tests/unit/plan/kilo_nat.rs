@@ -126,8 +126,8 @@ fn we_masquerade(firewall: &Firewall, from: IpAddr, to: IpAddr) -> bool {
     asked && !holds(&firewall.known, to)
 }
 
-/// The first and the last address of every prefix of the rules, the neighbours of its ends, and some that
-/// nobody has a rule for.
+/// The first and the last address of every prefix of the rules, the neighbours of its ends, and some without
+/// a rule.
 fn probes(rules: &[Rule<'_>]) -> BTreeSet<IpAddr> {
     let nets = rules
         .iter()

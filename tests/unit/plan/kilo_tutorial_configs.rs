@@ -218,7 +218,7 @@ fn annotations_are_kilos_with_our_mark() {
         mesh
     };
     let version = env!("CARGO_PKG_VERSION");
-    // A client that calls by itself is told of once it was heard.
+    // The endpoint of a client that starts the handshake is published once it is observed.
     assert_eq!(
         annotations(&forced(mixed()), "a1", &[(key(9), "198.51.100.77:4000")]),
         format!(

@@ -105,7 +105,7 @@ fn routes_are_kilos_but_for_these_differences() {
     }
 }
 
-/// Kilo has no route to the host of a leader behind NAT until somebody has seen that leader.
+/// Kilo has no route to the host of a leader behind NAT until a node has observed that leader.
 #[test]
 fn before_a_leader_behind_nat_is_observed_pods_reach_its_host() {
     use Difference::*;

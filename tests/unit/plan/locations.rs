@@ -56,7 +56,7 @@ fn traffic_to_location_ips_is_masqueraded_by_the_nodes_of_the_region() {
     mesh.snapshot
         .nodes
         .extend([node("a2", "a", 4, "192.168.1.2/24")].map(|node| (node.name.clone(), node)));
-    // Whoever of the region the network is behind: its hosts need not know the leader.
+    // For every node of the region with the network behind it: its hosts need not know the leader.
     for me in ["a1", "a2"] {
         let firewall = firewall(&mesh, me);
         assert_eq!(

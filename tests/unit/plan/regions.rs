@@ -94,7 +94,7 @@ fn with_the_same_subnet_pods_are_carried_and_local_traffic_is_not_captured() {
     node node-b-01: other regions cannot reach it by 192.168.50.11, which is node node-agent-01's address too; 10.42.4.0 reaches it from everywhere
     node node-b-02: other regions cannot reach it by 192.168.50.12, which is node node-agent-02's address too; 10.42.5.0 reaches it from everywhere
     ");
-    // The older nodes keep what they had; the newer ones' pods are reached all the same.
+    // The older nodes keep their addresses; the newer ones' pods are still reached.
     insta::assert_snapshot!(routes(&mesh, "node-master"), @"
     ip route replace table 5130 throw 10.42.0.0/24
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.0.0 mtu 1420
@@ -108,7 +108,7 @@ fn with_the_same_subnet_pods_are_carried_and_local_traffic_is_not_captured() {
     ip route replace table 5130 192.168.50.12 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420
     ip route replace table 5130 192.168.50.13 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420
     ");
-    // Nobody's own subnet is looked for elsewhere, except the one address nobody here has.
+    // No route leads to the node's own subnet in another region, except for the one address that no local node has.
     insta::assert_snapshot!(routes(&mesh, "node-b-01"), @"
     ip route replace table 5130 throw 10.42.4.0/24
     ip route replace table 5130 throw 10.42.5.0/24

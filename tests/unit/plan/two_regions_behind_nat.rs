@@ -132,7 +132,7 @@ fn the_host_reaches_tunnel_endpoints_directly() {
     };
     insta::assert_snapshot!(about(&mesh), @"ip route replace table 5130 192.168.50.11 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420");
 
-    // Nobody has seen agent-01 yet, so it is where it says.
+    // No node has observed agent-01 yet, so its own endpoint counts.
     mesh.node("node-master").discovered_endpoints.clear();
     insta::assert_snapshot!(about(&mesh), @"ip route replace table 5131 192.168.50.11 via 10.4.0.2 dev kilo0 onlink src 10.42.0.0 mtu 1420");
 }
