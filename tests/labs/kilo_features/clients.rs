@@ -386,7 +386,7 @@ fn peers_disturb_no_other(lab: &Lab) -> anyhow::Result<String> {
         }),
     )?;
     on_the_master(lab, &["10.10.11.1/32", "10.10.11.2/32"])?;
-    // A change behind the peer without an endpoint arrives all the same.
+    // A change after the peer without an endpoint still arrives.
     let change = json!({"spec": {"allowedIPs": ["10.10.11.3/32"]}});
     lab.api().merge(&format!("{PEERS}/nowhere"), &change)?;
     on_the_master(lab, &["10.10.11.1/32", "10.10.11.3/32"])?;
