@@ -316,3 +316,81 @@ fn nothing_of_kilos_interface_is_missing_in_the_migration_guide() {
         }
     }
 }
+
+/// Words that are not plain English for this product: a sentence names its subject, and a thing has one name.
+const REFUSED_WORDS: [&str; 14] = [
+    "all the same",
+    "anew",
+    "anybody",
+    "are told",
+    "as ever",
+    "by itself",
+    "comes to rest",
+    "is nobody",
+    "is told",
+    "nobody",
+    "somebody",
+    "was told",
+    "whoever",
+    "whomever",
+];
+
+/// Texts of the product: code, documents, manifests and scripts; not the vendored crate or data of tests.
+fn texts(directory: &Path, found: &mut Vec<PathBuf>) {
+    const SKIPPED: [&str; 7] = [
+        ".git",
+        "artifacts",
+        "corpus",
+        "node_modules",
+        "target",
+        "testdata",
+        "vendor",
+    ];
+    const KINDS: [&str; 7] = ["md", "py", "rs", "sh", "toml", "yaml", "yml"];
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if path.is_dir() && !path.is_symlink() {
+            if !SKIPPED.contains(&name.as_str()) {
+                texts(&path, found);
+            }
+        } else if KINDS.iter().any(|kind| name.ends_with(&format!(".{kind}"))) || name == "Makefile"
+        {
+            found.push(path);
+        }
+    }
+}
+
+/// Whether a text holds the word, with no letter, digit or underscore next to it.
+fn holds_word(text: &str, word: &str) -> bool {
+    let is_part = |c: char| c.is_alphanumeric() || c == '_';
+    text.match_indices(word).any(|(at, _)| {
+        let before = text[..at].chars().next_back();
+        let after = text[at + word.len()..].chars().next();
+        !before.is_some_and(is_part) && !after.is_some_and(is_part)
+    })
+}
+
+#[test]
+fn no_text_of_the_product_has_a_refused_word() {
+    assert!(holds_word("that nobody saw", "nobody") && !holds_word("of_nobody", "nobody"));
+    let mut files = Vec::new();
+    texts(Path::new(ROOT), &mut files);
+    // This file lists the words.
+    files.retain(|file| !file.ends_with("tests/unit/documents.rs"));
+    assert!(files.len() > 300, "{} files", files.len());
+    let mut found = Vec::new();
+    for file in &files {
+        let text = fs::read_to_string(file).unwrap();
+        for (number, line) in text.lines().enumerate() {
+            let line = line.to_lowercase();
+            for word in REFUSED_WORDS {
+                if holds_word(&line, word) {
+                    let file = file.strip_prefix(ROOT).unwrap().display();
+                    found.push(format!("{file}:{}: {word}", number + 1));
+                }
+            }
+        }
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
