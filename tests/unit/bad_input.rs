@@ -1,7 +1,7 @@
-//! What people and programs write wrongly into the cluster's objects, from the object to the plan.
+//! Wrong values in the cluster's objects, from the object to the plan.
 //!
-//! A bad value is as if it were not there: every node's state is byte for byte what it is without it,
-//! and it is said once, of the object and the field that it stands in.
+//! A bad value counts as absent: every node's state is byte for byte the one without it. It is reported once, with
+//! its object and field.
 
 #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
@@ -28,7 +28,7 @@ const NODES: [&str; 4] = [
 const MASTERS_KEY: &str = "ZFYh7Bi5FA0fNTizfHhMy0v+Wy+BVP2U85lC5PnHtFs=";
 const LAPTOPS_KEY: &str = "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw=";
 
-/// The objects of scenario 000.
+/// The objects of the two regions behind NAT.
 fn objects() -> Vec<Value> {
     let list: Value =
         serde_yaml_ng::from_str(include_str!("../testdata/two-regions.yaml")).unwrap();
@@ -40,7 +40,7 @@ fn object<'a>(objects: &'a mut [Value], name: &str) -> &'a mut Value {
     objects.iter_mut().find(named).unwrap()
 }
 
-/// What all agents make of the objects, and what they report.
+/// The states and reports of all agents, given the objects.
 #[derive(Debug)]
 struct Outcome {
     topology: Topology,
@@ -89,7 +89,7 @@ fn outcome(objects: &[Value]) -> Outcome {
     }
 }
 
-/// Expects that `bad` is for everybody as `without` is, but for one report that names `object`.
+/// Expects that `bad` and `without` give every node the same state, except for one report that names `object`.
 fn expect_only(what: &str, bad: &[Value], without: &[Value], object: &Object) {
     let (bad, without) = (outcome(bad), outcome(without));
     for (name, state) in &without.states {

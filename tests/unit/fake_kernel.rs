@@ -1,6 +1,6 @@
-//! A kernel and a tunnel device that fit in a test.
+//! A fake kernel and a fake tunnel device.
 //!
-//! They refuse what the real ones refuse and forget what the real ones forget; `tests/kernel`
+//! They refuse what the real ones refuse and flush what the real ones flush; `tests/kernel`
 //! holds the agent against the real ones. Beyond that they refuse changes that change nothing: a
 //! minimal list of changes has none.
 
@@ -32,7 +32,7 @@ pub(crate) struct FakeKernel {
 }
 
 impl FakeKernel {
-    /// The kernel of a node on which flannel is up and the agent has yet to come.
+    /// The kernel of a node on which flannel runs and the agent has not started yet.
     pub(crate) fn before_the_agent(mesh: &Mesh, node: &NodeName) -> Self {
         let flannel = mesh.flannel(node);
         let object = &mesh.snapshot.nodes[node];
@@ -58,12 +58,12 @@ impl FakeKernel {
         }
     }
 
-    /// What there is of the agent's.
+    /// The agent's objects.
     pub(crate) fn observe(&self) -> State {
         self.state.clone()
     }
 
-    /// Makes a change, or says why the kernel would not.
+    /// Applies a change, or returns the kernel's error.
     pub(crate) fn apply(&mut self, change: &Change) -> Result<(), String> {
         self.try_apply(change)
             .map_err(|errno| format!("{errno}: {change}"))
@@ -158,7 +158,7 @@ impl FakeKernel {
                 let link = own(state, name)?;
                 refuse(!link.up, "redundant")?;
                 link.up = false;
-                // IPv6 forgets the addresses of a link that goes down; IPv4 keeps them.
+                // The kernel deletes the IPv6 addresses of a link that is set down, and keeps the IPv4 ones.
                 state
                     .addresses
                     .retain(|address, _| address.addr().is_ipv4());
@@ -195,7 +195,7 @@ impl FakeKernel {
                 refuse(!self.is_local(*src), "EINVAL: not a local address")?;
             }
         }
-        // One route of each destination, table and metric, whatever its kind.
+        // One route for each destination, table and metric, of any kind.
         let old = self.state.routes.insert(key, route.clone());
         refuse(old.as_ref() == Some(route), "redundant")
     }
@@ -236,7 +236,7 @@ impl FakeKernel {
             return;
         }
         if v4 {
-            // In other tables than main a route keeps a source that is gone.
+            // Outside of table main a route keeps a source that was deleted.
             return;
         }
         let name = self.state.link.as_ref().map(|link| link.name.clone());
@@ -250,7 +250,7 @@ impl FakeKernel {
         }
     }
 
-    /// Forgets the routes through the agent's link.
+    /// Deletes the routes through the agent's link.
     fn flush(&mut self, matches: impl Fn(&IpNet) -> bool) {
         let Some(name) = self.state.link.as_ref().map(|link| link.name.clone()) else {
             return;

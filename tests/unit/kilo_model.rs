@@ -1,8 +1,9 @@
-//! Kilo's algorithm once more, slow and obvious, written from a description of `kg` and not from our code.
+//! An independent model of Kilo's algorithm, slow and obvious, written from a description of `kg` and not from our
+//! code.
 //!
-//! While a real `kg` is in the mesh, our agents must come to the same topology as it does: two that
-//! disagree on a leader are a black hole. The model works on text and bit masks, rule by rule, and counts
-//! how often the random clusters put each rule to the test.
+//! While a real `kg` is in the mesh, our agents must compute the same topology: where two disagree on a leader,
+//! traffic is lost. The model works on text and bit masks, rule by rule, and counts how often the random clusters
+//! exercise each rule.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -22,7 +23,7 @@ use crate::cluster_strategy::{nodes, peers};
 use crate::mesh::{Mesh, With, addr, ip, net, node};
 use each_node::{annotations_are_kilos, entries_are_kilos};
 
-/// Kilo's rules that the model knows, in the words of their outcome.
+/// The rules of the model, named by their outcome.
 const RULES: [&str; 38] = [
     "a node without an endpoint is not ready",
     "a node without a key is not ready",
@@ -60,7 +61,7 @@ const RULES: [&str; 38] = [
     "a location's address that overlaps a peer's is dropped",
     "a location's network that holds nodes stays",
     "a location's address stays",
-    // Not Kilo's: it believes any address.
+    // Not Kilo's, which accepts any address.
     "an address that is the node's own is carried",
     "an address that is not the node's own, or is another's, is not carried",
 ];
@@ -106,7 +107,7 @@ impl Net {
     }
 }
 
-/// What the model says of a segment.
+/// A segment of the model.
 #[derive(Debug, PartialEq)]
 struct ModelSegment {
     name: String,
@@ -116,7 +117,7 @@ struct ModelSegment {
     allowed_ips: Vec<String>,
     allowed_location_ips: Vec<String>,
     keepalive: u16,
-    /// Where others send, if they saw nothing themselves.
+    /// The endpoint for others that have not observed the leader themselves.
     endpoint: Option<SocketAddr>,
 }
 
@@ -154,10 +155,10 @@ fn resolve(endpoint: &Endpoint, names: &BTreeMap<String, IpAddr>) -> Option<Sock
     }
 }
 
-/// Kilo's `NewTopology` and what it is made of.
+/// Kilo's `NewTopology` with its parts.
 fn model(mesh: &Mesh, hits: &Hits) -> Vec<ModelSegment> {
     let names = &mesh.resolved;
-    // Which addresses are whose is not Kilo's to decide; what it makes of them is.
+    // The addresses are judged by our rules, the rest follows Kilo's.
     let judged = mesh.topology();
     let ready = mesh.snapshot.nodes.values();
     let ready = ready.filter(|node| is_ready(node, mesh.now, hits));
@@ -268,7 +269,7 @@ fn model(mesh: &Mesh, hits: &Hits) -> Vec<ModelSegment> {
         }
         allowed_ips.push(format!("{wireguard_ip}/32"));
 
-        // The union of what is offered; sorted as text among the allowed IPs.
+        // The union of the location IPs, sorted as text among the allowed IPs.
         let mut offered = Vec::new();
         for node in nodes {
             for net in &node.allowed_location_ips {
@@ -311,7 +312,7 @@ fn model(mesh: &Mesh, hits: &Hits) -> Vec<ModelSegment> {
         });
     }
 
-    // Overlapping offers: in the order of segments, each against the others as they are by then.
+    // Overlapping location IPs: in the order of segments, each against the present state of the others.
     let unheard = Hits::default();
     let peer_nets = model_peers(mesh, &unheard)
         .into_iter()
@@ -375,7 +376,7 @@ fn model_peers(mesh: &Mesh, hits: &Hits) -> Vec<(String, Vec<String>)> {
             hits.hit("a peer without allowed IPs is not ready");
             continue;
         }
-        // Of two with one key Kilo knows the last it heard of; all of ours know the first by name.
+        // Of two with one key Kilo keeps the last it received; all of our agents keep the first by name.
         if keys.contains(&peer.public_key) {
             continue;
         }
@@ -428,8 +429,8 @@ fn model_peer_addresses(
     places
 }
 
-/// Ours, in the model's terms.
-fn told(segment: &Segment) -> ModelSegment {
+/// Our segment in the model's terms.
+fn as_model(segment: &Segment) -> ModelSegment {
     let [leader] = &segment.leaders[..] else {
         panic!("Kilo has one leader of a segment: {segment:?}");
     };
@@ -461,7 +462,7 @@ fn told(segment: &Segment) -> ModelSegment {
 fn mixed() -> impl Strategy<Value = Mesh> {
     let ours = proptest::collection::vec(any::<bool>(), 10);
     let heard = proptest::collection::btree_map(0..14u8, 1..4u16, 0..4);
-    // Most were seen within the minute, or there would be few segments of several nodes.
+    // Most checked in within the minute, so that there are segments of several nodes.
     let ages = proptest::collection::vec(0..70_i64, 10);
     let more = (any::<bool>(), ours, heard, 0..8u8, ages);
     (nodes(), peers(), more).prop_map(|(nodes, peers, (full, ours, heard, bare, ages))| {
@@ -510,7 +511,7 @@ fn beside_a_real_kilo_the_topology_is_kilos() {
         let topology = mesh.topology();
         prop_assert!(matches!(topology.mode, Mode::Kilo(_)));
         let expected = model(&mesh, &hits);
-        let ours = topology.segments.iter().map(told).collect::<Vec<_>>();
+        let ours = topology.segments.iter().map(as_model).collect::<Vec<_>>();
         prop_assert_eq!(&ours, &expected);
         let peers = topology.peers.iter().map(|peer: &ExternalPeer| {
             let nets = peer.allowed_ips.iter().map(ToString::to_string);
@@ -547,7 +548,7 @@ fn config() -> ProptestConfig {
 proptest! {
     #![proptest_config(config())]
 
-    /// What an agent says of its node's address is not believed beside Kilo either.
+    /// The address that an agent publishes for its node is judged beside Kilo too.
     #[test]
     fn beside_a_real_kilo_each_node_address_is_judged(mesh in mixed()) {
         let topology = mesh.topology();
@@ -559,7 +560,7 @@ proptest! {
                 prop_assert_eq!(owners.insert(*ip, &member.name), None);
             }
         }
-        // One that no other node or peer claims anything of is never refused.
+        // An address that no other node or peer claims is never refused.
         let kilo = NodeName("kilo".into());
         let owner = owners.get(&ip("192.168.9.9"));
         let keys = mesh.snapshot.nodes.values().filter_map(|node| node.public_key);
@@ -610,7 +611,7 @@ fn kilos_algorithm_decides_until_the_last_real_kilo_has_been_silent_for_a_minute
 fn changing_over_moves_no_address_and_interrupts_no_tunnel() {
     let mut mesh = two_nodes();
     let before = mesh.topology();
-    // The agents have published what Kilo gave them.
+    // The agents have published the addresses that Kilo assigned.
     for (_, leader) in before.leaders() {
         let ip = leader.wireguard_ips[0];
         mesh.node(&leader.node.0).wireguard_ips = vec![net(&format!("{ip}/16"))];

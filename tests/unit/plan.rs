@@ -1,7 +1,7 @@
-//! What each node of a known cluster does, as commands that a network engineer can review.
+//! The plan of each node of a known cluster, as commands that a network engineer can review.
 //!
-//! Backstops (`unreachable …`) stand beside every route to another region; where a test is about
-//! something else they are left out, and `tests/unit/reconcile.rs` shows that none is missing.
+//! Every route to another region has a backstop (`unreachable …`). Tests about something else leave backstops out;
+//! `tests/unit/reconcile.rs` shows that none is missing.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

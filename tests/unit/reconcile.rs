@@ -1,4 +1,4 @@
-//! What holds for every cluster: properties of the topology, the plan and the diff.
+//! Properties of the topology, the plan and the diff that hold for every cluster.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,7 +23,7 @@ fn reach(kernel: &mut FakeKernel, desired: &State) -> Result<(), TestCaseError> 
     Ok(())
 }
 
-/// How a route leaves its destination, if at all.
+/// The devices and gateways of each destination.
 fn unicast<'a>(state: &'a State, table: Table, dst: &IpNet) -> Vec<&'a RouteKey> {
     let is_unicast = |route: &Route| matches!(route, Route::Unicast { .. });
     let routes = state.routes.iter();
@@ -33,7 +33,7 @@ fn unicast<'a>(state: &'a State, table: Table, dst: &IpNet) -> Vec<&'a RouteKey>
         .collect()
 }
 
-/// What a look-up in one table finds, as the kernel looks: the longest prefix, the lowest metric.
+/// The route that the kernel finds in one table: that of the longest prefix and the lowest metric.
 fn look_up(state: &State, table: Table, ip: std::net::IpAddr) -> Option<&Route> {
     let routes = state.routes.iter();
     routes
@@ -44,7 +44,7 @@ fn look_up(state: &State, table: Table, ip: std::net::IpAddr) -> Option<&Route> 
 
 type Destinations = BTreeSet<(Table, IpNet)>;
 
-/// Destinations that packets can leave the node for, and those where they are at least refused.
+/// The destinations with a route, and those with a route or a backstop.
 fn destinations(state: &State) -> (Destinations, Destinations) {
     let (mut routed, mut held) = (BTreeSet::new(), BTreeSet::new());
     for (key, route) in &state.routes {
@@ -103,7 +103,7 @@ proptest! {
     // 256 cases, or as many as PROPTEST_CASES asks for.
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Agents see nodes in different orders and must still agree.
+    /// Agents receive nodes in different orders and must agree.
     #[test]
     fn the_topology_ignores_the_order_of_nodes_and_peers(
         mesh in mesh(),
@@ -134,7 +134,7 @@ proptest! {
         after in any_mesh(),
     ) {
         for me in before.names().filter(|me| after.snapshot.nodes.contains_key(*me)) {
-            // One node is looked at: its own flannel and addresses stay as they are.
+            // For one node, whose own flannel and addresses stay the same.
             let mut after = after.clone();
             after.backend = before.backend;
             after.direct_routing = before.direct_routing;
@@ -164,8 +164,8 @@ proptest! {
         }
     }
 
-    /// Two peers with the same allowed IP would steal each other's traffic. A wide item of a location
-    /// or an external peer may hold single nodes that came later: the longer prefix wins everywhere.
+    /// Two peers with the same allowed IP would take each other's traffic. A wide item of a location or an external
+    /// peer may contain single nodes that joined later: the longer prefix always wins.
     #[test]
     fn allowed_ips_of_peers_are_disjoint(mesh in mesh()) {
         let topology = mesh.topology();
@@ -211,7 +211,7 @@ proptest! {
                     let backstop = RouteKey { table: Table::Mesh, dst: *pods, metric: BACKSTOP_METRIC };
                     prop_assert_eq!(state.routes.get(&backstop), Some(&Route::Unreachable));
 
-                    // flannel itself has a way to the leader of this node, if it is another one.
+                    // flannel has a route to the leader of this node, if that is another node.
                     let reachable = own.leader(me).is_some()
                         || leaders.iter().flat_map(|node| &node.pod_cidrs).filter(same_family).any(|net| {
                             let flannel = mesh.flannel(me);
@@ -224,7 +224,7 @@ proptest! {
         }
     }
 
-    /// Two regions may use the same subnet: what is near is flannel's and main's business.
+    /// Two regions may use the same subnet: flannel and table main reach the addresses of the own region.
     #[test]
     fn addresses_of_the_own_region_are_not_routed_to_another(mesh in mesh()) {
         let topology = mesh.topology();
@@ -248,7 +248,7 @@ proptest! {
         }
     }
 
-    /// Both ends of a tunnel know each other, and each lets through what is the other's.
+    /// Both ends of a tunnel are peers of each other, and each accepts the other's pods.
     #[test]
     fn both_leaders_of_a_tunnel_have_each_other_as_peers(mesh in mesh()) {
         let topology = mesh.topology();
@@ -264,7 +264,7 @@ proptest! {
         }
     }
 
-    /// A node that joins in a region of its own, whatever it says, takes nothing from the others.
+    /// A node that joins in a region of its own takes nothing from the others, for any of its statements.
     #[test]
     fn a_newcomer_takes_nothing_from_other_nodes(mesh in mesh(), newcomer in node(11)) {
         let mut mesh = mesh;
@@ -274,7 +274,7 @@ proptest! {
             node.created = 1 << 40;
             node.region.0 = "zz".into();
             node.name.0 = "zz".into();
-            // Where another leader was seen is for its fellow leaders to say.
+            // Observations of other leaders' endpoints are left to the present leaders.
             node.discovered_endpoints.clear();
             node.ledger = recorded(node, node.created);
         });
@@ -297,9 +297,8 @@ proptest! {
         }
     }
 
-    /// A newcomer in any region, under any name, whose Node is older than all others, takes nothing
-    /// from Ready nodes that recorded what they hold. It records what it claims as the admission policy
-    /// allows: not in the past.
+    /// A newcomer in any region, with any name, whose Node is older than all others, takes nothing from Ready nodes
+    /// that recorded their claims. It records its own claims as the admission policy allows: not in the past.
     #[test]
     fn a_newcomer_with_an_old_object_takes_nothing_that_is_recorded(
         mesh in mesh(),
@@ -315,7 +314,7 @@ proptest! {
         let newcomer = newcomer.with(|node| {
             node.created = -1;
             node.name.0 = name.into();
-            // What only the control plane and the operator write.
+            // Only the control plane and the operator write these.
             node.pod_cidrs = vec![net("10.42.11.0/24")];
             node.leader = false;
             node.allowed_location_ips.clear();
@@ -349,8 +348,8 @@ proptest! {
                 continue;
             };
             prop_assert_eq!(&before.addresses, &after.addresses);
-            // Where two regions share a subnet, an address in it is the own region's, and is not looked
-            // for elsewhere.
+            // Where two regions share a subnet, an address in it belongs to the own region and is not routed to the
+            // other one.
             let group = |name: &NodeName| {
                 let outside = new.outsider(name).map(|outsider| &outsider.group);
                 new.segment_of(name).map(|segment| &segment.group).or(outside)
@@ -368,7 +367,7 @@ proptest! {
     }
 }
 
-/// When the nodes of a settled mesh recorded their claims: after all objects were made.
+/// The time at which the nodes of a settled mesh recorded their claims: after all objects were created.
 const SETTLED: i64 = 1 << 30;
 
 /// A mesh that has settled: leaders have published their addresses, and all claims are recorded.
@@ -410,17 +409,17 @@ fn the_fake_kernel_refuses_what_the_kernel_refuses() {
     let desired = mesh.state("a");
     let changes = diff(&State::default(), &desired);
 
-    // The other way round something that is needed is not there yet.
+    // In the reverse order something that is needed is missing.
     let mut kernel = FakeKernel::before_the_agent(&mesh, &me);
     let backwards = changes.iter().rev().map(|change| kernel.apply(change));
     assert!(backwards.filter(Result::is_err).count() > 5);
 
-    // What is there is not made again.
+    // Existing objects are not created again.
     let mut kernel = FakeKernel::before_the_agent(&mesh, &me);
     assert!(changes.iter().all(|change| kernel.apply(change).is_ok()));
     assert!(changes.iter().all(|change| kernel.apply(change).is_err()));
 
-    // The last address takes the routes with it.
+    // The kernel deletes the routes with the last address.
     let link = selvedge::diff::Change::Kernel(selvedge::diff::KernelChange::DeleteAddress {
         dev: "kilo0".into(),
         address: net("10.42.1.0/32"),

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// One row: the annotation, what is wrong with it, what it counts as; none is its absence.
+/// One row: the annotation, a bad value, and the value that it counts as; `None` is its absence.
 type Row<'a> = (&'a str, &'a str, Option<&'a str>);
 
 fn expect_annotations(rows: &[Row<'_>]) {
@@ -147,7 +147,7 @@ fn bad_items_of_allowed_location_ips_leave_the_good_ones() {
 fn allowed_location_ips_of_other_owners_are_left_out() {
     let key = "kilo.squat.ai/allowed-location-ips";
     expect_annotations(&[
-        // Pods, services and WireGuard addresses of everybody.
+        // Pods, services and WireGuard addresses of the cluster.
         (key, "10.42.0.0/16", None),
         (key, "10.43.7.0/24", None),
         (key, "10.4.0.0/16", None),
@@ -178,7 +178,7 @@ fn a_requested_address_outside_the_subnet_counts_as_absent() {
             objects
         };
         let owner = Object::Node(NodeName(leader.into()));
-        // Null is no text: the annotation as absent.
+        // Null is not a string: the annotation counts as absent.
         let mut without = with(None);
         let annotations = &mut object(&mut without, leader)["metadata"]["annotations"];
         annotations
@@ -282,7 +282,7 @@ fn bad_flannel_annotations_count_as_absent() {
     ]);
 }
 
-/// Expects that `change` to a Node is for all others as if it had not been made.
+/// Expects that `change` to a Node changes no other node's state.
 fn expect_others_untouched(
     what: &str,
     victim: &str,

@@ -1,4 +1,4 @@
-//! Whatever text stands in the annotations.
+//! Arbitrary text in the annotations.
 
 use proptest::prelude::*;
 use selvedge::cluster::annotation as read;
@@ -25,7 +25,7 @@ const KEYS: [&str; 17] = [
     read::WIREGUARD_IP,
 ];
 
-/// Text that is nearly right, which finds more than text that is not at all.
+/// Text that is nearly right, which finds more bugs than random text.
 fn text() -> impl Strategy<Value = String> {
     prop_oneof![
         any::<String>(),
@@ -39,12 +39,12 @@ fn text() -> impl Strategy<Value = String> {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        // PROPTEST_CASES asks for more.
+        // PROPTEST_CASES sets more.
         cases: ProptestConfig::default().cases.max(512),
         ..ProptestConfig::default()
     })]
 
-    /// Whatever stands on one node, no agent panics and no other region loses its pods.
+    /// For any annotations of one node no agent panics and no other region loses its pods.
     #[test]
     fn arbitrary_annotations_of_a_node_cost_no_other_node_its_pods(
         victim in 0..NODES.len(),
@@ -70,7 +70,7 @@ proptest! {
         }
     }
 
-    /// What is read and written again reads the same.
+    /// A parsed value that is formatted again parses to the same value.
     #[test]
     fn a_parsed_annotation_can_be_published_again(text in text()) {
         if let Ok(endpoint) = read::endpoint(&text) {

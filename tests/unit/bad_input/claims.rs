@@ -1,8 +1,8 @@
-//! Nodes and peers that claim what others have.
+//! Nodes and peers that claim what belongs to others.
 
 use super::*;
 
-/// A node that joins the second region, younger than all.
+/// A node that joins the second region, younger than all others.
 fn newcomer() -> Value {
     let mut node = objects()
         .into_iter()
@@ -25,7 +25,7 @@ fn newcomer() -> Value {
     node
 }
 
-/// Expects that a newcomer with a bad claim is for the others as one without it.
+/// Expects that a newcomer with a bad claim changes the others' states no more than one without it.
 fn expect_newcomer(what: &str, claim: impl Fn(&mut Value), without: impl Fn(&mut Value)) {
     let with = |change: &dyn Fn(&mut Value)| {
         let mut node = newcomer();

@@ -1,6 +1,5 @@
-//! What a node says of itself, and what the mesh makes of it: five nodes as in the lab, one of which
-//! lies. Each case has its control, which shows what the statement did without the record or the
-//! declaration that now decides.
+//! False statements of a node about itself, and their effect on the mesh: five nodes as in the lab, one of which
+//! lies. Each case has a control, which shows the effect without the record or the declaration that decides.
 
 use std::net::IpAddr;
 
@@ -11,7 +10,7 @@ use selvedge::topology::{Claim, Ledger, Mode, Node, RegionName, Segment, Segment
 use super::*;
 use crate::mesh::{With, addr, ip, key, net, node, peer_with, recorded};
 
-/// When all agents of the lab had recorded their claims, in Unix seconds.
+/// The time at which all agents of the lab had recorded their claims, in Unix seconds.
 const SETTLED: i64 = 1_700_000_000;
 
 fn location(name: &str) -> SegmentName {
@@ -59,7 +58,7 @@ fn segment(mesh: &Mesh, name: &str) -> Segment {
     topology.segment_of(&NodeName(name.into())).unwrap().clone()
 }
 
-/// Who an address is carried for.
+/// The nodes for which an address is carried.
 fn carried_for(mesh: &Mesh, address: &str) -> Vec<String> {
     let address = ip(address);
     let segments = mesh.topology().segments;
@@ -68,7 +67,7 @@ fn carried_for(mesh: &Mesh, address: &str) -> Vec<String> {
     nodes.map(|node| node.name.to_string()).collect()
 }
 
-/// Where a node's VXLAN may go.
+/// The addresses to which a node may send VXLAN.
 fn near(mesh: &Mesh, me: &str) -> BTreeSet<IpAddr> {
     match mesh.state(me).firewall.unwrap() {
         selvedge::state::Ruleset::Planned(firewall) => firewall.region_underlay,
@@ -76,7 +75,7 @@ fn near(mesh: &Mesh, me: &str) -> BTreeSet<IpAddr> {
     }
 }
 
-/// What is said of a node, in one text.
+/// All reports about a node, in one text.
 fn said(mesh: &Mesh, name: &str) -> String {
     let topology = mesh.topology();
     let excluded = topology.excluded.iter().map(ToString::to_string);
@@ -86,7 +85,7 @@ fn said(mesh: &Mesh, name: &str) -> String {
     about.collect::<Vec<_>>().join("\n")
 }
 
-/// What the others have must be as before: no peer of theirs loses anything but what is the liar's own.
+/// Expects that the others keep their state: no peer of theirs loses a prefix except the liar's own.
 fn expect_nothing_taken(before: &Mesh, after: &Mesh, liar: &str) {
     let (old, new) = (before.topology(), after.topology());
     let liar = &before.snapshot.nodes[&NodeName(liar.into())];
@@ -138,7 +137,7 @@ fn a_node_that_looks_like_kilo_does_not_choose_the_algorithm() {
     assert!(carried_for(&mesh, "203.0.113.66").is_empty());
     expect_nothing_taken(&before, &mesh, "a2");
 
-    // The control: the operator allows Kilo's algorithm, and it is followed.
+    // The control: the operator allows Kilo's algorithm, and it decides.
     mesh.agreed.beside_kilo = true;
     assert_eq!(
         mesh.topology().mode,
@@ -172,7 +171,7 @@ fn beside_kilo_a_node_gets_no_address_that_is_not_its_own() {
     let own = "192.168.50.12";
     assert_eq!(carried_for(&mesh, own), ["a2"]);
 
-    // Of anyone on the internet, of the cluster, of another node.
+    // An address of the internet, of the cluster, of another node.
     for stolen in ["203.0.113.66/32", "10.43.0.1/32", "192.168.77.21/24"] {
         mesh.node("a2").private_ip = Some(net(stolen));
         let address = net(stolen).addr().to_string();
@@ -183,7 +182,7 @@ fn beside_kilo_a_node_gets_no_address_that_is_not_its_own() {
         );
         assert!(!said(&mesh, "a2").is_empty(), "{stolen}");
     }
-    // The same by the kubelet, for an address that b1 holds.
+    // The same in the kubelet's status, for an address that b1 holds.
     mesh.node("a2").internal_ips = vec![ip("192.168.77.21")];
     mesh.node("a2").created = 0;
     assert!(!carried_for(&mesh, "192.168.77.21").contains(&"a2".to_owned()));
@@ -224,14 +223,14 @@ fn a_public_address_in_a_status_is_carried_only_when_the_operator_declares_it() 
 fn an_older_node_takes_no_address_from_a_newer_one_that_holds_it() {
     let before = lab();
     let mut mesh = before.clone();
-    // b1 is newer than a2, whose kubelet names its address now.
+    // b1 is newer than a2, whose kubelet now names b1's address.
     let a2 = mesh.node("a2");
     a2.internal_ips = vec![ip("192.168.77.21")];
     a2.ledger = Ledger::new([(Claim::Address(ip("192.168.77.21")), SETTLED + 500)]);
 
     assert_eq!(carried_for(&mesh, "192.168.77.21"), ["b1"]);
     expect_nothing_taken(&before, &mesh, "a2");
-    // Without a record of its own it loses too.
+    // Without a record a2 loses too.
     mesh.node("a2").ledger = Ledger::default();
     assert_eq!(carried_for(&mesh, "192.168.77.21"), ["b1"]);
 
@@ -298,7 +297,7 @@ fn an_address_that_only_flannels_annotation_names_is_not_in_the_region() {
     let mut mesh = lab();
     assert_eq!(near(&mesh, "a1"), own);
 
-    // The endpoint of master, the address of b1, anyone's.
+    // The endpoint of master, the address of b1, one of the internet.
     for named in ["203.0.113.10", "192.168.77.21", "198.51.100.66"] {
         mesh.node("a2").lease = lease(named);
         assert!(mesh.node("a2").lease.is_some());
@@ -337,7 +336,7 @@ fn with_node(mesh: &Mesh, node: Node) -> Mesh {
 #[test]
 fn a_node_with_anothers_region_label_gets_a_tunnel_and_no_clear_vxlan() {
     let before = lab();
-    // The name sorts first, so it led the region.
+    // Its name sorts first, so it used to lead the region.
     let mesh = with_node(&before, stranger("a0"));
 
     let own = segment(&mesh, "a0");
@@ -371,7 +370,7 @@ fn a_node_with_anothers_region_label_gets_a_tunnel_and_no_clear_vxlan() {
         );
     }
 
-    // The controls: the operator places it there, by its Node or by the region's networks.
+    // The controls: the operator puts it into the region, by its Node or by the region's networks.
     let located = stranger("a0").with(|node| node.region_declared = true);
     let mesh = with_node(&before, located);
     assert_eq!(segment(&mesh, "a0").name, location("nd"));
@@ -396,7 +395,7 @@ fn a_wide_link_or_an_older_object_does_not_change_a_regions_networks() {
     );
     assert_eq!(segment(&mesh, "a2").name, location("nd"));
 
-    // The control: where no place is recorded, the oldest object tells the region's network.
+    // The control: where no membership is recorded, the oldest object decides the region's network.
     let mut mesh = with_node(&before, liar);
     for node in mesh.snapshot.nodes.values_mut() {
         node.ledger = Ledger::default();
@@ -456,7 +455,7 @@ fn a_newcomer_whose_name_sorts_first_does_not_take_the_lead() {
     assert_eq!(segment(&mesh, "a0").name, location("nd"));
     assert_eq!(segment(&mesh, "a0").primary().node.0, "a1");
 
-    // Nor when it publishes an endpoint that all can reach, or says that it led before.
+    // Nor when it publishes a public endpoint, or states that it led before.
     let public = newcomer
         .clone()
         .with(|node| node.endpoint = addr("198.51.100.9:51820"));
@@ -472,13 +471,13 @@ fn a_newcomer_whose_name_sorts_first_does_not_take_the_lead() {
     a0.ledger = Ledger::new(claims.into_iter().chain([lead]));
     assert_eq!(segment(&mesh, "a0").primary().node.0, "a1");
 
-    // Nor when the leader is gone and another of the region's own is there.
+    // Nor when the leader is gone and another node of the region is there.
     mesh.node("a1").ready = false;
     mesh.node("a0").endpoint = None;
     mesh.node("a0").ledger = newcomer.ledger.clone();
     assert_eq!(segment(&mesh, "a0").primary().node.0, "a2");
 
-    // The operator's word counts at once.
+    // The operator's annotation counts at once.
     let mut mesh = with_node(&before, newcomer.clone());
     mesh.node("a0").leader = true;
     assert_eq!(segment(&mesh, "a0").primary().node.0, "a0");
@@ -533,7 +532,7 @@ fn an_older_node_takes_no_key_from_a_newer_one_that_holds_it() {
     );
     expect_nothing_taken(&before, &mesh, "a2");
 
-    // The control: where nothing is recorded, the older object has it, and b1 is out of the mesh.
+    // The control: where nothing is recorded, the older object gets the key, and b1 is excluded from the mesh.
     for node in mesh.snapshot.nodes.values_mut() {
         node.ledger = Ledger::default();
     }

@@ -1,4 +1,4 @@
-//! What each node has and publishes by Kilo's rules, given the model's segments.
+//! The tunnel's configuration and the annotations of each node by Kilo's rules, given the model's segments.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use selvedge::wireguard::key::PublicKey;
 use super::{Hits, ModelSegment, model_peers};
 use crate::mesh::Mesh;
 
-/// What `kg` writes into the tunnel of a node: an entry for each other segment and each peer.
+/// Compares the tunnel's peers with those of `kg`: one for each other segment and each external peer.
 pub(super) fn entries_are_kilos(
     mesh: &Mesh,
     topology: &Topology,
@@ -173,11 +173,11 @@ pub(super) fn annotations_are_kilos(
         .map(|(key, value)| (key.to_owned(), value))
         .collect();
     let seen = published.remove("kilo.squat.ai/discovered-endpoints");
-    // Kilo knows no ledger.
+    // Kilo has no ledger.
     published.remove("selvedge.dev/since");
     prop_assert_eq!(published, expected);
 
-    // Of all that a leader and the others saw: leaders with keepalives, and peers.
+    // Of all observations: those of leaders with keepalives, and of peers.
     let mut sought = BTreeSet::<PublicKey>::new();
     for segment in segments.iter().filter(|segment| segment.keepalive != 0) {
         sought.extend(mesh.snapshot.nodes[&NodeName(segment.leader.clone())].public_key);
@@ -189,7 +189,7 @@ pub(super) fn annotations_are_kilos(
     let mut known = BTreeMap::new();
     let members = segments.iter().flat_map(|segment| &segment.nodes);
     let members = members.map(|name| &mesh.snapshot.nodes[&NodeName(name.clone())]);
-    // The device, then what it knew in its last life, then the first by segment and name.
+    // The device's, then those published before a restart, then the first by segment and name.
     let told = std::iter::once(&node)
         .chain(members)
         .map(|node| &node.discovered_endpoints);

@@ -1,7 +1,7 @@
-//! How Kilo reads the annotations of a Node, once more: slow, on text, key by key.
+//! An independent model of Kilo's parsing of a Node's annotations: slow, on text, key by key.
 //!
-//! The values are those that Kilo and ours read alike. What ours refuses in addition (an endpoint at
-//! 127.0.0.1) or takes in addition (a space behind a comma) is shown where bad input is.
+//! Kilo and our agents parse these values alike. The tests of bad input cover those that only ours refuse (an
+//! endpoint at 127.0.0.1) or only ours accept (a space after a comma).
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use selvedge::cluster::{ParseSettings, node};
 use selvedge::topology::{Endpoint, Granularity};
 use serde_json::{Value, json};
 
-/// Every key with the values that it gets, each as often as any other; none is its absence.
+/// Every key with its values, all equally likely. `None` is its absence.
 const VALUES: [(&str, &[Option<&str>]); 11] = [
     (
         "force-endpoint",
@@ -99,7 +99,7 @@ fn annotations() -> impl Strategy<Value = (BTreeMap<String, String>, bool)> {
     })
 }
 
-/// `host:port` with a port from 1 to 65535; anything else is as absent.
+/// `host:port` with a port from 1 to 65535. Any other text counts as absent.
 fn endpoint(text: &str) -> Option<String> {
     let (host, port) = text.rsplit_once(':')?;
     let port: u16 = port.parse().ok()?;

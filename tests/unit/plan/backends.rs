@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// `a` leads two followers, one of them in another subnet, which the operator declares; `b` is elsewhere.
+/// `a` leads two followers, one of them in another subnet, which the operator declares; `b` is a remote region.
 fn mesh() -> Mesh {
     Mesh::new([
         node("a1", "a", 1, "192.168.1.1/24").with(|n| n.endpoint = addr("203.0.113.1:51820")),
@@ -140,7 +140,7 @@ fn with_encapsulate_never_followers_use_the_leaders_own_address_on_the_same_subn
     ip route replace table 5130 10.42.4.0/24 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 172.16.0.1 via 192.168.1.1 dev eth0 onlink src 10.42.2.0 mtu 1420
     ");
-    // Not on the same link: flannel's way is the only one.
+    // Not on the same link: only flannel's next hop is left.
     insta::assert_snapshot!(routes(&mesh, "a3"), @"
     ip route replace table 5130 throw 10.42.1.0/24
     ip route replace table 5130 throw 10.42.2.0/24

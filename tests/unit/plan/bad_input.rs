@@ -1,7 +1,7 @@
-//! Whatever one object says costs that object alone, and is named.
+//! A bad statement of one object affects that object alone, and is reported.
 //!
-//! A fifth node, in a region of its own, says something bad; it is read from JSON as the API gives
-//! it. All other nodes must do exactly what they would do if it had left that out.
+//! A fifth node, in a region of its own, makes a bad statement, parsed from JSON as the API returns it. All other
+//! nodes must have exactly the plan that they would have without the statement.
 
 use serde_json::{Value, json};
 
@@ -51,7 +51,7 @@ fn pods(pods: &[&str]) -> Value {
     })
 }
 
-/// The four good nodes and this one, and what was said about it.
+/// The four good nodes and this one, and the reports about it.
 fn mesh(object: &Value) -> (Mesh, Vec<String>) {
     let mut mesh = two_regions();
     let object = serde_json::from_value(object.clone()).unwrap();
@@ -192,7 +192,7 @@ fn a_status_with_another_nodes_address_takes_it_from_no_node() {
 
 #[test]
 fn bad_pod_cidrs_are_left_out() {
-    // Without any pods it takes no part, and there is nothing to refuse either.
+    // Without pods it takes no part in the mesh, and there are none to refuse.
     for stolen in [
         "10.42.2.0/24",
         "10.42.0.0/16",
@@ -271,7 +271,7 @@ fn a_bad_peer_takes_nothing_from_nodes_and_peers() {
         (mesh, said)
     };
 
-    // One item is bad: the others are carried.
+    // One item is bad: the other items are carried.
     let good = with(&peer(
         json!({"publicKey": key, "allowedIPs": ["10.5.0.1/32"]}),
     ))
@@ -291,7 +291,7 @@ fn a_bad_peer_takes_nothing_from_nodes_and_peers() {
         assert!(said.len() == 1 && said[0].contains("peer bad"), "{said:?}");
     }
 
-    // The whole of it is bad.
+    // All of it is bad.
     let psk = "not a key";
     let master = "ZFYh7Bi5FA0fNTizfHhMy0v+Wy+BVP2U85lC5PnHtFs=";
     let net = ["10.5.0.1/32"];
@@ -310,7 +310,7 @@ fn a_bad_peer_takes_nothing_from_nodes_and_peers() {
         assert!(!said.is_empty(), "{spec}");
     }
 
-    // An endpoint that cannot be one, or is nowhere: the peer roams.
+    // An endpoint that is invalid or unreachable: the peer roams.
     for (ip, dns) in [(Some("10.42.1.1"), None), (None, Some("nowhere.example"))] {
         let endpoint = json!({"dnsOrIP": {"ip": ip, "dns": dns}, "port": 51820});
         let (mesh, _) = with(&peer(

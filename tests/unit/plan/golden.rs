@@ -1,8 +1,7 @@
-//! What Kilo's agent would have on a node, written as its operator sees it, and what becomes of each line.
+//! The state of a node under Kilo's agent, as an operator sees it, and Selvedge's counterpart of each line.
 //!
-//! Kilo's lines are worked out by hand from its rules. [`Node::ours`] turns them into ours, line by line,
-//! and counts which [`Difference`]s that took; each scenario lists those it expects, so a new one is
-//! noticed, and one that is gone, too.
+//! Kilo's lines are worked out by hand from its rules. [`Node::ours`] translates them line by line and collects the
+//! [`Difference`]s. Each scenario lists those it expects, so a new one and a missing one are both noticed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,39 +11,39 @@ use selvedge::topology::NodeName;
 
 use super::Mesh;
 
-/// Where our routes, rules and addresses differ from Kilo's, each for its reason.
+/// The differences of our routes, rules and addresses from Kilo's, with their reasons.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) enum Difference {
-    /// Routes are in tables of our own, with a protocol number of our own: in main flannel takes its
-    /// routes back when it restarts, and after Kilo's clean-up they are missing.
+    /// Routes are in own tables, with an own protocol number: in table main flannel replaces routes when it
+    /// restarts, and after Kilo's clean-up they are missing.
     OwnTables,
     /// The source is the node's address in the cluster network, which every node routes, and not its
     /// private one, which two regions may both have.
     ClusterSource,
     /// Routes carry the tunnel's MTU, so that senders do not depend on ICMP from the leader.
     Mtu,
-    /// Behind each route to another region stands an `unreachable` one: nothing falls through to
-    /// flannel's, which would send it in clear.
+    /// Each route to another region has an `unreachable` backstop: no packet falls through to flannel's route, which
+    /// would send it in clear.
     Backstop,
     /// The own pods have a `throw` route: no wider claim of another node takes them.
     OwnPodsStay,
-    /// The cluster network ends `unreachable`, with a `throw` for the region's other pods: what is for a
-    /// Node that was deleted goes nowhere, and not to the default route.
+    /// The cluster network is `unreachable`, with a `throw` for the region's other pods: packets for a deleted Node
+    /// are refused and do not use the default route.
     NetworkEnds,
-    /// WireGuard addresses have a route each, for those that exist, and not the whole pool on the link;
-    /// the own one is a /32 in scope `link`.
+    /// Each existing WireGuard address has a route, instead of the whole pool on the link. The own one is a /32 in
+    /// scope `link`.
     OneRoutePerAddress,
     /// Members' hosts are selected by one rule for the link, and not by one per address.
     OneRuleForMembers,
-    /// Our rules have priorities of their own; they keep the tunnel's datagrams out of the tunnel and tell
-    /// pods from the host.
+    /// Our rules have other priorities. They keep the tunnel's datagrams out of the tunnel and distinguish pods
+    /// from the host.
     FixedRules,
     /// An address that is a tunnel's endpoint is carried for pods from the start, and left to the host
     /// itself. Kilo does not carry it until a node has observed that node at another endpoint.
     EndpointForPods,
 }
 
-/// A node with what Kilo has on it.
+/// A node with its state under Kilo.
 pub(crate) struct Node<'a> {
     /// Its name.
     pub(crate) name: &'a str,
@@ -225,7 +224,7 @@ pub(crate) fn wireguard(state: &State, names: &BTreeMap<String, &str>) -> String
     text
 }
 
-/// What the agent of a node publishes that has heard these peers: `key: value` lines.
+/// The annotations that a node's agent publishes after it received from these peers: `key: value` lines.
 pub(crate) fn annotations(
     mesh: &Mesh,
     me: &str,
@@ -249,7 +248,7 @@ pub(crate) fn annotations(
         server_time: None,
         lead: None,
     });
-    // The ledger only says since when; its own tests show it.
+    // The ledger holds only times. Its own tests cover it.
     let lines = published
         .into_iter()
         .filter(|(key, _)| *key != selvedge::cluster::annotation::SINCE)
@@ -257,7 +256,7 @@ pub(crate) fn annotations(
     lines.collect()
 }
 
-/// The same cluster with a real `kg` on one node: Kilo's algorithm to the letter.
+/// The same cluster with a real `kg` on one node: Kilo's algorithm, rule by rule.
 pub(crate) fn with_a_real_kilo(mut mesh: Mesh, node: &str) -> Mesh {
     mesh.now = 1_000;
     for node in mesh.snapshot.nodes.values_mut() {

@@ -1,8 +1,8 @@
-//! Who is masqueraded, rule by rule as in Kilo's chain `KILO-NAT`.
+//! Masquerading, rule by rule as in Kilo's chain `KILO-NAT`.
 //!
-//! The chains are written down from what Kilo does with this cluster (`--cni=false`), as `iptables-save` and
-//! `ip6tables-save` would print them; our table is asked about every pair of addresses that a rule tells
-//! apart. How the table is written for the kernel is shown in `tests/kernel`.
+//! The chains are those of Kilo in this cluster (`--cni=false`), as `iptables-save` and `ip6tables-save` print them.
+//! Our table is compared for every pair of addresses that a rule distinguishes. `tests/kernel` covers the table in
+//! the kernel.
 
 use std::net::IpAddr;
 
@@ -51,7 +51,7 @@ const IN_B: &str = "
 -A POSTROUTING -d 192.168.2.0/24 -j KILO-NAT
 ";
 
-/// Two regions of both families, what they offer, and two peers.
+/// Two regions of both families, their `allowed-location-ips`, and two peers.
 fn mesh() -> Mesh {
     let both = |name: &str, region: &str, seed: u8, address: &str| {
         node(name, region, seed, address).with(|node| {
@@ -118,7 +118,7 @@ fn kilo_masquerades(rules: &[Rule<'_>], from: IpAddr, to: IpAddr) -> bool {
         .is_some_and(|_| of("KILO-NAT").is_some_and(|rule| rule.target == "MASQUERADE"))
 }
 
-/// Whether our table does: its rules in the words of [`Firewall`].
+/// Whether our table does, by the values of [`Firewall`].
 fn we_masquerade(firewall: &Firewall, from: IpAddr, to: IpAddr) -> bool {
     let holds = |nets: &BTreeSet<IpNet>, ip: IpAddr| nets.iter().any(|net| net.contains(&ip));
     let asked =
@@ -165,7 +165,7 @@ fn masquerading_is_exactly_that_of_kilos_chain() {
         let ours = firewall(&mesh, me);
         assert_eq!(differences(&kilo, &ours, &probes), [""; 0], "{me}");
 
-        // The comparison bites: without any one of Kilo's rules it is another's.
+        // The control: without any one of Kilo's rules the results differ.
         for left_out in text.lines().filter(|line| !line.is_empty()) {
             let less = text.replace(&format!("{left_out}\n"), "");
             let found = differences(&rules(&less), &ours, &probes);

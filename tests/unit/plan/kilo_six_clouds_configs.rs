@@ -1,7 +1,6 @@
-//! Six nodes in five clouds, worked out by hand from what Kilo does there beside flannel.
+//! Six nodes in five clouds, worked out by hand from Kilo's behaviour beside flannel.
 //!
-//! Annotations, the tunnel's configuration and routes; what `showconf` and `graph` say of the same
-//! cluster is shown in the tests of the commands.
+//! Annotations, the tunnel's configuration and routes. The tests of `showconf` and `graph` use the same cluster.
 
 use super::golden::{Difference, annotations, wireguard};
 use super::*;
@@ -22,8 +21,8 @@ const NODES: [(&str, &str, &str, u8, &str); 6] = [
     ("bd2.k3s", "baidu", "192.168.64.5/20", 5, "203.0.113.6"),
 ];
 
-/// Kilo's routes by node, for the compatibility with flannel and without local routes: what is in
-/// one line goes the same way.
+/// Kilo's routes by node, in its compatibility with flannel and without local routes. The destinations of one line
+/// have the same next hop.
 const KILO: [(&str, &[(&str, &str)]); 6] = [
     (
         "ty1.k3s",
@@ -136,7 +135,7 @@ fn kilo(me: &str) -> String {
     let (_, ways) = KILO.into_iter().find(|(name, _)| *name == me).unwrap();
     for (destinations, way) in ways {
         for destination in destinations.split_whitespace() {
-            // What is left to flannel needs no route but to the member's host.
+            // Where flannel routes the pods, only the member's host needs a route.
             if me == "bd1.k3s" && way.contains("flannel") {
                 text += &format!("from all to {destination} iif kilo0 lookup 1107\n");
                 text += &format!("table 1107 {destination} {way} proto static onlink\n");
@@ -209,7 +208,7 @@ fn tunnels_are_kilos() {
     }
 }
 
-/// The scenario's table: the operator forces the endpoint, and the agent finds the rest.
+/// The operator forces the endpoint, and the agent finds the rest.
 #[test]
 fn annotations_are_the_scenarios() {
     let version = env!("CARGO_PKG_VERSION");

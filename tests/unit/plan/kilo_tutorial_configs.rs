@@ -1,6 +1,6 @@
-//! Scenario 002 whole: two groups of two nodes, mixed by location annotations and as a full mesh, with a
-//! VPN client. Worked out by hand from Kilo's rules; with our algorithm and with Kilo's it is the same.
-//! `cross`, which Kilo does not have, is shown in `kilo_tutorial`.
+//! Kilo's tutorial in full: two groups of two nodes, mixed by location annotations and as a full mesh, with a VPN
+//! client. Worked out by hand from Kilo's rules; both algorithms give the same. `kilo_tutorial` covers `cross`,
+//! which Kilo does not have.
 
 use selvedge::graph;
 use selvedge::showconf::{Shape, showconf};
@@ -169,7 +169,7 @@ fn routes_are_kilos_but_for_these_differences() {
 
 #[test]
 fn tunnels_are_kilos_where_the_operator_sets_the_keepalive_interval() {
-    // Kilo's default; ours is to send some until they are known to be of no use.
+    // Kilo's default. Ours is to send keepalives until they are known to be unnecessary.
     let without = |mut mesh: Mesh| {
         for node in mesh.snapshot.nodes.values_mut() {
             node.persistent_keepalive = Some(0);
@@ -208,7 +208,7 @@ fn tunnels_are_kilos_where_the_operator_sets_the_keepalive_interval() {
     }
 }
 
-/// The endpoint that is published is the node's own find; here it is the operator's.
+/// By default the agent publishes the endpoint that it found. Here it is the operator's.
 #[test]
 fn annotations_are_kilos_with_our_mark() {
     let forced = |mut mesh: Mesh| {

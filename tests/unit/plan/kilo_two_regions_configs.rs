@@ -1,5 +1,5 @@
-//! Scenario 000 whole: a public server behind 1:1 NAT, three agents behind one NAT, annotated as the
-//! operator does. Worked out by hand from Kilo's rules; with our algorithm and with Kilo's it is the same.
+//! Two regions behind NAT in full: a public server behind 1:1 NAT, three agents behind one NAT, with an operator's
+//! annotations. Worked out by hand from Kilo's rules; both algorithms give the same.
 
 use selvedge::graph;
 use selvedge::showconf::{Shape, showconf};
@@ -143,7 +143,7 @@ fn tunnels_are_kilos_where_the_operator_sets_the_keepalive_interval() {
     let names = [(MASTER, "node-master"), (AGENT_01, "node-agent-01")];
     let names = names.map(|(key, name)| (key.to_owned(), name)).into();
     for mut mesh in both() {
-        // Kilo's default; ours is to send some until they are known to be of no use.
+        // Kilo's default. Ours is to send keepalives until they are known to be unnecessary.
         mesh.node("node-master").persistent_keepalive = Some(0);
         assert_eq!(
             wireguard(&mesh.state("node-master"), &names),
@@ -196,7 +196,7 @@ fn annotations_are_kilos_with_our_mark() {
     );
 }
 
-/// The time, the empty address of Kilo's Cilium mode, and no WireGuard address where none leads.
+/// The check-in time, the empty address of Kilo's Cilium mode, and no WireGuard address on followers.
 #[test]
 fn beside_a_real_kilo_annotations_are_kilos_with_our_mark() {
     let version = env!("CARGO_PKG_VERSION");

@@ -1,4 +1,4 @@
-//! Who leads, and what a change of leader does.
+//! The election of leaders, and the changes of another leader.
 
 use super::*;
 

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// `a` offers its storage network and an address; `b` is elsewhere.
+/// `a` has its storage network and an address as location IPs; `b` is a remote region.
 fn mesh() -> Mesh {
     Mesh::new([
         node("a1", "a", 1, "192.168.1.1/24").with(|n| {

@@ -65,7 +65,7 @@ fn of_two_equally_old_claims_the_first_by_name_wins() {
     assert_eq!(topology.excluded.len(), 1);
 }
 
-/// What was left out waits: of the claims that are there the oldest counts.
+/// A claim that was left out is judged again: the oldest of the present claims wins.
 #[test]
 fn when_a_peer_is_deleted_the_next_oldest_claim_wins() {
     let later = |name: &str, seed: u8, nets: &[&str]| vpn_peer(name, seed, nets);

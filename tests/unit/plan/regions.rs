@@ -1,4 +1,4 @@
-//! A third region, also with the same subnet, and API servers elsewhere.
+//! A third region, also with the same subnet, and remote API servers.
 
 use super::*;
 
@@ -198,7 +198,7 @@ fn an_address_in_a_connected_network_is_left_to_that_network() {
     peer phone: 192.168.50.99 is not reached through the tunnel from here, because this node is connected to 192.168.50.0/24
     ");
 
-    // What the tunnel hears from there is the node: its handshake proves it.
+    // The tunnel receives from the node at that address: the handshake proves it.
     let leader = mesh
         .topology()
         .segment_of(&NodeName("b2".into()))

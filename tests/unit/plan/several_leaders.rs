@@ -1,4 +1,4 @@
-//! A segment with several leaders. The election names one leader so far; everything after it takes a list.
+//! A segment with several leaders. The election names one leader so far; the plan takes a list.
 
 use selvedge::topology::{Leader, Topology};
 

@@ -120,8 +120,8 @@ fn the_plan_is_the_same_without_annotations_of_the_operator() {
     }
 }
 
-/// The check of what arrives from there knows no mark: routed into the tunnel, the tunnel's own
-/// datagrams would be dropped.
+/// The reverse-path check of packets from there has no mark: if the address were routed into the tunnel, the kernel
+/// would drop the tunnel's own datagrams.
 #[test]
 fn the_host_reaches_tunnel_endpoints_directly() {
     let mut mesh = two_regions();
@@ -290,13 +290,13 @@ fn a_leader_behind_nat_is_reached_at_its_observed_endpoint() {
     mesh.node("node-master").discovered_endpoints.clear();
     assert_eq!(endpoint(&mesh), Some(annotated));
 
-    // A third region's public leader saw it.
+    // A third region's public leader observed it.
     let third = node("z", "z", 9, "203.0.113.30/24")
         .with(|node| node.discovered_endpoints = [(nd, elsewhere)].into());
     mesh.snapshot.nodes.insert(third.name.clone(), third);
     assert_eq!(endpoint(&mesh), Some(elsewhere));
 
-    // What this node hears itself is better.
+    // This node's own observation comes first.
     mesh.observed = [(nd, here)].into();
     assert_eq!(endpoint(&mesh), Some(here));
 }

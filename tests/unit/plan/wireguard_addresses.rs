@@ -1,4 +1,4 @@
-//! Sticky addresses out of the pool.
+//! WireGuard addresses from the pool, which nodes keep.
 
 use super::*;
 
@@ -40,7 +40,7 @@ fn the_addresses_of_a_new_mesh_do_not_depend_on_the_order_of_the_agents() {
         let mut mesh = regions(&["a", "b", "c"]);
         for other in ["a", "b", "c"].into_iter().filter(|name| *name != first) {
             let node = mesh.node(other);
-            // Before its agent came up; the status is the kubelet's.
+            // Before its agent started. The kubelet sets the status.
             (node.public_key, node.private_ip) = (None, None);
         }
         assert_eq!(addresses(&mesh).get(first), complete.get(first));
