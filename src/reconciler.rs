@@ -57,7 +57,7 @@ pub struct Owner<F> {
 enum Command {
     Read,
     Reconcile(Box<Desired>),
-    Firewall(firewall::Outcome),
+    Firewall(Box<firewall::Outcome>),
     /// Ends the thread. With `remove`, everything but the link is removed before.
     Stop {
         remove: bool,
@@ -98,7 +98,7 @@ impl Reconciler {
         let outcomes = commands.clone();
         let worker = firewall::Worker::start(Arc::clone(&nft), move |outcome| {
             // The reconciler may have ended meanwhile.
-            let _ = outcomes.send(Command::Firewall(outcome));
+            let _ = outcomes.send(Command::Firewall(Box::new(outcome)));
         })?;
         let thread = Thread {
             core: Core::default(),
@@ -196,7 +196,7 @@ impl<F> Thread<F> {
                         self.core.handle_desired(*desired);
                         is_pass_due = true;
                     }
-                    Command::Firewall(outcome) => is_pass_due |= self.take_outcome(outcome),
+                    Command::Firewall(outcome) => is_pass_due |= self.take_outcome(*outcome),
                     Command::Stop { remove, done } => {
                         self.finish_firewall();
                         let removed = if remove {
@@ -262,10 +262,12 @@ impl<F> Thread<F> {
         {
             match command {
                 Command::Firewall(outcome) => {
-                    self.take_outcome(outcome);
+                    self.take_outcome(*outcome);
                     return;
                 }
-                other => self.waiting.push_back(other),
+                other @ (Command::Read | Command::Reconcile(_) | Command::Stop { .. }) => {
+                    self.waiting.push_back(other);
+                }
             }
         }
     }
@@ -284,7 +286,7 @@ impl<F> Thread<F> {
             let left = until.saturating_duration_since(now());
             match self.received.recv_timeout(left) {
                 Ok(Command::Firewall(outcome)) => {
-                    self.core.handle_firewall(outcome, now());
+                    self.core.handle_firewall(*outcome, now());
                 }
                 Ok(_) => {}
                 Err(_) => return,

@@ -436,7 +436,7 @@ impl Core {
         let waits = self.waits_for_firewall();
         let blind = self.observe.is_some();
         let failed = self.failed.values();
-        let failed = failed.filter(|failed| !blind && !(waits && may_wait(&failed.change)));
+        let failed = failed.filter(|failed| !(blind || waits && may_wait(&failed.change)));
         let failed = failed.map(|failed| failed.retry.next);
         let observe = self.observe.iter().map(|(retry, _)| retry.next);
         let repair = self.repair.iter().map(|(retry, _)| retry.next);
@@ -457,7 +457,13 @@ impl Core {
         let changes = self.failed.iter().map(|(item, failed)| {
             let kind = match item {
                 Item::ListenPort => FailureKind::ListenPort,
-                _ => FailureKind::Change,
+                Item::Link
+                | Item::Sysctl(_)
+                | Item::Address(_)
+                | Item::Peer(_)
+                | Item::Firewall
+                | Item::Route(_)
+                | Item::Rule(_) => FailureKind::Change,
             };
             failure(kind, &failed.sentence)
         });

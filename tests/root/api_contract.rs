@@ -1,9 +1,5 @@
 //! The contract of `tests/unit/api` on a real kube-apiserver, so that the stand-in behaves as the real one.
-#![expect(
-    clippy::disallowed_methods,
-    clippy::unwrap_used,
-    reason = "tests wait for other programs, by the clock, and fail by panicking"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use selvedge_lab::{ControlPlane, Namespace, Node, scratch};
 

@@ -3,6 +3,7 @@
 //! Imports that run in a circle tie files together that a reader can then only understand at once. This
 //! test reads the sources, not the compiled program. It leaves out test modules, and paths inside of
 //! macros.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -249,7 +249,9 @@ pub(crate) fn key(seed: u8) -> PublicKey {
 /// The peer with this key.
 pub(crate) fn peer_with(state: &State, key: PublicKey) -> &PeerConfig {
     let mut peers = state.peers.values();
-    peers.find(|peer| peer.public_key == key).unwrap()
+    peers
+        .find(|peer| peer.public_key == key)
+        .expect("no peer has this key")
 }
 
 /// A node with an agent of ours, Ready, with a private address and pods, and nothing else.
