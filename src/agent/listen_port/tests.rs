@@ -4,7 +4,11 @@
     reason = "an instant can only be had from the clock"
 )]
 
+use std::sync::Arc;
+
 use super::*;
+use crate::topology::{Candidate, Node, Segment, SegmentName, Topology};
+use crate::wireguard::PeerStats;
 
 const CONFIGURED: u16 = 51_820;
 const PEER: PublicKey = PublicKey([7; 32]);
@@ -145,4 +149,132 @@ fn the_next_run_of_the_agent_keeps_the_published_port() {
     world.port.handle_published(4500, world.start);
     world.port.handle_published(FIRST, world.start);
     assert_eq!(world.port.port(), CONFIGURED);
+}
+
+/// What a look says of a leader `own`, which has a session with `master` and none with `far`.
+struct Facets {
+    facts: Facts,
+    decision: Decision,
+    stats: Stats,
+}
+
+impl Facets {
+    fn new() -> Self {
+        let name = |name: &str| NodeName(name.into());
+        let leader = |(number, node): (u8, &str)| Leader {
+            node: name(node),
+            keys: vec![PublicKey([number; 32])],
+            endpoint: None,
+            address: None,
+            discovered: None,
+            candidates: vec![],
+            behind_nat: true,
+            persistent_keepalive: 25,
+            keepalive_forced: false,
+            wireguard_ips: vec![],
+        };
+        let leaders: Vec<_> = [(1, "own"), (2, "master"), (3, "far")].map(leader).into();
+        let segment = |leader: &Leader| Segment {
+            name: SegmentName::Node(leader.node.clone()),
+            group: SegmentName::Node(leader.node.clone()),
+            nodes: vec![crate::topology::Member {
+                name: leader.node.clone(),
+                endpoint: None,
+                pod_cidrs: vec![],
+                addresses: vec![],
+                underlay: [].into(),
+                flannel_ips: [].into(),
+                private_ip: None,
+            }],
+            leaders: vec![leader.clone()],
+            allowed_location_ips: vec![],
+        };
+        let stats = |leader: &Leader| PeerStats {
+            public_key: leader.public_key(),
+            endpoint: None,
+            rx_bytes: 0,
+            tx_bytes: 0,
+            last_handshake: (leader.node == name("master")).then_some(Duration::ZERO),
+            heard_unasked: None,
+            unanswered: None,
+            answer: None,
+        };
+        let at = |text: &str| text.parse().unwrap();
+        let candidate = Candidate {
+            address: at("203.0.113.30:51820"),
+            origin: Origin::Discovered,
+        };
+        let peers = leaders[1..].iter();
+        let mut facts = Facts {
+            alive: [(PublicKey([2; 32]), at("203.0.113.10:51820"))].into(),
+            ..Facts::default()
+        };
+        let object = serde_json::json!({"metadata": {"name": "own"}});
+        let object = serde_json::from_value(object).unwrap();
+        let (own, _) = crate::cluster::node::parse(&object, &Default::default());
+        let snapshot = Arc::make_mut(&mut facts.snapshot);
+        snapshot.nodes.insert(name("own"), own.unwrap());
+        Self {
+            facts,
+            decision: Decision {
+                topology: Arc::new(Topology {
+                    segments: leaders.iter().map(segment).collect(),
+                    ..Topology::default()
+                }),
+                candidates: [(leaders[2].peer_id(), vec![candidate])].into(),
+                seen: [at("203.0.113.20:51820")].into(),
+                ..Decision::default()
+            },
+            stats: Stats {
+                peers: peers.map(|peer| (peer.peer_id(), stats(peer))).collect(),
+                ..Stats::default()
+            },
+        }
+    }
+
+    /// Whether a change may follow from it.
+    fn may_change(&self) -> bool {
+        let me = NodeName("own".into());
+        let look = Look::new(&self.facts, &self.decision, &self.stats, &me);
+        look.may_choose && look.is_behind_nat && !look.unanswered.is_empty()
+    }
+
+    fn own(&mut self) -> &mut Node {
+        let snapshot = Arc::make_mut(&mut self.facts.snapshot);
+        snapshot.nodes.get_mut(&NodeName("own".into())).unwrap()
+    }
+}
+
+#[test]
+fn a_port_is_chosen_only_where_it_can_help_and_breaks_nothing() {
+    assert!(Facets::new().may_change());
+    let without = |change: fn(&mut Facets)| {
+        let mut facets = Facets::new();
+        change(&mut facets);
+        !facets.may_change()
+    };
+    assert!(without(|of| of.own().endpoint_forced = true), "forced");
+    assert!(without(|of| of.decision.seen.clear()), "not behind NAT");
+    assert!(without(|of| of.facts.alive.clear()), "no uplink");
+    let called = |of: &mut Facets| _ = of.facts.callers.insert(PublicKey([9; 32]));
+    assert!(without(called), "a peer called unasked");
+    assert!(
+        without(|of| of.decision.candidates.clear()),
+        "no leader sees the far leader"
+    );
+    let heard = |of: &mut Facets| {
+        let far = of
+            .stats
+            .peers
+            .values_mut()
+            .find(|peer| peer.public_key == PublicKey([3; 32]));
+        far.unwrap().last_handshake = Some(Duration::from_secs(1000));
+    };
+    assert!(without(heard), "it answered once");
+    let forced = |of: &mut Facets| {
+        for candidates in of.decision.candidates.values_mut() {
+            candidates[0].origin = Origin::Forced;
+        }
+    };
+    assert!(without(forced), "its operator forwards a port");
 }
