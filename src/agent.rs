@@ -120,6 +120,8 @@ struct Agent {
     tunnel_events: Arc<Notify>,
     /// When the tunnel's counters were last read at a tick.
     ticked: Instant,
+    /// Whether the tunnel had events since then.
+    has_events: bool,
     monitor: Monitor,
     host_firewall: HostFirewall,
     writer: saved_view::Writer,
@@ -156,7 +158,7 @@ impl Agent {
             self.carry_out();
             self.shown.alive.send_replace(now());
             let timeout = self.controller.poll_timeout();
-            let is_at_rest = self.controller.is_at_rest();
+            let is_at_rest = self.controller.is_at_rest() && !self.has_events;
             let tick = self.ticked + if is_at_rest { TICK_AT_REST } else { TICK };
             tokio::select! {
                 _ = terminate.recv() => break,
@@ -188,10 +190,11 @@ impl Agent {
                     // The client may be gone.
                     let _ = question.send(self.report());
                 }
+                // An event is a reason to read the counters, which have the values: at once from rest, and
+                // not more often than at every tick, or each step of a search would be published.
                 () = self.tunnel_events.notified() => {
-                    // An event is a reason to read the counters, which have the values.
                     self.reconciler.tunnel().take_events();
-                    self.read_tunnel();
+                    self.has_events = true;
                 }
                 () = sleep_until(Some(tick)) => self.handle_tick(),
                 () = sleep_until(timeout) => self.controller.handle_timeout(now()),
@@ -225,6 +228,7 @@ impl Agent {
 
     fn handle_tick(&mut self) {
         self.ticked = now();
+        self.has_events = false;
         self.read_tunnel();
         let (links, ipv6) = self.controller.forwarding_links();
         let off = forwarding::settings(&links, ipv6);

@@ -102,6 +102,7 @@ impl Agent {
             messages,
             tunnel_events,
             ticked: now(),
+            has_events: false,
             monitor,
             names,
             addresses,
