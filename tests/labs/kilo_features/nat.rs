@@ -190,6 +190,7 @@ pub(crate) fn restart_router(lab: &Lab, name: &str, ports: &str) -> anyhow::Resu
 
 /// `routers`: their names, the addresses of their leaders, and the ports that they use from now on.
 fn follows_new_mappings(lab: &Lab, routers: &[(&str, &str, &str)]) -> anyhow::Result<String> {
+    wait_for_records_of_leads(lab)?;
     let written = writes(lab)?;
     let server = (lab.pod(LEADER)?.address(), PORT).into();
     let stream = Stream::start(&lab.pod(THIRD_LEADER)?.namespace().path(), server)?;
@@ -258,6 +259,19 @@ fn knows(lab: &Lab, net: &str) -> bool {
     routes.is_ok_and(|routes| routes.contains(net))
 }
 
+/// A leader records its lead once, after it has led for half a minute. That write is not about endpoints.
+fn wait_for_records_of_leads(lab: &Lab) -> anyhow::Result<()> {
+    for leader in [LEADER, THIRD_LEADER] {
+        let path = format!("/api/v1/nodes/{leader}");
+        wait_for("the record of the lead", Duration::from_secs(60), || {
+            let node = lab.api().get(&path).unwrap_or_default();
+            let ledger = node["metadata"]["annotations"]["selvedge.dev/since"].as_str();
+            ledger.is_some_and(|ledger| ledger.contains("lead:"))
+        })?;
+    }
+    Ok(())
+}
+
 /// How often a Node was patched by an agent so far.
 fn writes(lab: &Lab) -> anyhow::Result<usize> {
     let audit = lab.plane()?.audit()?;
@@ -318,6 +332,7 @@ pub(crate) fn symmetric(steps: &mut Steps) -> Option<()> {
         },
     );
     steps.step("no_agent_writes_about_it_repeatedly", || {
+        wait_for_records_of_leads(&lab)?;
         let before = writes(&lab)?;
         ensure!(
             before > 0,
