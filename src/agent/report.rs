@@ -108,7 +108,7 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
             interface: config.interface.clone(),
             public_key: inputs.public_key.to_string(),
             listen_port: desired.listen_port.map(Into::into),
-            port_reason: port_reason(inputs),
+            port_reason: port_reason(inputs, desired),
             mtu: desired.link.as_ref().map(|link| link.mtu),
             addresses: desired.addresses.keys().map(ToString::to_string).collect(),
             endpoint: decision
@@ -207,8 +207,12 @@ fn peers(inputs: &Inputs<'_>, desired: &State) -> Vec<Peer> {
 }
 
 /// Why the tunnel does not listen on `--port`.
-fn port_reason(inputs: &Inputs<'_>) -> Option<String> {
+fn port_reason(inputs: &Inputs<'_>, desired: &State) -> Option<String> {
     let configured = inputs.config.port;
+    // The tunnel follows the published endpoint, a moment after the choice.
+    if desired.listen_port?.get() == configured {
+        return None;
+    }
     let reason = match inputs.listen_port.reason()? {
         Some(peer) => format!(
             "{} never answered there",
