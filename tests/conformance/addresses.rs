@@ -153,7 +153,8 @@ pub(crate) fn a_removed_local_address_costs_no_packet(pairing: Pairing) -> Resul
     right.ping(LEFT4)?;
     expect_endpoint(right, left, "[fd00:bb::1]:1")?;
     left.ip("address delete fd00:bb::1/128 dev other")?;
-    left.ping(RIGHT4).context("after the removal of the local address")?;
+    left.ping(RIGHT4)
+        .context("after the removal of the local address")?;
     expect_endpoint(right, left, "[fd00:aa::1]:1")
 }
 

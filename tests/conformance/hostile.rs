@@ -210,7 +210,10 @@ pub(crate) fn datagrams_replayed_after_a_restart_deliver_nothing(pairing: Pairin
     loop {
         match socket.recv(&mut [0; 2048]) {
             Ok(length) => {
-                ensure!(length == 92, "{length} bytes were sent to an unknown sender");
+                ensure!(
+                    length == 92,
+                    "{length} bytes were sent to an unknown sender"
+                );
                 answers += 1;
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}

@@ -403,7 +403,10 @@ pub(crate) fn the_tunnel_recovers_with_the_underlay(pairing: Pairing) -> Result<
         pair.left.ip(back)?;
         let left = &pair.left;
         left.reaches(RIGHT4).context(back)?;
-        ensure!(!pair.left.tunnel.ended(), "the daemon has ended after {away}");
+        ensure!(
+            !pair.left.tunnel.ended(),
+            "the daemon has ended after {away}"
+        );
     }
     tcp(&pair.left.space, &pair.right.space, RIGHT4, 1 << 20)
 }

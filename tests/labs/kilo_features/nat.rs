@@ -272,6 +272,15 @@ fn wait_for_records_of_leads(lab: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What `doctor` and `status` print on a node.
+fn reports(lab: &Lab, node: &str) -> anyhow::Result<Vec<String>> {
+    let mut command = Command::new(SELVEDGE);
+    command.arg("doctor");
+    let doctor = String::from_utf8(lab.node(node)?.output(command)?.stdout)?;
+    let status = selvedge(lab.node(node)?, lab, &["status"])?;
+    Ok(vec![doctor, status])
+}
+
 /// How often a Node was patched by an agent so far.
 fn writes(lab: &Lab) -> anyhow::Result<usize> {
     let audit = lab.plane()?.audit()?;
@@ -316,17 +325,17 @@ pub(crate) fn symmetric(steps: &mut Steps) -> Option<()> {
             let (from, to) = (format!("pod@{LEADER}"), format!("pod@{THIRD_LEADER}"));
             let reached = claims::reached_within(&lab, &from, &to, Duration::from_secs(3));
             ensure!(reached.is_err(), "they reach each other");
+            // A leader knows that it is behind NAT itself once another leader has published where it is.
             for (node, other) in [(LEADER, "location:third"), (THIRD_LEADER, "location:nd")] {
-                let mut command = Command::new(SELVEDGE);
-                command.arg("doctor");
-                let doctor = String::from_utf8(lab.node(node)?.output(command)?.stdout)?;
-                let status = selvedge(lab.node(node)?, &lab, &["status"])?;
-                for text in [doctor, status] {
-                    ensure!(
-                        text.contains(other) && text.contains("both behind NAT"),
-                        "{text}"
-                    );
-                }
+                let mut texts = Vec::new();
+                let named = wait_for("status and doctor to name the NATs", PATIENCE, || {
+                    texts = reports(&lab, node).unwrap_or_default();
+                    texts.len() == 2
+                        && texts
+                            .iter()
+                            .all(|text| text.contains(other) && text.contains("both behind NAT"))
+                });
+                named.with_context(|| texts.join("\n"))?;
             }
             Ok(String::new())
         },
