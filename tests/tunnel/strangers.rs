@@ -384,7 +384,11 @@ impl Responder {
     fn start(space: &Namespace, state: &Path, key: &PrivateKey, peer: &PublicKey) -> Result<Self> {
         let program = std::env::current_exe()?;
         let mut command = space.command(&program.to_string_lossy());
-        command.args(["--exact", "a_device_that_is_killed", "--test-threads=1"]);
+        command.args([
+            "--exact",
+            "strangers::a_device_that_is_killed",
+            "--test-threads=1",
+        ]);
         command.env(STATE, state);
         command.env(OWN_KEY, &*key.to_base64());
         command.env(PEER_KEY, peer.to_string());
