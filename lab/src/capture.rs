@@ -3,7 +3,7 @@
 //! tcpdump records all links of a namespace; the file is read here, by the outer
 //! headers alone, whatever ports and protocols say.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom};
@@ -42,7 +42,7 @@ pub struct Capture {
 pub struct Findings {
     /// All packets.
     pub packets: usize,
-    /// UDP packets to or from a port, by the smaller of both ports.
+    /// UDP packets to or from each port. A router may give a tunnel any port towards the internet.
     pub udp: BTreeMap<u16, usize>,
     /// Packets with a pod's address in their outer header.
     pub pod_addresses: usize,
@@ -194,7 +194,9 @@ impl Findings {
             return;
         };
         let (source, target) = (u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d]));
-        *self.udp.entry(source.min(target)).or_default() += 1;
+        for port in BTreeSet::from([source, target]) {
+            *self.udp.entry(port).or_default() += 1;
+        }
         if target == VXLAN_PORT {
             self.vxlan += 1;
         }
