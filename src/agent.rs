@@ -1,6 +1,6 @@
 //! The agent of a node: one event loop that carries messages.
 //!
-//! The loop hands everything that happens to the [`Controller`](controller::Controller), which decides, and
+//! The loop hands everything that happens to the [`Controller`], which decides, and
 //! carries out the effects that it asks for. It waits for nothing: the API is followed by tasks of the
 //! cluster module, names are resolved by another, the kernel and the tunnel are read and changed by the
 //! [reconciler's](crate::reconciler) threads, packets run on threads of the tunnel's own.

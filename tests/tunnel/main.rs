@@ -12,6 +12,10 @@ mod pair;
 mod session_renewal;
 mod strangers;
 #[expect(dead_code, reason = "made for the conformance tests")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a harness starts programs and waits for them"
+)]
 #[path = "../conformance/tunnel.rs"]
 mod tunnel;
 
