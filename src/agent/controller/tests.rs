@@ -1,3 +1,5 @@
+//! The controller, driven by hand with values and a clock that the tests move.
+
 use std::collections::BTreeSet;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Passes over a platform that fails as the tests ask, with a clock that they move.
+
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 
