@@ -31,9 +31,10 @@ lab:
 programs:
 	lab/build.sh
 
-# The unit tests of the packages, and those of tests/unit in one binary.
+# The unit tests of the packages, and those of tests/unit in one binary. Those of the API client mostly wait, so
+# more of them run at once than there are processors.
 unit:
-	$(CARGO) test --quiet --package selvedge --package boringtun --lib --test unit
+	RUST_TEST_THREADS=8 $(CARGO) test --quiet --package selvedge --package boringtun --lib --test unit
 
 # One test binary after the other; those that bring up a cluster run their steps in order.
 test:
