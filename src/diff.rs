@@ -147,8 +147,9 @@ pub enum TunnelChange {
 /// 1. The link, its addresses and peers come before the routes that need them. The kernel refuses a
 ///    route through a link that is down and a preferred source that is not an address of the host;
 ///    an IPv6 address is only usable once its link is up.
-/// 2. The firewall comes before the first route, so no packet of a new route is translated or leaks in between. The agent applies it beside the others, and holds back what must wait for it
-///    ([`crate::reconciler::core`]).
+/// 2. The firewall comes before the first route, so no packet of a new route is translated or leaks in
+///    between. The agent applies the firewall on a thread of its own, and holds back the changes that must
+///    wait for it ([`crate::reconciler::core`]).
 /// 3. A route whose key stays is replaced in place: followers move to a new leader without an interruption. The
 ///    `throw` route of a prefix comes before the wider prefix that would take its packets.
 /// 4. Routes come before the rules that lead to them, so no look-up sees half a table.

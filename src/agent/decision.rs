@@ -31,12 +31,12 @@ pub struct Facts {
     pub flannel: Option<Flannel>,
     /// The addresses on this node's links.
     pub links: Vec<InterfaceAddr>,
+    /// Those of them at which the tunnel may be offered to others.
+    pub offered: Vec<IpAddr>,
     /// The networks this node is connected to.
     pub connected: BTreeSet<IpNet>,
     /// The routing policy rules of other programs.
     pub other_rules: Vec<OtherRule>,
-    /// Those of them at which the tunnel may be offered to others.
-    pub offered: Vec<IpAddr>,
     /// The MTU in bytes of the link that leads out.
     pub underlay_mtu: Option<u32>,
     /// The API servers that this node's kubelet and agent use.

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use subprocess::{Capture, Exec, Job, Process, Redirection};
 
+use crate::clock::now;
+
 /// The most that a program may print, in bytes. A listing of the nft table for 5,000 nodes has some 2 MiB.
 const MAX_OUTPUT: usize = 64 << 20;
 /// How long a killed program gets to exit before it is left to the init process. What hangs in the kernel
@@ -90,11 +92,6 @@ fn communicate(job: &mut Job, deadline: Instant) -> io::Result<Option<Capture>> 
         stderr,
         exit_status,
     }))
-}
-
-#[expect(clippy::disallowed_methods, reason = "the shell reads the clock")]
-fn now() -> Instant {
-    Instant::now()
 }
 
 #[cfg(test)]

@@ -71,14 +71,6 @@ impl Host {
         }
     }
 
-    /// Lets the link go with this process.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn let_link_go(&self) -> io::Result<()> {
-        self.tunnel.set_persistent(false)
-    }
-
     /// The peers as they are. A change by `wg set` is noticed, except to an endpoint.
     fn peers(&self) -> BTreeMap<PeerId, PeerConfig> {
         let mut peers = self.tunnel.peers();
