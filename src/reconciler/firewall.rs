@@ -94,8 +94,7 @@ pub(super) fn ensure(
     let observed = table.observe()?;
     match firewall {
         Some(firewall) => {
-            let wanted = Ruleset::Planned(Box::new(firewall.clone()));
-            if observed.as_ref() == Some(&wanted) {
+            if observed.as_ref().map(Ruleset::id) == Some(firewall.id()) {
                 return Ok(None);
             }
             table.replace(firewall)?;
