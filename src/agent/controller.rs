@@ -273,13 +273,7 @@ impl Controller {
 
     /// The reconciler made these changes, and this is all that it could not do.
     pub fn handle_applied(&mut self, now: Instant, applied: Applied) {
-        let outcome = if applied.failed {
-            Outcome::Failed
-        } else if applied.made.is_empty() {
-            Outcome::Unchanged
-        } else {
-            Outcome::Changed
-        };
+        let outcome = Outcome::from(&applied);
         if outcome != Outcome::Unchanged {
             self.readiness.handle_unrest(now);
         }

@@ -5,6 +5,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::reconciler::core::Applied;
+
 /// How long to wait for more of the same: a change of the cluster or of the kernel seldom comes
 /// alone.
 const QUIET: Duration = Duration::from_millis(50);
@@ -25,6 +27,18 @@ pub enum Outcome {
     Changed,
     /// Something could not be done.
     Failed,
+}
+
+impl From<&Applied> for Outcome {
+    fn from(applied: &Applied) -> Self {
+        if applied.failed {
+            Self::Failed
+        } else if applied.made.is_empty() {
+            Self::Unchanged
+        } else {
+            Self::Changed
+        }
+    }
 }
 
 /// The time of the next pass.

@@ -193,14 +193,8 @@ impl Sim {
                 }
             }
             let applied = self.core.pass(&mut self.node, self.now);
+            let outcome = Outcome::from(&applied);
             self.failed = applied.failures;
-            let outcome = if applied.failed {
-                Outcome::Failed
-            } else if applied.made.is_empty() {
-                Outcome::Unchanged
-            } else {
-                Outcome::Changed
-            };
             self.schedule.handle_outcome(self.now, outcome);
             if !applied.made.is_empty() {
                 // The kernel reports the agent's own changes too.
