@@ -121,7 +121,11 @@ fn stranger(arena: &Arena, v6: bool) -> Result<UdpSocket> {
 
 /// An initiation by `from` to a device, as WireGuard wants it.
 fn initiation(from: &PrivateKey, to: &str) -> Result<Vec<u8>> {
-    let to: PublicKey = to.parse()?;
+    Ok(begin_handshake(from, &to.parse()?)?.1)
+}
+
+/// A handshake that has begun, and its initiation.
+fn begin_handshake(from: &PrivateKey, to: &PublicKey) -> Result<(Handshake, Vec<u8>)> {
     let secret = x25519::StaticSecret::from(from.0);
     let public = x25519::PublicKey::from(&secret);
     let mut handshake = Handshake::new(secret, public, to.0.into(), None);
@@ -130,8 +134,9 @@ fn initiation(from: &PrivateKey, to: &str) -> Result<Vec<u8>> {
     let timestamp = Timestamp::from_unix(now).to_tai64n();
     let message = handshake
         .format_handshake_initiation(7, timestamp, &mut buffer)
-        .map_err(|error| anyhow::anyhow!("no initiation: {error:?}"))?;
-    Ok(message.to_vec())
+        .map_err(|error| anyhow::anyhow!("no initiation: {error:?}"))?
+        .to_vec();
+    Ok((handshake, message))
 }
 
 /// What a stranger sends in a run: of every type and length, random but for what makes it plausible.
@@ -429,16 +434,7 @@ impl Caller {
         let socket = space.within(|| UdpSocket::bind("10.97.0.2:0"))?;
         socket.connect((VICTIM4, PORT))?;
         socket.set_read_timeout(Some(Duration::from_secs(3)))?;
-        let secret = x25519::StaticSecret::from(from.0);
-        let public = x25519::PublicKey::from(&secret);
-        let mut handshake = Handshake::new(secret, public, to.0.into(), None);
-        let mut buffer = [0; HANDSHAKE_INIT_SZ];
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
-        let timestamp = Timestamp::from_unix(now).to_tai64n();
-        let initiation = handshake
-            .format_handshake_initiation(7, timestamp, &mut buffer)
-            .map_err(|error| anyhow::anyhow!("no initiation: {error:?}"))?
-            .to_vec();
+        let (mut handshake, initiation) = begin_handshake(from, to)?;
         socket.send(&initiation)?;
         let mut answer = [0; 256];
         let length = socket.recv(&mut answer).context("no answer")?;

@@ -193,10 +193,20 @@ impl Mesh {
 
     /// What a node should have, or nothing where it should leave things as they are.
     pub(crate) fn plan(&self, topology: &Topology, me: &NodeName) -> Option<State> {
+        self.plan_beside(&self.flannel(me), topology, me)
+    }
+
+    /// The same beside another flannel than [`Self::flannel`].
+    pub(crate) fn plan_beside(
+        &self,
+        flannel: &Flannel,
+        topology: &Topology,
+        me: &NodeName,
+    ) -> Option<State> {
         plan(&Inputs {
             topology,
             me,
-            flannel: &self.flannel(me),
+            flannel,
             settings: &self.local,
             api_servers: &self.api_servers,
             observed: &self.observed,

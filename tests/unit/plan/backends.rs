@@ -177,22 +177,11 @@ fn encapsulate_always_and_crosssubnet_are_the_same_beside_flannel() {
 #[test]
 fn a_follower_without_flannels_device_refuses_remote_traffic() {
     let mesh = mesh();
-    let topology = mesh.topology();
     let me = NodeName("a2".into());
     let mut flannel = mesh.flannel(&me);
     flannel.vteps.clear();
     flannel.next_hops.clear();
-    let state = selvedge::plan::plan(&selvedge::plan::Inputs {
-        topology: &topology,
-        me: &me,
-        flannel: &flannel,
-        settings: &mesh.local,
-        api_servers: &BTreeSet::new(),
-        observed: &BTreeMap::new(),
-        connected: &BTreeSet::new(),
-        other_rules: &[],
-        callers: &BTreeSet::new(),
-    });
+    let state = mesh.plan_beside(&flannel, &mesh.topology(), &me);
     let routes = lines(&diff(&State::default(), &state.unwrap()));
     assert!(routes.contains("unreachable 10.42.4.0/24"));
     assert!(!routes.contains("via"));
@@ -201,21 +190,10 @@ fn a_follower_without_flannels_device_refuses_remote_traffic() {
 #[test]
 fn a_route_that_flannel_lost_is_replaced_by_the_one_it_would_install() {
     let mesh = mesh();
-    let topology = mesh.topology();
     let me = NodeName("a2".into());
     let mut flannel = mesh.flannel(&me);
     flannel.next_hops.clear();
-    let state = selvedge::plan::plan(&selvedge::plan::Inputs {
-        topology: &topology,
-        me: &me,
-        flannel: &flannel,
-        settings: &mesh.local,
-        api_servers: &BTreeSet::new(),
-        observed: &BTreeMap::new(),
-        connected: &BTreeSet::new(),
-        other_rules: &[],
-        callers: &BTreeSet::new(),
-    });
+    let state = mesh.plan_beside(&flannel, &mesh.topology(), &me);
     assert_eq!(state, Some(mesh.state("a2")));
 }
 
