@@ -1,9 +1,9 @@
 //! The envelope of the files in the state directory: a format number and a checksum around the content.
 
 use anyhow::{Context as _, ensure};
+use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use sha2::{Digest as _, Sha256};
 
 /// The envelope of a file: its format and checksum, and the content.
 #[derive(Deserialize, Serialize)]
@@ -48,6 +48,10 @@ impl<'a> Envelope<'a> {
 }
 
 fn checksum(state: &RawValue) -> String {
-    let digest = Sha256::digest(state.get().as_bytes());
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    let digest = digest(&SHA256, state.get().as_bytes());
+    digest
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }

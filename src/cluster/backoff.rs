@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use rand::Rng as _;
+use rand::RngExt as _;
 
 /// The timeouts and intervals of requests to the API.
 #[derive(Clone, Debug, Eq, PartialEq)]

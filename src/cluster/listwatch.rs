@@ -12,7 +12,7 @@ use std::time::Duration;
 use http::Response;
 use kube::client::Body;
 use kube::{Client, Resource};
-use rand::Rng as _;
+use rand::RngExt as _;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;

@@ -1,6 +1,6 @@
 //! Identities of nft tables, by which one is compared with another that is installed.
 
-use sha2::{Digest as _, Sha256};
+use ring::digest::SHA256;
 
 use super::nft::render;
 use crate::state::{Firewall, FirewallId, Ruleset};
@@ -38,6 +38,6 @@ impl Eq for Ruleset {}
 /// The first half of SHA-256: an identity, not a secret.
 pub(super) fn digest(bytes: &[u8]) -> FirewallId {
     let mut id = [0; 16];
-    id.copy_from_slice(&Sha256::digest(bytes)[..16]);
+    id.copy_from_slice(&ring::digest::digest(&SHA256, bytes).as_ref()[..16]);
     FirewallId(id)
 }

@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use boringtun::x25519;
+use ring::rand::SystemRandom;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 /// The reason why text is not a key. It has no part of the text, which may be private.
@@ -44,7 +46,7 @@ impl PublicKey {
     /// Whether a shared secret with this key can be secret at all: false for a key of small order.
     pub fn is_low_order(&self) -> bool {
         // A clamped scalar is a multiple of the cofactor: it sends exactly the small subgroup to zero.
-        let secret = x25519_dalek::StaticSecret::from([1; 32]);
+        let secret = x25519::StaticSecret::from([1; 32]);
         !secret.diffie_hellman(&self.0.into()).was_contributory()
     }
 }
@@ -89,13 +91,17 @@ impl fmt::Debug for PublicKey {
 impl PrivateKey {
     /// A new key from the system's random numbers.
     pub fn generate() -> Self {
-        Self(x25519_dalek::StaticSecret::random_from_rng(rand_core::OsRng).to_bytes())
+        Self(
+            ring::rand::generate(&SystemRandom::new())
+                .expect("the system gives random numbers")
+                .expose(),
+        )
     }
 
     /// The public key of this private key.
     pub fn public_key(&self) -> PublicKey {
-        let secret = x25519_dalek::StaticSecret::from(self.0);
-        PublicKey(x25519_dalek::PublicKey::from(&secret).to_bytes())
+        let secret = x25519::StaticSecret::from(self.0);
+        PublicKey(x25519::PublicKey::from(&secret).to_bytes())
     }
 
     /// The key in base64, for its file only.

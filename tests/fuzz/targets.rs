@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net};
+use ring::digest::{SHA256, digest};
 use selvedge::agent::saved_view;
 use selvedge::cluster::annotation;
 use selvedge::cluster::node::{self, NodeObject, ParseSettings};
@@ -21,7 +22,6 @@ use selvedge::wireguard::packet::Header;
 use selvedge::wireguard::replay::{ReplayWindow, WINDOW};
 use selvedge::wireguard::table::AllowedIps;
 use selvedge::wireguard::uapi::Parser;
-use sha2::{Digest as _, Sha256};
 
 /// A target's name, which is that of its corpus, and what it runs.
 pub(crate) type Target = (&'static str, fn(&[u8]));
@@ -393,7 +393,8 @@ pub(crate) fn state_cache(data: &[u8]) {
         return;
     };
     let _ = saved_view::decode(text);
-    let sha256: String = Sha256::digest(data)
+    let sha256: String = digest(&SHA256, data)
+        .as_ref()
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect();

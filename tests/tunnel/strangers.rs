@@ -140,11 +140,7 @@ fn begin_handshake(from: &PrivateKey, to: &PublicKey) -> Result<(Handshake, Vec<
 }
 
 /// What a stranger sends in a run: of every type and length, random but for what makes it plausible.
-fn run_of_datagrams(
-    round: usize,
-    random: &mut impl rand::RngCore,
-    wrong: &[u8],
-) -> (usize, Vec<u8>) {
+fn run_of_datagrams(round: usize, random: &mut impl rand::Rng, wrong: &[u8]) -> (usize, Vec<u8>) {
     // The lengths of the four messages, and what lies beside them.
     const SIZES: [usize; 20] = [
         148, 92, 64, 32, 148, 92, 64, 96, 1, 3, 4, 16, 31, 33, 63, 65, 91, 147, 149, 1024,
