@@ -70,6 +70,7 @@ fn recompute(criterion: &mut Criterion) {
                     connected: &mesh.connected,
                     other_rules: &mesh.other_rules,
                     callers: &mesh.callers,
+                    verdicts: &mesh.verdicts,
                 });
                 let desired = desired.expect("the node is known");
                 diff(observed, &desired)

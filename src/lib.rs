@@ -24,6 +24,7 @@ pub mod plan;
 pub mod policy;
 mod port_holder;
 pub mod preflight;
+pub mod probe;
 pub mod reconciler;
 pub mod refusal;
 pub mod resolve;

@@ -34,6 +34,29 @@ pub struct Signs {
     pub keepalive: u16,
 }
 
+/// What echoes say of a path: through a leader of the own region, or to a leader of another one.
+#[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
+pub enum PathState {
+    /// Echoes come back.
+    Up,
+    /// No echo has come back yet, or no echoes are sent.
+    #[default]
+    Unknown,
+    /// Echoes come back, and say that the leader is about to stop.
+    Draining,
+    /// Echoes came back once, and do not any more.
+    Down(Cause),
+}
+
+/// Why a path is down.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Cause {
+    /// Echoes do not come back.
+    Silent,
+    /// The leader answers, and says that it does not forward for its region.
+    NotForwarding,
+}
+
 /// Whether the peer ever answered.
 pub fn is_heard(handshake: Option<Duration>) -> bool {
     handshake.is_some()

@@ -10,6 +10,7 @@ use ipnet::IpNet;
 
 use crate::flannel::Flannel;
 use crate::policy::{Encapsulation, OnTunnelDown};
+use crate::probe::Verdicts;
 use crate::state::{OtherRule, Ruleset, State};
 use crate::topology::{NodeName, Topology};
 use crate::wireguard::key::PublicKey;
@@ -74,6 +75,8 @@ pub struct Inputs<'a> {
     /// The peers that opened a session with this node although it had sent them nothing for minutes. They need
     /// no keepalives that hold a NAT or a firewall in front of this node open.
     pub callers: &'a BTreeSet<PublicKey>,
+    /// What echoes say of the leaders.
+    pub verdicts: &'a Verdicts,
 }
 
 /// Returns the state this node should have; `None` to leave everything as it is, because the cluster does not

@@ -14,6 +14,7 @@ use crate::cluster::Annotations;
 use crate::config::Config;
 use crate::flannel::Flannel;
 use crate::plan::{self, Candidates, Caveat, candidates, observed_addresses, plan};
+use crate::probe::Verdicts;
 use crate::state::{OtherRule, State};
 use crate::topology::{self, Endpoint, InterfaceAddr, Resolved, SegmentName, Snapshot, Topology};
 use crate::wireguard::key::PublicKey;
@@ -45,6 +46,8 @@ pub struct Facts {
     pub alive: BTreeMap<PublicKey, SocketAddr>,
     /// The peers that have shown that they can call this node without being kept in a NAT's memory.
     pub callers: BTreeSet<PublicKey>,
+    /// What echoes say of the leaders.
+    pub verdicts: Verdicts,
     /// The endpoint to publish for each peer that ever had a session: where the tunnel heard it, rate-limited
     /// for those that flap.
     pub heard: BTreeMap<PublicKey, SocketAddr>,
@@ -111,6 +114,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
         connected: &facts.connected,
         other_rules: &facts.other_rules,
         callers: &facts.callers,
+        verdicts: &facts.verdicts,
     });
     let desired = inputs.as_ref().and_then(plan);
     let caveats = match (&inputs, &desired) {

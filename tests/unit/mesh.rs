@@ -12,6 +12,7 @@ use selvedge::diff::{Change, diff};
 use selvedge::flannel::{Backend, Flannel, Mac, Vtep, device_name};
 use selvedge::plan::{self, Inputs, plan};
 use selvedge::policy::{Encapsulation, OnTunnelDown};
+use selvedge::probe::Verdicts;
 use selvedge::state::{NextHop, State};
 use selvedge::topology::{
     self, Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName, Resolved,
@@ -36,6 +37,7 @@ pub(crate) struct Mesh {
     pub(crate) connected: BTreeSet<IpNet>,
     pub(crate) other_rules: Vec<selvedge::state::OtherRule>,
     pub(crate) callers: BTreeSet<PublicKey>,
+    pub(crate) verdicts: Verdicts,
 }
 
 impl Mesh {
@@ -77,6 +79,7 @@ impl Mesh {
             connected: BTreeSet::new(),
             other_rules: Vec::new(),
             callers: BTreeSet::new(),
+            verdicts: Verdicts::default(),
         }
     }
 
@@ -213,6 +216,7 @@ impl Mesh {
             connected: &self.connected,
             other_rules: &self.other_rules,
             callers: &self.callers,
+            verdicts: &self.verdicts,
         })
     }
 
