@@ -19,6 +19,7 @@ pub mod grace;
 pub mod kernel_facts;
 pub mod keyfile;
 pub mod kilo_clock;
+pub mod linger;
 pub mod listen_port;
 pub mod mtu;
 pub mod obstacle;

@@ -18,6 +18,7 @@ use super::flap_damping::FlapDamping;
 use super::grace::Grace;
 use super::kernel_facts::{FlannelFacts, KernelFacts};
 use super::kilo_clock::{self, KiloClock};
+use super::linger::{Linger, Place};
 use super::listen_port::ListenPort;
 use super::obstacle::{self, Obstacle};
 use super::publication;
@@ -109,6 +110,7 @@ pub struct Controller {
     tenure: Tenure,
     claim_clock: ClaimClock,
     grace: Grace,
+    linger: Linger,
     readiness: Readiness,
     /// Why there is no flannel to work beside.
     awaited: Option<String>,
@@ -158,6 +160,7 @@ impl Controller {
             tenure: Tenure::default(),
             claim_clock: ClaimClock::default(),
             grace: Grace::default(),
+            linger: Linger::default(),
             awaited: None,
             without_ipv6: false,
             forwarding_off: None,
@@ -240,6 +243,7 @@ impl Controller {
         if self.decision.topology.mode != mode {
             tracing::info!(mode = %self.decision.topology.mode, "mesh algorithm changed");
         }
+        self.keep_former_leaders(now);
         self.follow_lead(now);
         if let Some(annotations) = self.decision.annotations.clone().filter(|_| self.is_live()) {
             self.effects.push_back(Effect::Publish(annotations));
@@ -261,7 +265,8 @@ impl Controller {
         let topology = Arc::clone(&self.decision.topology);
         self.effects.push_back(Effect::Show(topology));
 
-        if let Some(at) = self.grace.poll_deadline() {
+        let deadlines = [self.grace.poll_deadline(), self.linger.poll_deadline()];
+        for at in deadlines.into_iter().flatten() {
             self.schedule.handle_deadline(at);
         }
         if let Mode::Kilo(_) = self.decision.topology.mode {
@@ -326,6 +331,23 @@ impl Controller {
     /// The topology of the last decision.
     pub fn topology(&self) -> &Arc<Topology> {
         &self.decision.topology
+    }
+
+    /// Keeps tunnels for a moment that a change of leaders takes away. A real `kg` keeps none.
+    fn keep_former_leaders(&mut self, now: Instant) {
+        let topology = &self.decision.topology;
+        let own = &self.config.node;
+        let place = match topology.mode {
+            Mode::Native => topology.segment_of(own).map(|segment| Place {
+                segment: segment.name.clone(),
+                leads: segment.leader(own).is_some(),
+            }),
+            Mode::Kilo(_) => None,
+        };
+        let linger = &mut self.linger;
+        let desired = self.decision.desired.take();
+        self.decision.desired =
+            desired.map(|desired| linger.handle_desired(desired, place.as_ref(), now));
     }
 
     /// Takes what the kernel, flannel and the cluster say into the facts; returns what flannel forgot.

@@ -26,7 +26,7 @@ use selvedge::state::{RouteKey, Ruleset, State};
 use selvedge::status::{Report, Role};
 use selvedge::topology::{Node, NodeName, Snapshot, Topology};
 use selvedge::wireguard::key::PublicKey;
-use selvedge::wireguard::{PeerStats, Stats};
+use selvedge::wireguard::{PeerConfig, PeerStats, Stats};
 use serde_json::{Value, json};
 
 use crate::fake_kernel::FakeKernel;
@@ -519,10 +519,20 @@ fn another_leader_is_followed_by_all_within_a_second() {
     world.run(seconds(1));
 
     assert_eq!(world.leaders(), ["a2".to_owned(), "b1".to_owned()].into());
-    let state = world.agents["b1"].node.kernel.observe();
-    let keys = state.peers.values().map(|peer| peer.public_key);
-    assert_eq!(keys.collect::<Vec<_>>(), [mesh::key(2)]);
+    let peers = |world: &World| world.agents["b1"].node.kernel.observe().peers;
+    let keys = |peers: &mut dyn Iterator<Item = &PeerConfig>| {
+        peers.map(|peer| peer.public_key).collect::<Vec<_>>()
+    };
+    let peers_now = peers(&world);
+    let mut with_routes = peers_now.values().filter(|peer| !peer.routes.is_empty());
+    assert_eq!(keys(&mut with_routes), [mesh::key(2)]);
+    assert_eq!(
+        peers_now.len(),
+        2,
+        "what the former leader still sends is accepted"
+    );
     world.run(seconds(5));
+    assert_eq!(keys(&mut peers(&world).values()), [mesh::key(2)]);
     assert_eq!(world.report("b1").role, Role::Leader);
     assert!(
         world.report("b1").ready,

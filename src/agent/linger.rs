@@ -1,0 +1,266 @@
+//! Keeps for a moment what a change of leaders takes away: the own lead, and the tunnels to former leaders.
+//! Pure: the time is passed in.
+//!
+//! Agents see a change of the cluster some milliseconds apart, and packets are under way. If a former leader
+//! closed its tunnel at once, it would drop what its members still send to it; if the other side closed it, it
+//! would drop what the former leader still sends. So both keep the tunnel for [`LINGER`], and send nothing new into
+//! it: the routes change at once, to the new leader.
+//!
+//! A node that leaves its segment or the mesh gets no grace.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+
+use crate::state::State;
+use crate::topology::{Leader, SegmentName};
+use crate::wireguard::{PeerConfig, PeerId};
+
+/// How long a former leader stays. Longer than a watch needs to reach every agent, shorter than an operator's
+/// patience.
+pub const LINGER: Duration = Duration::from_secs(3);
+
+/// The place of this node in the topology.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Place {
+    /// Its segment.
+    pub segment: SegmentName,
+    /// Whether it leads there.
+    pub leads: bool,
+}
+
+/// What lingers.
+#[derive(Debug, Default)]
+pub struct Linger {
+    /// The last desired state of this node as a leader, and its segment.
+    lead: Option<(SegmentName, State)>,
+    /// Until when this node acts as a leader although it does not lead any more.
+    demoted: Option<Instant>,
+    /// The leaders that were peers until a moment ago.
+    former: BTreeMap<PeerId, Former>,
+}
+
+#[derive(Debug)]
+struct Former {
+    peer: PeerConfig,
+    until: Instant,
+}
+
+impl Linger {
+    /// Returns the state to reconcile: `desired`, with what lingers. `place` is `None` for a node outside of the mesh.
+    pub fn handle_desired(&mut self, desired: State, place: Option<&Place>, now: Instant) -> State {
+        let Some(place) = place else {
+            *self = Self::default();
+            return desired;
+        };
+        if place.leads {
+            self.demoted = None;
+            self.note_former(&desired, &place.segment, now);
+            let desired = self.with_former(desired, now);
+            self.lead = Some((place.segment.clone(), desired.clone()));
+            return desired;
+        }
+        self.former.clear();
+        let Some((_, lead)) = self
+            .lead
+            .as_ref()
+            .filter(|(segment, _)| *segment == place.segment)
+        else {
+            self.lead = None;
+            return desired;
+        };
+        if now < *self.demoted.get_or_insert(now + LINGER) {
+            return lead.clone();
+        }
+        self.lead = None;
+        self.demoted = None;
+        desired
+    }
+
+    /// When the next linger ends, so that a pass is due.
+    pub fn poll_deadline(&self) -> Option<Instant> {
+        let former = self.former.values().map(|former| former.until);
+        former.chain(self.demoted).min()
+    }
+
+    /// Remembers the leaders that were peers in the last state and are none now.
+    fn note_former(&mut self, desired: &State, segment: &SegmentName, now: Instant) {
+        let last = self.lead.as_ref();
+        let Some((_, last)) = last.filter(|(last, _)| last == segment) else {
+            self.former.clear();
+            return;
+        };
+        for (id, peer) in &last.peers {
+            if Leader::is_named_by(id) && !desired.peers.contains_key(id) {
+                self.former.entry(id.clone()).or_insert_with(|| Former {
+                    peer: peer.clone(),
+                    until: now + LINGER,
+                });
+            }
+        }
+    }
+
+    /// Adds the former leaders, each with the sources that it shares with the leader that succeeds it.
+    fn with_former(&mut self, mut desired: State, now: Instant) -> State {
+        let peers = &desired.peers;
+        self.former.retain(|id, former| {
+            now < former.until
+                && !peers.contains_key(id)
+                && peers
+                    .values()
+                    .all(|peer| peer.public_key != former.peer.public_key)
+        });
+        let kept = self.former.iter().filter_map(|(id, former)| {
+            let accepts = shared_with_successor(&former.peer, peers);
+            (!accepts.is_empty()).then(|| {
+                let peer = PeerConfig {
+                    routes: BTreeSet::new(),
+                    accepts,
+                    ..former.peer.clone()
+                };
+                (id.clone(), peer)
+            })
+        });
+        let kept = kept.collect::<Vec<_>>();
+        desired.peers.extend(kept);
+        desired
+    }
+}
+
+/// The sources of a former leader that the leader with most of them has now. A prefix that moved to another segment
+/// is not among them.
+fn shared_with_successor(
+    former: &PeerConfig,
+    peers: &BTreeMap<PeerId, PeerConfig>,
+) -> BTreeSet<IpNet> {
+    let leaders = peers.iter().filter(|(id, _)| Leader::is_named_by(id));
+    let shared = leaders.map(|(_, peer)| &former.accepts & &peer.accepts);
+    shared.max_by_key(BTreeSet::len).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topology::RegionName;
+    use crate::wireguard::key::PublicKey;
+
+    #[expect(clippy::disallowed_methods, reason = "an Instant has no other origin")]
+    fn start() -> Instant {
+        Instant::now()
+    }
+
+    fn nets(prefixes: &[&str]) -> BTreeSet<IpNet> {
+        let nets = prefixes.iter().map(|prefix| prefix.parse().unwrap());
+        nets.collect()
+    }
+
+    /// A leader's state with these peers: name, number of the key, prefixes.
+    fn state(peers: &[(&str, u8, &[&str])]) -> State {
+        let peer = |(name, key, prefixes): &(&str, u8, &[&str])| {
+            let peer = PeerConfig::new(PublicKey([*key; 32]));
+            (PeerId::new(*name), peer.with_allowed_ips(nets(prefixes)))
+        };
+        State {
+            peers: peers.iter().map(peer).collect(),
+            ..State::default()
+        }
+    }
+
+    fn place(region: &str, leads: bool) -> Place {
+        Place {
+            segment: SegmentName::Location(RegionName(region.into())),
+            leads,
+        }
+    }
+
+    const BEFORE: &[(&str, u8, &[&str])] = &[
+        (
+            "node/a1",
+            1,
+            &["10.42.1.0/24", "10.42.2.0/24", "10.4.0.1/32"],
+        ),
+        ("peer/phone", 9, &["10.5.0.9/32"]),
+    ];
+    const AFTER: &[(&str, u8, &[&str])] = &[(
+        "node/a2",
+        2,
+        &["10.42.1.0/24", "10.42.2.0/24", "10.4.0.2/32"],
+    )];
+
+    #[test]
+    fn a_former_leader_may_send_for_three_seconds_and_is_sent_nothing() {
+        let t0 = start();
+        let home = place("b", true);
+        let mut linger = Linger::default();
+        linger.handle_desired(state(BEFORE), Some(&home), t0);
+
+        let kept = linger.handle_desired(state(AFTER), Some(&home), t0);
+        let former = &kept.peers[&PeerId::new("node/a1")];
+        assert_eq!(former.accepts, nets(&["10.42.1.0/24", "10.42.2.0/24"]));
+        assert_eq!(former.routes, BTreeSet::new());
+        assert!(!kept.peers.contains_key(&PeerId::new("peer/phone")));
+        assert_eq!(linger.poll_deadline(), Some(t0 + LINGER));
+
+        // A pass in between does not begin the time again.
+        linger.handle_desired(state(AFTER), Some(&home), t0 + LINGER / 2);
+        let after = linger.handle_desired(state(AFTER), Some(&home), t0 + LINGER);
+        assert_eq!(after, state(AFTER));
+        assert_eq!(linger.poll_deadline(), None);
+    }
+
+    #[test]
+    fn a_prefix_that_moved_to_another_segment_is_not_accepted_from_the_former_leader() {
+        let t0 = start();
+        let home = place("b", true);
+        let mut linger = Linger::default();
+        linger.handle_desired(state(BEFORE), Some(&home), t0);
+        let moved = state(&[
+            ("node/a2", 2, &["10.42.1.0/24"]),
+            ("node/c1", 3, &["10.42.2.0/24"]),
+        ]);
+        let kept = linger.handle_desired(moved, Some(&home), t0);
+        assert_eq!(
+            kept.peers[&PeerId::new("node/a1")].accepts.len(),
+            1,
+            "one of the two segments is the successor"
+        );
+    }
+
+    #[test]
+    fn a_key_that_another_node_has_now_does_not_linger() {
+        let t0 = start();
+        let home = place("b", true);
+        let mut linger = Linger::default();
+        linger.handle_desired(state(BEFORE), Some(&home), t0);
+        let renamed = state(&[("node/a9", 1, &["10.42.1.0/24"])]);
+        let kept = linger.handle_desired(renamed.clone(), Some(&home), t0);
+        assert_eq!(kept, renamed);
+    }
+
+    #[test]
+    fn a_node_that_lost_the_lead_carries_traffic_for_three_seconds_more() {
+        let t0 = start();
+        let mut linger = Linger::default();
+        linger.handle_desired(state(BEFORE), Some(&place("a", true)), t0);
+        let follower = place("a", false);
+        let kept = linger.handle_desired(State::default(), Some(&follower), t0);
+        assert_eq!(kept, state(BEFORE));
+        assert_eq!(linger.poll_deadline(), Some(t0 + LINGER));
+        let after = linger.handle_desired(State::default(), Some(&follower), t0 + LINGER);
+        assert_eq!(after, State::default());
+        assert_eq!(linger.poll_deadline(), None);
+    }
+
+    #[test]
+    fn a_node_that_leaves_its_segment_or_the_mesh_gets_no_grace() {
+        let t0 = start();
+        for left in [Some(place("c", false)), None] {
+            let mut linger = Linger::default();
+            linger.handle_desired(state(BEFORE), Some(&place("a", true)), t0);
+            let after = linger.handle_desired(State::default(), left.as_ref(), t0);
+            assert_eq!(after, State::default(), "{left:?}");
+            assert_eq!(linger.poll_deadline(), None);
+        }
+    }
+}
