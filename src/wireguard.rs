@@ -1,7 +1,8 @@
 //! A WireGuard device in userspace: a TUN link, a UDP port, and the threads between them.
 //!
 //! [`Device::start`] makes all of it. The agent calls [`Device::set_peers`] when its plan changes, and `wg`
-//! configures the same device through [`uapi`]. Events are reported to the embedder, see [`PeerEvents`].
+//! configures the same device through [`uapi`]. Events are reported to the embedder, see [`PeerEvents`]. Echoes
+//! are diverted to it, see [`Device::set_diverted`].
 //! Nothing here knows of clusters.
 //!
 //! ```text
@@ -25,6 +26,7 @@ mod checksum;
 mod clock;
 pub mod config;
 mod core;
+mod divert;
 mod drops;
 mod duplex;
 mod events;
@@ -68,8 +70,8 @@ mod tun;
 pub mod uapi;
 mod udp;
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -82,15 +84,18 @@ use self::clock::Time;
 pub use self::config::{MAX_CANDIDATES, PeerConfig, PeerId};
 use self::core::Core;
 pub use self::core::UNASKED_AFTER;
+pub use self::divert::{Diverted, ECHO_PORT, Origin};
 pub use self::drops::Dropped;
 pub use self::events::PeerEvents;
-use self::io::{Io, OnGone, open_queues};
+use self::io::{Io, OnGone, open_queues, write_alone};
 use self::key::{PrivateKey, PublicKey};
 pub use self::protocol::REJECT_AFTER_TIME;
+use self::threads::Callbacks;
 pub use self::timers::SILENT_AFTER;
 pub use self::timestamp::{Accepted, Store, Tai64n, Timestamp};
 use self::timestamp_sequence::TimestampSequence;
 use self::timestamp_store::StoreWriter;
+use self::transmit::send_alone;
 pub use self::tun::TunError;
 use self::udp::Sockets;
 
@@ -125,6 +130,9 @@ pub struct Options {
     pub on_link_gone: Box<dyn Fn() + Send + Sync>,
     /// Called when there are events to take; see [`PeerEvents`] for the contract.
     pub on_events: Box<dyn Fn() + Send + Sync>,
+    /// Called on the handshake thread when there are packets to take with [`Device::take_diverted`]. Calls
+    /// coalesce, and one may come when everything was taken already. The function should return soon.
+    pub on_diverted: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Options {
@@ -143,6 +151,7 @@ impl Options {
             unicast_only: false,
             on_link_gone: Box::new(|| {}),
             on_events: Box::new(|| {}),
+            on_diverted: Box::new(|| {}),
         }
     }
 }
@@ -268,7 +277,11 @@ impl Device {
         };
         let io = Io::new(sockets, tuns, fwmark, on_gone).map_err(StartError::Threads)?;
         let io = Arc::new(io);
-        let threads = threads::start(&core, &io, options.on_events).map_err(StartError::Threads)?;
+        let callbacks = Callbacks {
+            on_events: options.on_events,
+            on_diverted: options.on_diverted,
+        };
+        let threads = threads::start(&core, &io, callbacks).map_err(StartError::Threads)?;
         Ok(Self { core, io, threads })
     }
 
@@ -304,6 +317,39 @@ impl Device {
     /// Unknown peers and an empty list are ignored. Of a longer list the first [`MAX_CANDIDATES`] count.
     pub fn try_candidates(&self, id: &PeerId, candidates: &[SocketAddr]) {
         self.core.try_candidates(id, candidates);
+    }
+
+    /// Diverts UDP packets to these addresses and [`ECHO_PORT`]: from peers, after the check of their source,
+    /// and from the link. Fragments are not diverted. An empty set, as at the start, diverts nothing.
+    pub fn set_diverted(&self, addresses: BTreeSet<IpAddr>) {
+        self.core.diversion.set_addresses(addresses);
+    }
+
+    /// Takes the diverted packets in the order of their arrival, at most 1,024. While so many wait, further
+    /// ones are dropped as [`Dropped::NotDiverted`], and so is one of more than 1,280 bytes.
+    pub fn take_diverted(&self) -> Vec<Diverted> {
+        self.core.diversion.take()
+    }
+
+    /// Sends an IP packet to a peer through its session, whatever its addresses are. For the timers it is data,
+    /// as a packet from the link.
+    ///
+    /// Returns false if it was not sent: the peer is unknown or has no endpoint, the packet is not one whole IP
+    /// packet, there is no session, or the kernel refused the datagram. Without a session a handshake begins, unless one began within five seconds.
+    pub fn send_packet(&self, id: &PeerId, packet: &[u8]) -> bool {
+        let sockets = self.io.sockets.load();
+        self.core
+            .peer(id)
+            .is_some_and(|peer| send_alone(&self.core, &**sockets, &peer, packet, Time::now()))
+    }
+
+    /// Writes an IP packet to the link, as if it came from a peer. Its checksums must be complete.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is not one whole IP packet; `EIO` while the link is down; `EBADFD` or `NotConnected`
+    /// while the link does not exist.
+    pub fn write_packet(&self, packet: &[u8]) -> std::io::Result<()> {
+        write_alone(&self.io.tuns.load(), packet)
     }
 
     /// Changes or removes the device's key. Every session ends.

@@ -16,6 +16,7 @@ use ipnet::IpNet;
 use super::admission::{Job, Jobs};
 use super::clock::Time;
 use super::config::PeerId;
+use super::divert::{Diversion, Origin};
 use super::drops::{Dropped, Drops};
 use super::events::{Event, PeerEvents, Signal};
 use super::indices::Indices;
@@ -39,6 +40,8 @@ pub(super) struct Core {
     pub(super) table: ArcSwap<Table>,
     pub(super) indices: Indices,
     pub(super) drops: Drops,
+    /// The echoes for the embedder.
+    pub(super) diversion: Diversion,
     pub(super) identity: ArcSwapOption<Identity>,
     pub(super) jobs: Jobs,
     /// Whether the embedder must be called for events.
@@ -110,6 +113,7 @@ impl Core {
             table: ArcSwap::from_pointee(Table::default()),
             indices: Indices::default(),
             drops: Drops::default(),
+            diversion: Diversion::default(),
             identity: ArcSwapOption::empty(),
             jobs: Jobs::default(),
             signal: Signal::default(),
@@ -226,6 +230,17 @@ impl Core {
     pub(super) fn raise(&self, peer: &Peer, event: Event) {
         peer.events.add(event);
         if self.signal.set() {
+            self.jobs.wake();
+        }
+    }
+
+    /// Hands an echo to the embedder.
+    #[cold]
+    pub(super) fn divert(&self, origin: Origin, packet: &[u8]) {
+        if !self.diversion.push(origin, packet) {
+            self.drops.add(Dropped::NotDiverted, 1);
+        }
+        if self.diversion.signal.set() {
             self.jobs.wake();
         }
     }

@@ -57,6 +57,8 @@ reasons! {
     /// A decrypted packet whose datagram is marked as congested although its sender supports no marks
     /// (RFC 6040).
     Congested = "congested",
+    /// An echo to a diverted address that is too long, or one of too many that wait.
+    NotDiverted = "not_diverted",
     /// A datagram that the kernel refused to send.
     SendFailed = "send_failed",
     /// A packet that could not be read from or written to the TUN device.

@@ -333,6 +333,17 @@ fn write(core: &Core, tun: &Tun, pieces: &[IoSlice<'_>], count: usize) {
     }
 }
 
+/// Writes one whole packet.
+pub(super) fn write_alone(tuns: &[Tun], packet: &[u8]) -> io::Result<()> {
+    if Header::parse(packet).is_none_or(|ip| ip.length != packet.len()) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let vnet = VnetHeader::default().to_bytes();
+    let pieces = [IoSlice::new(&vnet), IoSlice::new(packet)];
+    let tun = queue_of(tuns, &pieces).ok_or(io::ErrorKind::NotConnected)?;
+    tun.write(&pieces)
+}
+
 fn write_apart(core: &Core, tun: &Tun, joined: &[u8]) {
     let split = VnetHeader::read(joined).and_then(|(vnet, packet)| {
         let ip = Header::parse(packet)?;

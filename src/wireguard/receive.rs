@@ -11,6 +11,7 @@ use std::sync::{Arc, Weak};
 use super::admission::Job;
 use super::clock::Time;
 use super::core::Core;
+use super::divert::Origin;
 use super::drops::Dropped;
 use super::gso::Coalescer;
 use super::packet::{Header, set_ecn};
@@ -130,7 +131,7 @@ impl Receive {
                 continue;
             }
             data = true;
-            let kept = self.keep(arena, plaintext, message, core.unicast_only, |source| {
+            let kept = self.keep(core, &peer, arena, plaintext, message, |source| {
                 accepted == Some(source) || {
                     let accepts = table.accepts(source, &peer);
                     if accepts {
@@ -151,13 +152,14 @@ impl Receive {
         }
     }
 
-    /// Checks a packet that was opened and keeps it for the TUN device.
+    /// Checks a packet that was opened and keeps it for the TUN device, or diverts it.
     fn keep(
         &mut self,
+        core: &Core,
+        peer: &Peer,
         arena: &mut [u8],
         plaintext: Range<usize>,
         message: &Message,
-        unicast_only: bool,
         accepts: impl FnOnce(IpAddr) -> bool,
     ) -> Result<(), Dropped> {
         let packet = &mut arena[plaintext.clone()];
@@ -165,12 +167,16 @@ impl Receive {
         if !accepts(ip.source) {
             return Err(Dropped::ForeignSource);
         }
-        if unicast_only && !is_routable(ip.destination) {
+        if core.unicast_only && !is_routable(ip.destination) {
             return Err(Dropped::ForeignDestination);
         }
         let ecn = message.ecn.decapsulate(ip.ecn).ok_or(Dropped::Congested)?;
         if ecn != ip.ecn {
             set_ecn(packet, ecn);
+        }
+        if core.diversion.takes(&ip, packet) {
+            core.divert(Origin::Peer(peer.id().clone()), &packet[..ip.length]);
+            return Ok(());
         }
         let packet = plaintext.start..plaintext.start + ip.length;
         self.coalescer.push(arena, packet, &ip);

@@ -60,7 +60,7 @@ impl Core {
         configured.routes.clear();
         configured.accepts.clear();
         for (&id, &config) in &wanted {
-            let known = self.peer(&mut configured, id, config.public_key);
+            let known = self.make_peer(&mut configured, id, config.public_key);
             if known.endpoint != config.endpoint {
                 known.endpoint = config.endpoint;
                 if let Some(endpoint) = config.endpoint {
@@ -94,15 +94,20 @@ impl Core {
         }
     }
 
+    /// The peer of this name.
+    pub(super) fn peer(&self, id: &PeerId) -> Option<Arc<Peer>> {
+        let configured = self.configured();
+        configured.peers.get(id).map(|known| known.peer.clone())
+    }
+
     /// Tries candidate endpoints of a peer. The endpoint changes only when the peer answers from one.
     pub(super) fn try_candidates(&self, id: &PeerId, candidates: &[SocketAddr]) {
         let candidates: Vec<_> = candidates.iter().take(MAX_CANDIDATES).copied().collect();
         if candidates.is_empty() {
             return;
         }
-        if let Some(known) = self.configured().peers.get(id) {
-            self.jobs
-                .push(Job::TryCandidates(known.peer.clone(), candidates));
+        if let Some(peer) = self.peer(id) {
+            self.jobs.push(Job::TryCandidates(peer, candidates));
         }
     }
 
@@ -155,7 +160,7 @@ impl Core {
             return;
         }
         let id = id.unwrap_or_else(|| PeerId::from(&key));
-        let known = self.peer(configured, &id, key);
+        let known = self.make_peer(configured, &id, key);
         if let Some(endpoint) = change.endpoint {
             known.endpoint = Some(endpoint);
             known.peer.set_endpoint(endpoint);
@@ -221,7 +226,7 @@ impl Core {
 
     /// The peer of this name with this key. Makes the peer if there is none. If it has another key, replaces all
     /// of its state that depends on the key.
-    fn peer<'a>(
+    fn make_peer<'a>(
         &self,
         configured: &'a mut Configured,
         id: &PeerId,

@@ -11,6 +11,8 @@ mod crossing;
 #[cfg(test)]
 mod destinations;
 #[cfg(test)]
+mod diverted;
+#[cfg(test)]
 mod events;
 #[cfg(test)]
 mod failing;

@@ -38,8 +38,13 @@ const TICK: Duration = Duration::from_millis(200);
 /// microseconds for each peer.
 const ROUTES: Duration = Duration::from_secs(2);
 
-/// Called when events of peers wait to be taken.
-pub(super) type OnEvents = Box<dyn Fn() + Send + Sync>;
+/// How the handshake thread calls the embedder.
+pub(super) struct Callbacks {
+    /// When events of peers wait to be taken.
+    pub(super) on_events: Box<dyn Fn() + Send + Sync>,
+    /// When diverted packets wait to be taken.
+    pub(super) on_diverted: Box<dyn Fn() + Send + Sync>,
+}
 
 /// The work of a thread.
 type Body = Box<dyn FnOnce(&Core, &Io) + Send>;
@@ -48,7 +53,7 @@ type Body = Box<dyn FnOnce(&Core, &Io) + Send>;
 pub(super) fn start(
     core: &Arc<Core>,
     io: &Arc<Io>,
-    on_events: OnEvents,
+    callbacks: Callbacks,
 ) -> io::Result<Vec<JoinHandle<()>>> {
     let waker = {
         let io = io.clone();
@@ -100,7 +105,7 @@ pub(super) fn start(
     let handshaker = Handshaker::new(core.clone());
     spawn(
         "wg-handshake".to_owned(),
-        Box::new(move |core, io| handshake(core, io, handshaker, link, &routes, &on_events)),
+        Box::new(move |core, io| handshake(core, io, handshaker, link, &routes, &callbacks)),
     )?;
     Ok(threads)
 }
@@ -155,7 +160,7 @@ fn handshake(
     mut handshaker: Handshaker,
     mut link: LinkWatch,
     routes: &RouteWatch,
-    on_events: &OnEvents,
+    callbacks: &Callbacks,
 ) {
     look_at_link(core, io, &mut link);
     let mut looked = Time::now();
@@ -209,7 +214,10 @@ fn handshake(
         }
         unknown = handshaker.run(&**io.sockets.load(), Time::now);
         if core.signal.take() {
-            on_events();
+            (callbacks.on_events)();
+        }
+        if core.diversion.signal.take() {
+            (callbacks.on_diverted)();
         }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 
 use super::clock::Time;
 use super::core::Core;
+use super::divert::Origin;
 use super::drops::Dropped;
 use super::gso::{Split, VnetHeader};
 use super::icmp::Answer;
@@ -81,6 +82,10 @@ impl Transmit {
         };
         if ip.length > usize::from(MAX_INNER) && !vnet.is_joined() {
             return refuse(Dropped::TooBig, Some(Answer::TooBig(MAX_INNER)));
+        }
+        if core.diversion.takes(&ip, packet) {
+            divert(core, &vnet, packet, &ip);
+            return Ok(());
         }
         let nesting = Nesting::of(packet, &ip);
         if nesting == Nesting::TooDeep {
@@ -266,6 +271,56 @@ impl Transmit {
     pub(super) fn rest(&mut self) {
         self.to = None;
     }
+}
+
+/// Hands an echo from the link to the embedder. A large packet of the kernel stands for several.
+#[cold]
+fn divert(core: &Core, vnet: &VnetHeader, packet: &[u8], ip: &Header) {
+    let Some(split) = Split::new(vnet, packet, ip) else {
+        return core.drops.add(Dropped::Malformed, 1);
+    };
+    for n in 0..split.count() {
+        let mut echo = vec![0; split.length(n)];
+        split.write(n, &mut echo);
+        core.divert(Origin::Link, &echo);
+    }
+}
+
+/// Seals and sends one whole packet at once, on any thread; false if it was not sent. Without a session a
+/// handshake begins, and the packet does not wait for it.
+pub(super) fn send_alone(
+    core: &Core,
+    wire: &impl Wire,
+    peer: &Arc<Peer>,
+    packet: &[u8],
+    now: Time,
+) -> bool {
+    let is_whole = |ip: &Header| ip.length == packet.len() && ip.length <= usize::from(MAX_INNER);
+    let Some(ip) = Header::parse(packet).filter(is_whole) else {
+        return false;
+    };
+    if peer.endpoint().is_none() {
+        return false;
+    }
+    let length = packet.len() + core.padding(packet.len()) + OVERHEAD;
+    let mut datagram = vec![0; length];
+    datagram[DATA_HEADER..DATA_HEADER + packet.len()].copy_from_slice(packet);
+    let session = peer.session();
+    let sealed = session
+        .as_ref()
+        .filter(|session| session.may_send(now) && session.seal_batch(&mut datagram, length));
+    let Some(session) = sealed else {
+        core.ask_handshake(peer, now);
+        return false;
+    };
+    // The timers come first, as in `Transmit::flush`.
+    peer.timers.sent(true, now);
+    let outer = outer(&ip, Nesting::of(packet, &ip));
+    let sent = peer.send(wire, &datagram, length, outer, now, &core.drops);
+    if session.wants_rekey(now) {
+        core.ask_handshake(peer, now);
+    }
+    sent
 }
 
 /// The fields of the outer header that depend on the packet.

@@ -5,6 +5,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+mod echoes;
 mod handshake_flood;
 #[expect(dead_code, reason = "made for the conformance tests")]
 #[path = "../conformance/pair.rs"]

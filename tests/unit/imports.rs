@@ -61,7 +61,7 @@ const WIREGUARD: &[&[&str]] = &[
         "timestamp",
         "uapi",
     ],
-    &["timestamp_store", "tun"],
+    &["divert", "timestamp_store", "tun"],
     &["link", "timestamp_sequence"],
     &["routes"],
     &["udp"],
