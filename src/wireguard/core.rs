@@ -3,6 +3,7 @@
 //! No I/O and no clock: tests run the same core and carry its datagrams by hand.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::RandomState;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,6 +39,9 @@ pub const UNASKED_AFTER: Duration = Duration::from_secs(180);
 /// The state of a device.
 pub(super) struct Core {
     pub(super) table: ArcSwap<Table>,
+    /// The seed by which flows spread over the owners of a prefix: one for all tables, so that a flow keeps its
+    /// owner.
+    pub(super) spread: RandomState,
     pub(super) indices: Indices,
     pub(super) drops: Drops,
     /// The echoes for the embedder.
@@ -111,6 +115,7 @@ impl Core {
     ) -> Self {
         let core = Self {
             table: ArcSwap::from_pointee(Table::default()),
+            spread: RandomState::new(),
             indices: Indices::default(),
             drops: Drops::default(),
             diversion: Diversion::default(),

@@ -342,7 +342,7 @@ impl Core {
         } else {
             allowed_ips(&configured.accepts)
         };
-        let table = Table::new(peers.collect(), routes, accepts);
+        let table = Table::new(peers.collect(), routes, accepts, self.spread.clone());
         self.table.store(Arc::new(table));
         self.note_known_addresses();
     }

@@ -145,17 +145,19 @@ pub(super) struct Table {
 
 impl Table {
     /// A table of peers. Each prefix has at least one owner, all of them among the peers. Where routes
-    /// and accepted sources are the same they may share their memory.
+    /// and accepted sources are the same they may share their memory. `spread` decides which of several
+    /// owners gets a flow: it must be the same for each table of a device, so that flows stay.
     pub(super) fn new(
         peers: BTreeMap<PublicKey, Arc<Peer>>,
         routes: Arc<Owners>,
         accepts: Arc<Owners>,
+        spread: RandomState,
     ) -> Self {
         Self {
             peers,
             routes,
             accepts,
-            spread: RandomState::new(),
+            spread,
         }
     }
 

@@ -17,6 +17,8 @@ mod events;
 #[cfg(test)]
 mod failing;
 #[cfg(test)]
+mod flows;
+#[cfg(test)]
 mod garbage;
 #[cfg(test)]
 mod peer_names;
