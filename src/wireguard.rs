@@ -32,6 +32,7 @@ mod duplex;
 mod events;
 pub mod gso;
 mod handshake;
+mod held;
 mod icmp;
 mod indices;
 mod io;

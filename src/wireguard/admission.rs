@@ -41,6 +41,8 @@ pub(super) enum Job {
     Message(Box<HandshakeMessage>),
     /// There is a packet for a peer, and no session or an old one.
     Initiate(Arc<Peer>),
+    /// A peer with a new key was added: an initiation of it may be held.
+    KeysAdded,
     /// The peer may have moved to one of these addresses.
     TryCandidates(Arc<Peer>, Vec<SocketAddr>),
     /// The peer sent to a local address. Look up whether the present route uses it as its source.
@@ -52,6 +54,7 @@ pub(super) enum Job {
 }
 
 /// A handshake message as it was received.
+#[derive(Clone)]
 pub(super) struct HandshakeMessage {
     pub(super) from: Endpoint,
     /// Whether it came from the address of a peer.
@@ -61,7 +64,8 @@ pub(super) struct HandshakeMessage {
 }
 
 impl HandshakeMessage {
-    fn new(message: &[u8], from: Endpoint, known: bool) -> Option<Self> {
+    /// A message of at most [`INITIATION_SIZE`] bytes.
+    pub(super) fn new(message: &[u8], from: Endpoint, known: bool) -> Option<Self> {
         let mut bytes = [0; INITIATION_SIZE];
         bytes.get_mut(..message.len())?.copy_from_slice(message);
         Some(Self {

@@ -3,14 +3,14 @@
 //! A message without a valid first MAC gets no answer, so the device is silent to a sender that does not
 //! know its public key. Under load it also requires the second MAC, which proves that the sender receives
 //! at its address, and limits each source. It spends at most a tenth of its time on unknown senders, so a
-//! flood costs the packet threads little.
+//! flood costs the packet threads little. An initiation whose key is not known yet may wait for it, see `held`.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::handshake::{SessionKeys, parse_handshake_anon};
+use boringtun::noise::handshake::{HalfHandshake, Handshake, SessionKeys, parse_handshake_anon};
 use boringtun::noise::{
     HandshakeInit, HandshakeResponse, Packet, PacketCookieReply, parse_incoming_packet,
 };
@@ -22,6 +22,7 @@ use super::clock::Time;
 use super::core::{Core, Identity};
 use super::drops::Dropped;
 use super::events::Event;
+use super::held::Held;
 use super::key::PublicKey;
 use super::packet::Outer;
 use super::peer::{HandshakeState, Peer, Wire};
@@ -49,6 +50,8 @@ pub(super) struct Handshaker {
     /// For addresses of peers, which need no cookie within this limit.
     known_limit: RateLimit,
     loaded: Option<Time>,
+    /// Initiations that came before their key was known.
+    held: Held,
     /// When the current slice began, and how much of it unknown senders have used.
     slice: Option<Time>,
     spent: Duration,
@@ -63,6 +66,7 @@ impl Handshaker {
             limit: RateLimit::default(),
             known_limit: RateLimit::default(),
             loaded: None,
+            held: Held::default(),
             slice: None,
             spent: Duration::ZERO,
             transmit: Transmit::default(),
@@ -94,6 +98,7 @@ impl Handshaker {
                         .store(false, std::sync::atomic::Ordering::Relaxed);
                     self.initiate(&peer, Attempt::First, wire, now);
                 }
+                Job::KeysAdded => self.answer_held(wire, now),
                 Job::TryCandidates(peer, candidates) => {
                     self.try_candidates(&peer, &candidates, wire, now);
                 }
@@ -175,7 +180,7 @@ impl Handshaker {
             self.admit(identity, message, wire, now)?;
         }
         match packet {
-            Packet::HandshakeInit(init) => respond(&core, identity, &init, message, wire, now),
+            Packet::HandshakeInit(init) => self.respond(identity, &init, message, wire, now),
             Packet::HandshakeResponse(response) => {
                 self.complete(identity, response, message, wire, now)
             }
@@ -305,6 +310,45 @@ impl Handshaker {
         true
     }
 
+    /// Answers an initiation of a peer, or holds one of a key that is not known.
+    fn respond(
+        &mut self,
+        identity: &Identity,
+        init: &HandshakeInit<'_>,
+        message: &HandshakeMessage,
+        wire: &impl Wire,
+        now: Time,
+    ) -> Result<(), Dropped> {
+        let public = x25519::PublicKey::from(identity.public.0);
+        let half = parse_handshake_anon(&identity.secret, &public, init).map_err(reason)?;
+        let table = self.core.table.load();
+        let key = PublicKey(half.peer_static_public);
+        if let Some(peer) = table.peers.get(&key) {
+            return answer(&self.core, peer, half, message, wire, now);
+        }
+        if !self.is_loaded(now) && self.held.has_room(&key, message.from.remote.ip(), now) {
+            let mut noise = Handshake::new(identity.secret.clone(), public, key.0.into(), None);
+            noise.set_last_timestamp(self.core.last_accepted(&key));
+            if noise.receive_handshake_initialization(half).is_ok() {
+                self.held.hold(key, noise.last_timestamp(), message, now);
+            }
+        }
+        // It counts as dropped, whether it is answered later or not.
+        Err(Dropped::Unauthentic)
+    }
+
+    /// Processes the held initiations whose key is known now, with every check.
+    fn answer_held(&mut self, wire: &impl Wire, now: Time) {
+        let core = self.core.clone();
+        let table = core.table.load();
+        let is_known = |key: &PublicKey| table.peers.contains_key(key);
+        for message in self.held.take(is_known, now) {
+            if let Err(reason) = self.message(&message, wire, now) {
+                core.drops.add(reason, 1);
+            }
+        }
+    }
+
     /// Completes a handshake that this side began.
     fn complete(
         &mut self,
@@ -346,19 +390,14 @@ impl Handshaker {
 
 /// Answers an initiation at its source. The endpoint of the peer stays until the peer confirms the session:
 /// another host may have recorded and sent the initiation.
-fn respond(
+fn answer(
     core: &Core,
-    identity: &Identity,
-    init: &HandshakeInit<'_>,
+    peer: &Arc<Peer>,
+    half: HalfHandshake,
     message: &HandshakeMessage,
     wire: &impl Wire,
     now: Time,
 ) -> Result<(), Dropped> {
-    let public = x25519::PublicKey::from(identity.public.0);
-    let half = parse_handshake_anon(&identity.secret, &public, init).map_err(reason)?;
-    let table = core.table.load();
-    let key = PublicKey(half.peer_static_public);
-    let peer = table.peers.get(&key).ok_or(Dropped::Unauthentic)?;
     let mut buffer = [0; RESPONSE_SIZE];
     let answer_to;
     {
@@ -371,7 +410,7 @@ fn respond(
         noise
             .receive_handshake_initialization(half)
             .map_err(reason)?;
-        core.note_accepted(&key, noise.last_timestamp());
+        core.note_accepted(peer.key(), noise.last_timestamp());
         let index = core.indices.draw(peer);
         let keys = match noise.format_handshake_response(index, &mut buffer) {
             Ok((_, keys)) => keys,

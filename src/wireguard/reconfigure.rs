@@ -343,8 +343,12 @@ impl Core {
             allowed_ips(&configured.accepts)
         };
         let table = Table::new(peers.collect(), routes, accepts, self.spread.clone());
-        self.table.store(Arc::new(table));
+        let before = self.table.swap(Arc::new(table));
         self.note_known_addresses();
+        let is_new = |known: &ConfiguredPeer| !before.peers.contains_key(known.peer.key());
+        if configured.peers.values().any(is_new) {
+            self.jobs.push(Job::KeysAdded);
+        }
     }
 
     /// The peers as they are configured. An endpoint is the configured one, wherever the peer is now.

@@ -13,6 +13,8 @@ mod destinations;
 #[cfg(test)]
 mod diverted;
 #[cfg(test)]
+mod early;
+#[cfg(test)]
 mod events;
 #[cfg(test)]
 mod failing;

@@ -68,7 +68,7 @@ const WIREGUARD: &[&[&str]] = &[
     &["place"],
     &["peer", "session"],
     &["admission", "indices", "table"],
-    &["core"],
+    &["core", "held"],
     &["receive", "transmit"],
     &["handshake", "io"],
     &["bench_support", "duplex", "reconfigure"],
