@@ -153,7 +153,8 @@ pub enum TunnelChange {
 /// 3. A route whose key stays is replaced in place: followers move to a new leader without an interruption. The
 ///    `throw` route of a prefix comes before the wider prefix that would take its packets.
 /// 4. Routes come before the rules that lead to them, so no look-up sees half a table.
-/// 5. Deletions come in the opposite order. A link is set down only when no remaining route leads
+/// 5. Deletions come in the opposite order: a backstop before the route that it stands behind, or it would refuse
+///    the packets of a destination that moved to another table. A link is set down only when no remaining route leads
 ///    through it (the kernel flushes the others), and the last IPv4 address is never deleted while such a route
 ///    exists (the kernel would flush it, in every table). Other addresses are deleted before routes are added: this
 ///    node's former WireGuard address may be another leader's now, and the kernel refuses an own address as a
@@ -286,14 +287,15 @@ fn delete(observed: &State, desired: &State, changes: &mut Vec<Change>) {
             .cloned()
             .map(|it| Change::Kernel(KernelChange::DeleteRule(it))),
     );
-    changes.extend(
-        observed
-            .routes
-            .keys()
-            .filter(|key| !desired.routes.contains_key(*key))
-            .copied()
-            .map(|it| Change::Kernel(KernelChange::DeleteRoute(it))),
-    );
+    let routes = |throw: bool| {
+        let is_old = move |(key, route): &(&RouteKey, &Route)| {
+            (**route == Route::Throw) == throw && !desired.routes.contains_key(*key)
+        };
+        let delete = |(&key, _)| Change::Kernel(KernelChange::DeleteRoute(key));
+        observed.routes.iter().rev().filter(is_old).map(delete)
+    };
+    changes.extend(routes(false));
+    changes.extend(routes(true));
     if let Some(link) = &observed.link {
         delete_link(observed, desired, link, changes);
     }

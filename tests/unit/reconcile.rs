@@ -71,6 +71,34 @@ fn elsewhere<'a>(
     segments.filter(move |segment| Some(&segment.group) != group)
 }
 
+/// Pods look in the table `Pods` first. A backstop there, without its route, refuses what `Mesh` routes already.
+#[test]
+fn a_destination_that_moves_to_another_table_is_refused_at_no_moment() {
+    let routes = |table| {
+        let route = Route::Unicast {
+            next_hops: BTreeSet::new(),
+            src: None,
+            mtu: None,
+        };
+        let key = |metric| RouteKey {
+            table,
+            dst: net("192.168.51.12/32"),
+            metric,
+        };
+        [(key(0), route), (key(BACKSTOP_METRIC), Route::Unreachable)]
+    };
+    let state = |table| State {
+        routes: routes(table).into(),
+        ..State::default()
+    };
+    insta::assert_snapshot!(lines(&diff(&state(Table::Pods), &state(Table::Mesh))), @"
+    ip route replace table 5130 192.168.51.12 proto 118
+    ip route replace table 5130 unreachable 192.168.51.12 metric 4278198272 proto 118
+    ip route del table 5131 192.168.51.12 metric 4278198272 proto 118
+    ip route del table 5131 192.168.51.12 proto 118
+    ");
+}
+
 /// An operator sees that a key is exchanged: `wg set` takes both peers in one command.
 #[test]
 fn a_peer_whose_key_changes_is_changed_in_place() {

@@ -82,8 +82,8 @@ fn followers_move_to_a_new_leader_without_an_interruption() {
     ip route replace table 5130 unreachable 10.4.0.3 metric 4278198272 proto 118
     ip route replace table 5130 10.42.0.0/24 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420 proto 118
     ip route replace table 5131 203.0.113.10 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420 proto 118
-    ip route del table 5130 10.4.0.2 proto 118
     ip route del table 5130 10.4.0.2 metric 4278198272 proto 118
+    ip route del table 5130 10.4.0.2 proto 118
     ");
     insta::assert_snapshot!(changes("node-agent-02"), @"
     ip link set kilo0 up
@@ -97,8 +97,8 @@ fn followers_move_to_a_new_leader_without_an_interruption() {
     ip route replace table 5132 192.168.50.11 via 10.42.1.0 dev flannel.1 onlink proto 118
     ip route replace table 5132 192.168.50.13 via 10.42.3.0 dev flannel.1 onlink proto 118
     ip rule add pref 5190 from all iif kilo0 lookup 5132 proto 118
-    ip route del table 5130 10.4.0.2 proto 118
     ip route del table 5130 10.4.0.2 metric 4278198272 proto 118
+    ip route del table 5130 10.4.0.2 proto 118
     ");
     insta::assert_snapshot!(changes("node-agent-01"), @"
     nft -f -
@@ -127,8 +127,8 @@ fn followers_move_to_a_new_leader_without_an_interruption() {
     ip route replace table 5130 192.168.50.13 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
     ip route replace table 5131 192.168.50.12 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
     ip route replace table 5131 unreachable 192.168.50.12 metric 4278198272 proto 118
-    ip route del table 5130 10.4.0.2 proto 118
     ip route del table 5130 10.4.0.2 metric 4278198272 proto 118
+    ip route del table 5130 10.4.0.2 proto 118
     ip route del table 5130 192.168.50.12 proto 118
     ip route del table 5130 192.168.50.12 metric 4278198272 proto 118
     wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= remove
