@@ -108,8 +108,8 @@ fn followers_move_to_a_new_leader_without_an_interruption() {
     ip route replace table 5130 10.42.0.0/24 via 10.42.2.0 dev flannel.1 onlink src 10.42.1.0 mtu 1420 proto 118
     ip route replace table 5131 203.0.113.10 via 10.42.2.0 dev flannel.1 onlink src 10.42.1.0 mtu 1420 proto 118
     ip rule del pref 5190 from all iif kilo0 lookup 5132 proto 118
-    ip route del table 5132 192.168.50.12 proto 118
     ip route del table 5132 192.168.50.13 proto 118
+    ip route del table 5132 192.168.50.12 proto 118
     wg set kilo0 peer ZFYh7Bi5FA0fNTizfHhMy0v+Wy+BVP2U85lC5PnHtFs= remove
     ip addr del 10.4.0.2/32 dev kilo0
     ip addr del 10.42.1.0/32 dev kilo0
