@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use crate::policy::{Encapsulation, OnTunnelDown};
 use crate::refusal::Refusal;
 use crate::telemetry::{LogFormat, LogLevel};
-use crate::topology::{Granularity, NodeName, RegionName, overlap};
+use crate::topology::{Granularity, LeaderCount, NodeName, RegionName, overlap};
 
 mod flags;
 mod layers;
@@ -55,6 +55,8 @@ pub struct Config {
     pub topology_label: String,
     /// `--mesh-granularity`.
     pub granularity: Granularity,
+    /// `--leaders-per-region`.
+    pub leaders_per_region: LeaderCount,
     /// `--subnet`: the pools of WireGuard addresses, truncated, at most one of each family.
     pub subnets: Vec<IpNet>,
     /// `--encapsulate`.
@@ -147,6 +149,7 @@ impl Config {
             master: flags.master.filter(|url| !url.is_empty()),
             topology_label: flags.topology_label,
             granularity: flags.mesh_granularity,
+            leaders_per_region: flags.leaders_per_region,
             subnets,
             encapsulation: flags.encapsulate,
             service_cidrs,

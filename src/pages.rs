@@ -350,6 +350,7 @@ mod tests {
                     keepalive_forced: false,
                     persistent_keepalive: 0,
                     wireguard_ips: vec![],
+                    probe_ip: None,
                 }],
                 nodes: vec![Member {
                     name: NodeName("a1".into()),

@@ -18,6 +18,7 @@ use crate::wireguard::key::PublicKey;
 mod candidates;
 mod caveat;
 mod firewall;
+mod paths;
 mod precedence;
 mod routes;
 mod site;

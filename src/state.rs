@@ -172,6 +172,8 @@ pub struct Firewall {
     pub region_pods: BTreeSet<IpNet>,
     /// Node addresses of the own region without this node's.
     pub region_nodes: BTreeSet<IpNet>,
+    /// The probe addresses of the region's leaders. Only nodes send to them.
+    pub probes: BTreeSet<IpAddr>,
     /// This node's own pod CIDRs.
     pub local_pods: BTreeSet<IpNet>,
     /// Whether this node forwards for its region. Then transit is not tracked, and the MSS of SYNs is clamped.
@@ -202,9 +204,7 @@ pub struct Firewall {
 pub struct Guard {
     /// The next hops by which the other nodes of the region are reached.
     pub hops: BTreeSet<IpAddr>,
-    /// What goes to another node of the own region, whatever this node's role.
-    pub beside: BTreeSet<IpNet>,
-    /// What goes through the tunnel (leaders) or to another node of the region (followers).
+    /// What goes through the tunnel (leaders) or to another node of the region.
     pub far: BTreeSet<IpNet>,
     /// What does so if it comes from the cluster network.
     pub far_from_pods: BTreeSet<IpNet>,

@@ -21,7 +21,7 @@ use crate::cluster::{Rejected, annotation, kubeconfig};
 use crate::config::{self, RegionCidrs, region_networks};
 use crate::refusal::Refusal;
 use crate::resolve;
-use crate::topology::{Endpoint, Granularity, Node, Settings, Snapshot, Topology};
+use crate::topology::{Endpoint, Granularity, LeaderCount, Node, Settings, Snapshot, Topology};
 
 /// Timeout for resolving the name of an endpoint.
 const RESOLVE: Duration = Duration::from_secs(2);
@@ -42,6 +42,9 @@ pub struct Args {
     /// Which nodes have tunnels: location, full, cross, or auto: the value that the agents publish
     #[arg(long, value_name = "GRANULARITY", default_value = "auto", value_parser = granularity)]
     pub mesh_granularity: Auto,
+    /// The agents' --leaders-per-region
+    #[arg(long, value_name = "NUMBER", default_value = "2")]
+    pub leaders_per_region: LeaderCount,
     /// Node label that names the region
     #[arg(long, value_name = "LABEL", default_value = "topology.kubernetes.io/region",
           value_parser = config::label_key)]
@@ -173,6 +176,7 @@ pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
             Auto(Some(granularity)) => granularity,
             Auto(None) => published_granularity(&snapshot)?,
         },
+        leaders_per_region: args.leaders_per_region,
         subnets: published_subnets(&snapshot),
         internal_cidrs: args.internal_cidr.clone(),
         region_networks: region_networks(args.region_cidr.clone()),

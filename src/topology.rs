@@ -1,4 +1,4 @@
-//! Groups nodes into regions, elects each region's leader and assigns WireGuard addresses.
+//! Groups nodes into regions, elects each region's leaders and assigns WireGuard addresses.
 //!
 //! Every agent computes the same [`Topology`] from the same [`Snapshot`], so leaders need no
 //! coordination. Nothing here reads a clock, a socket or a file. A statement of one node or peer cannot
@@ -22,11 +22,12 @@ mod kilo;
 mod leader;
 mod ledger;
 mod native;
+mod pool;
 mod region;
 
 pub use address::{is_public, is_public_to_kilo, is_unicast, overlap};
 pub use excluded::{Excluded, Field, Object, Overlap, Reason};
-pub use leader::{Candidate, Leader, Origin};
+pub use leader::{Candidate, Leader, LeaderCount, Origin};
 pub use ledger::{Claim, Ledger, MAX_ENTRIES};
 
 /// The name of a Kubernetes Node.
@@ -148,7 +149,7 @@ pub struct ExternalPeer {
 /// How nodes are grouped (`--mesh-granularity`).
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Granularity {
-    /// One leader for each region.
+    /// A few leaders for each region.
     #[default]
     Location,
     /// Every node reaches every other through a tunnel of its own.
@@ -175,6 +176,8 @@ pub type Resolved = BTreeMap<String, IpAddr>;
 pub struct Settings {
     /// `--mesh-granularity`.
     pub granularity: Granularity,
+    /// `--leaders-per-region`. Kilo's algorithm has one.
+    pub leaders_per_region: LeaderCount,
     /// `--subnet`: the pools of WireGuard addresses, at most one a family.
     pub subnets: Vec<IpNet>,
     /// `--service-cidr`: never routed into the tunnel.
@@ -419,19 +422,26 @@ impl Segment {
             .chain(wireguard_ips)
     }
 
-    /// The destinations that other segments send to one of the leaders, in the same order.
+    /// The destinations that other segments send to one of the leaders, in the same order, while they use these
+    /// leaders.
     ///
-    /// They are all of [`Self::allowed_ips`] but those of the other leaders themselves: the tunnel spreads
-    /// flows over the leaders that share a destination, and a leader's own addresses are for it alone.
-    pub fn routes_to<'s>(&'s self, leader: &'s Leader) -> impl Iterator<Item = IpNet> + 's {
-        let is_only = self.leaders.len() == 1;
-        let nodes = self.nodes.iter().filter(move |node| {
-            is_only || node.name == leader.node || self.leader(&node.name).is_none()
-        });
-        nodes
+    /// They are all of [`Self::allowed_ips`] but those of the other used leaders themselves: the tunnel spreads flows
+    /// over the leaders that share a destination, and a leader's own addresses are for it alone. A leader that is not
+    /// used has none. Its own addresses are shared by the others.
+    pub fn routes_to<'s>(
+        &'s self,
+        leader: &'s Leader,
+        used: &'s [&Leader],
+    ) -> impl Iterator<Item = IpNet> + 's {
+        let is_used = |node: &NodeName| used.iter().any(|leader| leader.node == *node);
+        let gets = move |node: &NodeName| *node == leader.node || !is_used(node);
+        let nodes = self.nodes.iter().filter(move |node| gets(&node.name));
+        let leaders = self.leaders.iter().filter(move |other| gets(&other.node));
+        let nets = nodes
             .flat_map(Member::allowed_ips)
-            .chain(leader.wireguard_nets())
-            .chain(self.allowed_location_ips.iter().copied())
+            .chain(leaders.flat_map(Leader::wireguard_nets))
+            .chain(self.allowed_location_ips.iter().copied());
+        nets.filter(move |_| is_used(&leader.node))
     }
 }
 

@@ -93,6 +93,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
         &facts.snapshot,
         &topology::Settings {
             granularity: config.granularity,
+            leaders_per_region: config.leaders_per_region,
             subnets: config.subnets.clone(),
             service_cidrs: config.service_cidrs.clone(),
             internal_cidrs: config.internal_cidrs.clone(),

@@ -274,6 +274,7 @@ mod tests {
                 persistent_keepalive: 0,
                 keepalive_forced: false,
                 wireguard_ips: vec!["10.4.0.2".parse().unwrap()],
+                probe_ip: None,
             }],
             nodes: vec![Member {
                 name: NodeName(leader.into()),

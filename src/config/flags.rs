@@ -12,7 +12,7 @@ use super::Compatibility;
 use super::values::{self, Cidrs, Listen, Mtu, RegionCidrs};
 use crate::policy::{Encapsulation, OnTunnelDown};
 use crate::telemetry::{LogFormat, LogLevel};
-use crate::topology::Granularity;
+use crate::topology::{Granularity, LeaderCount};
 
 const KUBERNETES: &str = "Kubernetes";
 const MESH: &str = "Mesh";
@@ -49,11 +49,15 @@ pub struct Flags {
     pub(super) topology_label: String,
 
     // Mesh
-    /// Which nodes have tunnels: `location`, one leader per region; `cross`, every node, to the nodes of
-    /// other regions; `full`, every node, to all others
+    /// Which nodes have tunnels: `location`, the leaders of each region; `cross`, every node, to the nodes
+    /// of other regions; `full`, every node, to all others
     #[arg(long, value_name = "GRANULARITY", help_heading = MESH, default_value = "location",
           value_parser = values::granularity)]
     pub(super) mesh_granularity: Granularity,
+    /// Leaders of each region, 1 to 8, the same for all agents: all of them carry traffic, and when one
+    /// fails the others take over
+    #[arg(long, value_name = "NUMBER", help_heading = MESH, default_value = "2")]
+    pub(super) leaders_per_region: LeaderCount,
     /// Pool of the leaders' WireGuard addresses; one CIDR, or one of each family
     #[arg(long, value_name = "CIDR", help_heading = MESH, default_value = "10.4.0.0/16",
           value_parser = values::pools)]

@@ -186,6 +186,7 @@ mod tests {
                 keepalive_forced: false,
                 persistent_keepalive: 0,
                 wireguard_ips: vec![[10, 4, 0, key].into()],
+                probe_ip: None,
             }],
             nodes: vec![Member {
                 name: leader,

@@ -34,6 +34,7 @@ fn segment(region: &str, wireguard_ip: &str, endpoint: &str, nodes: Vec<Member>)
             keepalive_forced: false,
             persistent_keepalive: 0,
             wireguard_ips: vec![wireguard_ip.parse().unwrap()],
+            probe_ip: None,
         }],
         nodes,
         allowed_location_ips: vec![],

@@ -102,6 +102,7 @@ mod tests {
                 persistent_keepalive: 25,
                 keepalive_forced: false,
                 wireguard_ips: vec![],
+                probe_ip: None,
             }],
             nodes: vec![Member {
                 name: NodeName(name.into()),

@@ -81,6 +81,12 @@ pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> F
             .flat_map(|node| node.addresses.iter().copied())
             .map(IpNet::from)
             .collect(),
+        probes: site
+            .segment
+            .into_iter()
+            .flat_map(|segment| &segment.leaders)
+            .filter_map(|leader| site.carried_probe_ip(leader))
+            .collect(),
         local_pods,
         leader: matches!(site.role, Role::Leader(_)),
         fail_closed: settings.on_tunnel_down == OnTunnelDown::Closed,
@@ -126,7 +132,6 @@ fn vxlan_sources(site: &Site<'_>) -> BTreeSet<IpNet> {
 /// others before it. The pods of other regions are inside the cluster network.
 fn guard(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Guard {
     let networks = &site.inputs.flannel.networks;
-    let tunnel = &site.inputs.settings.interface;
     let mut guard = Guard {
         hops: region_hops(site).filter_map(|hop| hop.via).collect(),
         cluster: networks.iter().copied().collect(),
@@ -144,11 +149,6 @@ fn guard(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Guard {
             (Table::Pods, _) => {
                 guard.far_from_pods.insert(dst);
             }
-            (Table::Mesh, Route::Unicast { next_hops, .. })
-                if site.own_lead().is_some() && next_hops.iter().all(|hop| hop.dev != *tunnel) =>
-            {
-                guard.beside.insert(dst);
-            }
             (Table::Mesh, Route::Unicast { .. } | Route::Unreachable) => {
                 let inside = |net: &IpNet| net.contains(&dst) && *net != dst;
                 if guard
@@ -164,6 +164,5 @@ fn guard(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Guard {
             }
         }
     }
-    guard.far = &guard.far - &guard.beside;
     guard
 }

@@ -43,6 +43,7 @@ pub(super) fn routes(site: &Site<'_>) -> BTreeMap<RouteKey, Route> {
     routes.add_remote_outsiders();
     routes.add_peers();
     routes.add_neighbours();
+    routes.add_probes();
     routes.add_followers();
     routes.end_cluster_networks();
     routes.except_local_destinations();
@@ -129,7 +130,7 @@ impl Routes<'_> {
                 for leader in &segment.leaders {
                     let ips = self.site.carried_wireguard_ips(leader);
                     for ip in ips.filter(|ip| ip.is_ipv6() == v6) {
-                        let hops = self.site.tunnel_hops(v6);
+                        let hops = self.site.hops_without_gateway(segment, v6);
                         self.add(Table::Mesh, IpNet::from(ip), &hops);
                     }
                 }
@@ -166,7 +167,7 @@ impl Routes<'_> {
             for net in self.site.carried_allowed_ips(peer) {
                 let v6 = is_v6(&net);
                 if self.site.has_family(v6) {
-                    let hops = self.site.tunnel_hops(v6);
+                    let hops = self.site.peer_hops(v6);
                     self.add_wide(net, hops);
                 }
             }
@@ -208,6 +209,26 @@ impl Routes<'_> {
                     self.add(Table::Mesh, IpNet::from(ip), &hop.into_iter().collect());
                 }
             }
+        }
+    }
+
+    /// The probe addresses of the own segment's leaders: on a leader its own leads into the tunnel's link, so that its
+    /// kernel must forward an echo as any packet for another region; by flannel's next hop the others.
+    fn add_probes(&mut self) {
+        let leaders = self
+            .site
+            .segment
+            .map_or(&[][..], |segment| &segment.leaders);
+        for leader in leaders {
+            let Some(ip) = self.site.carried_probe_ip(leader) else {
+                continue;
+            };
+            let hops = if leader.node == *self.site.inputs.me {
+                [self.site.tunnel()].into()
+            } else {
+                self.site.hops_to([leader], ip.is_ipv6())
+            };
+            self.add(Table::Mesh, IpNet::from(ip), &hops);
         }
     }
 

@@ -6,9 +6,10 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 
-use super::{Candidates, Inputs, candidates};
+use super::{Candidates, Inputs, candidates, paths};
 use crate::flannel::{Backend, Flannel, Vtep};
 use crate::policy::Encapsulation;
+use crate::probe::Verdicts;
 use crate::state::NextHop;
 use crate::topology::{
     Endpoint, ExternalPeer, Leader, Member, Mode, Outsider, Segment, SegmentName, is_public,
@@ -45,6 +46,8 @@ pub(super) struct Site<'a> {
     private_ip: Option<IpNet>,
     /// The candidates of the other leaders and the VPN peers.
     candidates: Candidates,
+    /// The verdicts on the paths, where they count.
+    pub(super) verdicts: &'a Verdicts,
 }
 
 impl<'a> Site<'a> {
@@ -67,6 +70,7 @@ impl<'a> Site<'a> {
                     endpoint: member.endpoint.as_ref(),
                     private_ip: member.private_ip,
                     candidates: candidates(topology, me),
+                    verdicts: paths::trusted(inputs.verdicts),
                 }
             }
             None => {
@@ -86,6 +90,7 @@ impl<'a> Site<'a> {
                     endpoint: outsider.endpoint.as_ref(),
                     private_ip: None,
                     candidates: Candidates::new(),
+                    verdicts: inputs.verdicts,
                 }
             }
         };
@@ -206,6 +211,13 @@ impl<'a> Site<'a> {
     ) -> impl Iterator<Item = IpAddr> + 's {
         let ips = leader.wireguard_ips.iter().copied();
         ips.filter(|ip| self.connected_to(&IpNet::from(*ip)).is_none())
+    }
+
+    /// The probe address of a leader of the own segment, where the segment has other nodes.
+    pub(super) fn carried_probe_ip(&self, leader: &Leader) -> Option<IpAddr> {
+        let ip = leader.probe_ip?;
+        let is_free = self.connected_to(&IpNet::from(ip)).is_none();
+        (is_free && self.has_family(ip.is_ipv6())).then_some(ip)
     }
 
     /// The `allowed-location-ips` of a segment that this node carries. Those inside a network of the own region
@@ -333,13 +345,14 @@ impl<'a> Site<'a> {
     }
 
     /// The next hops to a remote segment, for a family: its leaders on a leader, the leaders of the own segment on
-    /// a follower.
+    /// a follower, and on a leader that does not reach it.
     ///
-    /// On a leader all of these next hops are behind the tunnel, which looks at a packet's destination alone: the
-    /// peers' routes decide which of the leaders receives it.
+    /// On a leader all of the segment's leaders are behind the tunnel, which looks at a packet's destination alone: the
+    /// peers' routes decide which of the leaders receives it. So verdicts on them change no next hop.
     pub(super) fn next_hops(&self, remote: &Segment, v6: bool) -> BTreeSet<NextHop> {
-        if self.own_lead().is_none() {
-            return self.tunnel_hops(v6);
+        let hops = self.hops_without_gateway(remote, v6);
+        if !hops.contains(&self.tunnel()) {
+            return hops;
         }
         // flannel's DirectRouting takes a destination for directly connected if the kernel's route to it has no
         // gateway. With one it never does.
@@ -348,42 +361,45 @@ impl<'a> Site<'a> {
             .iter()
             .flat_map(|leader| &leader.wireguard_ips);
         let gateways = ips.copied().filter(|ip| ip.is_ipv6() == v6);
-        let hops: BTreeSet<_> = gateways
+        let through: BTreeSet<_> = gateways
             .map(|via| NextHop {
                 onlink: true,
                 via: Some(via),
                 ..self.tunnel()
             })
             .collect();
-        if hops.is_empty() {
-            self.tunnel_hops(v6)
-        } else {
-            hops
-        }
+        if through.is_empty() { hops } else { through }
     }
 
-    /// The next hops to destinations behind the tunnel that have no gateway: external peers.
-    pub(super) fn tunnel_hops(&self, v6: bool) -> BTreeSet<NextHop> {
+    /// The same for destinations without a gateway behind the tunnel: the gateways themselves.
+    pub(super) fn hops_without_gateway(&self, remote: &Segment, v6: bool) -> BTreeSet<NextHop> {
         match self.role {
-            Role::Leader(_) => [self.tunnel()].into(),
-            Role::Follower => self.hops_to_leaders(v6),
+            Role::Leader(_) => {
+                let detour = self.detour(remote, v6);
+                if detour.is_empty() {
+                    [self.tunnel()].into()
+                } else {
+                    detour
+                }
+            }
+            Role::Follower => self.hops_to(self.leaders_towards(remote), v6),
             Role::Outsider => BTreeSet::new(),
         }
     }
 
-    /// The next hops to the leaders of the own segment.
-    fn hops_to_leaders(&self, v6: bool) -> BTreeSet<NextHop> {
-        let segment = self.segment.into_iter();
-        let leaders = segment.flat_map(|segment| {
-            let leaders = segment.leaders.iter();
-            leaders.filter_map(|leader| segment.member(&leader.node))
-        });
+    /// The next hops to other leaders of the own segment.
+    pub(super) fn hops_to<'l>(
+        &self,
+        leaders: impl IntoIterator<Item = &'l Leader>,
+        v6: bool,
+    ) -> BTreeSet<NextHop> {
+        let leaders = leaders.into_iter();
         leaders
-            .filter_map(|leader| self.hop_to(leader, v6))
+            .filter_map(|leader| self.hop_to(self.segment?.member(&leader.node)?, v6))
             .collect()
     }
 
-    fn tunnel(&self) -> NextHop {
+    pub(super) fn tunnel(&self) -> NextHop {
         NextHop {
             via: None,
             dev: self.inputs.settings.interface.clone(),

@@ -49,6 +49,7 @@ fn segment(
             keepalive_forced: false,
             persistent_keepalive: 0,
             wireguard_ips: vec![wireguard_ip.parse().unwrap()],
+            probe_ip: None,
         }],
         nodes,
         allowed_location_ips: vec![],

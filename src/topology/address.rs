@@ -62,6 +62,18 @@ pub(super) fn nth(net: &IpNet, offset: u128) -> Option<IpAddr> {
     net.contains(&ip).then_some(ip)
 }
 
+/// The address `offset` before the last of a network, if it still lies in it.
+pub(super) fn nth_last(net: &IpNet, offset: u128) -> Option<IpAddr> {
+    let ip = match net.broadcast() {
+        IpAddr::V4(last) => {
+            let offset = u32::try_from(offset).ok()?;
+            IpAddr::V4(Ipv4Addr::from(u32::from(last).checked_sub(offset)?))
+        }
+        IpAddr::V6(last) => IpAddr::V6(Ipv6Addr::from(u128::from(last).checked_sub(offset)?)),
+    };
+    net.contains(&ip).then_some(ip)
+}
+
 /// Whether an address is one a host of the network may have: not the network's own, and in IPv4 not
 /// its broadcast address.
 pub(super) fn is_host_of(net: &IpNet, ip: IpAddr) -> bool {

@@ -98,6 +98,7 @@ pub(super) fn topology(
                     .and_then(|pool| nth(pool, position))
                     .into_iter()
                     .collect(),
+                probe_ip: None,
             };
             Some(Segment {
                 name: name.clone(),

@@ -2,6 +2,8 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU8;
+use std::str::FromStr;
 
 use ipnet::IpNet;
 
@@ -34,6 +36,48 @@ pub struct Leader {
     pub keepalive_forced: bool,
     /// Its WireGuard addresses, at most one of each family, IPv4 first.
     pub wireguard_ips: Vec<IpAddr>,
+    /// The address to which other nodes of its segment send echoes, so that its kernel must forward them into
+    /// the tunnel's link. It has a meaning inside the segment alone: other segments use the same addresses. `None`
+    /// for an only leader, beside which there is no choice, in Kilo's mode, and where the pool has no room.
+    pub probe_ip: Option<IpAddr>,
+}
+
+/// The number of leaders of each region (`--leaders-per-region`), 1 to [`Self::MAX`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct LeaderCount(NonZeroU8);
+
+impl LeaderCount {
+    /// Each leader has a tunnel to every leader of the other regions, so more would cost much and help little.
+    pub const MAX: u8 = 8;
+
+    /// `None` outside of 1 to [`Self::MAX`].
+    pub const fn new(count: u8) -> Option<Self> {
+        match NonZeroU8::new(count) {
+            Some(count) if count.get() <= Self::MAX => Some(Self(count)),
+            _ => None,
+        }
+    }
+
+    /// 1 to [`Self::MAX`].
+    pub fn get(self) -> usize {
+        usize::from(self.0.get())
+    }
+}
+
+impl Default for LeaderCount {
+    /// Two.
+    fn default() -> Self {
+        Self(NonZeroU8::MIN.saturating_add(1))
+    }
+}
+
+impl FromStr for LeaderCount {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let count = text.parse().ok().and_then(Self::new);
+        count.ok_or_else(|| format!("must be a number in the range 1 to {}", Self::MAX))
+    }
 }
 
 impl Leader {

@@ -4,13 +4,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use super::address::{is_host_of, is_public, is_unicast, nth};
+use super::address::{is_public, is_unicast};
 use super::candidates::Announcements;
 use super::claims::{Accepted, Claims, dedup};
 use super::excluded::{Field, Object, Reason};
+use super::pool::Pools;
 use super::region::{Regions, membership};
 use super::{
-    Candidate, Claim, Endpoint, Granularity, InterfaceAddr, Leader, Member, Node, NodeName, Origin,
+    Candidate, Claim, Endpoint, Granularity, Leader, LeaderCount, Member, Node, NodeName, Origin,
     Outsider, PeerAddresses, Resolved, Segment, SegmentName, Settings, Snapshot, Topology,
 };
 use crate::liveness;
@@ -57,14 +58,14 @@ pub(super) fn topology(
     }
     let elected = members
         .iter()
-        .map(|(name, nodes)| (name, elect(name, nodes)))
+        .map(|(name, nodes)| (name, elect(name, nodes, settings.leaders_per_region)))
         .collect::<BTreeMap<_, _>>();
-    let mut wireguard_ips = wireguard_ips(&mut claims, settings, &elected, &expected);
+    let pools = Pools::new(&mut claims, settings, &elected, &expected);
     let observers = observers(&elected);
     let discovered = discovered_endpoints(&observers);
     let announcements = Announcements::new(snapshot, &claims, observers);
 
-    let mut leader = |node: &Node| {
+    let mut leader = |probe_place: Option<usize>, node: &Node| {
         let object = Object::Node(node.name.clone());
         let public_key = node.public_key?;
         let address = node
@@ -83,11 +84,15 @@ pub(super) fn topology(
             behind_nat,
             persistent_keepalive: keepalive(node, behind_nat),
             keepalive_forced: node.persistent_keepalive.is_some(),
-            wireguard_ips: wireguard_ips.remove(&node.name).unwrap_or_default(),
+            wireguard_ips: pools.wireguard_ips(&node.name),
+            probe_ip: probe_place
+                .and_then(|place| pools.probe_ip(place, &claims.nodes[&node.name].pod_cidrs)),
         })
     };
     let leaders = elected.values().map(|nodes| {
-        let leaders = nodes.iter().filter_map(|node| leader(node));
+        let leaders = nodes.iter().enumerate();
+        let is_only = nodes.len() == 1;
+        let leaders = leaders.filter_map(|(place, node)| leader((!is_only).then_some(place), node));
         leaders.collect::<Vec<_>>()
     });
     let leaders = leaders.collect::<Vec<_>>();
@@ -208,23 +213,22 @@ fn member(node: &Node, accepted: &Accepted) -> Member {
     }
 }
 
-/// Elects the leaders of a segment, at present one, among its nodes sorted by name.
+/// Elects the leaders of a segment, the primary first, among its nodes sorted by name.
 ///
 /// In this order count: the operator's annotations, the present lead, a public endpoint, a longer stay in the
-/// region, and the name, which makes the order total. So no statement of a newcomer takes the lead from the
+/// region, and the name, which makes the order total. So no statement of a newcomer takes the lead from a
 /// present leader.
 ///
 /// Only Ready nodes are eligible. Where none is Ready all are: the API server may be what cannot reach them.
-fn elect<'a>(name: &SegmentName, nodes: &[&'a Node]) -> Vec<&'a Node> {
+fn elect<'a>(name: &SegmentName, nodes: &[&'a Node], count: LeaderCount) -> Vec<&'a Node> {
     let lead = Claim::Lead(name.clone());
     let since = |node: &Node| node.ledger.rank(&membership(node));
     let eldest = nodes.iter().map(|node| since(node)).min();
     let settled = eldest.map_or(0, |(_, since)| since.saturating_add(SETTLING));
-    let rank = |node: &&&Node| {
+    let rank = |node: &&Node| {
         let forced = node.endpoint_forced;
         let (unrecorded, since) = since(node);
         (
-            !liveness::may_lead(node.ready),
             !(node.leader && forced),
             !node.leader,
             !forced,
@@ -233,8 +237,13 @@ fn elect<'a>(name: &SegmentName, nodes: &[&'a Node]) -> Vec<&'a Node> {
             (unrecorded, since.max(settled)),
         )
     };
-    let primary = nodes.iter().min_by_key(rank);
-    primary.copied().into_iter().collect()
+    let (ready, others): (Vec<_>, Vec<_>) = nodes
+        .iter()
+        .partition(|node| liveness::may_lead(node.ready));
+    let mut leaders = if ready.is_empty() { others } else { ready };
+    leaders.sort_by_key(rank);
+    leaders.truncate(count.get());
+    leaders
 }
 
 /// Whether others can open a connection to a node. A name counts, resolved or not: agents that resolve it
@@ -281,83 +290,6 @@ fn expected_segment_name(
             segment_name(node, accepted, granularity)
         }
     }
-}
-
-/// Gives each leader one address of each pool.
-///
-/// A requested address is given to its node, whether or not it leads now, so that a node that joins or leaves
-/// renumbers no other. Of two equal requests the older claim wins. A leader without a request gets the lowest
-/// free address, in the order of segments: in a new mesh that is the address Kilo gives.
-///
-/// An address is left free for each segment of nodes whose agents have not started yet (`expected`), so that
-/// the addresses of a new mesh do not depend on the order in which agents start.
-fn wireguard_ips(
-    claims: &mut Claims<'_>,
-    settings: &Settings,
-    leaders: &BTreeMap<&SegmentName, Vec<&Node>>,
-    expected: &BTreeMap<SegmentName, Vec<&NodeName>>,
-) -> BTreeMap<NodeName, Vec<IpAddr>> {
-    let mut given = BTreeMap::<NodeName, Vec<IpAddr>>::new();
-    for pool in &settings.subnets {
-        let mut holders = BTreeMap::<IpAddr, &NodeName>::new();
-        let mut kept = BTreeMap::<&NodeName, IpAddr>::new();
-        let mut requests = Vec::new();
-        for node in claims.by_age() {
-            let mut requested = node.wireguard_ips.iter().map(InterfaceAddr::addr);
-            if let Some(ip) = requested.find(|ip| ip.is_ipv6() == pool.addr().is_ipv6()) {
-                let rank = node.ledger.rank(&Claim::Address(ip));
-                requests.push((rank, node.created, &node.name, ip, node));
-            }
-        }
-        requests.sort_by_key(|(rank, created, name, ..)| (*rank, *created, *name));
-        for (.., ip, node) in requests {
-            let meshed = claims.nodes[&node.name].is_meshed();
-            let reason = if !is_host_of(pool, ip) {
-                Some(Reason::NotInSubnet)
-            } else {
-                let holder = holders.get(&ip).copied().cloned();
-                holder.map(|holder| Reason::TakenBy(Object::Node(holder)))
-            };
-            match reason {
-                Some(_) if !meshed => {}
-                Some(reason) => {
-                    let object = Object::Node(node.name.clone());
-                    claims.exclude(object, Field::WireguardIp(ip), reason);
-                }
-                None => {
-                    holders.insert(ip, &node.name);
-                    kept.insert(&node.name, ip);
-                }
-            }
-        }
-
-        let mut free = (1..)
-            .map_while(|offset| nth(pool, offset))
-            .filter(|ip| is_host_of(pool, *ip) && !holders.contains_key(ip));
-        let names = leaders.keys().copied().chain(expected.keys());
-        for name in names.collect::<BTreeSet<_>>() {
-            let Some(leaders) = leaders.get(name) else {
-                if !expected[name].iter().any(|node| kept.contains_key(node)) {
-                    free.next();
-                }
-                continue;
-            };
-            for leader in leaders {
-                match kept.get(&leader.name).copied().or_else(|| free.next()) {
-                    Some(ip) => given.entry(leader.name.clone()).or_default().push(ip),
-                    None => {
-                        let object = Object::Node(leader.name.clone());
-                        let field = Field::WireguardIp(pool.network());
-                        claims.exclude(object, field, Reason::SubnetExhausted);
-                    }
-                }
-            }
-        }
-    }
-    for ips in given.values_mut() {
-        ips.sort();
-    }
-    given
 }
 
 /// The leaders in the order in which their observations count: public ones, then the older ones.

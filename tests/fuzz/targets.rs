@@ -14,7 +14,8 @@ use selvedge::cluster::since;
 use selvedge::flannel::{Lease, NetConf, SubnetEnv};
 use selvedge::kernel;
 use selvedge::topology::{
-    Endpoint, Granularity, Ledger, Mode, Node, NodeName, RegionName, Settings, Snapshot, Topology,
+    Endpoint, Granularity, LeaderCount, Ledger, Mode, Node, NodeName, RegionName, Settings,
+    Snapshot, Topology,
 };
 use selvedge::wireguard::gso::{Coalescer, Split, VNET_HEADER, VnetHeader};
 use selvedge::wireguard::key::PublicKey;
@@ -284,6 +285,7 @@ pub(crate) fn topology(data: &[u8]) {
     let pool = [16, 24, 30, 32][usize::from(how >> 2 & 3)];
     let settings = Settings {
         granularity: granularity[usize::from(how & 3) % 3],
+        leaders_per_region: LeaderCount::new(1 + (how >> 6)).unwrap_or_default(),
         subnets: vec![net([10, 4, 0, 0], pool)],
         service_cidrs: vec![net([10, 96, 0, 0], 16)],
         internal_cidrs: if how & 16 == 0 {

@@ -9,6 +9,7 @@ mod bad_input;
 mod cli;
 mod cluster_strategy;
 mod documents;
+mod failover;
 mod fake_kernel;
 mod fuzz_corpus;
 mod graph_and_showconf;

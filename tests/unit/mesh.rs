@@ -15,8 +15,8 @@ use selvedge::policy::{Encapsulation, OnTunnelDown};
 use selvedge::probe::Verdicts;
 use selvedge::state::{NextHop, State};
 use selvedge::topology::{
-    self, Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName, Resolved,
-    SegmentName, Snapshot, Topology,
+    self, Claim, Endpoint, ExternalPeer, Granularity, LeaderCount, Ledger, Node, NodeName,
+    RegionName, Resolved, SegmentName, Snapshot, Topology,
 };
 use selvedge::wireguard::PeerConfig;
 use selvedge::wireguard::key::PublicKey;
@@ -53,6 +53,8 @@ impl Mesh {
             now: 0,
             agreed: topology::Settings {
                 granularity: Granularity::Location,
+                // Tests of several leaders ask for more.
+                leaders_per_region: leaders(1),
                 subnets: vec![net("10.4.0.0/16")],
                 service_cidrs: vec![net("10.43.0.0/16")],
                 internal_cidrs: vec![],
@@ -237,6 +239,10 @@ impl Mesh {
         let lines = changes.iter().map(ToString::to_string).filter(wanted);
         lines.map(|line| line + "\n").collect()
     }
+}
+
+pub(crate) fn leaders(count: u8) -> LeaderCount {
+    LeaderCount::new(count).expect("a number in the range 1 to 8")
 }
 
 pub(crate) fn lines(changes: &[Change]) -> String {

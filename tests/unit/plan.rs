@@ -23,12 +23,13 @@ mod kilo_two_regions_configs;
 mod leaders;
 mod locations;
 mod peers;
+mod probe_addresses;
 mod regions;
 mod several_leaders;
 mod two_regions_behind_nat;
 mod wireguard_addresses;
 
-use crate::mesh::{Mesh, With, addr, ip, key, lines, net, node, peer_with, vpn_peer};
+use crate::mesh::{Mesh, With, addr, ip, key, leaders, lines, net, node, peer_with, vpn_peer};
 
 /// The routes, in all tables.
 const ROUTES: &[&str] = &["ip route replace table", "ip -6 route replace table"];

@@ -40,6 +40,7 @@ fn segment(key: PublicKey, persistent_keepalive: u16) -> Segment {
             persistent_keepalive,
             keepalive_forced: false,
             wireguard_ips: vec![],
+            probe_ip: None,
         }],
         nodes: Vec::<Member>::new(),
         allowed_location_ips: vec![],

@@ -172,6 +172,7 @@ impl Facets {
             persistent_keepalive: 25,
             keepalive_forced: false,
             wireguard_ips: vec![],
+            probe_ip: None,
         };
         let leaders: Vec<_> = [(1, "own"), (2, "master"), (3, "far")].map(leader).into();
         let segment = |leader: &Leader| Segment {

@@ -152,6 +152,7 @@ impl World {
         let fixtures = world.mesh();
         for (name, _, address, number) in NODES {
             let config = Config::from_args([
+                "--leaders-per-region=1",
                 format!("--hostname={name}").as_str(),
                 "--encapsulate=crosssubnet",
                 "--service-cidr=10.43.0.0/16",

@@ -1,24 +1,18 @@
-//! A segment with several leaders. The election names one leader so far; the plan takes a list.
+//! A region with two leaders: what its nodes and a leader elsewhere do, and how they follow verdicts.
 
-use selvedge::topology::{Leader, Topology};
+use selvedge::liveness::{Cause, PathState};
+use selvedge::probe::{RegionLeader, Verdicts};
+use selvedge::topology::{Segment, SegmentName, Topology};
+use selvedge::wireguard::PeerId;
 
 use super::*;
 use crate::fake_kernel::FakeKernel;
 
-/// The main scenario, with node-agent-02 as a second leader of region nd.
+/// The main scenario with two leaders a region: node-agent-01 and node-agent-02 lead region nd.
 fn two_leaders() -> (Mesh, Topology) {
-    let mesh = two_regions();
-    let mut topology = mesh.topology();
-    let name = NodeName("node-agent-02".into());
-    let second = &mesh.snapshot.nodes[&name];
-    let mut segments = topology.segments.iter_mut();
-    let nd = segments.find(|segment| segment.nodes.len() == 3).unwrap();
-    nd.leaders.push(Leader {
-        node: name,
-        keys: second.public_key.into_iter().collect(),
-        wireguard_ips: vec![ip("10.4.0.3")],
-        ..nd.primary().clone()
-    });
+    let mut mesh = two_regions();
+    mesh.agreed.leaders_per_region = leaders(2);
+    let topology = mesh.topology();
     (mesh, topology)
 }
 
@@ -44,7 +38,7 @@ fn a_remote_leader_has_a_peer_for_each_leader_and_routes_over_all_of_them() {
     let (mesh, topology) = two_leaders();
     let wanted = ["wg set kilo0 peer", "ip route replace table"];
     insta::assert_snapshot!(commands(&mesh, &topology, "node-master", &wanted), @"
-    wg set kilo0 peer h/wYe0dl8DAI8SLTR2E+bEkgxVvTFwS0ArNTXESFtFw= endpoint 198.51.100.7:24276 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.4.0.3/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
+    wg set kilo0 peer h/wYe0dl8DAI8SLTR2E+bEkgxVvTFwS0ArNTXESFtFw= endpoint 192.168.50.12:51820 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.4.0.3/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
     wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= endpoint 198.51.100.7:24276 persistent-keepalive 25 allowed-ips 10.4.0.2/32,10.4.0.3/32,10.42.1.0/24,10.42.2.0/24,10.42.3.0/24,192.168.50.11/32,192.168.50.12/32,192.168.50.13/32
     ip route replace table 5130 throw 10.42.0.0/24
     ip route replace table 5130 10.4.0.2 dev kilo0 src 10.42.0.0 mtu 1420
@@ -53,8 +47,8 @@ fn a_remote_leader_has_a_peer_for_each_leader_and_routes_over_all_of_them() {
     ip route replace table 5130 10.42.2.0/24 nexthop via 10.4.0.2 dev kilo0 onlink nexthop via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420
     ip route replace table 5130 10.42.3.0/24 nexthop via 10.4.0.2 dev kilo0 onlink nexthop via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420
     ip route replace table 5130 192.168.50.11 nexthop via 10.4.0.2 dev kilo0 onlink nexthop via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420
-    ip route replace table 5130 192.168.50.12 nexthop via 10.4.0.2 dev kilo0 onlink nexthop via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420
     ip route replace table 5130 192.168.50.13 nexthop via 10.4.0.2 dev kilo0 onlink nexthop via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420
+    ip route replace table 5131 192.168.50.12 nexthop via 10.4.0.2 dev kilo0 onlink nexthop via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420
     ");
 }
 
@@ -69,6 +63,8 @@ fn a_follower_spreads_its_flows_over_the_leaders_of_its_segment() {
     ip route replace table 5130 10.4.0.1 nexthop via 10.42.1.0 dev flannel.1 onlink nexthop via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 10.4.0.3 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.4.255.253 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.4.255.254 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 10.42.0.0/24 nexthop via 10.42.1.0 dev flannel.1 onlink nexthop via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5131 203.0.113.10 nexthop via 10.42.1.0 dev flannel.1 onlink nexthop via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ");
@@ -87,6 +83,8 @@ fn each_leader_has_its_own_address_and_reaches_the_other_leaders_by_flannel() {
     ip route replace table 5130 throw 10.42.3.0/24
     ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 10.4.255.253 dev kilo0 src 10.42.2.0 mtu 1420
+    ip route replace table 5130 10.4.255.254 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.42.0.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5131 203.0.113.10 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5132 192.168.50.11 via 10.42.1.0 dev flannel.1 onlink
@@ -110,9 +108,158 @@ fn leaders_share_the_destinations_that_are_not_their_own_and_each_may_send_from_
     assert!(state.peers.values().all(|peer| peer.accepts == all));
 }
 
+/// The changes of a node after its verdicts changed, without backstops.
+fn follows(me: &str, verdicts: &Verdicts) -> String {
+    let (mut mesh, topology) = two_leaders();
+    let before = state(&mesh, &topology, me);
+    mesh.verdicts = verdicts.clone();
+    let changes = diff(&before, &state(&mesh, &topology, me));
+    lines(&changes).replace(" proto 118", "")
+}
+
+const DOWN: PathState = PathState::Down(Cause::Silent);
+
+fn through(leader: &str, state: PathState) -> Verdicts {
+    let known = RegionLeader {
+        state,
+        ..RegionLeader::default()
+    };
+    Verdicts {
+        leaders: [(NodeName(leader.into()), known)].into(),
+        ..Verdicts::default()
+    }
+}
+
+fn to(leader: &str, state: PathState) -> Verdicts {
+    let id = PeerId::new(format!("node/{leader}"));
+    Verdicts {
+        peers: [(id, state)].into(),
+        ..Verdicts::default()
+    }
+}
+
+fn both(one: Verdicts, other: Verdicts) -> Verdicts {
+    Verdicts {
+        peers: one.peers.into_iter().chain(other.peers).collect(),
+        leaders: one.leaders.into_iter().chain(other.leaders).collect(),
+    }
+}
+
+#[test]
+fn a_member_leaves_a_leader_that_is_down() {
+    let verdicts = both(
+        through("node-agent-01", DOWN),
+        through("node-agent-02", PathState::Up),
+    );
+    insta::assert_snapshot!(follows("node-agent-03", &verdicts), @"
+    ip route replace table 5130 10.4.0.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 10.42.0.0/24 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5131 203.0.113.10 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ");
+    let draining = both(
+        through("node-agent-01", PathState::Draining),
+        through("node-agent-02", PathState::Up),
+    );
+    assert_eq!(
+        follows("node-agent-03", &draining),
+        follows("node-agent-03", &verdicts)
+    );
+}
+
+#[test]
+fn a_member_leaves_a_leader_for_the_segment_that_it_does_not_reach() {
+    let (_, topology) = two_leaders();
+    let remote = |segment: &&Segment| segment.nodes.len() == 1;
+    let master = topology.segments.iter().find(remote).unwrap().name.clone();
+    let up = through("node-agent-02", PathState::Up);
+    let says = |unreached: SegmentName| {
+        let mut verdicts = both(through("node-agent-01", PathState::Up), up.clone());
+        let first = verdicts.leaders.first_entry();
+        first.unwrap().get_mut().unreached = [unreached].into();
+        verdicts
+    };
+    let down = both(through("node-agent-01", DOWN), up.clone());
+    let cut_off = follows("node-agent-03", &says(master));
+    assert_eq!(cut_off, follows("node-agent-03", &down));
+    let elsewhere = SegmentName::Node(NodeName("elsewhere".into()));
+    assert_eq!(follows("node-agent-03", &says(elsewhere)), "");
+}
+
+#[test]
+fn a_leader_that_reaches_no_leader_of_a_segment_sends_through_another_one_of_its_region() {
+    let cut_off = to("node-master", DOWN);
+    let verdicts = both(cut_off.clone(), through("node-agent-02", PathState::Up));
+    insta::assert_snapshot!(follows("node-agent-01", &verdicts), @"
+    ip route replace table 5130 10.4.0.1 via 10.42.2.0 dev flannel.1 onlink src 10.42.1.0 mtu 1420
+    ip route replace table 5130 10.42.0.0/24 via 10.42.2.0 dev flannel.1 onlink src 10.42.1.0 mtu 1420
+    ip route replace table 5131 203.0.113.10 via 10.42.2.0 dev flannel.1 onlink src 10.42.1.0 mtu 1420
+    ");
+    // Not through one that is not known to work.
+    for state in [PathState::Unknown, PathState::Draining] {
+        let verdicts = both(cut_off.clone(), through("node-agent-02", state));
+        assert_eq!(follows("node-agent-01", &verdicts), "");
+    }
+}
+
+#[test]
+fn a_far_leader_sends_to_those_leaders_that_answer() {
+    let (mut mesh, topology) = two_leaders();
+    mesh.verdicts = both(
+        to("node-agent-01", DOWN),
+        to("node-agent-02", PathState::Up),
+    );
+    let state = state(&mesh, &topology, "node-master");
+    let routes = |name: &str| &state.peers[&PeerId::new(format!("node/{name}"))].routes;
+    assert_eq!(routes("node-agent-01"), &BTreeSet::new());
+    let second = &state.peers[&PeerId::new("node/node-agent-02")];
+    assert_eq!(second.routes, second.accepts);
+    // The kernel's routes stay: behind the tunnel's link are all leaders.
+    let changes = follows("node-master", &mesh.verdicts);
+    assert!(
+        changes.lines().all(|line| line.starts_with("wg set")),
+        "{changes}"
+    );
+}
+
+#[test]
+fn external_peers_are_reached_through_the_primary_unless_it_is_down() {
+    let (mut mesh, _) = two_leaders();
+    mesh.add_peers([vpn_peer("laptop", 9, &["10.5.0.1/32"])]);
+    let topology = mesh.topology();
+    let way = |mesh: &Mesh, me: &str| {
+        let all = commands(mesh, &topology, me, ROUTES);
+        let line = all.lines().find(|line| line.contains(" 10.5.0.1 "));
+        line.unwrap().split_once("10.5.0.1 ").unwrap().1.to_owned()
+    };
+    let primary = "via 10.42.1.0 dev flannel.1 onlink";
+    let at = |mesh: &Mesh| {
+        ["node-agent-01", "node-agent-02", "node-agent-03"].map(|me| {
+            let way = way(mesh, me);
+            let (way, _) = way.split_once(" src").unwrap();
+            way.to_owned()
+        })
+    };
+    assert_eq!(at(&mesh), ["dev kilo0", primary, primary]);
+    for (state, of_second, of_third) in [
+        (PathState::Draining, primary, primary),
+        (DOWN, "dev kilo0", "via 10.42.2.0 dev flannel.1 onlink"),
+    ] {
+        mesh.verdicts = both(
+            through("node-agent-01", state),
+            // Its own tunnels work, so that its uplink is not to blame.
+            both(
+                through("node-agent-02", PathState::Up),
+                to("node-master", PathState::Up),
+            ),
+        );
+        assert_eq!(at(&mesh)[1..], [of_second, of_third]);
+    }
+}
+
 #[test]
 fn a_kernel_takes_the_change_to_two_leaders_and_back() {
-    let (mesh, two) = two_leaders();
+    let (mut mesh, two) = two_leaders();
+    mesh.agreed.leaders_per_region = leaders(1);
     let one = mesh.topology();
     for me in mesh.names() {
         let mut kernel = FakeKernel::before_the_agent(&mesh, me);

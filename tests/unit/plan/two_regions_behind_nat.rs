@@ -233,6 +233,7 @@ fn the_firewall_holds_the_prefixes_of_the_own_and_of_other_regions() {
             192.168.50.12/32,
             192.168.50.13/32,
         },
+        probes: {},
         local_pods: {
             10.42.1.0/24,
         },
@@ -246,7 +247,6 @@ fn the_firewall_holds_the_prefixes_of_the_own_and_of_other_regions() {
                 10.42.2.0,
                 10.42.3.0,
             },
-            beside: {},
             far: {
                 10.4.0.1/32,
             },

@@ -75,6 +75,68 @@ fn a_node_that_joins_or_leaves_renumbers_no_other() {
     );
 }
 
+/// Two regions of two nodes, with two leaders each.
+fn pairs() -> Mesh {
+    let nodes = ["a1", "a2", "b1", "b2"].iter().zip(1..);
+    let nodes = nodes.map(|(name, seed)| {
+        let subnet = name.as_bytes()[0] - b'a';
+        node(
+            name,
+            &name[..1],
+            seed,
+            &format!("192.168.{subnet}.{seed}/24"),
+        )
+    });
+    let mut mesh = Mesh::new(nodes);
+    mesh.agreed.leaders_per_region = leaders(2);
+    mesh
+}
+
+#[test]
+fn the_primaries_of_a_new_mesh_have_kilos_addresses_and_the_second_leaders_those_behind_them() {
+    let expected = [
+        ("a1", "10.4.0.1"),
+        ("a2", "10.4.0.3"),
+        ("b1", "10.4.0.2"),
+        ("b2", "10.4.0.4"),
+    ];
+    let complete = addresses(&pairs());
+    assert_eq!(
+        complete,
+        expected.map(|(n, a)| (n.to_owned(), a.to_owned())).into()
+    );
+
+    // The agents of the others start later.
+    for first in [&["a1"][..], &["b1"], &["a1", "b1"], &["b1", "b2"]] {
+        let mut mesh = pairs();
+        let others = ["a1", "a2", "b1", "b2"].into_iter();
+        for other in others.filter(|name| !first.contains(name)) {
+            let node = mesh.node(other);
+            (node.public_key, node.private_ip) = (None, None);
+        }
+        for (name, ip) in addresses(&mesh) {
+            assert_eq!(complete[&name], ip, "{name} after {first:?}");
+        }
+    }
+}
+
+#[test]
+fn a_second_leader_renumbers_no_other() {
+    let mut mesh = pairs();
+    mesh.agreed.leaders_per_region = leaders(1);
+    let before = addresses(&mesh);
+    for (name, ip) in &before {
+        mesh.node(name).wireguard_ips = vec![net(&format!("{ip}/16"))];
+    }
+    for count in [2, 3, 8] {
+        mesh.agreed.leaders_per_region = leaders(count);
+        let mut after = addresses(&mesh);
+        assert_eq!(after.len(), 4);
+        after.retain(|name, _| before.contains_key(name));
+        assert_eq!(after, before);
+    }
+}
+
 #[test]
 fn of_two_equal_requests_the_older_nodes_is_granted() {
     let mut mesh = regions(&["b", "a"]);
