@@ -20,10 +20,13 @@ pub const TABLE: &str = "selvedge";
 pub const LEAK_DROPS: &str = "leak_drops";
 /// The counter of packets that left the region in clear, with `--on-tunnel-down=open`.
 pub const LEAKS: &str = "leaks";
-/// The counter of packets from pods to the ports of VXLAN and the tunnel, and of VXLAN out of the tunnel.
+/// The counter of packets from pods to the ports of VXLAN and the tunnel and to the addresses for echoes, and of
+/// VXLAN out of the tunnel.
 pub const POD_DROPS: &str = "pod_drops";
 /// The counter of packets from outside the mesh into it, and out of the tunnel to outside the region.
 pub const STRANGER_DROPS: &str = "stranger_drops";
+/// The counter of packets of the own region for another one that a leader would have sent back to its region.
+pub const LOOP_DROPS: &str = "loop_drops";
 /// The chain that sees no packets; the comment of its only rule identifies what was installed.
 pub(super) const SEAL: &str = "seal";
 
@@ -125,10 +128,14 @@ impl<'a> Text<'a> {
         let underlay = firewall.region_underlay.iter().copied().map(IpNet::from);
         let guard = &firewall.guard;
         let hops = guard.hops.iter().copied().map(IpNet::from);
+        let probes = firewall.probes.iter().copied().map(IpNet::from);
+        let probes = probes.collect::<BTreeSet<_>>();
+        // The addresses of the region's nodes in the pod network, the first of their pod CIDRs.
+        let members = firewall.region_pods.iter();
+        let members = members.map(|pods| IpNet::from(pods.network()));
         // The kernel fills them in this order: sets that allow before sets that drop.
         let named = [
             ("allowed_hops", hops.collect()),
-            ("beside", guard.beside.clone()),
             ("cluster", guard.cluster.clone()),
             ("far", guard.far.clone()),
             ("far_from_pods", guard.far_from_pods.clone()),
@@ -139,10 +146,15 @@ impl<'a> Text<'a> {
             ("local_pods", firewall.local_pods.clone()),
             ("masquerade_from", firewall.masquerade_sources.clone()),
             ("masquerade_to", firewall.masquerade_destinations.clone()),
+            ("members", members.collect()),
             ("mesh", &firewall.remote_pods | &firewall.mesh_nodes),
+            ("probes", probes.clone()),
             ("region", &firewall.region_pods | &firewall.region_nodes),
             ("region_underlay", underlay.collect()),
-            ("remote", &firewall.remote_pods | &firewall.remote_nodes),
+            (
+                "remote",
+                &(&firewall.remote_pods | &firewall.remote_nodes) | &probes,
+            ),
             ("remote_pods", firewall.remote_pods.clone()),
         ];
         let nets = || named.iter().flat_map(|(_, nets)| nets);
@@ -170,7 +182,7 @@ impl<'a> Text<'a> {
     /// The whole table, with what is in its sets or without.
     fn table(mut self, filled: bool) -> String {
         self.line(0, format!("table inet {TABLE} {{"));
-        for counter in [LEAK_DROPS, LEAKS, POD_DROPS, STRANGER_DROPS] {
+        for counter in [LEAK_DROPS, LEAKS, LOOP_DROPS, POD_DROPS, STRANGER_DROPS] {
             self.line(1, format!("counter {counter} {{ }}"));
         }
         self.sets(filled);
@@ -179,8 +191,10 @@ impl<'a> Text<'a> {
         self.clamp();
         self.underlay();
         self.leave();
+        self.turn_no_packet_back();
         self.guard_vxlan();
         self.guard_doors();
+        self.guard_probes();
         self.guard_ports();
         self.chain(SEAL, None, |_| ());
         self.line(0, "}");
@@ -391,12 +405,13 @@ impl<'a> Text<'a> {
         });
     }
 
-    /// Packets for other regions leave a leader through the tunnel, and any other node by a next hop that is
-    /// a node of its region. All others are dropped, even if rules or routes are missing.
+    /// Packets for other regions leave a leader through the tunnel, and any node by a next hop that is a node of
+    /// its region. All others are dropped, even if rules or routes are missing. A leader needs the second way for
+    /// the addresses of its region's other leaders, and for regions that it reaches only through them. So the
+    /// verdicts on its tunnels change no set.
     ///
     /// VXLAN to a node of the region is such a next hop: its gateway is that node's address in the cluster
-    /// network. Where `rt` finds no next hop the rule does not match, so a leader's packets into the tunnel
-    /// need none.
+    /// network. Where `rt` finds no next hop the rule does not match.
     fn leave(&mut self) {
         let firewall = self.firewall;
         let end = self.leak();
@@ -412,23 +427,53 @@ impl<'a> Text<'a> {
             }
             for family in Family::BOTH {
                 let ip = family.ip();
-                let (Some(hops), Some(beside)) =
-                    (text.set("allowed_hops", family), text.set("beside", family))
-                else {
+                let Some(hops) = text.set("allowed_hops", family) else {
                     continue;
                 };
-                let astray = format!("rt {ip} nexthop != {hops} ");
-                text.rule(format!("{ip} daddr {beside} {astray}{end}"));
-                let astray = if firewall.leader { "" } else { &astray };
-                let sets = ["far", "far_from_pods", "cluster", "near", "wide"];
-                let [far, far_from_pods, cluster, near, wide] =
-                    sets.map(|name| text.set(name, family).unwrap_or_default());
-                text.rule(format!("{ip} daddr {far} {astray}{end}"));
-                text.rule(format!(
-                    "{ip} saddr {cluster} {ip} daddr {far_from_pods} {astray}{end}"
-                ));
-                text.rule(format!("{ip} daddr {near} return"));
-                text.rule(format!("{ip} daddr {wide} {astray}{end}"));
+                let astray = format!("rt {ip} nexthop != {hops} {end}");
+                text.for_other_regions(family, &astray);
+            }
+        });
+    }
+
+    /// Rules that end so for packets whose destination is in another region.
+    fn for_other_regions(&mut self, family: Family, end: &str) {
+        let ip = family.ip();
+        let sets = ["far", "far_from_pods", "cluster", "near", "wide"];
+        let [far, far_from_pods, cluster, near, wide] =
+            sets.map(|name| self.set(name, family).unwrap_or_default());
+        self.rule(format!("{ip} daddr {far} {end}"));
+        self.rule(format!(
+            "{ip} saddr {cluster} {ip} daddr {far_from_pods} {end}"
+        ));
+        self.rule(format!("{ip} daddr {near} return"));
+        self.rule(format!("{ip} daddr {wide} {end}"));
+    }
+
+    /// What a leader received from a node of its region for another region never goes back to a node of its region. Two
+    /// leaders that lost their tunnels, and each believe that the other has not, would send it to and fro.
+    fn turn_no_packet_back(&mut self) {
+        let firewall = self.firewall;
+        if !firewall.leader {
+            return;
+        }
+        let devices = firewall.region_devices.iter();
+        let devices = one_of(devices.map(|name| format!("\"{name}\"")));
+        let end = format!("counter name \"{LOOP_DROPS}\" drop");
+        let hook = Some("filter hook forward priority filter");
+        self.chain("turn_back", hook, |text| {
+            if firewall.region_devices.is_empty() {
+                return;
+            }
+            text.rule(format!("oifname \"{}\" return", firewall.tunnel));
+            text.rule(format!("iifname != {devices} return"));
+            for family in Family::BOTH {
+                let ip = family.ip();
+                let Some(hops) = text.set("allowed_hops", family) else {
+                    continue;
+                };
+                let back = format!("rt {ip} nexthop {hops} {end}");
+                text.for_other_regions(family, &back);
             }
         });
     }
@@ -513,6 +558,32 @@ impl<'a> Text<'a> {
                 }
             }
             text.rule(&end);
+        });
+    }
+
+    /// Only nodes send echoes. A node's own are not forwarded; a leader forwards those of the region's other nodes
+    /// into the tunnel's link.
+    fn guard_probes(&mut self) {
+        let firewall = self.firewall;
+        let devices = firewall.region_devices.iter();
+        let devices = one_of(devices.map(|name| format!("\"{name}\"")));
+        let end = format!("counter name \"{POD_DROPS}\" drop");
+        let hook = Some("filter hook forward priority filter");
+        self.chain("to_probes", hook, |text| {
+            for family in Family::BOTH {
+                let ip = family.ip();
+                let sets = (text.set("probes", family), text.set("members", family));
+                let (Some(probes), Some(members)) = sets else {
+                    continue;
+                };
+                if firewall.leader && !firewall.region_devices.is_empty() {
+                    text.rule(format!(
+                        "iifname {devices} oifname \"{}\" {ip} saddr {members} {ip} daddr {probes} return",
+                        firewall.tunnel
+                    ));
+                }
+                text.rule(format!("{ip} daddr {probes} {end}"));
+            }
         });
     }
 

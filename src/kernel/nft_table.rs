@@ -78,7 +78,10 @@ pub struct Counters {
     pub leak_drops: u64,
     /// Left the region in clear, with `--on-tunnel-down=open`.
     pub leaks: u64,
-    /// Dropped: a pod sent them to the port of VXLAN or of the tunnel, or they were VXLAN out of the tunnel.
+    /// Dropped: a leader received them from its region for another one, and would have sent them back.
+    pub loop_drops: u64,
+    /// Dropped: a pod sent them to the port of VXLAN or of the tunnel or to an address for echoes, or they were VXLAN
+    /// out of the tunnel.
     pub pod_drops: u64,
     /// Dropped: they came from outside the mesh into it, or out of the tunnel to outside the region.
     pub stranger_drops: u64,
@@ -165,6 +168,7 @@ impl NftTable {
         Ok(Counters {
             leak_drops: packets(nft::LEAK_DROPS)?,
             leaks: packets(nft::LEAKS)?,
+            loop_drops: packets(nft::LOOP_DROPS)?,
             pod_drops: packets(nft::POD_DROPS)?,
             stranger_drops: packets(nft::STRANGER_DROPS)?,
         })

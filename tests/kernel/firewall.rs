@@ -8,6 +8,7 @@ use selvedge::kernel::Kernel;
 use selvedge::state::{Firewall, Guard};
 
 mod drops;
+mod leaders;
 mod listing;
 mod mesh;
 mod replacing;
@@ -35,6 +36,11 @@ fn v4_only(firewall: Firewall) -> Firewall {
         mesh_nodes: v4(firewall.mesh_nodes),
         region_pods: v4(firewall.region_pods),
         region_nodes: v4(firewall.region_nodes),
+        probes: firewall
+            .probes
+            .into_iter()
+            .filter(|ip| ip.is_ipv4())
+            .collect(),
         local_pods: v4(firewall.local_pods),
         guard: Guard {
             hops: firewall
@@ -43,7 +49,6 @@ fn v4_only(firewall: Firewall) -> Firewall {
                 .into_iter()
                 .filter(|ip| ip.is_ipv4())
                 .collect(),
-            beside: v4(firewall.guard.beside),
             far: v4(firewall.guard.far),
             far_from_pods: v4(firewall.guard.far_from_pods),
             near: v4(firewall.guard.near),

@@ -19,6 +19,10 @@ fn the_table_of_a_leader() {
     		packets 0 bytes 0
     	}
 
+    	counter loop_drops {
+    		packets 0 bytes 0
+    	}
+
     	counter pod_drops {
     		packets 0 bytes 0
     	}
@@ -39,16 +43,6 @@ fn the_table_of_a_leader() {
     		elements = { fd42:0:0:2:: }
     	}
 
-    	set beside4 {
-    		type ipv4_addr
-    		flags interval
-    	}
-
-    	set beside6 {
-    		type ipv6_addr
-    		flags interval
-    	}
-
     	set cluster4 {
     		type ipv4_addr
     		flags interval
@@ -64,7 +58,8 @@ fn the_table_of_a_leader() {
     	set far4 {
     		type ipv4_addr
     		flags interval
-    		elements = { 10.4.0.1, 10.5.0.1 }
+    		elements = { 10.4.0.1, 10.4.255.253,
+    			     10.4.255.254, 10.5.0.1 }
     	}
 
     	set far6 {
@@ -129,6 +124,18 @@ fn the_table_of_a_leader() {
     		flags interval
     	}
 
+    	set members4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.42.2.0, 10.42.3.0 }
+    	}
+
+    	set members6 {
+    		type ipv6_addr
+    		flags interval
+    		elements = { fd42:0:0:2:: }
+    	}
+
     	set mesh4 {
     		type ipv4_addr
     		flags interval
@@ -154,6 +161,17 @@ fn the_table_of_a_leader() {
     		flags interval
     		elements = { fd42:0:0:1::/64,
     			     fd42:0:0:2::/64 }
+    	}
+
+    	set probes4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.4.255.253, 10.4.255.254 }
+    	}
+
+    	set probes6 {
+    		type ipv6_addr
+    		flags interval
     	}
 
     	set region4 {
@@ -184,7 +202,8 @@ fn the_table_of_a_leader() {
     	set remote4 {
     		type ipv4_addr
     		flags interval
-    		elements = { 10.4.0.1, 10.42.0.0/24,
+    		elements = { 10.4.0.1, 10.4.255.253,
+    			     10.4.255.254, 10.42.0.0/24,
     			     10.42.4.0/24, 203.0.113.10 }
     	}
 
@@ -280,16 +299,28 @@ fn the_table_of_a_leader() {
     	chain leave {
     		type filter hook postrouting priority filter; policy accept;
     		oifname { "lo", "kilo0" } return
-    		ip daddr @beside4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
-    		ip daddr @far4 counter name "leak_drops" drop
-    		ip saddr @cluster4 ip daddr @far_from_pods4 counter name "leak_drops" drop
+    		ip daddr @far4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
+    		ip saddr @cluster4 ip daddr @far_from_pods4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
     		ip daddr @near4 return
-    		ip daddr @wide4 counter name "leak_drops" drop
-    		ip6 daddr @beside6 rt ip6 nexthop != @allowed_hops6 counter name "leak_drops" drop
-    		ip6 daddr @far6 counter name "leak_drops" drop
-    		ip6 saddr @cluster6 ip6 daddr @far_from_pods6 counter name "leak_drops" drop
+    		ip daddr @wide4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
+    		ip6 daddr @far6 rt ip6 nexthop != @allowed_hops6 counter name "leak_drops" drop
+    		ip6 saddr @cluster6 ip6 daddr @far_from_pods6 rt ip6 nexthop != @allowed_hops6 counter name "leak_drops" drop
     		ip6 daddr @near6 return
-    		ip6 daddr @wide6 counter name "leak_drops" drop
+    		ip6 daddr @wide6 rt ip6 nexthop != @allowed_hops6 counter name "leak_drops" drop
+    	}
+
+    	chain turn_back {
+    		type filter hook forward priority filter; policy accept;
+    		oifname "kilo0" return
+    		iifname != { "eth0", "flannel.1" } return
+    		ip daddr @far4 rt ip nexthop @allowed_hops4 counter name "loop_drops" drop
+    		ip saddr @cluster4 ip daddr @far_from_pods4 rt ip nexthop @allowed_hops4 counter name "loop_drops" drop
+    		ip daddr @near4 return
+    		ip daddr @wide4 rt ip nexthop @allowed_hops4 counter name "loop_drops" drop
+    		ip6 daddr @far6 rt ip6 nexthop @allowed_hops6 counter name "loop_drops" drop
+    		ip6 saddr @cluster6 ip6 daddr @far_from_pods6 rt ip6 nexthop @allowed_hops6 counter name "loop_drops" drop
+    		ip6 daddr @near6 return
+    		ip6 daddr @wide6 rt ip6 nexthop @allowed_hops6 counter name "loop_drops" drop
     	}
 
     	chain from_strangers {
@@ -326,6 +357,14 @@ fn the_table_of_a_leader() {
     		ip6 daddr @region6 return
     		ip6 daddr @masquerade_to6 return
     		counter name "stranger_drops" drop
+    	}
+
+    	chain to_probes {
+    		type filter hook forward priority filter; policy accept;
+    		iifname { "eth0", "flannel.1" } oifname "kilo0" ip saddr @members4 ip daddr @probes4 return
+    		ip daddr @probes4 counter name "pod_drops" drop
+    		iifname { "eth0", "flannel.1" } oifname "kilo0" ip6 saddr @members6 ip6 daddr @probes6 return
+    		ip6 daddr @probes6 counter name "pod_drops" drop
     	}
 
     	chain from_pods {
@@ -373,6 +412,10 @@ fn the_table_of_a_follower() {
     		packets 0 bytes 0
     	}
 
+    	counter loop_drops {
+    		packets 0 bytes 0
+    	}
+
     	counter pod_drops {
     		packets 0 bytes 0
     	}
@@ -387,11 +430,6 @@ fn the_table_of_a_follower() {
     		elements = { 10.42.2.0, 192.168.50.12 }
     	}
 
-    	set beside4 {
-    		type ipv4_addr
-    		flags interval
-    	}
-
     	set cluster4 {
     		type ipv4_addr
     		flags interval
@@ -401,7 +439,8 @@ fn the_table_of_a_follower() {
     	set far4 {
     		type ipv4_addr
     		flags interval
-    		elements = { 10.4.0.1, 10.5.0.1 }
+    		elements = { 10.4.0.1, 10.4.255.253,
+    			     10.4.255.254, 10.5.0.1 }
     	}
 
     	set far_from_pods4 {
@@ -431,6 +470,12 @@ fn the_table_of_a_follower() {
     		flags interval
     	}
 
+    	set members4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.42.2.0, 10.42.3.0 }
+    	}
+
     	set mesh4 {
     		type ipv4_addr
     		flags interval
@@ -442,6 +487,12 @@ fn the_table_of_a_follower() {
     		type ipv4_addr
     		flags interval
     		elements = { 10.42.1.0/24, 10.42.2.0/23 }
+    	}
+
+    	set probes4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.4.255.253, 10.4.255.254 }
     	}
 
     	set region4 {
@@ -459,7 +510,8 @@ fn the_table_of_a_follower() {
     	set remote4 {
     		type ipv4_addr
     		flags interval
-    		elements = { 10.4.0.1, 10.42.0.0/24,
+    		elements = { 10.4.0.1, 10.4.255.253,
+    			     10.4.255.254, 10.42.0.0/24,
     			     10.42.4.0/24, 203.0.113.10 }
     	}
 
@@ -513,7 +565,6 @@ fn the_table_of_a_follower() {
     	chain leave {
     		type filter hook postrouting priority filter; policy accept;
     		oifname "lo" return
-    		ip daddr @beside4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
     		ip daddr @far4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
     		ip saddr @cluster4 ip daddr @far_from_pods4 rt ip nexthop != @allowed_hops4 counter name "leak_drops" drop
     		ip daddr @near4 return
@@ -524,6 +575,11 @@ fn the_table_of_a_follower() {
     		type filter hook input priority filter; policy accept;
     		ip saddr != @vxlan_from4 udp dport 8472 counter name "stranger_drops" drop
     		meta nfproto ipv6 udp dport 8472 counter name "stranger_drops" drop
+    	}
+
+    	chain to_probes {
+    		type filter hook forward priority filter; policy accept;
+    		ip daddr @probes4 counter name "pod_drops" drop
     	}
 
     	chain from_pods {
