@@ -4,6 +4,7 @@
 //! without an endpoint has none, the listening port is the node's own, and a node that does not lead is an
 //! error.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
@@ -177,7 +178,7 @@ impl Configuration {
             .segments
             .iter()
             .filter(|other| other.group != segment.group)
-            .map(|other| Section::of_segment(other, keepalive));
+            .flat_map(|other| Section::of_leaders(other, keepalive));
         let peers = topology.peers.iter().map(|peer| Section {
             persistent_keepalive: keepalive,
             ..Section::of_peer(topology, peer)
@@ -217,15 +218,32 @@ impl Configuration {
 }
 
 impl Section {
-    /// A segment as others reach it at the moment, through its primary: a WireGuard configuration has one peer for
-    /// each destination.
+    /// A segment as external peers reach it at the moment, through its primary.
     fn of_segment(segment: &Segment, keepalive: u16) -> Self {
         let leader = segment.primary();
+        Self::of_leader(leader, segment.allowed_ips().collect(), keepalive)
+    }
+
+    /// A segment as leaders of other segments reach it, through all of its leaders. A WireGuard configuration has one
+    /// peer for each destination, so what the leaders share stands at the primary.
+    fn of_leaders(segment: &Segment, keepalive: u16) -> impl Iterator<Item = Self> + '_ {
+        let all = segment.leaders.iter().collect::<Vec<_>>();
+        let mut taken = BTreeSet::new();
+        segment.leaders.iter().map(move |leader| {
+            let nets = segment.routes_to(leader, &all);
+            let nets = nets.filter(|net| !taken.contains(net)).collect::<Vec<_>>();
+            taken.extend(nets.iter().copied());
+            Self::of_leader(leader, nets, keepalive)
+        })
+    }
+
+    /// A leader as others reach it at the moment.
+    fn of_leader(leader: &Leader, allowed_ips: Vec<IpNet>, keepalive: u16) -> Self {
         let seen = leader
             .discovered
             .filter(|seen| leader.address != Some(*seen));
         Self {
-            allowed_ips: segment.allowed_ips().collect(),
+            allowed_ips,
             endpoint: seen.map(Endpoint::Addr).or_else(|| leader.endpoint.clone()),
             persistent_keepalive: keepalive,
             preshared_key: None,

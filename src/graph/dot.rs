@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use super::{Group, groups, joined, tunnels};
 use crate::text::is_unsafe;
-use crate::topology::{ExternalPeer, Leader, Member, SegmentName, Topology};
+use crate::topology::{ExternalPeer, Leader, Member, Segment, SegmentName, Topology};
 
 /// Draws the mesh in DOT.
 pub fn dot(topology: &Topology) -> String {
@@ -51,7 +51,7 @@ fn edges(out: &mut String, topology: &Topology) {
     for (one, other) in tunnels(topology) {
         edge(&one.node.0, &other.node.0, "dir=both");
     }
-    for (_, leader) in topology.leaders() {
+    for leader in topology.segments.iter().map(Segment::primary) {
         for peer in &topology.peers {
             edge(&leader.node.0, &peer.name, "dir=both, style=dashed");
         }

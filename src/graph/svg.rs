@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use super::{Group, groups, joined, tunnels};
 use crate::cluster::annotation::format_granularity;
 use crate::text::is_unsafe;
-use crate::topology::{ExternalPeer, NodeName, Topology};
+use crate::topology::{ExternalPeer, NodeName, Segment, Topology};
 
 /// The width of a monospaced character at 12 px in px; every common font has 0.6 em or a bit more.
 const CHAR: f64 = 7.3;
@@ -90,7 +90,7 @@ fn edges(out: &mut String, topology: &Topology, cards: &[Card]) {
         edge(at(&one.node), at(&other.node), "e");
     }
     if let Some(peers) = cards.iter().find(|card| card.peers) {
-        for (_, leader) in topology.leaders() {
+        for leader in topology.segments.iter().map(Segment::primary) {
             edge(at(&leader.node), Some(peers.center()), "e p");
         }
     }

@@ -99,9 +99,9 @@ fn links(out: &mut String, topology: &Topology) {
             if !others.is_empty() {
                 lines.push(format!("{} ══ {others}", leader.node));
             }
-            if !peers.is_empty() {
-                lines.push(format!("{} ┄┄ {peers}", leader.node));
-            }
+        }
+        if !peers.is_empty() {
+            lines.push(format!("{} ┄┄ {peers}", segment.primary().node));
         }
     }
     if !lines.is_empty() {
