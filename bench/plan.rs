@@ -1,12 +1,16 @@
 //! One full recompute, from what the cluster looks like to the list of changes.
 //!
-//! The target is 50 ms for 5,000 nodes in 100 regions, on a leader, with nothing in the kernel yet.
+//! The target is 50 ms for 5,000 nodes in 100 regions, on a leader, with nothing in the kernel yet. `failover` is the
+//! same after one of two leaders went down, for a node that sent to both.
 
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use selvedge::diff::diff;
+use selvedge::diff::{Change, diff};
+use selvedge::flannel::Flannel;
+use selvedge::liveness::{Cause, PathState};
 use selvedge::plan::{Inputs, plan};
+use selvedge::probe::{RegionLeader, Verdicts};
 use selvedge::state::State;
 use selvedge::topology::{Node, NodeName, RegionName, Topology};
 
@@ -14,7 +18,7 @@ use selvedge::topology::{Node, NodeName, RegionName, Topology};
 #[expect(dead_code, reason = "the tests use more of it")]
 mod mesh;
 
-use mesh::{Mesh, addr, net, node};
+use mesh::{Mesh, addr, leaders, net, node};
 
 /// Sizes of clusters and into how many regions their nodes are spread.
 const SIZES: [(u16, u16); 4] = [(10, 2), (100, 10), (1000, 50), (5000, 100)];
@@ -57,24 +61,7 @@ fn recompute(criterion: &mut Criterion) {
         let follower = NodeName(format!("node-{:04}", nodes - 1));
         for (role, me) in [("leader", leader), ("follower", follower)] {
             let flannel = mesh.flannel(&me);
-            let run = |observed: &State| {
-                let topology =
-                    Topology::new(&mesh.snapshot, &mesh.agreed, &mesh.resolved, mesh.now);
-                let desired = plan(&Inputs {
-                    topology: &topology,
-                    me: &me,
-                    flannel: &flannel,
-                    settings: &mesh.local,
-                    api_servers: &mesh.api_servers,
-                    observed: &mesh.observed,
-                    connected: &mesh.connected,
-                    other_rules: &mesh.other_rules,
-                    callers: &mesh.callers,
-                    verdicts: &mesh.verdicts,
-                });
-                let desired = desired.expect("the node is known");
-                diff(observed, &desired)
-            };
+            let run = |observed: &State| changes(&mesh, &me, &flannel, observed);
             let settled = mesh.plan(&topology, &me).expect("the node is known");
             for (name, observed) in [("fresh", State::default()), ("settled", settled)] {
                 let id = BenchmarkId::new(format!("{role}-{name}"), nodes);
@@ -85,9 +72,69 @@ fn recompute(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// The whole pass of a node.
+fn changes(mesh: &Mesh, me: &NodeName, flannel: &Flannel, observed: &State) -> Vec<Change> {
+    let topology = Topology::new(&mesh.snapshot, &mesh.agreed, &mesh.resolved, mesh.now);
+    let desired = plan(&Inputs {
+        topology: &topology,
+        me,
+        flannel,
+        settings: &mesh.local,
+        api_servers: &mesh.api_servers,
+        observed: &mesh.observed,
+        connected: &mesh.connected,
+        other_rules: &mesh.other_rules,
+        callers: &mesh.callers,
+        verdicts: &mesh.verdicts,
+    });
+    diff(observed, &desired.expect("the node is known"))
+}
+
+/// One of two leaders goes down: of the own region for a follower, of another region for a leader.
+#[expect(clippy::print_stdout, reason = "the number of changes is a result")]
+fn failover(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("failover");
+    for (nodes, regions) in SIZES {
+        let mut mesh = cluster(nodes, regions);
+        mesh.agreed.leaders_per_region = leaders(2);
+        let topology = mesh.topology();
+        let (near, far) = (&topology.segments[0], &topology.segments[1]);
+        let follower = near.nodes.last().expect("not empty").name.clone();
+        let down = PathState::Down(Cause::Silent);
+        let through = near.leaders.iter().zip([down, PathState::Up]);
+        let through = through.map(|(leader, state)| {
+            let known = RegionLeader {
+                state,
+                ..RegionLeader::default()
+            };
+            (leader.node.clone(), known)
+        });
+        let to = far.leaders.iter().zip([down, PathState::Up]);
+        let verdicts = Verdicts {
+            peers: to.map(|(far, state)| (far.peer_id(), state)).collect(),
+            leaders: through.collect(),
+        };
+        for (role, me) in [
+            ("leader", near.primary().node.clone()),
+            ("follower", follower),
+        ] {
+            let flannel = mesh.flannel(&me);
+            mesh.verdicts = Verdicts::default();
+            let settled = mesh.plan(&topology, &me).expect("the node is known");
+            mesh.verdicts = verdicts.clone();
+            let count = changes(&mesh, &me, &flannel, &settled).len();
+            println!("failover/{role}/{nodes}: {count} changes");
+            group.bench_function(BenchmarkId::new(role, nodes), |bencher| {
+                bencher.iter(|| black_box(changes(&mesh, &me, &flannel, &settled)));
+            });
+        }
+    }
+    group.finish();
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10);
-    targets = recompute
+    targets = recompute, failover
 }
 criterion_main!(benches);
