@@ -127,10 +127,10 @@ fn followers_move_to_a_new_leader_without_an_interruption() {
     ip route replace table 5130 192.168.50.13 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
     ip route replace table 5131 192.168.50.12 via 10.4.0.3 dev kilo0 onlink src 10.42.0.0 mtu 1420 proto 118
     ip route replace table 5131 unreachable 192.168.50.12 metric 4278198272 proto 118
+    ip route del table 5130 192.168.50.12 metric 4278198272 proto 118
+    ip route del table 5130 192.168.50.12 proto 118
     ip route del table 5130 10.4.0.2 metric 4278198272 proto 118
     ip route del table 5130 10.4.0.2 proto 118
-    ip route del table 5130 192.168.50.12 proto 118
-    ip route del table 5130 192.168.50.12 metric 4278198272 proto 118
     wg set kilo0 peer jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w= remove
     ");
 }
