@@ -3,7 +3,7 @@
 
 use std::fs::OpenOptions;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -23,8 +23,13 @@ const POLL: Duration = Duration::from_millis(20);
 pub struct Process {
     what: String,
     child: Child,
+    /// The file that its output goes to.
+    log: Option<PathBuf>,
     keep: bool,
 }
+
+/// As many of the last lines of the output are in an error.
+const LAST_LINES: usize = 20;
 
 impl Process {
     /// Starts a command; `what` names it in errors.
@@ -41,6 +46,7 @@ impl Process {
         Ok(Self {
             what: what.to_owned(),
             child,
+            log: None,
             keep: false,
         })
     }
@@ -57,7 +63,9 @@ impl Process {
             .open(log)
             .with_context(|| format!("log {}", log.display()))?;
         command.stdout(file.try_clone()?).stderr(file);
-        Self::start(what, command)
+        let mut process = Self::start(what, command)?;
+        process.log = Some(log.to_owned());
+        Ok(process)
     }
 
     /// The process id, which is also that of its group.
@@ -116,10 +124,21 @@ impl Process {
                 return Ok(status);
             }
             if Instant::now() >= deadline {
-                bail!("{} still runs after {timeout:?}", self.what);
+                bail!(
+                    "{} still runs after {timeout:?}; its last lines:\n{}",
+                    self.what,
+                    self.last_lines()
+                );
             }
             sleep(POLL);
         }
+    }
+
+    fn last_lines(&self) -> String {
+        let log = self.log.as_ref().map(std::fs::read_to_string);
+        let log = log.and_then(Result::ok).unwrap_or_default();
+        let lines = log.lines().collect::<Vec<_>>();
+        lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
     }
 }
 

@@ -135,7 +135,10 @@ fn start_in_order(
 /// Stops all agents, and has them and the routers forget everything.
 fn stop_and_forget(lab: &mut Lab, order: &[String]) -> anyhow::Result<()> {
     for name in order {
-        lab.take_agent(name)?.stop()?;
+        // The start before may have failed halfway.
+        if let Ok(agent) = lab.take_agent(name) {
+            agent.stop()?;
+        }
         let state = lab.node(name)?.outside("/var/lib/selvedge");
         if state.exists() {
             std::fs::remove_dir_all(state)?;
