@@ -91,6 +91,21 @@ fn the_key_that_was_replaced_opens_no_packet_and_gets_no_answer() {
 }
 
 #[test]
+fn a_handshake_begins_as_soon_as_the_key_of_a_peer_changes() {
+    let mut world = named_pair();
+    let before = world.count(1);
+    let public_key = PrivateKey([7; 32]).public_key();
+    let exchanged = PeerConfig {
+        public_key,
+        ..config(2)
+    };
+    let exchanged = named(&[("node/two", exchanged)]);
+    world.hosts[0].core.set_peers(&exchanged, world.now);
+    world.work();
+    assert_eq!(world.count(1), before + 1);
+}
+
+#[test]
 fn a_packet_that_waits_for_a_session_is_sent_under_the_new_key() {
     let mut world = World::pair();
     let peers = named(&[("node/two", config(2))]);
