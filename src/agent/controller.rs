@@ -265,7 +265,7 @@ impl Controller {
         let topology = Arc::clone(&self.decision.topology);
         self.effects.push_back(Effect::Show(topology));
 
-        let deadlines = [self.grace.poll_deadline(), self.linger.poll_deadline()];
+        let deadlines = [self.grace.poll_deadline(), self.linger.poll_deadline(now)];
         for at in deadlines.into_iter().flatten() {
             self.schedule.handle_deadline(at);
         }

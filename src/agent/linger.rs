@@ -3,8 +3,17 @@
 //!
 //! Agents see a change of the cluster some milliseconds apart, and packets are under way. If a former leader
 //! closed its tunnel at once, it would drop what its members still send to it; if the other side closed it, it
-//! would drop what the former leader still sends. So both keep the tunnel for [`LINGER`], and send nothing new into
-//! it: the routes change at once, to the new leader.
+//! would drop what the former leader still sends. So both keep the tunnel for [`LINGER`]:
+//!
+//! | after | the former leader | leaders of other regions |
+//! |---|---|---|
+//! | 0 s | goes on as a leader, also for members that do not know of the change yet | send to the new leaders, and to the former one what is for its own pods and host, if it was one of several |
+//! | [`HANDOVER`] | receives by its tunnel, and sends through the new leaders | the same |
+//! | [`HANDOVER`], twice | the same | send nothing to it |
+//! | [`LINGER`] | is a follower | accept nothing from it |
+//!
+//! The order matters where reverse-path checks are strict: what comes by flannel's device is accepted once this
+//! node's own routes lead there, and what comes by the tunnel always is.
 //!
 //! A node that leaves its segment or the mesh gets no grace.
 
@@ -13,13 +22,15 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
-use crate::state::State;
+use crate::state::{State, Table};
 use crate::topology::{Leader, SegmentName};
 use crate::wireguard::{PeerConfig, PeerId};
 
-/// How long a former leader stays. Longer than a watch needs to reach every agent, shorter than an operator's
-/// patience.
+/// How long a former leader stays. Shorter than an operator's patience.
 pub const LINGER: Duration = Duration::from_secs(3);
+
+/// How long a former leader sends into its own tunnel. Longer than a watch needs to reach every agent.
+pub const HANDOVER: Duration = Duration::from_millis(500);
 
 /// The place of this node in the topology.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -35,7 +46,7 @@ pub struct Place {
 pub struct Linger {
     /// The last desired state of this node as a leader, and its segment.
     lead: Option<(SegmentName, State)>,
-    /// Until when this node acts as a leader although it does not lead any more.
+    /// Since when this node does not lead any more, while it still acts as a leader.
     demoted: Option<Instant>,
     /// The leaders that were peers until a moment ago.
     former: BTreeMap<PeerId, Former>,
@@ -44,7 +55,9 @@ pub struct Linger {
 #[derive(Debug)]
 struct Former {
     peer: PeerConfig,
-    until: Instant,
+    /// What only this one of several leaders was sent: its own pods and host.
+    own: BTreeSet<IpNet>,
+    since: Instant,
 }
 
 impl Linger {
@@ -70,18 +83,26 @@ impl Linger {
             self.lead = None;
             return desired;
         };
-        if now < *self.demoted.get_or_insert(now + LINGER) {
+        let since = *self.demoted.get_or_insert(now);
+        if now < since + HANDOVER {
             return lead.clone();
+        }
+        if now < since + LINGER {
+            return receiving(lead, desired);
         }
         self.lead = None;
         self.demoted = None;
         desired
     }
 
-    /// When the next linger ends, so that a pass is due.
-    pub fn poll_deadline(&self) -> Option<Instant> {
-        let former = self.former.values().map(|former| former.until);
-        former.chain(self.demoted).min()
+    /// When what lingers changes next, so that a pass is due.
+    pub fn poll_deadline(&self, now: Instant) -> Option<Instant> {
+        let former = self.former.values();
+        let former =
+            former.flat_map(|former| [HANDOVER * 2, LINGER].map(|after| former.since + after));
+        let demoted = self.demoted.into_iter();
+        let demoted = demoted.flat_map(|since| [HANDOVER, LINGER].map(|after| since + after));
+        former.chain(demoted).filter(|at| *at > now).min()
     }
 
     /// Remembers the leaders that were peers in the last state and are none now.
@@ -95,7 +116,8 @@ impl Linger {
             if Leader::is_named_by(id) && !desired.peers.contains_key(id) {
                 self.former.entry(id.clone()).or_insert_with(|| Former {
                     peer: peer.clone(),
-                    until: now + LINGER,
+                    own: own(id, peer, &last.peers),
+                    since: now,
                 });
             }
         }
@@ -105,7 +127,7 @@ impl Linger {
     fn with_former(&mut self, mut desired: State, now: Instant) -> State {
         let peers = &desired.peers;
         self.former.retain(|id, former| {
-            now < former.until
+            now < former.since + LINGER
                 && !peers.contains_key(id)
                 && peers
                     .values()
@@ -114,8 +136,14 @@ impl Linger {
         let kept = self.former.iter().filter_map(|(id, former)| {
             let accepts = shared_with_successor(&former.peer, peers);
             (!accepts.is_empty()).then(|| {
+                let is_sent_its_own = now < former.since + HANDOVER * 2;
+                let routes = &accepts & &former.own;
                 let peer = PeerConfig {
-                    routes: BTreeSet::new(),
+                    routes: if is_sent_its_own {
+                        routes
+                    } else {
+                        BTreeSet::new()
+                    },
                     accepts,
                     ..former.peer.clone()
                 };
@@ -123,8 +151,40 @@ impl Linger {
             })
         });
         let kept = kept.collect::<Vec<_>>();
+        for (_, former) in &kept {
+            for peer in desired.peers.values_mut() {
+                peer.routes.retain(|net| !former.routes.contains(net));
+            }
+        }
         desired.peers.extend(kept);
         desired
+    }
+}
+
+/// What only this leader is sent, where its segment has others: they accept the same sources.
+fn own(id: &PeerId, peer: &PeerConfig, peers: &BTreeMap<PeerId, PeerConfig>) -> BTreeSet<IpNet> {
+    let others = peers.iter().filter(|(other, _)| *other != id);
+    let mut beside = others
+        .filter(|(_, other)| other.accepts == peer.accepts)
+        .peekable();
+    if beside.peek().is_none() {
+        return BTreeSet::new();
+    }
+    let mut own = peer.routes.clone();
+    for (_, other) in beside {
+        own.retain(|net| !other.routes.contains(net));
+    }
+    own
+}
+
+/// The state of a former leader that sends as a follower, and still receives by its tunnel.
+fn receiving(lead: &State, follower: State) -> State {
+    let members = lead.routes.iter();
+    let members = members.filter(|(key, _)| key.table == Table::Members);
+    let members = members.map(|(key, route)| (*key, route.clone()));
+    State {
+        routes: follower.routes.into_iter().chain(members).collect(),
+        ..lead.clone()
     }
 }
 
@@ -142,6 +202,7 @@ fn shared_with_successor(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::{Route, RouteKey};
     use crate::topology::RegionName;
     use crate::wireguard::key::PublicKey;
 
@@ -200,13 +261,50 @@ mod tests {
         assert_eq!(former.accepts, nets(&["10.42.1.0/24", "10.42.2.0/24"]));
         assert_eq!(former.routes, BTreeSet::new());
         assert!(!kept.peers.contains_key(&PeerId::new("peer/phone")));
-        assert_eq!(linger.poll_deadline(), Some(t0 + LINGER));
+        assert_eq!(linger.poll_deadline(t0 + HANDOVER * 2), Some(t0 + LINGER));
 
         // A pass in between does not begin the time again.
         linger.handle_desired(state(AFTER), Some(&home), t0 + LINGER / 2);
         let after = linger.handle_desired(state(AFTER), Some(&home), t0 + LINGER);
         assert_eq!(after, state(AFTER));
-        assert_eq!(linger.poll_deadline(), None);
+        assert_eq!(linger.poll_deadline(t0 + LINGER), None);
+    }
+
+    #[test]
+    fn one_of_several_leaders_is_sent_what_is_for_itself_until_its_own_routes_changed() {
+        let t0 = start();
+        let home = place("b", true);
+        let (own, shared) = (nets(&["10.42.1.0/24"]), nets(&["10.42.3.0/24"]));
+        let leaders = |leaders: &[(&str, u8, &BTreeSet<IpNet>)]| State {
+            peers: leaders
+                .iter()
+                .map(|(name, key, own)| {
+                    let peer = PeerConfig {
+                        routes: *own | &shared,
+                        accepts: nets(&["10.42.1.0/24", "10.42.2.0/24", "10.42.3.0/24"]),
+                        ..PeerConfig::new(PublicKey([*key; 32]))
+                    };
+                    (PeerId::new(*name), peer)
+                })
+                .collect(),
+            ..State::default()
+        };
+        let others = nets(&["10.42.2.0/24"]);
+        let before = leaders(&[("node/a1", 1, &own), ("node/a2", 2, &others)]);
+        let after = leaders(&[("node/a2", 2, &(&own | &others)), ("node/a3", 3, &own)]);
+        let mut linger = Linger::default();
+        linger.handle_desired(before, Some(&home), t0);
+
+        let routes = |state: &State, name: &str| state.peers[&PeerId::new(name)].routes.clone();
+        let kept = linger.handle_desired(after.clone(), Some(&home), t0);
+        assert_eq!(routes(&kept, "node/a1"), own);
+        assert_eq!(routes(&kept, "node/a2"), &others | &shared);
+        assert_eq!(routes(&kept, "node/a3"), shared);
+        assert_eq!(linger.poll_deadline(t0), Some(t0 + HANDOVER * 2));
+
+        let kept = linger.handle_desired(after.clone(), Some(&home), t0 + HANDOVER * 2);
+        assert_eq!(routes(&kept, "node/a1"), BTreeSet::new());
+        assert_eq!(routes(&kept, "node/a3"), routes(&after, "node/a3"));
     }
 
     #[test]
@@ -242,14 +340,38 @@ mod tests {
     fn a_node_that_lost_the_lead_carries_traffic_for_three_seconds_more() {
         let t0 = start();
         let mut linger = Linger::default();
-        linger.handle_desired(state(BEFORE), Some(&place("a", true)), t0);
+        let mut lead = state(BEFORE);
+        let members = RouteKey {
+            table: Table::Members,
+            dst: "10.42.9.0/24".parse().unwrap(),
+            metric: 0,
+        };
+        lead.routes.insert(members, Route::Throw);
+        linger.handle_desired(lead.clone(), Some(&place("a", true)), t0);
         let follower = place("a", false);
-        let kept = linger.handle_desired(State::default(), Some(&follower), t0);
-        assert_eq!(kept, state(BEFORE));
-        assert_eq!(linger.poll_deadline(), Some(t0 + LINGER));
-        let after = linger.handle_desired(State::default(), Some(&follower), t0 + LINGER);
-        assert_eq!(after, State::default());
-        assert_eq!(linger.poll_deadline(), None);
+        let route = |table| RouteKey {
+            table,
+            dst: "10.42.9.0/24".parse().unwrap(),
+            metric: 0,
+        };
+        let desired = || State {
+            routes: [(route(Table::Mesh), Route::Unreachable)].into(),
+            ..State::default()
+        };
+        let kept = linger.handle_desired(desired(), Some(&follower), t0);
+        assert_eq!(kept, lead);
+        assert_eq!(linger.poll_deadline(t0), Some(t0 + HANDOVER));
+        let receiving = linger.handle_desired(desired(), Some(&follower), t0 + HANDOVER);
+        assert_eq!(receiving.peers, lead.peers);
+        let routes = receiving.routes.keys().copied();
+        assert_eq!(
+            routes.collect::<Vec<_>>(),
+            [route(Table::Mesh), route(Table::Members)]
+        );
+        assert_eq!(linger.poll_deadline(t0 + HANDOVER), Some(t0 + LINGER));
+        let after = linger.handle_desired(desired(), Some(&follower), t0 + LINGER);
+        assert_eq!(after, desired());
+        assert_eq!(linger.poll_deadline(t0 + LINGER), None);
     }
 
     #[test]
@@ -260,7 +382,7 @@ mod tests {
             linger.handle_desired(state(BEFORE), Some(&place("a", true)), t0);
             let after = linger.handle_desired(State::default(), left.as_ref(), t0);
             assert_eq!(after, State::default(), "{left:?}");
-            assert_eq!(linger.poll_deadline(), None);
+            assert_eq!(linger.poll_deadline(t0), None);
         }
     }
 }
