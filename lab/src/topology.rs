@@ -15,7 +15,8 @@
 //! one, as the master has with [`Master::ElasticIp`]: 203.0.113.111; .121 and .122; .131; and so on.
 //!
 //! With [`Master::ElasticIp`] the master is 172.16.0.10 behind a router that translates all of
-//! 203.0.113.10 to it, one to one, as clouds do.
+//! 203.0.113.10 to it, one to one, as clouds do. [`Shape::beside_master`] adds nodes there: node-public-01 is
+//! 172.16.0.11 and 203.0.113.11, and so on.
 //!
 //! With [`Shape::wan`] of IPv6 the internet carries nothing else. Then the master is 2001:db8:0:1::10 and,
 //! where there is IPv4 inside, 172.16.0.10; the data centre's nodes have unique local addresses
@@ -72,6 +73,8 @@ pub struct Shape {
     pub agents: u8,
     /// How the master is reached.
     pub master: Master,
+    /// How many nodes stand beside a master with [`Master::ElasticIp`], at most nine, each with an elastic IP.
+    pub beside_master: u8,
     /// The third region.
     pub third: Third,
     /// Further clouds, at most nine.
@@ -95,6 +98,7 @@ impl Default for Shape {
         Self {
             agents: 3,
             master: Master::Direct,
+            beside_master: 0,
             third: Third::None,
             clouds: 0,
             nat: Nat::Cone,
@@ -117,6 +121,9 @@ pub const LEADER: &str = "node-agent-01";
 
 /// A node of the data centre that follows [`LEADER`].
 pub const FOLLOWER: &str = "node-agent-02";
+
+/// The first node beside the master.
+pub const PUBLIC: &str = "node-public-01";
 
 /// The node that leads the third region.
 pub const THIRD_LEADER: &str = "node-third-01";
@@ -216,6 +223,12 @@ impl Shape {
             v4: Ipv4Addr::new(192, 168, 50, 10 + number),
             v6: 0x10 + u16::from(number),
         }));
+        all.extend((1..=self.beside_master).map(|number| Blueprint {
+            name: format!("node-public-{number:02}"),
+            site: Site::Cloud,
+            v4: Ipv4Addr::new(172, 16, 0, 10 + number),
+            v6: 0x10 + u16::from(number),
+        }));
         for cloud in 1..=self.clouds {
             all.extend((1..=nodes_of_cloud(cloud)).map(|number| Blueprint {
                 name: format!("node-cloud{cloud}-{number:02}"),
@@ -237,6 +250,12 @@ impl Shape {
         }));
         all
     }
+}
+
+/// The public address of a node beside the master, counted from 1.
+#[must_use]
+pub const fn beside_master(number: u8) -> Ipv4Addr {
+    Ipv4Addr::new(203, 0, 113, 10 + number)
 }
 
 /// One region of two nodes among regions of one.

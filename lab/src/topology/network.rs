@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 
-use super::{Blueprint, Master, Nat, Shape, Site, Third, nodes_of_cloud, public_address};
+use super::{
+    Blueprint, MASTER_PUBLIC, Master, Nat, Shape, Site, Third, beside_master, nodes_of_cloud,
+    public_address,
+};
 use crate::family::Family;
 use crate::netns::Namespace;
 use crate::node::Node;
@@ -38,6 +41,10 @@ impl Network {
             );
         }
         ensure!(
+            shape.beside_master == 0 || shape.master == Master::ElasticIp,
+            "nodes beside the master have elastic IPs, as it has"
+        );
+        ensure!(
             !shape.routed || (shape.wan == Family::V4 && shape.third != Third::Overlapping),
             "leased lines join networks of IPv4 that do not overlap"
         );
@@ -59,11 +66,19 @@ impl Network {
         }
         if shape.master == Master::ElasticIp {
             network.add_router("eip", [203, 0, 113, 10], "172.16.0.1/24")?;
-            network.router("eip")?.sh(
-                "iptables -t nat -A PREROUTING -d 203.0.113.10 -j DNAT --to 172.16.0.10
-                 iptables -t nat -A POSTROUTING -o wan -s 172.16.0.10 -j SNAT --to 203.0.113.10
-                 iptables -t nat -A POSTROUTING -o br0 -s 172.16.0.10 -d 172.16.0.10 -j MASQUERADE",
-            )?;
+            let nodes = (0..=shape.beside_master).map(|number| match number {
+                0 => (MASTER_PUBLIC, 10),
+                _ => (beside_master(number), 10 + number),
+            });
+            for (public, last) in nodes {
+                // A node that calls another one by its public address gets the answer from there.
+                network.router("eip")?.sh(&format!(
+                    "ip address replace {public}/24 dev wan
+                     iptables -t nat -A PREROUTING -d {public} -j DNAT --to 172.16.0.{last}
+                     iptables -t nat -A POSTROUTING -o wan -s 172.16.0.{last} -j SNAT --to {public}
+                     iptables -t nat -A POSTROUTING -o br0 -s 172.16.0.0/24 -d 172.16.0.{last} -j MASQUERADE"
+                ))?;
+            }
         }
         for cloud in 1..=shape.clouds {
             network.add_cloud(cloud)?;
