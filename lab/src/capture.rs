@@ -61,12 +61,25 @@ impl Capture {
     ///
     /// When tcpdump is missing or does not start.
     pub fn start(namespace: &Namespace, file: &Path) -> anyhow::Result<Self> {
+        Self::start_of(namespace, file, "")
+    }
+
+    /// Starts listening to what an expression of tcpdump's selects; empty for all.
+    ///
+    /// # Errors
+    ///
+    /// When tcpdump is missing, does not start or does not know the expression.
+    pub fn start_of(namespace: &Namespace, file: &Path, expression: &str) -> anyhow::Result<Self> {
         let mut command = namespace.command("tcpdump");
         // Enough for all headers, VXLAN's too, and one whole turn of the payload's magic bytes.
         command
             .args(["-i", "any", "-y", "LINUX_SLL2", "-n", "-U", "-s", "220"])
             .args(["-B", "32768", "-Z", "root", "-w"])
             .arg(file);
+        if !expression.is_empty() {
+            // The datagram that ends the capture is always wanted.
+            command.arg(format!("({expression}) or udp port {DISCARD_PORT}"));
+        }
         let log = file.with_extension("log");
         let tcpdump = Process::start_logging("tcpdump", command, &log)?;
         wait_for("tcpdump", WRITING, || {
