@@ -13,6 +13,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::netns::within_path;
 
+pub mod flows;
 mod stream;
 
 pub use stream::{Conversation, Missing, Report, Stream};
