@@ -8,6 +8,7 @@
 #   make bench                        the benchmarks, as ratios to the peers in one run
 #   make fuzz [SECONDS_EACH=60]       the parsers and state machines, a minute each
 #   make start-orders                 two regions behind NAT, agents started in all orders; root
+#   make leader-faults                each fault of a leader five times, with medians, half an hour; root
 #   make soak [SECONDS_LONG=600]      sessions renewed under load, not one packet lost; root
 #   make programs                     kube-apiserver, etcd, flanneld, ... from their Go modules
 #   make image-check      the container image's file system, with the lab's agents inside of it
@@ -18,7 +19,7 @@ ARGS ?=
 SECONDS_EACH ?= 60
 SECONDS_LONG ?= 600
 
-.PHONY: lab unit test evidence check bench fuzz soak start-orders programs image-check clean
+.PHONY: lab unit test evidence check bench fuzz soak start-orders leader-faults programs image-check clean
 .NOTPARALLEL:
 
 lab:
@@ -80,6 +81,9 @@ soak:
 
 start-orders:
 	SELVEDGE_START_ORDERS=all $(CARGO) test --quiet --test endpoint_discovery -- orders_of_start
+
+leader-faults:
+	SELVEDGE_LEADER_FAULTS=all $(CARGO) test --quiet --test leader_faults
 
 clean:
 	$(CARGO) clean
