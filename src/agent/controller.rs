@@ -339,15 +339,15 @@ impl Controller {
         let own = &self.config.node;
         let place = match topology.mode {
             Mode::Native => topology.segment_of(own).map(|segment| Place {
-                segment: segment.name.clone(),
+                segment: &segment.name,
                 leads: segment.leader(own).is_some(),
+                topology,
             }),
             Mode::Kilo(_) => None,
         };
         let linger = &mut self.linger;
         let desired = self.decision.desired.take();
-        self.decision.desired =
-            desired.map(|desired| linger.handle_desired(desired, place.as_ref(), now));
+        self.decision.desired = desired.map(|desired| linger.handle_desired(desired, place, now));
     }
 
     /// Takes what the kernel, flannel and the cluster say into the facts; returns what flannel forgot.

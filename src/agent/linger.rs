@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 use crate::state::{State, Table};
-use crate::topology::{Leader, SegmentName};
+use crate::topology::{Leader, SegmentName, Topology};
 use crate::wireguard::{PeerConfig, PeerId};
 
 /// How long a former leader stays. Shorter than an operator's patience.
@@ -33,12 +33,14 @@ pub const LINGER: Duration = Duration::from_secs(3);
 pub const HANDOVER: Duration = Duration::from_millis(500);
 
 /// The place of this node in the topology.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Place {
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
     /// Its segment.
-    pub segment: SegmentName,
+    pub segment: &'a SegmentName,
     /// Whether it leads there.
     pub leads: bool,
+    /// The topology.
+    pub topology: &'a Topology,
 }
 
 /// What lingers.
@@ -46,6 +48,8 @@ pub struct Place {
 pub struct Linger {
     /// The last desired state of this node as a leader, and its segment.
     lead: Option<(SegmentName, State)>,
+    /// The segments of the leaders among its peers.
+    segments: BTreeMap<PeerId, SegmentName>,
     /// Since when this node does not lead any more, while it still acts as a leader.
     demoted: Option<Instant>,
     /// The leaders that were peers until a moment ago.
@@ -54,6 +58,8 @@ pub struct Linger {
 
 #[derive(Debug)]
 struct Former {
+    /// The segment that it led.
+    segment: SegmentName,
     peer: PeerConfig,
     /// What only this one of several leaders was sent: its own pods and host.
     own: BTreeSet<IpNet>,
@@ -62,23 +68,31 @@ struct Former {
 
 impl Linger {
     /// Returns the state to reconcile: `desired`, with what lingers. `place` is `None` for a node outside of the mesh.
-    pub fn handle_desired(&mut self, desired: State, place: Option<&Place>, now: Instant) -> State {
+    pub fn handle_desired(
+        &mut self,
+        desired: State,
+        place: Option<Place<'_>>,
+        now: Instant,
+    ) -> State {
         let Some(place) = place else {
             *self = Self::default();
             return desired;
         };
         if place.leads {
             self.demoted = None;
-            self.note_former(&desired, &place.segment, now);
-            let desired = self.with_former(desired, now);
+            self.note_former(&desired, place.segment, now);
+            let desired = self.with_former(desired, place.topology, now);
             self.lead = Some((place.segment.clone(), desired.clone()));
+            let leaders = place.topology.leaders();
+            let named = leaders.map(|(of, leader)| (leader.peer_id(), of.name.clone()));
+            self.segments = named.collect();
             return desired;
         }
         self.former.clear();
         let Some((_, lead)) = self
             .lead
             .as_ref()
-            .filter(|(segment, _)| *segment == place.segment)
+            .filter(|(segment, _)| segment == place.segment)
         else {
             self.lead = None;
             return desired;
@@ -113,8 +127,11 @@ impl Linger {
             return;
         };
         for (id, peer) in &last.peers {
-            if Leader::is_named_by(id) && !desired.peers.contains_key(id) {
+            if let Some(segment) = self.segments.get(id)
+                && !desired.peers.contains_key(id)
+            {
                 self.former.entry(id.clone()).or_insert_with(|| Former {
+                    segment: segment.clone(),
                     peer: peer.clone(),
                     own: own(id, peer, &last.peers),
                     since: now,
@@ -124,10 +141,11 @@ impl Linger {
     }
 
     /// Adds the former leaders, each with the sources that it shares with the leader that succeeds it.
-    fn with_former(&mut self, mut desired: State, now: Instant) -> State {
+    fn with_former(&mut self, mut desired: State, topology: &Topology, now: Instant) -> State {
         let peers = &desired.peers;
         self.former.retain(|id, former| {
             now < former.since + LINGER
+                && is_member(topology, id, &former.segment)
                 && !peers.contains_key(id)
                 && peers
                     .values()
@@ -159,6 +177,13 @@ impl Linger {
         desired.peers.extend(kept);
         desired
     }
+}
+
+/// Whether the node of this leader is a member of a segment.
+fn is_member(topology: &Topology, id: &PeerId, segment: &SegmentName) -> bool {
+    let mut segments = topology.segments.iter();
+    let segment = segments.find(|of| of.name == *segment);
+    segment.is_some_and(|of| of.nodes.iter().any(|node| Leader::id_of(&node.name) == *id))
 }
 
 /// What only this leader is sent, where its segment has others: they accept the same sources.
@@ -203,7 +228,7 @@ fn shared_with_successor(
 mod tests {
     use super::*;
     use crate::state::{Route, RouteKey};
-    use crate::topology::RegionName;
+    use crate::topology::{Member, NodeName, RegionName, Segment};
     use crate::wireguard::key::PublicKey;
 
     #[expect(clippy::disallowed_methods, reason = "an Instant has no other origin")]
@@ -228,10 +253,66 @@ mod tests {
         }
     }
 
-    fn place(region: &str, leads: bool) -> Place {
-        Place {
-            segment: SegmentName::Location(RegionName(region.into())),
-            leads,
+    fn segment(region: &str) -> SegmentName {
+        SegmentName::Location(RegionName(region.into()))
+    }
+
+    /// A topology of regions, each with the names of its nodes, all of which lead.
+    fn topology(regions: &[(&str, &[&str])]) -> Topology {
+        let leader = |name: &&str| Leader {
+            node: NodeName((*name).into()),
+            keys: Vec::new(),
+            endpoint: None,
+            address: None,
+            discovered: None,
+            candidates: Vec::new(),
+            behind_nat: false,
+            persistent_keepalive: 0,
+            keepalive_forced: false,
+            wireguard_ips: Vec::new(),
+            probe_ip: None,
+        };
+        let member = |name: &&str| Member {
+            name: NodeName((*name).into()),
+            endpoint: None,
+            pod_cidrs: Vec::new(),
+            addresses: Vec::new(),
+            underlay: BTreeSet::new(),
+            flannel_ips: BTreeSet::new(),
+            private_ip: None,
+        };
+        let segment = |(region, nodes): &(&str, &[&str])| Segment {
+            name: segment(region),
+            group: segment(region),
+            leaders: nodes.iter().map(leader).collect(),
+            nodes: nodes.iter().map(member).collect(),
+            allowed_location_ips: Vec::new(),
+        };
+        Topology {
+            segments: regions.iter().map(segment).collect(),
+            ..Topology::default()
+        }
+    }
+
+    /// A leader of region `b`, or a follower there, and the other regions.
+    struct Home(SegmentName, Topology);
+
+    impl Home {
+        fn new(region: &str) -> Self {
+            let regions: [(&str, &[&str]); 3] = [
+                ("a", &["a1", "a2", "a3", "a9"]),
+                ("b", &["b1"]),
+                ("c", &["c1"]),
+            ];
+            Self(segment(region), topology(&regions))
+        }
+
+        fn leads(&self, leads: bool) -> Option<Place<'_>> {
+            Some(Place {
+                segment: &self.0,
+                leads,
+                topology: &self.1,
+            })
         }
     }
 
@@ -252,11 +333,11 @@ mod tests {
     #[test]
     fn a_former_leader_may_send_for_three_seconds_and_is_sent_nothing() {
         let t0 = start();
-        let home = place("b", true);
+        let home = Home::new("b");
         let mut linger = Linger::default();
-        linger.handle_desired(state(BEFORE), Some(&home), t0);
+        linger.handle_desired(state(BEFORE), home.leads(true), t0);
 
-        let kept = linger.handle_desired(state(AFTER), Some(&home), t0);
+        let kept = linger.handle_desired(state(AFTER), home.leads(true), t0);
         let former = &kept.peers[&PeerId::new("node/a1")];
         assert_eq!(former.accepts, nets(&["10.42.1.0/24", "10.42.2.0/24"]));
         assert_eq!(former.routes, BTreeSet::new());
@@ -264,8 +345,8 @@ mod tests {
         assert_eq!(linger.poll_deadline(t0 + HANDOVER * 2), Some(t0 + LINGER));
 
         // A pass in between does not begin the time again.
-        linger.handle_desired(state(AFTER), Some(&home), t0 + LINGER / 2);
-        let after = linger.handle_desired(state(AFTER), Some(&home), t0 + LINGER);
+        linger.handle_desired(state(AFTER), home.leads(true), t0 + LINGER / 2);
+        let after = linger.handle_desired(state(AFTER), home.leads(true), t0 + LINGER);
         assert_eq!(after, state(AFTER));
         assert_eq!(linger.poll_deadline(t0 + LINGER), None);
     }
@@ -273,7 +354,7 @@ mod tests {
     #[test]
     fn one_of_several_leaders_is_sent_what_is_for_itself_until_its_own_routes_changed() {
         let t0 = start();
-        let home = place("b", true);
+        let home = Home::new("b");
         let (own, shared) = (nets(&["10.42.1.0/24"]), nets(&["10.42.3.0/24"]));
         let leaders = |leaders: &[(&str, u8, &BTreeSet<IpNet>)]| State {
             peers: leaders
@@ -293,16 +374,16 @@ mod tests {
         let before = leaders(&[("node/a1", 1, &own), ("node/a2", 2, &others)]);
         let after = leaders(&[("node/a2", 2, &(&own | &others)), ("node/a3", 3, &own)]);
         let mut linger = Linger::default();
-        linger.handle_desired(before, Some(&home), t0);
+        linger.handle_desired(before, home.leads(true), t0);
 
         let routes = |state: &State, name: &str| state.peers[&PeerId::new(name)].routes.clone();
-        let kept = linger.handle_desired(after.clone(), Some(&home), t0);
+        let kept = linger.handle_desired(after.clone(), home.leads(true), t0);
         assert_eq!(routes(&kept, "node/a1"), own);
         assert_eq!(routes(&kept, "node/a2"), &others | &shared);
         assert_eq!(routes(&kept, "node/a3"), shared);
         assert_eq!(linger.poll_deadline(t0), Some(t0 + HANDOVER * 2));
 
-        let kept = linger.handle_desired(after.clone(), Some(&home), t0 + HANDOVER * 2);
+        let kept = linger.handle_desired(after.clone(), home.leads(true), t0 + HANDOVER * 2);
         assert_eq!(routes(&kept, "node/a1"), BTreeSet::new());
         assert_eq!(routes(&kept, "node/a3"), routes(&after, "node/a3"));
     }
@@ -310,14 +391,14 @@ mod tests {
     #[test]
     fn a_prefix_that_moved_to_another_segment_is_not_accepted_from_the_former_leader() {
         let t0 = start();
-        let home = place("b", true);
+        let home = Home::new("b");
         let mut linger = Linger::default();
-        linger.handle_desired(state(BEFORE), Some(&home), t0);
+        linger.handle_desired(state(BEFORE), home.leads(true), t0);
         let moved = state(&[
             ("node/a2", 2, &["10.42.1.0/24"]),
             ("node/c1", 3, &["10.42.2.0/24"]),
         ]);
-        let kept = linger.handle_desired(moved, Some(&home), t0);
+        let kept = linger.handle_desired(moved, home.leads(true), t0);
         assert_eq!(
             kept.peers[&PeerId::new("node/a1")].accepts.len(),
             1,
@@ -326,13 +407,25 @@ mod tests {
     }
 
     #[test]
+    fn a_former_leader_that_left_its_segment_is_no_peer_any_more() {
+        let t0 = start();
+        let before = Home::new("b");
+        let mut linger = Linger::default();
+        linger.handle_desired(state(BEFORE), before.leads(true), t0);
+        let regions: [(&str, &[&str]); 3] = [("a", &["a2"]), ("b", &["b1"]), ("c", &["c1", "a1"])];
+        let after = Home(segment("b"), topology(&regions));
+        let kept = linger.handle_desired(state(AFTER), after.leads(true), t0);
+        assert_eq!(kept, state(AFTER));
+    }
+
+    #[test]
     fn a_key_that_another_node_has_now_does_not_linger() {
         let t0 = start();
-        let home = place("b", true);
+        let home = Home::new("b");
         let mut linger = Linger::default();
-        linger.handle_desired(state(BEFORE), Some(&home), t0);
+        linger.handle_desired(state(BEFORE), home.leads(true), t0);
         let renamed = state(&[("node/a9", 1, &["10.42.1.0/24"])]);
-        let kept = linger.handle_desired(renamed.clone(), Some(&home), t0);
+        let kept = linger.handle_desired(renamed.clone(), home.leads(true), t0);
         assert_eq!(kept, renamed);
     }
 
@@ -347,8 +440,8 @@ mod tests {
             metric: 0,
         };
         lead.routes.insert(members, Route::Throw);
-        linger.handle_desired(lead.clone(), Some(&place("a", true)), t0);
-        let follower = place("a", false);
+        let home = Home::new("a");
+        linger.handle_desired(lead.clone(), home.leads(true), t0);
         let route = |table| RouteKey {
             table,
             dst: "10.42.9.0/24".parse().unwrap(),
@@ -358,10 +451,10 @@ mod tests {
             routes: [(route(Table::Mesh), Route::Unreachable)].into(),
             ..State::default()
         };
-        let kept = linger.handle_desired(desired(), Some(&follower), t0);
+        let kept = linger.handle_desired(desired(), home.leads(false), t0);
         assert_eq!(kept, lead);
         assert_eq!(linger.poll_deadline(t0), Some(t0 + HANDOVER));
-        let receiving = linger.handle_desired(desired(), Some(&follower), t0 + HANDOVER);
+        let receiving = linger.handle_desired(desired(), home.leads(false), t0 + HANDOVER);
         assert_eq!(receiving.peers, lead.peers);
         let routes = receiving.routes.keys().copied();
         assert_eq!(
@@ -369,7 +462,7 @@ mod tests {
             [route(Table::Mesh), route(Table::Members)]
         );
         assert_eq!(linger.poll_deadline(t0 + HANDOVER), Some(t0 + LINGER));
-        let after = linger.handle_desired(desired(), Some(&follower), t0 + LINGER);
+        let after = linger.handle_desired(desired(), home.leads(false), t0 + LINGER);
         assert_eq!(after, desired());
         assert_eq!(linger.poll_deadline(t0 + LINGER), None);
     }
@@ -377,11 +470,12 @@ mod tests {
     #[test]
     fn a_node_that_leaves_its_segment_or_the_mesh_gets_no_grace() {
         let t0 = start();
-        for left in [Some(place("c", false)), None] {
+        let (home, elsewhere) = (Home::new("a"), Home::new("c"));
+        for left in [elsewhere.leads(false), None] {
             let mut linger = Linger::default();
-            linger.handle_desired(state(BEFORE), Some(&place("a", true)), t0);
-            let after = linger.handle_desired(State::default(), left.as_ref(), t0);
-            assert_eq!(after, State::default(), "{left:?}");
+            linger.handle_desired(state(BEFORE), home.leads(true), t0);
+            let after = linger.handle_desired(State::default(), left, t0);
+            assert_eq!(after, State::default());
             assert_eq!(linger.poll_deadline(t0), None);
         }
     }

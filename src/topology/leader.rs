@@ -89,7 +89,12 @@ impl Leader {
 
     /// The leader's name in a tunnel device.
     pub fn peer_id(&self) -> PeerId {
-        PeerId::new(format!("node/{}", self.node))
+        Self::id_of(&self.node)
+    }
+
+    /// The name in a tunnel device of a node that leads.
+    pub fn id_of(node: &NodeName) -> PeerId {
+        PeerId::new(format!("node/{node}"))
     }
 
     /// Whether this is the name of a leader in a tunnel device, and not that of an external peer.
