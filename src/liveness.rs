@@ -8,8 +8,11 @@
 //! | [`is_silent`] | Are keepalives missing? | bytes received | the search at its candidates |
 //! | [`looks_dead`] | Should it be shown as a problem? | handshake | `status`, `doctor` |
 //! | [`may_lead`] | May this node lead its region, or speak for others? | the Node's `Ready` | the topology; Events |
+//! | [`PathState`] | Do packets get through, by or to this leader? | echoes, see [`path`] | next hops and the tunnel's routes |
 //!
 //! Whether the tunnel can encrypt at all (it has a session) stays inside [`crate::wireguard`].
+
+pub mod path;
 
 use std::time::Duration;
 
