@@ -27,7 +27,7 @@ use super::report::{self, Traffic};
 use super::saved_view::SavedView;
 use super::schedule::{Outcome, Schedule};
 use super::tenure::Tenure;
-use crate::cluster::{self, ApiStatus, View};
+use crate::cluster::{self, ApiStatus, View, annotation, since};
 use crate::config::Config;
 use crate::flannel::{Flannel, Unready};
 use crate::guard::Guard;
@@ -178,6 +178,9 @@ impl Controller {
     /// The cluster looks like this now.
     pub fn handle_view(&mut self, now: Instant, view: Arc<View>) {
         self.wait_for_servers(now);
+        if let Some(own) = view.snapshot.nodes.get(&self.config.node) {
+            self.claim_clock.handle_shown(now, &own.ledger);
+        }
         self.view = Some(view);
         // The cluster module has waited for further changes.
         self.schedule.handle_news(now);
@@ -246,6 +249,7 @@ impl Controller {
         self.keep_former_leaders(now);
         self.follow_lead(now);
         if let Some(annotations) = self.decision.annotations.clone().filter(|_| self.is_live()) {
+            self.follow_claims(now, &annotations);
             self.effects.push_back(Effect::Publish(annotations));
         }
         self.look_for_obstacles();
@@ -381,7 +385,8 @@ impl Controller {
         facts.listen_port = Some(self.listen_port.port());
         let changed = self.view.as_ref().and_then(|view| view.own_changed);
         let server = wall.server.unwrap_or(wall.node);
-        facts.server_time = Some(self.claim_clock.handle_time(now, server, changed));
+        facts.server_time = Some(self.claim_clock.handle_time(server, changed));
+        facts.pending = self.claim_clock.pending();
         facts.lead = self.tenure.poll_proven(now);
         let (own, is_live) = (self.own_last_seen(), self.is_live());
         self.facts.last_seen = kilo_clock::last_seen(wall.node, own);
@@ -422,6 +427,16 @@ impl Controller {
                 self.awaited = Some(refusal.sentence);
                 Vec::new()
             }
+        }
+    }
+
+    /// Remembers the times of the claims that are written.
+    fn follow_claims(&mut self, now: Instant, annotations: &cluster::Annotations) {
+        let own = self.facts.snapshot.nodes.get(&self.config.node);
+        let text = annotations.get(annotation::SINCE);
+        if let (Some(own), Some(written)) = (own, text.and_then(|text| since::parse(text).ok())) {
+            let written = &written.ledger;
+            self.claim_clock.handle_published(now, written, &own.ledger);
         }
     }
 

@@ -16,7 +16,9 @@ use crate::flannel::Flannel;
 use crate::plan::{self, Candidates, Caveat, candidates, observed_addresses, plan};
 use crate::probe::Verdicts;
 use crate::state::{OtherRule, State};
-use crate::topology::{self, Endpoint, InterfaceAddr, Resolved, SegmentName, Snapshot, Topology};
+use crate::topology::{
+    self, Endpoint, InterfaceAddr, Ledger, Resolved, SegmentName, Snapshot, Topology,
+};
 use crate::wireguard::key::PublicKey;
 
 /// Everything that is decided on, gathered by the [`Controller`](super::controller::Controller).
@@ -57,6 +59,8 @@ pub struct Facts {
     pub last_seen: i64,
     /// The API server's time in Unix seconds, for claims that are new; `None` where it is not known.
     pub server_time: Option<i64>,
+    /// The entries of this node's ledger that were handed out to be written and that the API does not show yet.
+    pub pending: Ledger,
     /// The segment that this node has led for long enough to record it.
     pub lead: Option<SegmentName>,
 }
@@ -135,6 +139,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             heard: &facts.heard,
             last_seen: facts.last_seen,
             server_time: facts.server_time,
+            pending: &facts.pending,
             lead: facts.lead.as_ref(),
         })
     });

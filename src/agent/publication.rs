@@ -12,7 +12,8 @@ use super::address::Own;
 use crate::cluster::{Annotations, annotation, since};
 use crate::config::Config;
 use crate::topology::{
-    Claim, Endpoint, InterfaceAddr, Mode, Node, NodeName, Origin, SegmentName, Snapshot, Topology,
+    Claim, Endpoint, InterfaceAddr, Ledger, Mode, Node, NodeName, Origin, SegmentName, Snapshot,
+    Topology,
 };
 use crate::wireguard::key::PublicKey;
 
@@ -46,6 +47,8 @@ pub struct Inputs<'a> {
     pub last_seen: i64,
     /// The API server's time in Unix seconds, for claims that are new; without it none is recorded.
     pub server_time: Option<i64>,
+    /// Entries that were handed out to be written and that the API does not show yet: they keep their time.
+    pub pending: &'a Ledger,
     /// The segment that this node has led for long enough to record it.
     pub lead: Option<&'a SegmentName>,
 }
@@ -99,7 +102,9 @@ pub fn annotations(inputs: &Inputs<'_>) -> Annotations {
         );
     }
     let claims = claims(inputs, private_ip, &wireguard_ips);
-    let ledger = node.ledger.renewed(claims, inputs.server_time);
+    let known = node.ledger.iter().chain(inputs.pending.iter());
+    let known = Ledger::new(known.map(|(claim, since)| (claim.clone(), since)));
+    let ledger = known.renewed(claims, inputs.server_time);
     if !ledger.is_empty() {
         published.insert(annotation::SINCE, since::format(&ledger));
     }
@@ -238,7 +243,7 @@ fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::topology::{Leader, Ledger, Member, RegionName, Segment};
+    use crate::topology::{Leader, Member, RegionName, Segment};
     use crate::wireguard::key::PrivateKey;
 
     fn node(name: &str) -> Node {
@@ -335,6 +340,7 @@ mod tests {
                 heard: &self.heard,
                 last_seen: 100,
                 server_time: self.server_time,
+                pending: &Ledger::default(),
                 lead: self.lead.as_ref(),
             })
         }

@@ -157,3 +157,30 @@ fn a_failure_is_a_problem_until_it_is_gone_and_a_taken_port_is_told_once() {
     controller.handle_applied(t0, applied(Vec::new()));
     assert_eq!(problems(&controller), before);
 }
+
+#[test]
+fn an_agent_that_is_cut_off_publishes_the_same_times_of_its_claims() {
+    let t0 = start();
+    let mut controller = controller(t0);
+    controller.handle_view(t0, view(true));
+    let mut publish = |seconds: u64| {
+        let now = t0 + Duration::from_secs(seconds);
+        let wall = WallClock {
+            node: 0,
+            server: Some(1_796_081_284 + i64::try_from(seconds).unwrap()),
+        };
+        controller.handle_trigger(now);
+        controller.handle_timeout(now + millis(50));
+        controller.handle_kernel(now + millis(50), wall, kernel());
+        let effects = effects(&mut controller);
+        let mut published = effects.into_iter().filter_map(|effect| match effect {
+            Effect::Publish(annotations) => annotations.get(annotation::SINCE).cloned(),
+            _ => None,
+        });
+        published.next().expect("it publishes its claims")
+    };
+    let first = publish(0);
+    for seconds in [4, 6, 12, 100] {
+        assert_eq!(publish(seconds), first, "after {seconds} s");
+    }
+}

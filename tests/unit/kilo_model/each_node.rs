@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use proptest::prelude::*;
 use selvedge::agent::publication;
 use selvedge::config::Config;
-use selvedge::topology::{Endpoint, Granularity, NodeName, Topology};
+use selvedge::topology::{Endpoint, Granularity, Ledger, NodeName, Topology};
 use selvedge::wireguard::key::PublicKey;
 
 use super::{Hits, ModelSegment, model_peers};
@@ -166,6 +166,7 @@ pub(super) fn annotations_are_kilos(
         heard: &mesh.observed,
         last_seen: 999_999,
         server_time: None,
+        pending: &Ledger::default(),
         lead: None,
     });
     let mut published: BTreeMap<_, _> = published

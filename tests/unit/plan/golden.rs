@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use selvedge::agent::publication;
 use selvedge::state::{Scope, State};
-use selvedge::topology::NodeName;
+use selvedge::topology::{Ledger, NodeName};
 
 use super::Mesh;
 
@@ -246,6 +246,7 @@ pub(crate) fn annotations(
         heard: &heard.collect(),
         last_seen: 1_000,
         server_time: None,
+        pending: &Ledger::default(),
         lead: None,
     });
     // The ledger holds only times. Its own tests cover it.
