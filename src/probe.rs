@@ -1,9 +1,29 @@
 //! Echoes through the leaders: which of them forward, and which regions each one reaches. Pure, time passed in.
 //!
+//! ```text
+//!   node ── flannel.1 ──► leader's kernel ──► kilo0 ──► its agent      an echo, to the leader's probe address
+//!        ◄── flannel.1 ── leader's kernel ◄── kilo0 ◄── its agent      the answer
+//!
+//!   leader ── tunnel ──► agent of a leader elsewhere, and back
+//! ```
+//!
+//! An answer through a leader of the own region proves that its node and its agent live and that its kernel forwards
+//! both ways. The [`Prober`] sends and answers, [`targets()`] says whose, [`message`] has the wire format, and
+//! [`crate::liveness::path`] decides whether a path is up.
+//!
 //! The verdicts enter the plan of this node alone, never the topology, on which all nodes must agree.
+
+pub mod message;
+mod prober;
+mod rate;
+mod responder;
+mod targets;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+pub use self::prober::{News, PORT, PathKind, PathStats, Prober, Transmit};
+pub use self::responder::Forwarding;
+pub use self::targets::{Far, Lead, Targets, targets};
 use crate::liveness::PathState;
 use crate::topology::{NodeName, SegmentName};
 use crate::wireguard::PeerId;

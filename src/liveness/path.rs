@@ -296,6 +296,10 @@ impl Path {
         if self.state != state {
             self.state = state;
             self.since = now;
+            if state == PathState::Draining {
+                // The leader waits for the news that this node knows.
+                self.next = now;
+            }
         }
     }
 

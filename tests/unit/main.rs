@@ -9,6 +9,8 @@ mod bad_input;
 mod cli;
 mod cluster_strategy;
 mod documents;
+mod echo_net;
+mod echoes;
 mod failover;
 mod fake_kernel;
 mod fuzz_corpus;

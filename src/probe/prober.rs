@@ -1,0 +1,546 @@
+//! The state machine of all echoes of one node.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::{Rng as _, RngExt as _, SeedableRng as _};
+
+use super::message::{self, Datagram, Kind, Message};
+use super::rate::Rate;
+use super::responder::{Forwarding, Responder, Sender};
+use super::targets::{Lead, Targets};
+use super::{RegionLeader, Verdicts};
+use crate::liveness::PathState;
+use crate::liveness::path::{INTERVAL, Path, Statement};
+use crate::topology::{NodeName, SegmentName};
+use crate::wireguard::PeerId;
+
+/// The UDP port of echoes and answers (RFC 5881, 4: BFD's echo packets).
+pub const PORT: u16 = crate::wireguard::ECHO_PORT;
+/// Echoes that all paths together send at most, a second and at once.
+const BUDGET: (u32, u32) = (190, 10);
+/// Echoes that healthy paths send a second at most. The rest of the budget is for paths in doubt.
+const STEADY: u32 = 180;
+/// Echoes of one path are up to this much further apart than the interval, in thousandths.
+const JITTER: u64 = 50;
+/// A leader of another region that has not answered for so long at first counts as not reached.
+const FIRST_ANSWER: Duration = Duration::from_secs(5);
+
+/// A path, by what it leads through or to.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+enum Key {
+    Leader(NodeName),
+    Peer(PeerId),
+}
+
+#[derive(Debug)]
+struct Probe {
+    path: Path,
+    /// The token of the last answer; 0 before the first.
+    acknowledged: u64,
+    /// The segments that the leader says it does not reach.
+    unreached: BTreeSet<SegmentName>,
+}
+
+/// Something to send.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Transmit {
+    /// A UDP payload from the socket in the pod network.
+    Socket {
+        /// The probe address of a leader, and [`PORT`].
+        to: SocketAddr,
+        /// The payload.
+        payload: Vec<u8>,
+    },
+    /// An IP packet to the link, which the kernel forwards.
+    Link(Vec<u8>),
+    /// An IP packet to a peer of the tunnel.
+    Peer(PeerId, Vec<u8>),
+}
+
+/// What the echoes say.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct News {
+    /// Of the other leaders.
+    pub verdicts: Verdicts,
+    /// Of this node as a leader.
+    pub forwarding: Forwarding,
+}
+
+/// The kind of a path.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum PathKind {
+    /// Through another leader of the own region.
+    Leader,
+    /// Through the tunnel, to a leader of another region.
+    Peer,
+}
+
+/// A path and what is measured on it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct PathStats {
+    /// Its kind.
+    pub kind: PathKind,
+    /// The leader.
+    pub node: NodeName,
+    /// The segment of that leader.
+    pub segment: SegmentName,
+    /// What the echoes say.
+    pub state: PathState,
+    /// Since when.
+    pub since: Instant,
+    /// The smoothed round-trip time; `None` before the first answer.
+    pub rtt: Option<Duration>,
+    /// How many of the last 100 echoes stayed unanswered, in thousandths; `None` before the first results.
+    pub loss: Option<u32>,
+}
+
+/// Sends echoes, answers those of others, and says what they prove.
+///
+/// ```text
+///   targets ──► handle_targets ─┐                        ┌─► Socket ──► flannel ──► other leaders
+///   SIGTERM ──► handle_drain ───┤                        ├─► Link ────► kernel ───► nodes of the region
+///   socket ───► handle_datagram ┼─► paths, responder ────┼─► Peer ────► tunnel ───► leaders elsewhere
+///   device ───► handle_packet ──┤        │               │
+///   clock ────► handle_timeout ─┘        └─► News ──► controller ──► plan
+/// ```
+///
+/// The contract is the controller's: the owner calls a `handle_` method for all that happens, with times that do
+/// not decrease, and then takes everything from [`Self::poll_transmit`] and [`Self::poll_news`]. At
+/// [`Self::poll_timeout`] it calls [`Self::handle_timeout`]. The same calls with the same seed have the same
+/// results.
+///
+/// # What is trusted
+/// Packets of a peer of the tunnel are that peer's: WireGuard has authenticated them. In the region an answer counts
+/// only with the random token of a recent echo over that path (as QUIC's PATH_CHALLENGE, RFC 9000, 8.2), and
+/// echoes of addresses outside the region get no answer. An answer has the length of its echo, and each
+/// sender gets a limited number of them, so no sender can use a leader to flood another.
+#[derive(Debug)]
+pub struct Prober {
+    targets: Targets,
+    generation: u64,
+    probes: BTreeMap<Key, Probe>,
+    responder: Responder,
+    budget: Rate,
+    random: StdRng,
+    draining: bool,
+    transmits: VecDeque<Transmit>,
+    /// Whether a verdict may be another than in `told`.
+    changed: bool,
+    told: News,
+    /// Messages that were refused.
+    refused: u64,
+}
+
+impl Prober {
+    /// A prober without targets. The seed must be random: the tokens follow from it.
+    pub fn new(seed: [u8; 32]) -> Self {
+        Self {
+            targets: Targets::default(),
+            generation: 0,
+            probes: BTreeMap::new(),
+            responder: Responder::default(),
+            budget: Rate::new(BUDGET.0, BUDGET.1),
+            random: StdRng::from_seed(seed),
+            draining: false,
+            transmits: VecDeque::new(),
+            changed: false,
+            told: News::default(),
+            refused: 0,
+        }
+    }
+
+    /// These are the targets from now on. What is known of paths that stay is kept.
+    pub fn handle_targets(&mut self, now: Instant, targets: Targets) {
+        if targets == self.targets {
+            return;
+        }
+        let generation = targets.generation();
+        let leaders = targets.leaders.keys().cloned().map(Key::Leader);
+        let peers = targets.lead.iter().flat_map(|lead| lead.peers.keys());
+        let keys = leaders.chain(peers.cloned().map(Key::Peer));
+        let keys = keys.collect::<BTreeSet<_>>();
+        let interval = interval(keys.len());
+        let moved = |key: &Key| match key {
+            Key::Leader(name) => self.targets.leaders.get(name) != targets.leaders.get(name),
+            Key::Peer(id) => far_address(&self.targets, id) != far_address(&targets, id),
+        };
+        let stay = |key: &Key| keys.contains(key) && !moved(key);
+        self.probes.retain(|key, _| stay(key));
+        for key in keys {
+            let spread = self.random.random_range(Duration::ZERO..interval);
+            let probe = self.probes.entry(key).or_insert_with(|| Probe {
+                path: Path::new(now, now + spread, interval),
+                acknowledged: 0,
+                unreached: BTreeSet::new(),
+            });
+            probe.path.set_interval(interval);
+            if generation != self.generation {
+                probe.unreached.clear();
+            }
+        }
+        let lead = targets.lead.as_ref();
+        self.responder.retain(|sender| match sender {
+            Sender::Member(address) => lead.is_some_and(|lead| lead.members.contains_key(address)),
+            Sender::Peer(id) => lead.is_some_and(|lead| lead.peers.contains_key(id)),
+        });
+        self.generation = generation;
+        self.targets = targets;
+        self.changed = true;
+    }
+
+    /// This node is about to stop: says so to all that send echoes to it, at once and in every further answer.
+    pub fn handle_drain(&mut self, now: Instant) {
+        if std::mem::replace(&mut self.draining, true) {
+            return;
+        }
+        for (sender, from, token) in self.responder.recent(now) {
+            self.answer(now, &sender, from, token);
+        }
+    }
+
+    /// Whether everything that sends echoes to this node knows that it drains.
+    pub fn is_drained(&self, now: Instant) -> bool {
+        self.draining && self.responder.all_know(now)
+    }
+
+    /// A datagram came to the socket in the pod network.
+    pub fn handle_datagram(&mut self, now: Instant, from: SocketAddr, payload: &[u8]) {
+        let mut leaders = self.targets.leaders.iter();
+        let leader = leaders.find(|(_, ip)| **ip == from.ip() && from.port() == PORT);
+        let message = Message::parse(payload).filter(|message| message.kind == Kind::Answer);
+        let (Some((name, _)), Some(message)) = (leader, message) else {
+            self.refused += 1;
+            return;
+        };
+        self.handle_answer(now, &Key::Leader(name.clone()), &message);
+    }
+
+    /// An IP packet to an address of [`Targets::diverted`] came through the device: from a peer, or from the link.
+    pub fn handle_packet(&mut self, now: Instant, peer: Option<&PeerId>, packet: &[u8]) {
+        let read = message::datagram(packet)
+            .and_then(|datagram| Some((datagram, Message::parse(datagram.payload)?)));
+        let (Some((datagram, message)), Some(lead)) = (read, &self.targets.lead) else {
+            self.refused += 1;
+            return;
+        };
+        let Some(sender) = sender(lead, peer, &datagram) else {
+            self.refused += 1;
+            return;
+        };
+        match (message.kind, &sender) {
+            (Kind::Echo, _) => {
+                let (from, token) = (datagram.from, message.token);
+                if self
+                    .responder
+                    .handle_echo(now, sender.clone(), from, &message)
+                {
+                    self.answer(now, &sender, from, token);
+                }
+            }
+            (Kind::Answer, Sender::Peer(id)) => {
+                self.handle_answer(now, &Key::Peer(id.clone()), &message);
+            }
+            // Answers of the region come to the socket.
+            (Kind::Answer, Sender::Member(_)) => self.refused += 1,
+        }
+    }
+
+    /// The time of [`Self::poll_timeout`] has come.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        let mut due = Vec::new();
+        for (key, probe) in &mut self.probes {
+            let before = probe.path.state();
+            probe.path.handle_timeout(now);
+            self.changed |= probe.path.state() != before;
+            let at = probe.path.poll_echo();
+            if at <= now {
+                due.push((at, key.clone()));
+            }
+        }
+        due.sort();
+        for (_, key) in due {
+            if !self.budget.take(now) {
+                break;
+            }
+            self.send_echo(now, &key);
+        }
+    }
+
+    /// When [`Self::handle_timeout`] is to be called; `None` without targets.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let ready = self.budget.poll_ready();
+        let paths = self.probes.values().map(|probe| &probe.path);
+        let times = paths.map(|path| {
+            let echo = path.poll_echo();
+            let echo = ready.map_or(echo, |ready| ready.max(echo));
+            path.poll_timeout().map_or(echo, |at| at.min(echo))
+        });
+        times.min()
+    }
+
+    /// The next thing to send.
+    pub fn poll_transmit(&mut self) -> Option<Transmit> {
+        self.transmits.pop_front()
+    }
+
+    /// What the echoes say, if it is something else than last time.
+    pub fn poll_news(&mut self, now: Instant) -> Option<News> {
+        let forwarding = self.forwarding(now);
+        if !std::mem::take(&mut self.changed) && forwarding == self.told.forwarding {
+            return None;
+        }
+        let news = News {
+            verdicts: self.verdicts(),
+            forwarding,
+        };
+        (news != self.told).then(|| {
+            self.told = news.clone();
+            news
+        })
+    }
+
+    /// All paths, those through the own region first.
+    pub fn stats(&self) -> Vec<PathStats> {
+        let probes = self.probes.iter();
+        probes
+            .filter_map(|(key, probe)| {
+                let (kind, node, segment) = match key {
+                    Key::Leader(name) => (PathKind::Leader, name, self.targets.segment.as_ref()?),
+                    Key::Peer(id) => {
+                        let far = self.targets.lead.as_ref()?.peers.get(id)?;
+                        (PathKind::Peer, &far.node, &far.segment)
+                    }
+                };
+                Some(PathStats {
+                    kind,
+                    node: node.clone(),
+                    segment: segment.clone(),
+                    state: probe.path.state(),
+                    since: probe.path.since(),
+                    rtt: probe.path.rtt(),
+                    loss: probe.path.loss(),
+                })
+            })
+            .collect()
+    }
+
+    /// What it sends echoes to, and whose it answers.
+    pub fn targets(&self) -> &Targets {
+        &self.targets
+    }
+
+    /// How long a path may be silent before it is down.
+    pub fn detection(&self) -> Duration {
+        let paths = self.probes.values().map(|probe| probe.path.detection());
+        paths.max().unwrap_or_default()
+    }
+
+    /// Messages that were refused: of strangers, malformed, or of another version.
+    pub fn refused(&self) -> u64 {
+        self.refused
+    }
+
+    /// Whether another leader of the region answers, so that this node may leave its traffic to that one.
+    pub fn has_other_leader(&self) -> bool {
+        let mut probes = self.probes.iter();
+        probes.any(|(key, probe)| {
+            matches!(key, Key::Leader(_)) && probe.path.state() == PathState::Up
+        })
+    }
+
+    fn verdicts(&self) -> Verdicts {
+        let mut verdicts = Verdicts::default();
+        for (key, probe) in &self.probes {
+            let state = probe.path.state();
+            match key {
+                Key::Leader(name) => {
+                    let leader = RegionLeader {
+                        state,
+                        unreached: probe.unreached.clone(),
+                    };
+                    verdicts.leaders.insert(name.clone(), leader);
+                }
+                Key::Peer(id) => {
+                    verdicts.peers.insert(id.clone(), state);
+                }
+            }
+        }
+        verdicts
+    }
+
+    fn forwarding(&self, now: Instant) -> Forwarding {
+        let Some(lead) = &self.targets.lead else {
+            return Forwarding::Unknown;
+        };
+        let leaders = lead.members.iter().filter_map(|(address, name)| {
+            let probe = self.probes.get(&Key::Leader(name.clone()))?;
+            let path = Some(&probe.path).filter(|path| path.state() == PathState::Up)?;
+            Some((*address, (path.answering()?, path.heard()?)))
+        });
+        self.responder.forwarding(now, &leaders.collect())
+    }
+
+    fn handle_answer(&mut self, now: Instant, key: &Key, message: &Message) {
+        let Some(probe) = self.probes.get_mut(key) else {
+            return;
+        };
+        let says = Statement {
+            draining: message.draining,
+            // An answer through a leader of the own region proves that it forwards.
+            forwards: message.forwards || matches!(key, Key::Leader(_)),
+        };
+        let before = probe.path.state();
+        if !probe.path.handle_answer(now, message.token, says) {
+            self.refused += 1;
+            return;
+        }
+        self.changed |= probe.path.state() != before;
+        probe.acknowledged = message.token;
+        if matches!(key, Key::Leader(_)) && message.generation == self.generation {
+            let segments = self.targets.segments.iter().enumerate();
+            let lacking = segments.filter(|(number, _)| message.lacks(*number));
+            let unreached = lacking.map(|(_, name)| name.clone()).collect();
+            self.changed |= probe.unreached != unreached;
+            probe.unreached = unreached;
+        }
+    }
+
+    fn send_echo(&mut self, now: Instant, key: &Key) {
+        let Some(probe) = self.probes.get_mut(key) else {
+            return;
+        };
+        // Zero stands for no answer.
+        let token = self.random.next_u64().max(1);
+        let jitter = self.random.random_range(0..=JITTER);
+        let jitter = INTERVAL * u32::try_from(jitter).unwrap_or_default() / 1_000;
+        probe.path.handle_sent(now, token, jitter);
+        let echo = Message {
+            kind: Kind::Echo,
+            draining: self.draining,
+            forwards: true,
+            knows: probe.path.state() == PathState::Draining,
+            token,
+            acknowledged: probe.acknowledged,
+            generation: self.generation,
+            unreached: [0; 64],
+        };
+        let payload = echo.encode();
+        let transmit = match key {
+            Key::Leader(name) => {
+                let ip = self.targets.leaders.get(name);
+                ip.map(|ip| Transmit::Socket {
+                    to: SocketAddr::new(*ip, PORT),
+                    payload,
+                })
+            }
+            Key::Peer(id) => self.to_peer(id, &payload),
+        };
+        self.transmits.extend(transmit);
+    }
+
+    /// Answers an echo, or answers it again.
+    fn answer(&mut self, now: Instant, to: &Sender, from: SocketAddr, token: u64) {
+        let Some(lead) = &self.targets.lead else {
+            return;
+        };
+        let mut answer = Message {
+            kind: Kind::Answer,
+            draining: self.draining,
+            forwards: match self.forwarding(now) {
+                Forwarding::Works => true,
+                Forwarding::NoWayBack | Forwarding::NoWayIn => false,
+                Forwarding::Unknown => lead.may_forward,
+            },
+            knows: false,
+            token,
+            acknowledged: 0,
+            generation: self.generation,
+            unreached: [0; 64],
+        };
+        let transmit = match to {
+            Sender::Member(_) => {
+                for number in self.unreached(now, lead) {
+                    answer.set_lacking(number);
+                }
+                let probe_ip = lead.probe_ip;
+                probe_ip.and_then(|probe_ip| {
+                    let packet = message::packet(&Datagram {
+                        from: SocketAddr::new(probe_ip, PORT),
+                        to: from,
+                        payload: &answer.encode(),
+                    });
+                    packet.map(Transmit::Link)
+                })
+            }
+            Sender::Peer(id) => self.to_peer(id, &answer.encode()),
+        };
+        if let Some(transmit) = transmit {
+            self.transmits.push_back(transmit);
+            self.responder.handle_answered(now, to, token);
+        }
+    }
+
+    fn to_peer(&self, id: &PeerId, payload: &[u8]) -> Option<Transmit> {
+        let far = self.targets.lead.as_ref()?.peers.get(id)?;
+        let packet = message::packet(&Datagram {
+            from: SocketAddr::new(far.own, PORT),
+            to: SocketAddr::new(far.address, PORT),
+            payload,
+        })?;
+        Some(Transmit::Peer(id.clone(), packet))
+    }
+
+    /// The numbers of the segments that this leader does not reach: no leader there is up, or new.
+    fn unreached(&self, now: Instant, lead: &Lead) -> Vec<usize> {
+        let mut reached = BTreeMap::<&SegmentName, bool>::new();
+        for (id, far) in &lead.peers {
+            let probe = self.probes.get(&Key::Peer(id.clone()));
+            let is_reached = probe.is_none_or(|probe| match probe.path.state() {
+                PathState::Up | PathState::Draining => true,
+                PathState::Unknown => {
+                    now.saturating_duration_since(probe.path.since()) < FIRST_ANSWER
+                }
+                PathState::Down(_) => false,
+            });
+            *reached.entry(&far.segment).or_default() |= is_reached;
+        }
+        let segments = self.targets.segments.iter().enumerate();
+        segments
+            .filter(|(_, name)| reached.get(name) == Some(&false))
+            .map(|(number, _)| number)
+            .collect()
+    }
+}
+
+/// The interval between the echoes of each of so many healthy paths.
+pub(super) fn interval(paths: usize) -> Duration {
+    let paths = u32::try_from(paths).unwrap_or(u32::MAX);
+    INTERVAL.max(Duration::from_secs(1) * paths / STEADY)
+}
+
+/// Who sent a datagram that came from this peer, or from the link; `None` if it may not send any here.
+fn sender(lead: &Lead, peer: Option<&PeerId>, datagram: &Datagram<'_>) -> Option<Sender> {
+    let (from, to) = (datagram.from, datagram.to);
+    match peer {
+        Some(id) => {
+            let far = lead.peers.get(id)?;
+            let expected = (
+                SocketAddr::new(far.address, PORT),
+                SocketAddr::new(far.own, PORT),
+            );
+            ((from, to) == expected).then(|| Sender::Peer(id.clone()))
+        }
+        None => {
+            let is_here = to.port() == PORT && Some(to.ip()) == lead.probe_ip;
+            (is_here && lead.members.contains_key(&from.ip())).then(|| Sender::Member(from.ip()))
+        }
+    }
+}
+
+fn far_address(targets: &Targets, id: &PeerId) -> Option<(IpAddr, IpAddr)> {
+    let far = targets.lead.as_ref()?.peers.get(id)?;
+    Some((far.address, far.own))
+}
