@@ -23,6 +23,7 @@ pub mod linger;
 pub mod listen_port;
 pub mod mtu;
 pub mod obstacle;
+pub mod probe;
 pub mod publication;
 pub mod readiness;
 pub mod report;
@@ -46,6 +47,7 @@ use self::controller::{Controller, Effect, ShellFacts, WallClock};
 use self::forwarding::HostFirewall;
 use self::kernel_facts::KernelFacts;
 use self::keyfile::Origin;
+use self::probe::Echoes;
 use crate::clock::{now, sleep_until, unix_now};
 use crate::cluster::{Access, Cluster};
 use crate::config::Config;
@@ -54,6 +56,7 @@ use crate::flannel::Files;
 use crate::guard::{Guard, boots};
 use crate::kernel::Monitor;
 use crate::node_lock::NodeLock;
+use crate::probe::News;
 use crate::reconciler::core::{Applied, Source};
 use crate::reconciler::{Message, Reconciler};
 use crate::status::Question;
@@ -67,6 +70,10 @@ use crate::{preflight, resolve};
 const TICK: Duration = Duration::from_secs(1);
 /// The same at rest. The tunnel reports handshakes, moved endpoints and silent peers at once.
 const TICK_AT_REST: Duration = Duration::from_secs(5);
+/// How long the end waits until the others know of it.
+const DRAIN: Duration = Duration::from_millis(1_200);
+/// How long they have to change their routes then.
+const SETTLE: Duration = Duration::from_millis(300);
 /// Changes logged one by one; more of them are a new cluster, and a number says as much.
 const LOGGED: usize = 40;
 /// Threads for blocking work, such as look-ups of names.
@@ -117,6 +124,9 @@ struct Agent {
     cluster: Cluster,
     reconciler: Reconciler,
     messages: mpsc::UnboundedReceiver<Message<KernelFacts>>,
+    echoes: Echoes,
+    /// What the echoes say.
+    news: mpsc::UnboundedReceiver<News>,
     /// Wakes the loop when the tunnel has events.
     tunnel_events: Arc<Notify>,
     /// When the tunnel's counters were last read at a tick.
@@ -172,6 +182,10 @@ impl Agent {
                     }
                 }
                 Some(message) = self.messages.recv() => self.handle_message(message),
+                Some(news) = self.news.recv() => {
+                    self.controller.handle_verdicts(now(), news.verdicts);
+                    self.controller.handle_echo_forwarding(now(), news.forwarding);
+                }
                 event = self.monitor.changed() => {
                     let event = event.context("following the kernel")?;
                     if event.firewall {
@@ -254,6 +268,7 @@ impl Agent {
                     self.reconciler.tunnel().try_candidates(&id, &candidates);
                 }
                 Effect::Reconcile(desired) => self.reconciler.reconcile(desired),
+                Effect::Probe(targets) => self.echoes.set_targets(*targets),
                 Effect::Show(topology) => {
                     self.shown.topology.send_replace(topology);
                 }
@@ -264,10 +279,13 @@ impl Agent {
     /// What people and probes see now.
     fn report(&mut self) -> crate::status::Report {
         self.read_tunnel();
+        let echoes = self.echoes.shown();
         let shell = ShellFacts {
             api: self.cluster.api_status().borrow().clone(),
             counters: self.reconciler.counters().ok(),
             cache_failures: self.writer.failures(),
+            paths: echoes.paths.clone(),
+            echo_failures: echoes.failures,
         };
         self.controller.report(now(), &shell)
     }
@@ -285,9 +303,25 @@ impl Agent {
         self.shown.metrics.reconciled(took, made, !applied.failed);
     }
 
+    /// Lets the others move their traffic to another leader of the region, if there is one: the tunnel ends with
+    /// this process.
+    async fn drain(&self) {
+        match tokio::time::timeout(DRAIN, self.echoes.drain()).await {
+            Ok(Ok(true)) => {
+                tracing::info!("other leaders are used from now on");
+                tokio::time::sleep(SETTLE).await;
+            }
+            Ok(Ok(false) | Err(_)) => {}
+            Err(_) => tracing::info!("some nodes do not know yet that this leader stops"),
+        }
+    }
+
     /// Leaves the data plane as it is, so that the next agent finds it at work; or removes it.
     async fn stop(mut self) -> anyhow::Result<ExitCode> {
         let remove = self.config.clean_up;
+        if !remove {
+            self.drain().await;
+        }
         if remove {
             // Or what is withdrawn would be published again.
             self.cluster.end();

@@ -233,8 +233,24 @@ fn of_report(report: &Report) -> Vec<Finding> {
         ));
     }
     findings.extend(report.peers.iter().filter_map(silent));
+    findings.extend(report.paths.iter().filter_map(path));
     findings.extend(mtu(report));
     findings
+}
+
+/// A path that is down, by the echoes.
+fn path(path: &status::LeaderPath) -> Option<Finding> {
+    let cause = match path.cause.as_deref()? {
+        "not_forwarding" => "it says that it does not forward for its region",
+        _ => "it does not answer echoes",
+    };
+    Some(Finding::warning(
+        format!(
+            "Leader {} of {} is not used since {} s: {cause}.",
+            path.name, path.region, path.since
+        ),
+        "Run selvedge doctor on that node. Other leaders of the region carry its traffic meanwhile.",
+    ))
 }
 
 fn silent(peer: &status::Peer) -> Option<Finding> {
@@ -369,6 +385,25 @@ mod tests {
         let text = found(&report);
         assert!(text.contains("3 VXLAN packets"));
         assert!(text.contains("--on-tunnel-down=open"));
+    }
+
+    #[test]
+    fn a_path_that_is_down_is_reported_with_its_cause() {
+        let mut report = healthy();
+        report.paths = vec![status::LeaderPath {
+            name: "b1".into(),
+            region: "location:b".into(),
+            state: "up".into(),
+            ..status::LeaderPath::default()
+        }];
+        assert_eq!(found(&report), "");
+        report.paths[0].cause = Some("not_forwarding".into());
+        let text = found(&report);
+        assert!(
+            text.contains("Leader b1 of location:b is not used"),
+            "{text}"
+        );
+        assert!(text.contains("does not forward for its region"), "{text}");
     }
 
     #[test]

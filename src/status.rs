@@ -89,6 +89,13 @@ pub struct Report {
     pub stranger_drops: Option<u64>,
     /// Failed writes of the cluster's state to disk since the agent started.
     pub cache_failures: u64,
+    /// The paths over which this node sends echoes: through the other leaders of its region, and, on a leader, to
+    /// the leaders of other regions.
+    pub paths: Vec<LeaderPath>,
+    /// Failures of the socket of the echoes since the agent started.
+    pub echo_failures: u64,
+    /// How often traffic left a path since the agent started, by cause.
+    pub failovers: BTreeMap<String, u64>,
 }
 
 /// The role of a node in the mesh.
@@ -196,6 +203,28 @@ pub struct Peer {
     pub both_behind_nat: bool,
     /// Its candidate endpoints, the likeliest first, with the results of trying them.
     pub candidates: Vec<Candidate>,
+}
+
+/// A path through or to a leader, as echoes see it.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct LeaderPath {
+    /// `leader`, through another leader of the own region, or `peer`, to a leader of another one.
+    pub kind: String,
+    /// The leader's node.
+    pub name: String,
+    /// The leader's segment.
+    pub region: String,
+    /// `up`, `unknown`, `draining` or `down`.
+    pub state: String,
+    /// Why it is down: `silent` or `not_forwarding`.
+    pub cause: Option<String>,
+    /// Seconds for which it has been so.
+    pub since: u64,
+    /// The round-trip time in microseconds; `None` before the first answer.
+    pub rtt_us: Option<u64>,
+    /// How many of the last 100 echoes stayed unanswered, in thousandths; `None` before the first results.
+    pub loss_permille: Option<u32>,
 }
 
 /// A candidate endpoint of a peer.
@@ -367,6 +396,27 @@ mod tests {
                     },
                 ],
             }],
+            paths: vec![
+                LeaderPath {
+                    kind: "leader".into(),
+                    name: "node-02".into(),
+                    region: "location:default".into(),
+                    state: "up".into(),
+                    since: 70,
+                    rtt_us: Some(412),
+                    loss_permille: Some(15),
+                    ..LeaderPath::default()
+                },
+                LeaderPath {
+                    kind: "peer".into(),
+                    name: "node-agent-01".into(),
+                    region: "location:nd".into(),
+                    state: "down".into(),
+                    cause: Some("not_forwarding".into()),
+                    since: 3,
+                    ..LeaderPath::default()
+                },
+            ],
             ..Report::default()
         };
 
@@ -393,6 +443,10 @@ mod tests {
           latest handshake: 12 s ago
           transfer: 5 B received, 6 B sent
           persistent keepalive: every 25 s
+
+        paths:
+          through node-02 (location:default): up since 70 s, round trip 0.412 ms, loss 1.5 %
+          to node-agent-01 (location:nd): down (does not forward) since 3 s
         ");
     }
 

@@ -1,5 +1,6 @@
 //! The agent's control loop as a state machine: pure, without a clock, without I/O.
 
+mod echoes;
 mod effect;
 mod problems;
 mod tunnel;
@@ -9,6 +10,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::echoes::Echoes;
+pub(super) use self::echoes::label;
 pub use self::effect::Effect;
 use super::claim_clock::ClaimClock;
 use super::decision::{self, Decision, Facts};
@@ -33,6 +36,7 @@ use crate::flannel::{Flannel, Unready};
 use crate::guard::Guard;
 use crate::kernel::Counters;
 use crate::kernel::flannel_repair::Repair;
+use crate::probe::PathStats;
 use crate::reconciler::core::{Applied, Desired, Failure, Source};
 use crate::status::Report;
 use crate::topology::{Mode, Resolved, Topology};
@@ -76,6 +80,7 @@ pub struct WallClock {
 ///       └──────── applied ─► handle_applied   │ observed endpoints             │
 ///                                             │                                ▼
 ///   tunnel ── counters ──► handle_tunnel ──► endpoint discovery ─► FindPeer ─► kernel, tunnel
+///   echoes ── verdicts ──► handle_verdicts ──► schedule, decide ──► Probe ──► echoes
 /// ```
 ///
 /// The contract, which is that of `quinn-proto` and other protocol state machines:
@@ -124,6 +129,7 @@ pub struct Controller {
     obstacles: Vec<Obstacle>,
     /// What the reconciler could not do yet.
     failures: Vec<Failure>,
+    echoes: Echoes,
     /// Whether routes and rules wait for the firewall.
     firewall_awaited: bool,
     traffic: BTreeMap<PublicKey, Traffic>,
@@ -167,6 +173,7 @@ impl Controller {
             host_firewall: None,
             obstacles: Vec::new(),
             failures: Vec::new(),
+            echoes: Echoes::default(),
             firewall_awaited: false,
             traffic: BTreeMap::new(),
             decided: false,
@@ -201,12 +208,14 @@ impl Controller {
     pub fn handle_host_firewall(&mut self, now: Instant, problem: Option<String>) {
         self.host_firewall = problem;
         self.handle_obstacles(now);
+        self.follow_targets();
     }
 
     /// Which setting keeps this node from forwarding, in one sentence; `None` if it forwards.
     pub fn handle_forwarding(&mut self, now: Instant, problem: Option<String>) {
         self.forwarding_off = problem;
         self.handle_obstacles(now);
+        self.follow_targets();
     }
 
     /// The links between which a leader forwards, and whether IPv6 is forwarded too.
@@ -266,6 +275,7 @@ impl Controller {
             listen_port: std::num::NonZeroU16::new(self.listen_port.port()),
             repairs,
         }));
+        self.follow_targets();
         let topology = Arc::clone(&self.decision.topology);
         self.effects.push_back(Effect::Show(topology));
 
@@ -329,6 +339,10 @@ impl Controller {
             drops: &self.drops,
             counters: shell.counters,
             cache_failures: shell.cache_failures,
+            now,
+            paths: &shell.paths,
+            echo_failures: shell.echo_failures,
+            failovers: &self.echoes.failovers,
         })
     }
 
@@ -467,7 +481,7 @@ impl Controller {
         let caveats = caveats.map(|caveat| cluster::Notice::of_caveat(own, caveat));
         let obstacles = self.obstacles.iter();
         let obstacles = obstacles.map(|obstacle| obstacle.report(own));
-        let own_reports = caveats.chain(obstacles);
+        let own_reports = caveats.chain(obstacles).chain(self.path_notices());
         let reports = excluded.chain(overlaps).chain(own_reports).collect();
         let verdicts = cluster::verdicts(own, view, &reports);
         self.effects.push_back(Effect::Save(saved));
@@ -504,6 +518,10 @@ pub struct ShellFacts {
     pub counters: Option<Counters>,
     /// How often the cluster's state could not be written to disk.
     pub cache_failures: u64,
+    /// The paths over which echoes are sent.
+    pub paths: Vec<PathStats>,
+    /// How often the socket of the echoes failed.
+    pub echo_failures: u64,
 }
 
 #[cfg(test)]

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::controller::label;
 use super::decision::{Decision, Facts};
 use super::endpoint_discovery::Outcome;
 use super::listen_port::ListenPort;
@@ -11,10 +12,12 @@ use crate::cluster::{ApiStatus, annotation};
 use crate::config::Config;
 use crate::flannel::Backend;
 use crate::kernel::Counters;
+use crate::liveness::PathState;
 use crate::plan::Caveat;
 use crate::policy::OnTunnelDown;
+use crate::probe::{PathKind, PathStats};
 use crate::state::State;
-use crate::status::{Api, Candidate, Flannel, Peer, Report, Role, Segment, Tunnel};
+use crate::status::{Api, Candidate, Flannel, LeaderPath, Peer, Report, Role, Segment, Tunnel};
 use crate::topology::{Mode, Topology};
 use crate::wireguard::key::PublicKey;
 
@@ -64,6 +67,14 @@ pub struct Inputs<'a> {
     pub counters: Option<Counters>,
     /// How often the cluster's state could not be written to disk.
     pub cache_failures: u64,
+    /// The time of the report.
+    pub now: Instant,
+    /// The paths over which echoes are sent.
+    pub paths: &'a [PathStats],
+    /// How often the socket of the echoes failed.
+    pub echo_failures: u64,
+    /// How often traffic left a path, by cause.
+    pub failovers: &'a BTreeMap<&'static str, u64>,
 }
 
 /// Puts the report together.
@@ -170,6 +181,40 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
         leak_drops: inputs.counters.map(|counters| counters.leak_drops),
         stranger_drops: inputs.counters.map(|counters| counters.stranger_drops),
         cache_failures: inputs.cache_failures,
+        paths: inputs
+            .paths
+            .iter()
+            .map(|stats| path(stats, inputs.now))
+            .collect(),
+        echo_failures: inputs.echo_failures,
+        failovers: inputs
+            .failovers
+            .iter()
+            .map(|(cause, count)| ((*cause).to_owned(), *count))
+            .collect(),
+    }
+}
+
+fn path(stats: &PathStats, now: Instant) -> LeaderPath {
+    let (state, cause) = match stats.state {
+        PathState::Up => ("up", None),
+        PathState::Unknown => ("unknown", None),
+        PathState::Draining => ("draining", None),
+        PathState::Down(cause) => ("down", Some(label(cause).to_owned())),
+    };
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    LeaderPath {
+        kind: match stats.kind {
+            PathKind::Leader => "leader".to_owned(),
+            PathKind::Peer => "peer".to_owned(),
+        },
+        name: stats.node.to_string(),
+        region: stats.segment.to_string(),
+        state: state.to_owned(),
+        cause,
+        since: now.saturating_duration_since(stats.since).as_secs(),
+        rtt_us: stats.rtt.map(micros),
+        loss_permille: stats.loss,
     }
 }
 

@@ -10,6 +10,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use super::controller::{Controller, Setup};
 use super::forwarding::HostFirewall;
 use super::kernel_facts::{self, KernelFacts};
+use super::probe::{Echoes, Wake};
 use super::saved_view::{self, SavedView};
 use super::{Agent, Shown, control, keyfile, timestamps};
 use crate::clock::now;
@@ -57,7 +58,8 @@ impl Agent {
         let monitor = Monitor::open(&config.interface)?;
         let public_key = key.public_key();
         let tunnel_events = Arc::new(Notify::new());
-        let device = start_tunnel(&config, key, &tunnel_events)?;
+        let wake = Wake::new().context("opening a descriptor")?;
+        let device = start_tunnel(&config, key, &tunnel_events, &wake)?;
         let uapi = uapi::serve(&config.interface, device.clone())?;
 
         let shown = show(&config, listener);
@@ -90,6 +92,11 @@ impl Agent {
             key_files,
             resolved,
         };
+        let (said, news) = mpsc::unbounded_channel();
+        let echoes = Echoes::start(Arc::clone(&device), wake, move |news| {
+            // The loop may have ended.
+            let _ = said.send(news);
+        });
         let (reconciler, messages) = start_reconciler(&config, kernel, device)?;
         Ok(Self {
             controller: Controller::new(setup, now()),
@@ -100,6 +107,8 @@ impl Agent {
             access,
             cluster,
             messages,
+            echoes: echoes.context("starting a thread")?,
+            news,
             tunnel_events,
             ticked: now(),
             has_events: false,
@@ -171,6 +180,7 @@ fn start_tunnel(
     config: &Config,
     key: PrivateKey,
     events: &Arc<Notify>,
+    echoes: &Wake,
 ) -> Result<Arc<Device>, Refusal> {
     let options = |listen_port| wireguard::Options {
         persistent: true,
@@ -183,6 +193,10 @@ fn start_tunnel(
         on_events: {
             let events = Arc::clone(events);
             Box::new(move || events.notify_one())
+        },
+        on_diverted: {
+            let echoes = echoes.clone();
+            Box::new(move || echoes.wake())
         },
         ..wireguard::Options::new(config.interface.clone())
     };

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
-use super::{Flannel, Peer, Report, Tunnel};
+use super::{Flannel, LeaderPath, Peer, Report, Tunnel};
 use crate::text;
 
 /// The report for a terminal, in the style of `wg show`.
@@ -18,7 +18,39 @@ fn write_report(out: &mut String, report: &Report) -> fmt::Result {
     for peer in &report.peers {
         write_peer(out, peer)?;
     }
+    write_paths(out, &report.paths)?;
     write_mesh(out, report)
+}
+
+fn write_paths(out: &mut String, paths: &[LeaderPath]) -> fmt::Result {
+    if !paths.is_empty() {
+        writeln!(out, "\npaths:")?;
+    }
+    for path in paths {
+        let way = if path.kind == "leader" {
+            "through"
+        } else {
+            "to"
+        };
+        let cause = match path.cause.as_deref() {
+            Some("not_forwarding") => " (does not forward)",
+            Some(_) => " (no answers)",
+            None => "",
+        };
+        write!(
+            out,
+            "  {way} {} ({}): {}{cause} since {} s",
+            path.name, path.region, path.state, path.since
+        )?;
+        if let Some(rtt) = path.rtt_us {
+            write!(out, ", round trip {}.{:03} ms", rtt / 1_000, rtt % 1_000)?;
+        }
+        if let Some(loss) = path.loss_permille {
+            write!(out, ", loss {}.{} %", loss / 10, loss % 10)?;
+        }
+        writeln!(out)?;
+    }
+    Ok(())
 }
 
 fn write_node(out: &mut String, report: &Report) -> fmt::Result {

@@ -15,7 +15,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use crate::status::{Report, Role};
+use crate::status::{LeaderPath, Report, Role};
 use crate::text;
 
 /// The errors that the agent counts, by Kilo's labels.
@@ -239,6 +239,26 @@ impl Collector for Latest {
                 age.encode(ages.encode_family(&labels)?)?;
             }
         }
+        paths(&mut encoder, &report.paths)?;
+        counters(
+            encoder.encode_descriptor(
+                "selvedge_failovers",
+                "How often traffic left a path for another one, by cause",
+                None,
+                MetricType::Counter,
+            )?,
+            report
+                .failovers
+                .iter()
+                .map(|(cause, count)| ([("cause", cause.as_str())], *count)),
+        )?;
+        let counter = ConstCounter::new(report.echo_failures);
+        counter.encode(encoder.encode_descriptor(
+            "selvedge_echo_socket_failures",
+            "Failures of the socket that sends echoes",
+            None,
+            MetricType::Counter,
+        )?)?;
         counters(
             encoder.encode_descriptor(
                 "selvedge_packets_dropped",
@@ -292,6 +312,48 @@ impl Collector for Latest {
         )?;
         ConstGauge::new(1_i64).encode(build.encode_family(&info)?)
     }
+}
+
+/// The paths over which echoes are sent.
+fn paths(encoder: &mut DescriptorEncoder<'_>, paths: &[LeaderPath]) -> fmt::Result {
+    let regions = paths.iter().map(|path| text::line(&path.region));
+    let named = regions.zip(paths).collect::<Vec<_>>();
+    let mut family = |name, help, value: fn(&LeaderPath) -> Option<f64>| {
+        let mut gauges = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (region, path) in &named {
+            let labels = [
+                ("kind", path.kind.as_str()),
+                ("name", path.name.as_str()),
+                ("region", region.as_ref()),
+            ];
+            if let Some(value) = value(path) {
+                ConstGauge::new(value).encode(gauges.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    };
+    family(
+        "selvedge_path_up",
+        "Whether echoes through or to a leader come back: 1, or 0 if it is down; none while unknown",
+        |path| match path.state.as_str() {
+            "up" | "draining" => Some(1.0),
+            "down" => Some(0.0),
+            _ => None,
+        },
+    )?;
+    family(
+        "selvedge_path_rtt_seconds",
+        "Smoothed round-trip time of the echoes over a path",
+        |path| {
+            let micros = u32::try_from(path.rtt_us?).unwrap_or(u32::MAX);
+            Some(f64::from(micros) / 1e6)
+        },
+    )?;
+    family(
+        "selvedge_path_loss_ratio",
+        "Share of the last 100 echoes over a path that stayed unanswered",
+        |path| Some(f64::from(path.loss_permille?) / 1e3),
+    )
 }
 
 fn counters<'a, const N: usize>(
@@ -363,6 +425,31 @@ mod tests {
             leak_drops: Some(4),
             connected: vec!["10.9.9.9".to_owned()],
             cache_failures: 5,
+            paths: vec![
+                LeaderPath {
+                    kind: "leader".into(),
+                    name: "a2".into(),
+                    region: "location:a".into(),
+                    state: "up".into(),
+                    rtt_us: Some(1_250),
+                    loss_permille: Some(20),
+                    ..LeaderPath::default()
+                },
+                LeaderPath {
+                    kind: "peer".into(),
+                    name: "b1".into(),
+                    region: "location:b".into(),
+                    state: "down".into(),
+                    ..LeaderPath::default()
+                },
+                LeaderPath {
+                    name: "b2".into(),
+                    state: "unknown".into(),
+                    ..LeaderPath::default()
+                },
+            ],
+            echo_failures: 6,
+            failovers: [("silent".to_owned(), 7)].into(),
             ..Report::default()
         };
 
@@ -376,6 +463,12 @@ mod tests {
             "selvedge_leak_drops_total 4",
             "selvedge_left_to_connected_networks 1",
             "selvedge_cache_write_failures_total 5",
+            "selvedge_path_up{kind=\"leader\",name=\"a2\",region=\"location:a\"} 1.0",
+            "selvedge_path_up{kind=\"peer\",name=\"b1\",region=\"location:b\"} 0.0",
+            "selvedge_path_rtt_seconds{kind=\"leader\",name=\"a2\",region=\"location:a\"} 0.00125",
+            "selvedge_path_loss_ratio{kind=\"leader\",name=\"a2\",region=\"location:a\"} 0.02",
+            "selvedge_failovers_total{cause=\"silent\"} 7",
+            "selvedge_echo_socket_failures_total 6",
             "selvedge_build_info{version=\"1.2.3\"} 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");

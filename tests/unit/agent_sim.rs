@@ -1,9 +1,11 @@
 //! The agent's control loop, simulated with a clock that the test turns, on kernels that fit in a test.
 //!
-//! Here one node's schedule, decisions and reconciler meet any cluster and any faults; in [`three_agents`]
-//! the whole controllers of three nodes meet each other.
+//! Here one node's schedule, decisions and reconciler meet any cluster and any faults; in [`three_agents`] and
+//! [`several_leaders`] the whole controllers of several nodes meet each other in a [`world`].
 
+mod several_leaders;
 mod three_agents;
+mod world;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::super::saved_view::SavedView;
 use crate::cluster::{Annotations, Notice, Verdicts};
 use crate::guard::Guard;
+use crate::probe::Targets;
 use crate::reconciler::core::Desired;
 use crate::topology::Topology;
 use crate::wireguard::PeerId;
@@ -37,6 +38,8 @@ pub enum Effect {
     },
     /// Make the node so. It replaces what was asked for before.
     Reconcile(Desired),
+    /// Send echoes to these targets, and answer theirs.
+    Probe(Box<Targets>),
     /// Show this topology on the pages.
     Show(Arc<Topology>),
 }

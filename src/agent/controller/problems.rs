@@ -89,6 +89,10 @@ impl Controller {
             obstacles.extend(forwarding.map(|sentence| obstacle("forwarding", sentence)));
             let firewall = self.host_firewall.iter();
             obstacles.extend(firewall.map(|sentence| obstacle("the host's firewall", sentence)));
+            // Those name the cause.
+            let is_explained = self.forwarding_off.is_some() || self.host_firewall.is_some();
+            let echoes = self.echo_problem().filter(|_| !is_explained);
+            obstacles.extend(echoes.map(|sentence| obstacle("forwarding of echoes", &sentence)));
         }
         let news = self.obstacles != obstacles;
         // What is reported to the API is logged there.

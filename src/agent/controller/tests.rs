@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 
 use super::*;
 use crate::cluster::{ParseSettings, node};
+use crate::liveness::{Cause, PathState};
+use crate::probe::{RegionLeader, Verdicts};
 use crate::reconciler::core::FailureKind;
 use crate::topology::{NodeName, Snapshot};
 
@@ -158,6 +160,89 @@ fn a_failure_is_a_problem_until_it_is_gone_and_a_taken_port_is_told_once() {
     assert_eq!(problems(&controller), before);
 }
 
+/// The state of the path through a2, as a prober says it.
+fn through_a2(state: PathState) -> Verdicts {
+    let leader = RegionLeader {
+        state,
+        ..RegionLeader::default()
+    };
+    Verdicts {
+        leaders: [(NodeName("a2".into()), leader)].into(),
+        ..Verdicts::default()
+    }
+}
+
+/// The notices of a pass about this node's paths.
+fn path_notices(controller: &mut Controller, now: Instant) -> Vec<(&'static str, String)> {
+    controller.handle_timeout(now);
+    controller.handle_kernel(now, WallClock::default(), kernel());
+    let reports = effects(controller).into_iter().find_map(|effect| {
+        if let Effect::Report(notices) = effect {
+            Some(notices)
+        } else {
+            None
+        }
+    });
+    reports
+        .into_iter()
+        .flatten()
+        .filter(|notice| notice.reason.starts_with("SelvedgePath"))
+        .map(|notice| (notice.reason, notice.note))
+        .collect()
+}
+
+#[test]
+fn a_path_that_goes_down_leads_to_a_pass_at_once_and_to_an_event_as_does_its_return() {
+    let t0 = start();
+    let mut controller = controller(t0);
+    controller.handle_view(t0, view(true));
+    assert_eq!(path_notices(&mut controller, t0), []);
+    controller.handle_verdicts(t0, through_a2(PathState::Up));
+    assert_eq!(path_notices(&mut controller, t0), []);
+
+    let later = t0 + Duration::from_secs(5);
+    controller.handle_verdicts(later, through_a2(PathState::Down(Cause::Silent)));
+    assert_eq!(controller.poll_timeout(), Some(later), "not debounced");
+    let notices = path_notices(&mut controller, later);
+    let down = "the path through leader a2 is down: its echoes do not come back, and other leaders are used";
+    assert_eq!(notices, [("SelvedgePathDown", down.to_owned())]);
+    let report = controller.report(later, &ShellFacts::default());
+    assert_eq!(report.failovers, [("silent".to_owned(), 1)].into());
+
+    let later = later + Duration::from_secs(5);
+    controller.handle_verdicts(later, through_a2(PathState::Up));
+    let notices = path_notices(&mut controller, later);
+    assert_eq!(
+        notices,
+        [(
+            "SelvedgePathUp",
+            "the path through leader a2 is up again".to_owned()
+        )]
+    );
+
+    // The same verdict again is no reason for a pass.
+    let due = controller.poll_timeout();
+    controller.handle_verdicts(later + millis(1), through_a2(PathState::Up));
+    assert_eq!(controller.poll_timeout(), due);
+}
+
+#[test]
+fn one_event_tells_that_all_paths_are_down() {
+    let t0 = start();
+    let mut controller = controller(t0);
+    controller.handle_view(t0, view(true));
+    let mut verdicts = through_a2(PathState::Down(Cause::Silent));
+    let leader = verdicts.leaders[&NodeName("a2".into())].clone();
+    verdicts.leaders.insert(NodeName("a3".into()), leader);
+    controller.handle_verdicts(t0, verdicts);
+    let notices = path_notices(&mut controller, t0);
+    assert_eq!(notices.len(), 1, "{notices:?}");
+    assert!(
+        notices[0].1.starts_with("none of the 2 paths"),
+        "{notices:?}"
+    );
+}
+
 #[test]
 fn an_agent_that_is_cut_off_publishes_the_same_times_of_its_claims() {
     let t0 = start();
@@ -173,9 +258,12 @@ fn an_agent_that_is_cut_off_publishes_the_same_times_of_its_claims() {
         controller.handle_timeout(now + millis(50));
         controller.handle_kernel(now + millis(50), wall, kernel());
         let effects = effects(&mut controller);
-        let mut published = effects.into_iter().filter_map(|effect| match effect {
-            Effect::Publish(annotations) => annotations.get(annotation::SINCE).cloned(),
-            _ => None,
+        let mut published = effects.into_iter().filter_map(|effect| {
+            if let Effect::Publish(annotations) = effect {
+                annotations.get(annotation::SINCE).cloned()
+            } else {
+                None
+            }
         });
         published.next().expect("it publishes its claims")
     };

@@ -1,0 +1,185 @@
+//! What echoes say of the paths through and to other leaders, and of this node's own forwarding.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::time::Instant;
+
+use super::{Controller, Effect};
+use crate::cluster::Notice;
+use crate::liveness::{Cause, PathState};
+use crate::probe::{self, Forwarding, Targets, Verdicts};
+use crate::topology::{NodeName, Object};
+use crate::wireguard::PeerId;
+
+/// What the controller keeps of the echoes, beside the verdicts among the facts.
+#[derive(Debug, Default)]
+pub(super) struct Echoes {
+    /// The targets that were last handed out.
+    targets: Targets,
+    /// What the echoes of the region say of this node's forwarding.
+    pub(super) forwarding: Forwarding,
+    /// Paths that were down and came back.
+    returned: BTreeSet<PathName>,
+    /// How often traffic left a path, by cause.
+    pub(super) failovers: BTreeMap<&'static str, u64>,
+}
+
+/// A path, as people know it.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+enum PathName {
+    Through(NodeName),
+    To(PeerId, NodeName),
+}
+
+impl fmt::Display for PathName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Through(node) => write!(f, "through leader {node}"),
+            Self::To(_, node) => write!(f, "to leader {node}"),
+        }
+    }
+}
+
+impl Controller {
+    /// What the echoes say of the other leaders is this now. Other next hops are not waited for: the pass is due at
+    /// once.
+    pub fn handle_verdicts(&mut self, now: Instant, verdicts: Verdicts) {
+        if verdicts == self.facts.verdicts {
+            return;
+        }
+        let before = self.paths(&self.facts.verdicts);
+        let after = self.paths(&verdicts);
+        for (name, state) in &after {
+            let before = before.get(name).copied().unwrap_or_default();
+            if before != *state {
+                self.follow_path(name, before, *state);
+            }
+        }
+        self.echoes
+            .returned
+            .retain(|name| matches!(after.get(name), Some(PathState::Up | PathState::Draining)));
+        self.facts.verdicts = verdicts;
+        self.schedule.handle_news(now);
+    }
+
+    /// What the echoes of the region say of this node's forwarding is this now.
+    pub fn handle_echo_forwarding(&mut self, now: Instant, forwarding: Forwarding) {
+        self.echoes.forwarding = forwarding;
+        self.handle_obstacles(now);
+    }
+
+    /// Hands out the targets of the echoes, if they are others than before.
+    pub(super) fn follow_targets(&mut self) {
+        let may_forward = self.forwarding_off.is_none() && self.host_firewall.is_none();
+        let targets = probe::targets(
+            &self.decision.topology,
+            &self.config.node,
+            self.facts.flannel.as_ref(),
+            may_forward,
+        );
+        if targets != self.echoes.targets {
+            self.echoes.targets = targets.clone();
+            self.effects.push_back(Effect::Probe(Box::new(targets)));
+        }
+    }
+
+    /// The paths that are down, and those that came back, as notices about this node.
+    pub(super) fn path_notices(&self) -> Vec<Notice> {
+        let paths = self.paths(&self.facts.verdicts);
+        let notice = |field: String, reason, note| Notice {
+            object: Object::Node(self.config.node.clone()),
+            field,
+            reason,
+            note,
+        };
+        let down = paths
+            .iter()
+            .filter_map(|(name, state)| match state {
+                PathState::Down(cause) => Some((name, *cause)),
+                PathState::Up | PathState::Unknown | PathState::Draining => None,
+            })
+            .collect::<Vec<_>>();
+        if down.len() > 1 && down.len() == paths.len() {
+            let note = format!(
+                "none of the {} paths to other leaders carries packets: the network of this node has failed, most likely",
+                down.len()
+            );
+            return vec![notice("all paths".to_owned(), "SelvedgePathDown", note)];
+        }
+        let down = down.into_iter().map(|(name, cause)| {
+            let note = format!("the path {name} is down: {}", sentence(cause));
+            notice(format!("path {name}"), "SelvedgePathDown", note)
+        });
+        let returned = self.echoes.returned.iter().map(|name| {
+            let note = format!("the path {name} is up again");
+            notice(format!("return of path {name}"), "SelvedgePathUp", note)
+        });
+        down.chain(returned).collect()
+    }
+
+    /// The sentence about this node's forwarding, if echoes say that it fails.
+    pub(super) fn echo_problem(&self) -> Option<String> {
+        let says = match self.echoes.forwarding {
+            Forwarding::Unknown | Forwarding::Works => return None,
+            Forwarding::NoWayBack => {
+                "this node receives echoes from its region, and its answers do not get back"
+            }
+            Forwarding::NoWayIn => "echoes from its region do not get through this node any more",
+        };
+        Some(format!(
+            "{says}, so it does not forward for its region and other leaders are used: look at net.ipv4.ip_forward and at the firewall's forward chain (selvedge doctor names a chain that drops)"
+        ))
+    }
+
+    fn follow_path(&mut self, name: &PathName, before: PathState, after: PathState) {
+        let was_down = matches!(before, PathState::Down(_));
+        match after {
+            PathState::Down(cause) => {
+                if !was_down {
+                    tracing::warn!(path = %name, cause = label(cause), "path down");
+                }
+                self.echoes.returned.remove(name);
+            }
+            PathState::Up if was_down => {
+                tracing::info!(path = %name, "path up again");
+                self.echoes.returned.insert(name.clone());
+            }
+            PathState::Draining => tracing::info!(path = %name, "leader stopping"),
+            PathState::Up | PathState::Unknown => {}
+        }
+        let cause = match (before, after) {
+            (PathState::Up, PathState::Draining) => "draining",
+            (PathState::Up, PathState::Down(cause)) => label(cause),
+            _ => return,
+        };
+        *self.echoes.failovers.entry(cause).or_default() += 1;
+    }
+
+    fn paths(&self, verdicts: &Verdicts) -> BTreeMap<PathName, PathState> {
+        let lead = self.echoes.targets.lead.as_ref();
+        let through = verdicts.leaders.iter();
+        let through = through.map(|(name, leader)| (PathName::Through(name.clone()), leader.state));
+        let to = verdicts.peers.iter().filter_map(|(id, state)| {
+            let far = lead?.peers.get(id)?;
+            Some((PathName::To(id.clone(), far.node.clone()), *state))
+        });
+        through.chain(to).collect()
+    }
+}
+
+fn sentence(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Silent => "its echoes do not come back, and other leaders are used",
+        Cause::NotForwarding => {
+            "the leader says that it does not forward for its region, and other leaders are used"
+        }
+    }
+}
+
+/// The cause in the words of logs and metrics.
+pub(in crate::agent) fn label(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Silent => "silent",
+        Cause::NotForwarding => "not_forwarding",
+    }
+}
