@@ -158,6 +158,57 @@ fn text_shows_leaders_members_peers_and_tunnels() {
     ");
 }
 
+/// The same with node-agent-02 as a second leader.
+fn two_leaders() -> Topology {
+    let mut topology = scenario();
+    let nd = &mut topology.segments[1];
+    nd.leaders.push(Leader {
+        node: nd.nodes[1].name.clone(),
+        discovered: None,
+        wireguard_ips: vec!["10.4.0.3".parse().unwrap()],
+        ..nd.leaders[0].clone()
+    });
+    topology
+}
+
+#[test]
+fn every_leader_is_marked_and_external_peers_are_drawn_at_the_primary() {
+    insta::assert_snapshot!(text(&two_leaders()), @r"
+    10.4.0.0/16, granularity location
+
+    location:default
+      ● node-master    10.4.0.1  10.42.0.0/24  172.16.0.10    203.0.113.10:51820
+
+    location:nd
+      ● node-agent-01  10.4.0.2  10.42.1.0/24  192.168.50.11  198.51.100.7:24276 (seen there, behind NAT)
+      ● node-agent-02  10.4.0.3  10.42.2.0/24  192.168.50.12  192.168.50.11:51820
+      └ node-agent-03            10.42.3.0/24  192.168.50.13
+
+    peers
+      ○ office   10.5.0.1/32  vpn.example.com:51999
+      ○ zlaptop  10.5.0.1/32  no endpoint
+
+    tunnels
+      node-master ══ node-agent-01, node-agent-02
+      node-master ┄┄ office, zlaptop
+      node-agent-01 ┄┄ office, zlaptop
+    ");
+    let drawn = dot(&two_leaders());
+    let edges = drawn.lines().filter(|line| line.contains("->"));
+    let edges = edges.map(|line| line.trim().replace('"', ""));
+    insta::assert_snapshot!(edges.collect::<Vec<_>>().join("\n"), @r"
+    node-agent-01->node-agent-03[ dir=both ];
+    node-agent-02->node-agent-03[ dir=both ];
+    node-master->node-agent-01[ dir=both ];
+    node-master->node-agent-02[ dir=both ];
+    node-master->office[ dir=both, style=dashed ];
+    node-master->zlaptop[ dir=both, style=dashed ];
+    node-agent-01->office[ dir=both, style=dashed ];
+    node-agent-01->zlaptop[ dir=both, style=dashed ];
+    ");
+    assert_eq!(drawn.matches("rank=1").count(), 3);
+}
+
 #[test]
 fn nodes_of_one_group_have_no_tunnel_between_them() {
     let mut topology = scenario();

@@ -144,6 +144,45 @@ PublicKey = zGFwdG9wUHVibGljS2V5Rm9yRG9jc09ubHkwMDAwMDA=
     assert_eq!(node("node-master", &Shape::default()).unwrap(), expected);
 }
 
+/// A WireGuard configuration has one peer for each destination, so what leaders share stands at the primary.
+#[test]
+fn each_leader_of_another_segment_is_a_peer_with_its_own_addresses() {
+    let mut topology = scenario();
+    let nd = &mut topology.segments[1];
+    nd.leaders.push(Leader {
+        node: nd.nodes[1].name.clone(),
+        keys: vec![LAPTOP_KEY.parse().unwrap()],
+        discovered: Some("198.51.100.7:24277".parse().unwrap()),
+        wireguard_ips: vec!["10.4.0.3".parse().unwrap()],
+        ..nd.leaders[0].clone()
+    });
+    let object = Object::Node(NodeName("node-master".into()));
+    let whole = showconf(&topology, &object, &Shape::default()).unwrap();
+    let expected = "\
+[Peer]
+AllowedIPs = 10.42.1.0/24, 192.168.50.11/32, 10.42.3.0/24, 192.168.50.13/32, 10.4.0.2/32
+Endpoint = 198.51.100.7:24276
+PersistentKeepalive = 0
+PublicKey = jm4PRGy7w2oRx87zEekbUmlJNJ8jB8vTR7ooJdAF10w=
+
+[Peer]
+AllowedIPs = 10.42.2.0/24, 192.168.50.12/32, 10.4.0.3/32
+Endpoint = 198.51.100.7:24277
+PersistentKeepalive = 0
+PublicKey = zGFwdG9wUHVibGljS2V5Rm9yRG9jc09ubHkwMDAwMDA=
+";
+    assert!(whole.contains(expected), "{whole}");
+
+    // An external peer talks to the primary alone.
+    let external = |topology: &Topology| {
+        let object = Object::Peer("office".into());
+        showconf(topology, &object, &Shape::default()).unwrap()
+    };
+    let one = external(&scenario());
+    let added = ", 10.4.0.2/32, 10.4.0.3/32";
+    assert_eq!(external(&topology), one.replace(", 10.4.0.2/32", added));
+}
+
 #[test]
 fn a_leader_as_a_peer_shows_its_own_endpoint_and_no_keepalive() {
     let expected = "\

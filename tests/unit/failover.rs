@@ -30,6 +30,9 @@ enum From {
 /// A packet at a node.
 type Step = (NodeName, From);
 
+/// From one node to the next.
+type Hop = (NodeName, NodeName);
+
 /// What a node does with a packet.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 enum Next {
@@ -170,7 +173,7 @@ impl<'a> Plans<'a> {
         &self,
         src: IpAddr,
         dst: IpAddr,
-    ) -> Result<(BTreeSet<Next>, BTreeSet<(NodeName, NodeName)>), TestCaseError> {
+    ) -> Result<(BTreeSet<Next>, BTreeSet<Hop>), TestCaseError> {
         let first = self.owner(src).expect("a pod's node").clone();
         let mut ends = BTreeSet::new();
         let mut hops = BTreeSet::new();
@@ -339,7 +342,7 @@ fn pods(mesh: &Mesh) -> Vec<(NodeName, IpAddr)> {
 /// The dead nodes and the broken tunnels of a mesh.
 struct Damage {
     dead: BTreeSet<NodeName>,
-    broken: BTreeSet<(NodeName, NodeName)>,
+    broken: BTreeSet<Hop>,
 }
 
 impl Damage {

@@ -8,8 +8,11 @@ fn probes(mesh: &Mesh) -> BTreeMap<String, String> {
     let leaders = topology.leaders().map(|(_, leader)| leader);
     leaders
         .map(|leader| {
-            let probe = leader.probe_ip.map_or("none".into(), |ip| ip.to_string());
-            (leader.node.to_string(), probe)
+            let probe = leader.probe_ip.map(|ip| ip.to_string());
+            (
+                leader.node.to_string(),
+                probe.unwrap_or_else(|| "none".into()),
+            )
         })
         .collect()
 }
