@@ -58,6 +58,8 @@ fn the_commands_ask_the_cluster() {
     let selvedge = |args: &[&str]| -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_selvedge"));
         command.args(args).env("KUBECONFIG", &kubeconfig);
+        // As in Kilo, so that there is a node that does not lead.
+        command.arg("--leaders-per-region=1");
         node.output(command).unwrap()
     };
     let stdout = |output: &Output| String::from_utf8(output.stdout.clone()).unwrap();
