@@ -4,6 +4,7 @@
 //! thread nor holds it up: targets come by a queue, verdicts go by another, and what people see is the latest
 //! value.
 
+use std::collections::BTreeSet;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd as _;
@@ -18,7 +19,7 @@ use tokio::sync::oneshot;
 use crate::clock::now;
 use crate::probe::message::LENGTH;
 use crate::probe::{News, PathStats, Prober, Targets, Transmit};
-use crate::wireguard::{Device, Origin};
+use crate::wireguard::{Device, Diverted, Origin, PeerId};
 
 /// How long a socket that could not be bound, or that failed, is left alone.
 const RETRY: Duration = Duration::from_secs(1);
@@ -47,6 +48,36 @@ impl Wake {
     pub fn wake(&self) {
         // Fails only if the counter is full, and then the thread is about to wake.
         let _ = self.0.write(1);
+    }
+}
+
+/// The tunnel device, as far as echoes go through it.
+pub trait Tunnel: Send + Sync {
+    /// As [`Device::set_diverted`].
+    fn set_diverted(&self, addresses: BTreeSet<IpAddr>);
+    /// As [`Device::take_diverted`].
+    fn take_diverted(&self) -> Vec<Diverted>;
+    /// As [`Device::send_packet`].
+    fn send_packet(&self, id: &PeerId, packet: &[u8]) -> bool;
+    /// As [`Device::write_packet`].
+    fn write_packet(&self, packet: &[u8]) -> io::Result<()>;
+}
+
+impl Tunnel for Device {
+    fn set_diverted(&self, addresses: BTreeSet<IpAddr>) {
+        Self::set_diverted(self, addresses);
+    }
+
+    fn take_diverted(&self) -> Vec<Diverted> {
+        Self::take_diverted(self)
+    }
+
+    fn send_packet(&self, id: &PeerId, packet: &[u8]) -> bool {
+        Self::send_packet(self, id, packet)
+    }
+
+    fn write_packet(&self, packet: &[u8]) -> io::Result<()> {
+        Self::write_packet(self, packet)
     }
 }
 
@@ -79,7 +110,7 @@ impl Echoes {
     /// # Errors
     /// When no thread can be started, or there is no randomness.
     pub fn start(
-        device: Arc<Device>,
+        device: Arc<dyn Tunnel>,
         wake: Wake,
         send: impl Fn(News) + Send + 'static,
     ) -> io::Result<Self> {
@@ -145,7 +176,7 @@ impl Drop for Echoes {
 
 struct Thread<F> {
     prober: Prober,
-    device: Arc<Device>,
+    device: Arc<dyn Tunnel>,
     send: F,
     received: Receiver<Command>,
     wake: Wake,
@@ -182,8 +213,8 @@ impl<F: Fn(News)> Thread<F> {
             self.prober.handle_timeout(time);
             self.transmit(time);
             if let Some(news) = self.prober.poll_news(time) {
-                (self.send)(news);
                 self.show(time);
+                (self.send)(news);
             } else if time.saturating_duration_since(self.shown_at) >= SHOWN {
                 self.show(time);
             }
@@ -204,6 +235,9 @@ impl<F: Fn(News)> Thread<F> {
             match self.received.try_recv() {
                 Ok(Command::Targets(targets)) => {
                     self.device.set_diverted(targets.diverted());
+                    if targets.own != self.prober.targets().own {
+                        self.retry = None;
+                    }
                     self.prober.handle_targets(time, *targets);
                 }
                 Ok(Command::Drain(done)) => {
@@ -367,3 +401,6 @@ impl<F: Fn(News)> Thread<F> {
         let _ = self.wake.0.read();
     }
 }
+
+#[cfg(test)]
+mod tests;

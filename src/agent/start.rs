@@ -93,7 +93,7 @@ impl Agent {
             resolved,
         };
         let (said, news) = mpsc::unbounded_channel();
-        let echoes = Echoes::start(Arc::clone(&device), wake, move |news| {
+        let echoes = Echoes::start(device.clone(), wake, move |news| {
             // The loop may have ended.
             let _ = said.send(news);
         });
