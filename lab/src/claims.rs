@@ -252,6 +252,8 @@ pub fn master_reaches_every_kubelet(lab: &impl Places) -> anyhow::Result<String>
 /// One line of `wg show kilo0 dump`.
 #[derive(Clone, Debug)]
 pub struct WgPeer {
+    /// Its public key.
+    pub key: String,
     /// Where its packets go; `(none)` if nowhere yet.
     pub endpoint: String,
     /// Its allowed IPs.
@@ -271,10 +273,11 @@ pub fn wg_show(lab: &Lab, node: &str) -> anyhow::Result<Vec<WgPeer>> {
     let dump = lab.node(node)?.run("wg show kilo0 dump")?;
     let peer = |line: &str| {
         let fields: Vec<&str> = line.split('\t').collect();
-        let [_, _, endpoint, allowed, handshake, _, _, keepalive] = fields[..] else {
+        let [key, _, endpoint, allowed, handshake, _, _, keepalive] = fields[..] else {
             anyhow::bail!("wg show kilo0 dump: {line}");
         };
         Ok(WgPeer {
+            key: key.to_owned(),
             endpoint: endpoint.to_owned(),
             allowed: allowed.split(',').map(str::to_owned).collect(),
             handshake: handshake.parse()?,
@@ -285,7 +288,21 @@ pub fn wg_show(lab: &Lab, node: &str) -> anyhow::Result<Vec<WgPeer>> {
     dump.lines().skip(1).map(peer).collect()
 }
 
-/// What a leader must allow of another region: pod CIDRs, node addresses, the WireGuard IP.
+/// Waits until a leader's record of its lead is in its Node: a leader writes it once, after half a minute.
+///
+/// # Errors
+///
+/// When it is not there within a minute.
+pub fn lead_is_recorded(lab: &Lab, leader: &str) -> anyhow::Result<()> {
+    let what = format!("the record of {leader}'s lead");
+    wait_for(&what, Duration::from_secs(60), || {
+        let since = lab.annotation(leader, "selvedge.dev/since");
+        since.is_ok_and(|ledger| ledger.contains("lead:"))
+    })?;
+    Ok(())
+}
+
+/// What a leader must allow each leader of another region: pod CIDRs, node addresses, the leaders' WireGuard IPs.
 ///
 /// # Errors
 ///
@@ -293,9 +310,9 @@ pub fn wg_show(lab: &Lab, node: &str) -> anyhow::Result<Vec<WgPeer>> {
 pub fn allowed_ips_of(
     lab: &Lab,
     site: Site,
-    wireguard_ip: &str,
+    wireguard_ips: &[&str],
 ) -> anyhow::Result<BTreeSet<String>> {
-    let mut allowed = BTreeSet::from([format!("{wireguard_ip}/32")]);
+    let mut allowed: BTreeSet<String> = wireguard_ips.iter().map(|ip| format!("{ip}/32")).collect();
     for node in lab.network().nodes() {
         if lab.network().site(node.name())? == site {
             let addresses = node.addresses().iter().copied();
@@ -405,7 +422,7 @@ pub fn own_state(lab: &Lab, node: &str) -> anyhow::Result<String> {
 }
 
 /// Deletes all that Selvedge has installed on a node of a family, and what belongs to no family, one
-/// by one; each is back within `patience`.
+/// by one, and takes one next hop from each route of several; each is back within `patience`.
 ///
 /// # Errors
 ///
@@ -430,11 +447,23 @@ pub fn what_is_deleted_is_repaired(
     for table in TABLES {
         let routes = machine.run(&format!("ip {option} route show table {table}"));
         let routes = routes.unwrap_or_default();
-        commands.extend(
-            routes
-                .lines()
-                .map(|route| route_deletion(family, table, route)),
-        );
+        let mut head = "";
+        let mut hops = 0;
+        for line in routes.lines() {
+            // The next hops of a route that has several follow it, one a line.
+            if !line.starts_with(char::is_whitespace) {
+                (head, hops) = (line, 0);
+                commands.push(route_deletion(family, table, head));
+                continue;
+            }
+            hops += 1;
+            if hops == 1 {
+                let hop = line.trim();
+                commands.push(format!(
+                    "ip {option} route replace {head} table {table} {hop}"
+                ));
+            }
+        }
         if !routes.is_empty() {
             commands.push(format!("ip {option} route flush table {table}"));
         }

@@ -30,7 +30,7 @@ mod fixture;
 mod places;
 mod reboot;
 
-pub use agents::{AGENT_FLAGS, Access, Mesh};
+pub use agents::{AGENT_FLAGS, Access, Mesh, ONE_LEADER};
 pub use bringup::{register_node, status};
 pub use places::{OfFamily, Places};
 

@@ -119,11 +119,17 @@ pub const MASTER: &str = "node-master";
 /// The node that leads the data centre, where the operator or the order of the names decides.
 pub const LEADER: &str = "node-agent-01";
 
-/// A node of the data centre that follows [`LEADER`].
+/// The node that leads the data centre beside [`LEADER`] where a region has two leaders.
+pub const SECOND_LEADER: &str = "node-agent-02";
+
+/// A node of the data centre that follows [`LEADER`] where a region has one leader.
 pub const FOLLOWER: &str = "node-agent-02";
 
 /// The first node beside the master.
 pub const PUBLIC: &str = "node-public-01";
+
+/// The node that follows both leaders in a data centre of three nodes.
+pub const FOLLOWER_OF_TWO: &str = "node-agent-03";
 
 /// The node that leads the third region.
 pub const THIRD_LEADER: &str = "node-third-01";

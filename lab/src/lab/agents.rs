@@ -34,6 +34,18 @@ pub const AGENT_FLAGS: [&str; 4] = [
     "--encapsulate=crosssubnet",
 ];
 
+/// The same, with one leader a region: for labs in which it must be known which node carries the traffic.
+pub const ONE_LEADER: [&str; 5] = {
+    let [cni, compatibility, local, encapsulate] = AGENT_FLAGS;
+    [
+        cni,
+        compatibility,
+        local,
+        encapsulate,
+        "--leaders-per-region=1",
+    ]
+};
+
 /// How Selvedge is put onto a lab's nodes.
 #[derive(Clone, Copy, Debug)]
 pub struct Mesh<'a> {
@@ -59,6 +71,15 @@ impl<'a> Mesh<'a> {
             access: Access::Kubeconfig,
             flags: &AGENT_FLAGS,
             annotate: true,
+        }
+    }
+
+    /// The same with one leader a region ([`ONE_LEADER`]).
+    #[must_use]
+    pub fn of_one_leader(binary: &'a Path, manifest: &'a Path) -> Self {
+        Self {
+            flags: &ONE_LEADER,
+            ..Self::annotated(binary, manifest)
         }
     }
 
