@@ -14,7 +14,7 @@ use selvedge_lab::topology::MASTER;
 use selvedge_lab::traffic::PORT;
 use selvedge_lab::{Lab, Steps, wait_for};
 
-use super::{FOLLOWER, LEADER, doctor, leak_something, stream};
+use super::{FOLLOWER, LEADER, SECOND_LEADER, doctor, leak_something, stream};
 
 /// Repairs are promised within one second; a busy CI machine gets some more before it is a failure.
 const REPAIR: Duration = Duration::from_secs(5);
@@ -24,9 +24,9 @@ const LOOK: Duration = Duration::from_secs(6);
 
 /// Pods of two regions both ways, and of one.
 const POD_PAIRS: [(&str, &str); 3] = [
-    ("pod@node-agent-02", "pod@node-master"),
+    ("pod@node-agent-03", "pod@node-master"),
     ("pod@node-master", "pod@node-agent-01"),
-    ("pod@node-agent-02", "pod@node-agent-03"),
+    ("pod@node-agent-03", "pod@node-agent-02"),
 ];
 
 pub(super) fn all(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
@@ -67,7 +67,7 @@ pub(super) fn all(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
         let name = format!("flannels_device_is_deleted_on_{}", node.replace('-', "_"));
         steps.step(&name, || flannel_device_deleted(lab, node));
     }
-    for node in [LEADER, FOLLOWER, MASTER] {
+    for node in [LEADER, SECOND_LEADER, FOLLOWER, MASTER] {
         let name = format!("what_is_deleted_on_{}_is_repaired", node.replace('-', "_"));
         steps.step(&name, || {
             claims::what_is_deleted_is_repaired(lab, node, Family::V4, REPAIR)
@@ -109,7 +109,7 @@ pub(super) fn untracked(lab: &Lab, on: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What streams lost while flannel was restarted on three nodes, one after the other.
+/// What streams lost while flannel was restarted on all nodes, one after the other.
 pub(super) struct Restarts {
     /// How much they lost together.
     pub(super) lost: u32,
@@ -137,7 +137,7 @@ pub(super) fn flannel_restarts(lab: &mut Lab, pairs: &[(&str, &str)]) -> anyhow:
         .iter()
         .map(|(from, to)| stream(lab, from, to))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    for name in [MASTER, LEADER, FOLLOWER] {
+    for name in [MASTER, LEADER, SECOND_LEADER, FOLLOWER] {
         lab.restart_flannel(name)?;
         sleep(Duration::from_secs(2));
     }
@@ -184,8 +184,8 @@ fn flannel_entries_deleted(lab: &Lab) -> anyhow::Result<String> {
         format!("ip neigh del {gateway} dev flannel.1"),
         format!("bridge fdb del {mac} dev flannel.1"),
     ] {
-        let near = stream(lab, "pod@node-agent-02", "pod@node-agent-01")?;
-        let far = stream(lab, "pod@node-agent-02", "pod@node-master")?;
+        let near = stream(lab, "pod@node-agent-03", "pod@node-agent-01")?;
+        let far = stream(lab, "pod@node-agent-03", "pod@node-master")?;
         sleep(Duration::from_millis(300));
         lab.node(FOLLOWER)?.run(&command)?;
         sleep(LOOK);
@@ -211,7 +211,7 @@ fn out_of_descriptors(lab: &mut Lab) -> anyhow::Result<String> {
     };
     let far = lab.pod_cidr(MASTER)?;
     let (follower, route) = (lab.node(FOLLOWER)?, format!("table 5130 {far}"));
-    let stream = stream(lab, "pod@node-agent-02", "pod@node-master")?;
+    let stream = stream(lab, "pod@node-agent-03", "pod@node-master")?;
     sleep(Duration::from_millis(300));
     limit(20)?;
     follower.run("nft delete table inet selvedge")?;
@@ -235,8 +235,8 @@ fn out_of_descriptors(lab: &mut Lab) -> anyhow::Result<String> {
 
 fn flannel_device_deleted(lab: &mut Lab, node: &str) -> anyhow::Result<String> {
     let streams = [
-        stream(lab, "pod@node-agent-02", "pod@node-master")?,
-        stream(lab, "pod@node-agent-02", "pod@node-agent-01")?,
+        stream(lab, "pod@node-agent-03", "pod@node-master")?,
+        stream(lab, "pod@node-agent-03", "pod@node-agent-01")?,
         stream(lab, "pod@node-master", "pod@node-agent-01")?,
     ];
     sleep(Duration::from_millis(500));
@@ -255,14 +255,15 @@ fn flannel_device_deleted(lab: &mut Lab, node: &str) -> anyhow::Result<String> {
 
 fn agents_killed(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
     let mut summary = Vec::new();
-    for node in [LEADER, FOLLOWER, MASTER] {
+    for node in [LEADER, SECOND_LEADER, FOLLOWER, MASTER] {
         let capture = lab.capture_internet(&format!("killed-{node}"))?;
-        let stream = stream(lab, "pod@node-agent-02", "pod@node-master")?;
+        let stream = stream(lab, "pod@node-agent-03", "pod@node-master")?;
         let back = super::stream(lab, "pod@node-master", "pod@node-agent-01")?;
         sleep(Duration::from_millis(500));
         lab.take_agent(node)?.kill();
         sleep(Duration::from_secs(2));
-        if node == LEADER {
+        // The master is the only leader of its region.
+        if node == MASTER {
             let text = doctor(lab, FOLLOWER)?;
             ensure!(text.contains("node-master, the leader of"), "{text}");
             ensure!(text.contains("does not answer"), "{text}");
@@ -298,7 +299,7 @@ fn circumvented(lab: &mut Lab, mesh: &Mesh<'_>) -> anyhow::Result<String> {
     claims::reached_within(
         lab,
         "pod@node-master",
-        "pod@node-agent-02",
+        "pod@node-agent-03",
         Duration::from_secs(15),
     )?;
     Ok(findings.to_string())

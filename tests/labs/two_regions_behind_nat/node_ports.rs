@@ -11,7 +11,7 @@ use selvedge_lab::traffic::{PORT, source_seen};
 use selvedge_lab::{Lab, wait_for};
 use serde_json::json;
 
-use super::{FOLLOWER, LEADER};
+use super::{FOLLOWER, LEADER, SECOND_LEADER};
 
 /// How long kube-proxy may take to program a service.
 const HEARD: Duration = Duration::from_secs(15);
@@ -25,9 +25,9 @@ pub(super) fn lead_to_pods(lab: &Lab) -> anyhow::Result<String> {
     let mut summary = Vec::new();
     for (number, leader, from) in [
         (30_700, MASTER, lab.network().internet().path()),
-        (30_701, LEADER, namespace(lab, "node-agent-03")?),
+        (30_701, LEADER, namespace(lab, FOLLOWER)?),
     ] {
-        let port = NodePort::open(lab, number, leader, FOLLOWER)?;
+        let port = NodePort::open(lab, number, leader, SECOND_LEADER)?;
         wait_for(&port.what, HEARD, || port.answers(&from))?;
         summary.push(port.what.clone());
     }
