@@ -14,8 +14,8 @@ use selvedge_lab::{Lab, Namespace, Node, Process, Steps, wait_for};
 use serde_json::{Value, json};
 
 use crate::bad_peers;
-use crate::nat::{DATA_CENTRE, endpoint, restart_router};
-use crate::{FOLLOWER, LEADER, PATIENCE, SELVEDGE, THIRD_LEADER, selvedge};
+use crate::nat::{DATA_CENTRE, endpoints, restart_router};
+use crate::{FOLLOWER, LEADER, PATIENCE, SECOND_LEADER, SELVEDGE, THIRD_LEADER, selvedge};
 
 pub(crate) const PEERS: &str = "/apis/kilo.squat.ai/v1alpha1/peers";
 
@@ -43,7 +43,7 @@ pub(crate) fn clients(steps: &mut Steps, lab: &Lab) -> Option<()> {
         sees(lab, &home.laptop, [10, 10, 10, 10])
     });
     steps.step("megabytes_reach_the_laptop_intact", || {
-        for node in [MASTER, LEADER, FOLLOWER, THIRD_LEADER] {
+        for node in [MASTER, LEADER, SECOND_LEADER, FOLLOWER, THIRD_LEADER] {
             let server = SocketAddr::from((lab.pod(node)?.address(), PORT));
             transfer(&home.laptop.namespace().path(), server, 3_000_000).context(node)?;
         }
@@ -352,7 +352,8 @@ fn follows_its_leader(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     restart_router(lab, "nat1", "43000-43999")?;
     let new = format!("{DATA_CENTRE}43");
     wait_for("the new mapping", Duration::from_secs(125), || {
-        endpoint(lab, MASTER, &new).is_some()
+        // Of both leaders behind the router.
+        endpoints(lab, MASTER, &new).len() == 2
     })?;
     let mut failures = Vec::new();
     wait_for("the laptop", PATIENCE, || {
@@ -508,7 +509,7 @@ fn allowed_location(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     Ok(String::new())
 }
 
-/// Machines beside a follower have a route to that node only, and none to its leader or further.
+/// Machines beside a follower have a route to that node only, and none to its leaders or further.
 fn behind_a_follower(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     let follower = lab.node(FOLLOWER)?;
     let scanner = Namespace::named(format!("{}-scanner", lab.network().prefix()))?;
@@ -516,9 +517,11 @@ fn behind_a_follower(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
     follower.run("ip address add 192.168.77.1/24 dev scanners")?;
     scanner.run("ip address add 192.168.77.9/24 dev eth0")?;
     // Routes inside the region are the operator's task.
-    let leader = lab.node(LEADER)?;
+    let leaders = [lab.node(LEADER)?, lab.node(SECOND_LEADER)?];
     let way = format!("192.168.77.0/24 via {}", follower.address());
-    leader.run(&format!("ip route add {way}"))?;
+    for leader in leaders {
+        leader.run(&format!("ip route add {way}"))?;
+    }
     let place = Place {
         name: "scanner".into(),
         node: "scanner".into(),
@@ -544,6 +547,8 @@ fn behind_a_follower(lab: &Lab, laptop: &Node) -> anyhow::Result<String> {
         ensure!(seen? == Ipv4Addr::new(192, 168, 77, 1));
     }
     lab.api().annotate(FOLLOWER, &[(key, None)])?;
-    leader.run(&format!("ip route del {way}"))?;
+    for leader in leaders {
+        leader.run(&format!("ip route del {way}"))?;
+    }
     Ok(String::new())
 }

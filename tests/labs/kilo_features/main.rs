@@ -15,7 +15,9 @@ use std::time::Duration;
 use anyhow::ensure;
 use selvedge_lab::claims::{self, By};
 use selvedge_lab::lab::{AGENT_FLAGS, Mesh, Options, Proxy};
-use selvedge_lab::topology::{FOLLOWER, LEADER, Shape, THIRD_LEADER, Third};
+use selvedge_lab::topology::{
+    FOLLOWER_OF_TWO as FOLLOWER, LEADER, SECOND_LEADER, Shape, THIRD_LEADER, Third,
+};
 use selvedge_lab::traffic::Servers;
 use selvedge_lab::{Lab, Node, Steps};
 
@@ -42,10 +44,9 @@ fn main() -> ExitCode {
     steps.finish()
 }
 
-/// Two regions behind NAT, a public master, and VPN clients behind a NAT of their own.
+/// Two regions behind NAT, each with two leaders, a public master, and VPN clients behind a NAT of their own.
 fn behind_nat(steps: &mut Steps) -> Option<()> {
     let shape = Shape {
-        agents: 2,
         third: Third::Distinct,
         ..Shape::default()
     };

@@ -15,13 +15,18 @@ use selvedge_lab::traffic::{PORT, Stream, transfer};
 use selvedge_lab::{Lab, Namespace, Process, Steps, wait_for};
 
 use crate::{
-    FOLLOWER, LEADER, PATIENCE, SELVEDGE, THIRD_LEADER, flags, mesh, selvedge, settled, up,
+    FOLLOWER, LEADER, PATIENCE, SECOND_LEADER, SELVEDGE, THIRD_LEADER, flags, mesh, selvedge,
+    settled, up,
 };
 
 /// The public addresses of the master and of the routers, up to the port.
 const CLOUD: &str = "203.0.113.10:";
 pub(crate) const DATA_CENTRE: &str = "203.0.113.20:";
 const THIRD: &str = "203.0.113.30:";
+
+/// The leaders behind each router.
+const DATA_CENTRES: [&str; 2] = [LEADER, SECOND_LEADER];
+const THIRDS: [&str; 2] = [THIRD_LEADER, "node-third-02"];
 
 /// The keepalive that the leaders behind NAT are annotated with.
 const KEEPALIVE: Duration = Duration::from_secs(25);
@@ -51,24 +56,31 @@ pub(crate) fn regions(steps: &mut Steps, lab: &mut Lab, flags: &[&str]) {
     });
 }
 
-/// The endpoint that a node's tunnel has at a public address.
-pub(crate) fn endpoint(lab: &Lab, node: &str, address: &str) -> Option<String> {
+/// The endpoints that a node's tunnels have at a public address: those of both leaders there.
+pub(crate) fn endpoints(lab: &Lab, node: &str, address: &str) -> Vec<String> {
     let peers = claims::wg_show(lab, node).unwrap_or_default();
-    let mut endpoints = peers.into_iter().map(|peer| peer.endpoint);
-    endpoints.find(|endpoint| endpoint.starts_with(address))
+    let endpoints = peers.into_iter().map(|peer| peer.endpoint);
+    endpoints
+        .filter(|endpoint| endpoint.starts_with(address))
+        .collect()
 }
 
-/// Each leader behind NAT has a session with the other, at its router's address.
+/// Each of the two leaders behind a NAT has a session with both behind the other, at the router's address.
 fn found_each_other(lab: &Lab) -> anyhow::Result<String> {
-    for (node, other) in [(LEADER, THIRD), (THIRD_LEADER, DATA_CENTRE)] {
-        let mut seen = String::new();
-        wait_for("a direct session", PATIENCE, || {
-            let peers = claims::wg_show(lab, node).unwrap_or_default();
-            let peer = peers.iter().find(|peer| peer.endpoint.starts_with(other));
-            seen = format!("{peers:?}");
-            peer.is_some_and(|peer| peer.handshake > 0)
-        })
-        .with_context(|| format!("{node}: {seen}"))?;
+    for (nodes, other) in [(DATA_CENTRES, THIRD), (THIRDS, DATA_CENTRE)] {
+        for node in nodes {
+            let mut seen = String::new();
+            wait_for("direct sessions", PATIENCE, || {
+                let peers = claims::wg_show(lab, node).unwrap_or_default();
+                let found = peers
+                    .iter()
+                    .filter(|peer| peer.endpoint.starts_with(other) && peer.handshake > 0);
+                let found = found.count();
+                seen = format!("{peers:?}");
+                found == 2
+            })
+            .with_context(|| format!("{node}: {seen}"))?;
+        }
     }
     Ok(String::new())
 }
@@ -150,17 +162,17 @@ impl Listener {
     }
 }
 
-/// Both leaders' agents restart with nothing but their state on disk.
+/// The agents of all leaders behind NAT restart with nothing but their state on disk.
 fn without_the_api(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String> {
     // An agent writes its state within five seconds of a change.
     sleep(Duration::from_secs(6));
     lab.plane()?.freeze(true);
     let outcome = (|| {
-        for node in [LEADER, THIRD_LEADER] {
+        for node in DATA_CENTRES.into_iter().chain(THIRDS) {
             lab.take_agent(node)?.stop()?;
         }
         let mesh = mesh(flags, true);
-        for node in [LEADER, THIRD_LEADER] {
+        for node in DATA_CENTRES.into_iter().chain(THIRDS) {
             lab.restart_agent(mesh.binary, node, mesh.access, mesh.flags)?;
         }
         let begun = Instant::now();
@@ -206,7 +218,10 @@ fn follows_new_mappings(lab: &Lab, routers: &[(&str, &str, &str)]) -> anyhow::Re
     let mut heard = None;
     let mut times = String::new();
     // The public leader gets the next keepalive and publishes its source for the others.
-    for observers in [&[MASTER][..], &[LEADER, THIRD_LEADER]] {
+    for observers in [
+        &[MASTER][..],
+        &[LEADER, SECOND_LEADER, THIRD_LEADER, THIRDS[1]],
+    ] {
         let waited = wait_for("the new mappings", 5 * KEEPALIVE, || {
             if heard.is_none() && knows(lab, "10.77.0.0/24") {
                 heard = Some(begun.elapsed());
@@ -215,11 +230,12 @@ fn follows_new_mappings(lab: &Lab, routers: &[(&str, &str, &str)]) -> anyhow::Re
                 // 40000-40999: one thousand.
                 let new = format!("{address}{}", &ports[..2]);
                 let elsewhere = observers.iter().filter(|node| {
-                    (**node == LEADER) != (*address == DATA_CENTRE) || **node == MASTER
+                    DATA_CENTRES.contains(node) != (*address == DATA_CENTRE) || **node == MASTER
                 });
-                elsewhere
-                    .into_iter()
-                    .all(|node| endpoint(lab, node, address).is_some_and(|at| at.starts_with(&new)))
+                elsewhere.into_iter().all(|node| {
+                    let at = endpoints(lab, node, address);
+                    at.len() == 2 && at.iter().all(|at| at.starts_with(&new))
+                })
             })
         });
         waited.with_context(|| lab.tail(THIRD_LEADER, "agent"))?;
@@ -243,8 +259,8 @@ fn follows_new_mappings(lab: &Lab, routers: &[(&str, &str, &str)]) -> anyhow::Re
     let report = stream.stop()?;
     ensure!(report.silence < 5 * KEEPALIVE, "{report}");
     let written = writes(lab)? - written;
-    // One of each leader that saw another one move; the clients' moves cause none.
-    ensure!(written <= 3 * routers.len(), "{written} writes");
+    // One of each of three leaders for each of two that it saw move; the clients' moves cause none.
+    ensure!(written <= 6 * routers.len(), "{written} writes");
     Ok(format!(
         "seen by the master and by the other leader after {times}a connection was silent for {:.1} s; of a change in the API the leader heard after {:.1} s; {written} writes; {pairs}",
         report.silence.as_secs_f64(),
@@ -259,17 +275,15 @@ fn knows(lab: &Lab, net: &str) -> bool {
     routes.is_ok_and(|routes| routes.contains(net))
 }
 
-/// A leader records its lead once, after it has led for half a minute. That write is not about endpoints.
+/// A leader of a region records its lead once, after it has led for half a minute. That write is not about
+/// endpoints. The master, which has a public address, stands for itself.
 fn wait_for_records_of_leads(lab: &Lab) -> anyhow::Result<()> {
-    for leader in [LEADER, THIRD_LEADER] {
-        let path = format!("/api/v1/nodes/{leader}");
-        wait_for("the record of the lead", Duration::from_secs(60), || {
-            let node = lab.api().get(&path).unwrap_or_default();
-            let ledger = node["metadata"]["annotations"]["selvedge.dev/since"].as_str();
-            ledger.is_some_and(|ledger| ledger.contains("lead:"))
-        })?;
-    }
-    Ok(())
+    let leaders = [DATA_CENTRES, THIRDS];
+    let names = lab.node_names();
+    let mut leads = names
+        .iter()
+        .filter(|name| leaders.as_flattened().contains(&name.as_str()));
+    leads.try_for_each(|leader| claims::lead_is_recorded(lab, leader))
 }
 
 /// What `doctor` and `status` print on a node.
