@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use selvedge_lab::claims;
-use selvedge_lab::lab::{AGENT_FLAGS, Mesh, Options};
+use selvedge_lab::lab::{Mesh, Options};
 use selvedge_lab::topology::{FOLLOWER, LEADER, MASTER, Shape};
 use selvedge_lab::traffic::{PORT, Stream};
 use selvedge_lab::{Lab, Namespace, Steps, wait_for};
@@ -33,6 +33,12 @@ const REGION: &str = "topology.kubernetes.io/region";
 const SOON: Duration = Duration::from_secs(20);
 /// An agent reads the firewall every half minute.
 const FIREWALL: Duration = Duration::from_secs(60);
+
+/// One leader a region, so that each fault concerns the node that carries the traffic, and its follower is the
+/// control.
+fn mesh() -> Mesh<'static> {
+    Mesh::of_one_leader(Path::new(SELVEDGE), Path::new(MANIFEST))
+}
 
 fn main() -> ExitCode {
     let mut steps = Steps::from_args("host_faults");
@@ -51,8 +57,7 @@ fn run(steps: &mut Steps) -> Option<()> {
     let (mut lab, _servers) = steps.cluster("the_cluster_comes_up", "hosts", options)?;
     steps.required("all_agents_become_ready_with_nics_of_9000_bytes", || {
         large_frames(&lab)?;
-        let mesh = Mesh::annotated(Path::new(SELVEDGE), Path::new(MANIFEST));
-        let time = lab.join(&mesh)?;
+        let time = lab.join(&mesh())?;
         claims::reached_within(&lab, "pod@node-agent-02", "pod@node-master", SOON)?;
         Ok(format!("{:.1} s", time.as_secs_f64()))
     })?;
@@ -321,8 +326,8 @@ fn restart(lab: &mut Lab, node: &str, more: &[&str]) -> anyhow::Result<()> {
     if lab.agent(node).is_some() {
         lab.take_agent(node)?.stop()?;
     }
-    let flags = [&AGENT_FLAGS[..], more].concat();
-    let mesh = Mesh::annotated(Path::new(SELVEDGE), Path::new(MANIFEST));
+    let mesh = mesh();
+    let flags = [mesh.flags, more].concat();
     lab.restart_agent(mesh.binary, node, mesh.access, &flags)
 }
 
