@@ -7,7 +7,7 @@ use anyhow::ensure;
 use selvedge_lab::Lab;
 use selvedge_lab::lab::Parts;
 use selvedge_lab::matrix::Matrix;
-use selvedge_lab::topology::MASTER;
+use selvedge_lab::topology::{LEADER, MASTER, SECOND_LEADER};
 
 /// The nodes with their regions and addresses.
 pub(crate) fn nodes(lab: &Lab) -> anyhow::Result<()> {
@@ -61,9 +61,9 @@ pub(crate) fn installed(lab: &Lab, name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The tunnels of both leaders.
+/// The tunnels of all leaders: the master, and two nodes of the data centre.
 pub(crate) fn wireguard(lab: &Lab) -> anyhow::Result<()> {
-    for leader in [MASTER, "node-agent-01"] {
+    for leader in [MASTER, LEADER, SECOND_LEADER] {
         println!("\n{leader} # wg show kilo0");
         println!("{}", lab.node(leader)?.run("wg show kilo0")?.trim_end());
     }
@@ -116,7 +116,7 @@ pub(crate) fn hints(lab: &mut Lab) -> anyhow::Result<()> {
         ),
         (
             format!("tail -f {directory}/nodes/node-agent-01/log/agent"),
-            "the log of the leader's agent",
+            "the log of a leader's agent",
         ),
     ];
     if lab.options().parts == Parts::Real {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use selvedge_lab::claims::{self, By};
 use selvedge_lab::lab::{Mesh, Options};
-use selvedge_lab::topology::{FOLLOWER, LEADER, MASTER};
+use selvedge_lab::topology::{FOLLOWER_OF_TWO as FOLLOWER, LEADER, MASTER, SECOND_LEADER};
 use selvedge_lab::{Lab, Steps, wait_for};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
@@ -51,7 +51,7 @@ fn run(steps: &mut Steps) -> Option<()> {
     steps.step("all_pods_and_nodes_still_reach_each_other", || {
         claims::all_places_reach_each_other(&lab, By::OwnAddress)
     });
-    for node in [LEADER, FOLLOWER, MASTER] {
+    for node in [LEADER, SECOND_LEADER, FOLLOWER, MASTER] {
         let name = node.replace('-', "_");
         steps.step(&format!("an_agent_restarts_on_{name}"), || {
             lab.take_agent(node)?.stop()?;

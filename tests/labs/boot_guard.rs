@@ -22,7 +22,7 @@ use selvedge_lab::claims;
 use selvedge_lab::controlplane::POD_NETWORK;
 use selvedge_lab::lab::{Mesh, Options};
 use selvedge_lab::netns::within_path;
-use selvedge_lab::topology::{FOLLOWER, LEADER, MASTER, Shape, Third};
+use selvedge_lab::topology::{FOLLOWER_OF_TWO as FOLLOWER, LEADER, MASTER, Shape, Third};
 use selvedge_lab::traffic::{MAGIC, PORT, Servers};
 use selvedge_lab::{Lab, Steps, wait_for};
 
@@ -50,7 +50,6 @@ fn main() -> ExitCode {
 fn run(steps: &mut Steps) -> Option<()> {
     let options = Options {
         shape: Shape {
-            agents: 2,
             third: Third::Distinct,
             ..Shape::default()
         },

@@ -6,6 +6,7 @@
 //! `two_regions_behind_nat` has the usual cluster and all faults; here each cluster only has to work. The
 //! clusters come up one after the other, and each combines several independent variants.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use selvedge_lab::claims::{self, By, Pairs};
 use selvedge_lab::controlplane::POD_NETWORK;
 use selvedge_lab::flannel::{Backend, Firewall};
 use selvedge_lab::lab::{Access, Mesh, Options, Proxy};
-use selvedge_lab::topology::{MASTER, Master, Nat, Shape, Third};
+use selvedge_lab::topology::{LEADER, MASTER, Master, Nat, SECOND_LEADER, Shape, Third};
 use selvedge_lab::{Lab, Steps, wait_for};
 
 const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
@@ -244,12 +245,23 @@ fn in_clear(lab: &Lab) -> anyhow::Result<String> {
 /// The leaders send from and to their private addresses, which no router translates.
 fn untranslated(lab: &Lab) -> anyhow::Result<String> {
     let mut summary = Vec::new();
-    for (leader, other) in [(MASTER, "node-agent-01"), ("node-agent-01", MASTER)] {
-        let expected = format!("{}:51820", lab.node(other)?.address());
+    let near = [LEADER, SECOND_LEADER];
+    for (leader, others) in [
+        (MASTER, &near[..]),
+        (LEADER, &[MASTER]),
+        (SECOND_LEADER, &[MASTER]),
+    ] {
+        let expected = others
+            .iter()
+            .map(|other| Ok(format!("{}:51820", lab.node(other)?.address())))
+            .collect::<anyhow::Result<BTreeSet<_>>>()?;
         let peers = claims::wg_show(lab, leader)?;
-        let endpoints = peers.iter().map(|peer| peer.endpoint.as_str());
-        ensure!(endpoints.eq([expected.as_str()]), "{leader}: {peers:?}");
-        summary.push(format!("{leader} to {expected}"));
+        let endpoints: BTreeSet<_> = peers.iter().map(|peer| peer.endpoint.clone()).collect();
+        ensure!(
+            endpoints == expected && peers.len() == others.len(),
+            "{leader}: {peers:?}"
+        );
+        summary.push(format!("{leader} to {}", others.join(" and ")));
     }
     Ok(summary.join(", "))
 }
@@ -272,12 +284,13 @@ fn joined(lab: &Lab) -> anyhow::Result<String> {
 
 /// Without annotations the agents still agree on leaders and number them.
 ///
-/// The first node to start leads first, and keeps its number when another one leads. So a leader is known by
-/// the tunnel's link, which is up on leaders only.
+/// The first nodes to start lead first, and keep their numbers when others lead. So a leader is known by
+/// the tunnel's link, which is up on leaders only. The master is alone in its region; the data centre has two
+/// leaders.
 fn agreed(lab: &Lab) -> anyhow::Result<String> {
     let mut leaders = Vec::new();
     wait_for(
-        "a leader in each of two regions",
+        "one leader with the master and two in the data centre",
         Duration::from_secs(60),
         || {
             leaders = lab
@@ -285,8 +298,8 @@ fn agreed(lab: &Lab) -> anyhow::Result<String> {
                 .into_iter()
                 .filter_map(|name| Some((tunnel_addresses(lab, &name)?, name)))
                 .collect();
-            let names: Vec<&String> = leaders.iter().map(|(_, name)| name).collect();
-            matches!(names[..], [one, other] if lab.apart(one, other).unwrap_or(false))
+            let far = |(_, name): &&(String, String)| lab.apart(MASTER, name).unwrap_or(false);
+            leaders.len() == 3 && leaders.iter().filter(far).count() == 2
         },
     )
     .with_context(|| format!("{leaders:?}"))?;

@@ -16,7 +16,7 @@ use selvedge_lab::claims::{self, By, Pairs};
 use selvedge_lab::dumps::Dumps;
 use selvedge_lab::family::{Family, Inner};
 use selvedge_lab::lab::{AGENT_FLAGS, Access, Mesh, Options, Places as _, Proxy};
-use selvedge_lab::topology::{FOLLOWER, LEADER, MASTER, Shape};
+use selvedge_lab::topology::{FOLLOWER_OF_TWO as FOLLOWER, LEADER, MASTER, SECOND_LEADER, Shape};
 use selvedge_lab::traffic::{PORT, shout};
 use selvedge_lab::{Lab, Steps, wait_for};
 
@@ -82,7 +82,6 @@ fn run(steps: &mut Steps, case: &Case) -> Option<()> {
     let Case { name, .. } = case;
     let options = Options {
         shape: Shape {
-            agents: 2,
             inner: case.inner,
             wan: case.wan,
             ..Shape::default()
@@ -195,8 +194,8 @@ fn reachability(steps: &mut Steps, name: &str, lab: &Lab, family: Family) {
         || {
             let mut summary = Vec::new();
             for (from, to) in [
-                ("pod@node-agent-02", "pod@node-master"),
-                ("pod@node-master", "pod@node-agent-02"),
+                ("pod@node-agent-03", "pod@node-master"),
+                ("pod@node-master", "pod@node-agent-03"),
                 ("node-master", "node-agent-01"),
             ] {
                 let time = claims::reached_within(&view, from, to, JOINED)?;
@@ -285,18 +284,21 @@ fn backstops(lab: &Lab, family: Family) -> anyhow::Result<String> {
     Ok(format!("{backstops} prefixes"))
 }
 
-/// Both leaders speak over the family of the internet.
+/// All leaders speak over the family of the internet.
 fn endpoints(lab: &Lab, wan: Family) -> anyhow::Result<String> {
     let mut summary = Vec::new();
-    for leader in [MASTER, LEADER] {
+    // The master is alone in its region; the data centre has two leaders.
+    for (leader, tunnels) in [(MASTER, 2), (LEADER, 1), (SECOND_LEADER, 1)] {
         let peers = claims::wg_show(lab, leader)?;
-        ensure!(peers.len() == 1, "{leader} has {} peers", peers.len());
-        let endpoint: SocketAddr = peers[0].endpoint.parse().context("the endpoint")?;
-        ensure!(
-            Family::of(endpoint.ip()) == wan,
-            "{leader} sends to {endpoint}"
-        );
-        summary.push(format!("{leader} -> {endpoint}"));
+        ensure!(peers.len() == tunnels, "{leader} has {peers:?}");
+        for peer in peers {
+            let endpoint: SocketAddr = peer.endpoint.parse().context("the endpoint")?;
+            ensure!(
+                Family::of(endpoint.ip()) == wan,
+                "{leader} sends to {endpoint}"
+            );
+            summary.push(format!("{leader} -> {endpoint}"));
+        }
     }
     Ok(summary.join(", "))
 }
