@@ -275,7 +275,7 @@ impl Controller {
             listen_port: std::num::NonZeroU16::new(self.listen_port.port()),
             repairs,
         }));
-        self.follow_targets();
+        self.follow_decided_targets();
         let topology = Arc::clone(&self.decision.topology);
         self.effects.push_back(Effect::Show(topology));
 
@@ -299,6 +299,9 @@ impl Controller {
         // The firewall's worker has a limit of its own.
         if applied.source == Source::Pass {
             self.schedule.handle_outcome(now, outcome);
+            if !applied.waiting {
+                self.follow_routed_targets();
+            }
         }
         self.firewall_awaited = applied.waiting;
         self.handle_failures(applied.failures);

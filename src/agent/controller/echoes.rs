@@ -16,6 +16,8 @@ use crate::wireguard::PeerId;
 pub(super) struct Echoes {
     /// The targets that were last handed out.
     targets: Targets,
+    /// Whether a pass came since the last decision, so that the routes to the probe addresses exist.
+    is_routed: bool,
     /// What the echoes of the region say of this node's forwarding.
     pub(super) forwarding: Forwarding,
     /// Paths that were down and came back.
@@ -68,15 +70,38 @@ impl Controller {
         self.handle_obstacles(now);
     }
 
+    /// Another state of the kernel is desired from now on.
+    pub(super) fn follow_decided_targets(&mut self) {
+        self.echoes.is_routed = false;
+        self.follow_targets();
+    }
+
+    /// A pass did all that it could, and nothing waits for the firewall.
+    pub(super) fn follow_routed_targets(&mut self) {
+        if !self.echoes.is_routed {
+            self.echoes.is_routed = true;
+            self.follow_targets();
+        }
+    }
+
     /// Hands out the targets of the echoes, if they are others than before.
+    ///
+    /// An echo to a probe address without a route would take the default route, and the firewall would count it as
+    /// a leak. So new leaders of the region wait for the pass that makes their routes.
     pub(super) fn follow_targets(&mut self) {
         let may_forward = self.forwarding_off.is_none() && self.host_firewall.is_none();
-        let targets = probe::targets(
+        let mut targets = probe::targets(
             &self.decision.topology,
             &self.config.node,
             self.facts.flannel.as_ref(),
             may_forward,
         );
+        if !self.echoes.is_routed {
+            let known = &self.echoes.targets.leaders;
+            targets
+                .leaders
+                .retain(|_, ip| known.values().any(|known| known == ip));
+        }
         if targets != self.echoes.targets {
             self.echoes.targets = targets.clone();
             self.effects.push_back(Effect::Probe(Box::new(targets)));

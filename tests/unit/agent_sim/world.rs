@@ -323,6 +323,12 @@ impl World {
                 Effect::Show(topology) => agent.shown = topology,
                 Effect::FindPeer { .. } => agent.tried += 1,
                 Effect::Probe(targets) => {
+                    // Without its own route an echo would take the default route, past the tunnel.
+                    let routes = agent.node.kernel.observe().routes;
+                    for ip in targets.leaders.values() {
+                        let has_route = routes.keys().any(|key| key.dst == ipnet::IpNet::from(*ip));
+                        assert!(has_route, "{name} sends echoes to {ip} without a route");
+                    }
                     self.net.now = self.now;
                     self.net.set_targets(name, *targets);
                     self.hear(name);
