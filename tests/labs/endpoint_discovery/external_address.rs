@@ -4,6 +4,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use nix::sys::signal::Signal;
 use selvedge_lab::topology::{MASTER, Shape};
 use selvedge_lab::{Lab, Steps, claims, wait_for};
 use serde_json::json;
@@ -49,27 +50,48 @@ pub(super) fn external_address_of_the_nat(steps: &mut Steps) -> Option<()> {
     steps.step(
         "external_address_of_the_nat::a_leader_is_reached_from_outside_after_a_minute_of_rest",
         || {
+            let keepalives = keepalives(&lab)?;
+            let is_off = keepalives.iter().any(|one| one == "off");
+            ensure!(!keepalives.is_empty() && !is_off, "{keepalives:?}");
             let lost = lost_after_a_rest(&lab)?;
             ensure!(lost == 0, "{lost} of 15 pings were lost");
             Ok("0 of 15 pings lost".to_owned())
         },
     );
-    // The control: no keepalive, as when a public ExternalIP was taken to mean that there is no NAT.
     steps.step(
-        "external_address_of_the_nat::without_keepalives_it_is_not_which_shows_that_the_nat_forgets",
+        "external_address_of_the_nat::without_keepalives_the_leaders_echoes_keep_the_nats_memory",
         || {
             for node in [LEADER, MASTER] {
                 lab.api()
                     .annotate(node, &[("kilo.squat.ai/persistent-keepalive", Some("0"))])?;
             }
-            let off = || {
-                claims::wg_show(&lab, LEADER)
-                    .is_ok_and(|peers| peers.iter().all(|peer| peer.keepalive == "off"))
-            };
-            wait_for("the operator's setting", PATIENCE, off)?;
+            wait_for("the operator's setting", PATIENCE, || {
+                keepalives(&lab).is_ok_and(|all| all.iter().all(|one| one == "off"))
+            })?;
             let lost = lost_after_a_rest(&lab)?;
-            ensure!(lost == 15, "{lost} of 15 pings were lost");
-            Ok("15 of 15 pings lost".to_owned())
+            ensure!(lost == 0, "{lost} of 15 pings were lost");
+            Ok("0 of 15 pings lost".to_owned())
+        },
+    );
+    // The control: neither keepalives nor echoes.
+    steps.step(
+        "external_address_of_the_nat::without_any_packet_the_nat_forgets",
+        || {
+            ensure!(is_remembered(&lab)?, "the NAT does not know {LEADER}");
+            for name in lab.node_names() {
+                lab.agent(&name)
+                    .context("no agent")?
+                    .signal(Signal::SIGSTOP);
+            }
+            sleep(REST);
+            let remembered = is_remembered(&lab);
+            for name in lab.node_names() {
+                lab.agent(&name)
+                    .context("no agent")?
+                    .signal(Signal::SIGCONT);
+            }
+            ensure!(!remembered?, "the NAT still knows {LEADER}");
+            reached_both_ways(&lab, MASTER, LEADER, PATIENCE)
         },
     );
     Some(())
@@ -88,4 +110,17 @@ fn lost_after_a_rest(lab: &Lab) -> anyhow::Result<u32> {
         count.parse::<u32>().ok()
     });
     Ok(15 - received.with_context(|| format!("ping printed {text}"))?)
+}
+
+/// The keepalives of the tunnels of the leader behind the NAT.
+fn keepalives(lab: &Lab) -> anyhow::Result<Vec<String>> {
+    let peers = claims::wg_show(lab, LEADER)?;
+    Ok(peers.into_iter().map(|peer| peer.keepalive).collect())
+}
+
+/// Whether the NAT has a mapping of the leader's tunnel.
+fn is_remembered(lab: &Lab) -> anyhow::Result<bool> {
+    let router = lab.network().router("nat1")?;
+    let flows = router.run("conntrack -L -p udp --dport 51820 -s 192.168.50.11")?;
+    Ok(flows.contains("dport=51820"))
 }
