@@ -45,6 +45,8 @@ pub enum PathState {
     /// No echo has come back yet, or no echoes are sent.
     #[default]
     Unknown,
+    /// Echoes come back again, for too short a time to prefer the path to one that was up all along.
+    Returning,
     /// Echoes come back, and say that the leader is about to stop.
     Draining,
     /// Echoes came back once, and do not any more.

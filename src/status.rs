@@ -215,7 +215,7 @@ pub struct LeaderPath {
     pub name: String,
     /// The leader's segment.
     pub region: String,
-    /// `up`, `unknown`, `draining` or `down`.
+    /// `up`, `unknown`, `returning`, `draining` or `down`.
     pub state: String,
     /// Why it is down: `silent` or `not_forwarding`.
     pub cause: Option<String>,

@@ -199,6 +199,7 @@ fn path(stats: &PathStats, now: Instant) -> LeaderPath {
     let (state, cause) = match stats.state {
         PathState::Up => ("up", None),
         PathState::Unknown => ("unknown", None),
+        PathState::Returning => ("returning", None),
         PathState::Draining => ("draining", None),
         PathState::Down(cause) => ("down", Some(label(cause).to_owned())),
     };

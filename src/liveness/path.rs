@@ -11,13 +11,18 @@
 //!       time, or "not forwarding"      │ │ enough good answers                │
 //!                                      ▼ │                                    │
 //!                                     Down ◄──────────────────────────────────┘
+//!                                      │ ▲
+//!                  three good answers, │ │ no answer for the detection time,
+//!                  and more are needed ▼ │ or "not forwarding"
+//!                                   Returning ── enough good answers ──► Up
 //! ```
 //!
 //! - One lost echo moves nothing: while an echo is overdue, the next ones follow every [`FAST`]. So a path that
 //!   loses one packet in ten needs some nine losses in a row to be down, and a dead one is found as soon.
 //! - A sender that was held up itself blames no path: at least [`MISSED`] echoes must be overdue.
 //! - Flap damping: a path that goes down within [`MEMORY`] after it came back needs twice as many good answers the
-//!   next time, at most [`LONGEST`] worth of them.
+//!   next time, at most [`LONGEST`] worth of them. Meanwhile it is *returning*: better than a path that is down, and
+//!   not preferred to any other.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -178,7 +183,10 @@ impl Path {
 
     /// When the next echo is due.
     pub fn poll_echo(&self) -> Instant {
-        let is_trusted = matches!(self.state, PathState::Up | PathState::Draining);
+        let is_trusted = matches!(
+            self.state,
+            PathState::Up | PathState::Returning | PathState::Draining
+        );
         let (Some(first), Some(last)) = (self.missing().next(), self.sent.back()) else {
             return self.next;
         };
@@ -266,8 +274,11 @@ impl Path {
         } else {
             PathState::Up
         };
-        if let PathState::Down(_) = self.state {
+        if let PathState::Down(_) | PathState::Returning = self.state {
             if self.good < self.needed {
+                if self.good >= GOOD {
+                    self.enter(now, PathState::Returning);
+                }
                 return;
             }
             self.returned = Some(now);
@@ -284,9 +295,10 @@ impl Path {
                 return;
             }
             let most = u32::try_from(LONGEST.as_millis() / self.interval.as_millis().max(1));
-            let is_flapping = self
-                .returned
-                .is_some_and(|at| now.saturating_duration_since(at) < MEMORY);
+            let is_flapping = self.state == PathState::Returning
+                || self
+                    .returned
+                    .is_some_and(|at| now.saturating_duration_since(at) < MEMORY);
             self.needed = if is_flapping {
                 (2 * self.needed).min(most.unwrap_or(GOOD)).max(GOOD)
             } else {

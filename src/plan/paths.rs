@@ -32,8 +32,9 @@ fn best<T>(judged: impl IntoIterator<Item = (T, PathState)>) -> Vec<T> {
     let class = |state| match state {
         PathState::Up => 0,
         PathState::Unknown => 1,
-        PathState::Draining => 2,
-        PathState::Down(_) => 3,
+        PathState::Returning => 2,
+        PathState::Draining => 3,
+        PathState::Down(_) => 4,
     };
     let judged = judged.into_iter().map(|(item, state)| (item, class(state)));
     let judged = judged.collect::<Vec<_>>();
@@ -145,13 +146,15 @@ mod tests {
 
     #[test]
     fn all_paths_of_the_best_class_are_used() {
-        use PathState::{Down, Draining, Unknown, Up};
+        use PathState::{Down, Draining, Returning, Unknown, Up};
 
         let down = Down(Cause::Silent);
         for (states, expected) in [
             (&[Up, Unknown, Up][..], &[0, 2][..]),
             (&[Unknown, Draining, down], &[0]),
             (&[Draining, down], &[0]),
+            (&[Returning, down, Draining], &[0]),
+            (&[Returning, Unknown], &[1]),
             (&[down, Down(Cause::NotForwarding)], &[0, 1]),
             (&[], &[]),
         ] {

@@ -499,7 +499,7 @@ impl Prober {
         for (id, far) in &lead.peers {
             let probe = self.probes.get(&Key::Peer(id.clone()));
             let is_reached = probe.is_none_or(|probe| match probe.path.state() {
-                PathState::Up | PathState::Draining => true,
+                PathState::Up | PathState::Returning | PathState::Draining => true,
                 PathState::Unknown => {
                     now.saturating_duration_since(probe.path.since()) < FIRST_ANSWER
                 }

@@ -337,7 +337,7 @@ fn paths(encoder: &mut DescriptorEncoder<'_>, paths: &[LeaderPath]) -> fmt::Resu
         "Whether echoes through or to a leader come back: 1, or 0 if it is down; none while unknown",
         |path| match path.state.as_str() {
             "up" | "draining" => Some(1.0),
-            "down" => Some(0.0),
+            "down" | "returning" => Some(0.0),
             _ => None,
         },
     )?;

@@ -121,7 +121,9 @@ impl Controller {
             .iter()
             .filter_map(|(name, state)| match state {
                 PathState::Down(cause) => Some((name, *cause)),
-                PathState::Up | PathState::Unknown | PathState::Draining => None,
+                PathState::Up | PathState::Unknown | PathState::Returning | PathState::Draining => {
+                    None
+                }
             })
             .collect::<Vec<_>>();
         if down.len() > 1 && down.len() == paths.len() {
@@ -157,7 +159,7 @@ impl Controller {
     }
 
     fn follow_path(&mut self, name: &PathName, before: PathState, after: PathState) {
-        let was_down = matches!(before, PathState::Down(_));
+        let was_down = matches!(before, PathState::Down(_) | PathState::Returning);
         match after {
             PathState::Down(cause) => {
                 if !was_down {
@@ -169,6 +171,7 @@ impl Controller {
                 tracing::info!(path = %name, "path up again");
                 self.echoes.returned.insert(name.clone());
             }
+            PathState::Returning => tracing::info!(path = %name, "path returning"),
             PathState::Draining => tracing::info!(path = %name, "leader stopping"),
             PathState::Up | PathState::Unknown => {}
         }
