@@ -10,6 +10,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd as _;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -95,12 +96,14 @@ pub struct Shown {
     pub failures: u64,
 }
 
-/// The running thread. It ends when this is dropped.
+/// The running thread. It has ended, and let go of the device, when this is dropped: only then can the device store its
+/// last timestamps.
 #[derive(Debug)]
 pub struct Echoes {
     commands: Sender<Command>,
     wake: Wake,
     shown: Arc<Mutex<Arc<Shown>>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Echoes {
@@ -131,13 +134,14 @@ impl Echoes {
             shown: Arc::clone(&shown),
             shown_at: begun,
         };
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("echoes".to_owned())
             .spawn(move || thread.run())?;
         Ok(Self {
             commands,
             wake,
             shown,
+            thread: Some(thread),
         })
     }
 
@@ -171,6 +175,10 @@ impl Drop for Echoes {
         // The thread then finds the queue closed.
         self.commands = channel().0;
         self.wake.wake();
+        if let Some(thread) = self.thread.take() {
+            // A panic in it ends the process.
+            let _ = thread.join();
+        }
     }
 }
 
