@@ -125,10 +125,10 @@ fn other_programs_routes_in_the_agents_tables_are_removed() {
     ");
     node.with(|kernel| {
         insta::assert_snapshot!(commands(kernel, &State::default()).join("\n"), @r"
-        ip route del table 5130 10.42.8.0/24 proto 118
-        ip route del table 5130 10.42.9.0/24 proto 118
-        ip -6 route del table 5131 fd42:9::/64 metric 7 proto 118
         ip route del table 5132 10.42.7.0/24 proto 118
+        ip -6 route del table 5131 fd42:9::/64 metric 7 proto 118
+        ip route del table 5130 10.42.9.0/24 proto 118
+        ip route del table 5130 10.42.8.0/24 proto 118
         ip link del kilo0
         ");
         assert!(kernel.cleanup().is_empty());
