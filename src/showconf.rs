@@ -230,7 +230,7 @@ impl Section {
         let all = segment.leaders.iter().collect::<Vec<_>>();
         let mut taken = BTreeSet::new();
         segment.leaders.iter().map(move |leader| {
-            let nets = segment.routes_to(leader, &all);
+            let nets = segment.routes_to(leader, &all, &all);
             let nets = nets.filter(|net| !taken.contains(net)).collect::<Vec<_>>();
             taken.extend(nets.iter().copied());
             Self::of_leader(leader, nets, keepalive)

@@ -422,26 +422,33 @@ impl Segment {
             .chain(wireguard_ips)
     }
 
-    /// The destinations that other segments send to one of the leaders, in the same order, while they use these
-    /// leaders.
+    /// The destinations that other segments send to one of the leaders, in the same order, while they use some
+    /// leaders, and send to some themselves (`direct`) what is their own.
     ///
-    /// They are all of [`Self::allowed_ips`] but those of the other used leaders themselves: the tunnel spreads flows
-    /// over the leaders that share a destination, and a leader's own addresses are for it alone. A leader that is not
-    /// used has none. Its own addresses are shared by the others.
+    /// A used leader's are all of [`Self::allowed_ips`] but those of the direct leaders: the tunnel spreads flows over
+    /// the leaders that share a destination, and a direct leader's own addresses are for it alone. Those of a
+    /// leader that is neither are shared by the used ones.
     pub fn routes_to<'s>(
         &'s self,
         leader: &'s Leader,
         used: &'s [&Leader],
+        direct: &'s [&Leader],
     ) -> impl Iterator<Item = IpNet> + 's {
-        let is_used = |node: &NodeName| used.iter().any(|leader| leader.node == *node);
-        let gets = move |node: &NodeName| *node == leader.node || !is_used(node);
+        let is_among = |leaders: &[&Leader], node: &NodeName| {
+            leaders.iter().any(|leader| leader.node == *node)
+        };
+        let is_used = is_among(used, &leader.node);
+        let gets = move |node: &NodeName| match is_among(direct, node) {
+            true => *node == leader.node,
+            false => is_used,
+        };
         let nodes = self.nodes.iter().filter(move |node| gets(&node.name));
         let leaders = self.leaders.iter().filter(move |other| gets(&other.node));
-        let nets = nodes
+        let locations = self.allowed_location_ips.iter().copied();
+        nodes
             .flat_map(Member::allowed_ips)
             .chain(leaders.flat_map(Leader::wireguard_nets))
-            .chain(self.allowed_location_ips.iter().copied());
-        nets.filter(move |_| is_used(&leader.node))
+            .chain(locations.filter(move |_| is_used))
     }
 }
 

@@ -11,10 +11,11 @@
 //! - Through another leader of the own region answers reach a member by flannel's device, whichever leader it sends to.
 //!   That is the device of its own route, so a strict reverse-path check accepts them.
 //! - On a leader packets out of the tunnel pass a loose check (`sysctls`), and transit is not tracked.
-//! - A leader's own pods: the other region sends to that leader itself while its path is of the best class, else through
+//! - A leader's own pods: the other region sends to that leader itself unless its path is Down or Draining, else through
 //!   another leader of the region. The answers then arrive by flannel's device. Where this leader still sends
 //!   into its own tunnel, a strict check of flannel's device drops them, until this leader finds the same path Down and
-//!   sends through the other leader too. With a loose check (`rp_filter=2`) they are accepted at once.
+//!   sends through the other leader too. With a loose check (`rp_filter=2`) they are accepted at once. So a path that is
+//!   new or has just come back serves that leader's own pods at once: its own packets take it too.
 //! - A member's packets never leave a leader towards another node of the region: the nft table drops them. So a
 //!   leader that reaches a region only through another leader serves its own pods and host, and its answers to echoes
 //!   tell the members to send to the other leader.
@@ -88,6 +89,19 @@ impl<'a> Site<'a> {
     pub(super) fn leaders_of(&self, remote: &'a Segment) -> Vec<&'a Leader> {
         let leaders = remote.leaders.iter();
         best(leaders.map(|leader| (leader, self.verdicts.peer(&leader.peer_id()))))
+    }
+
+    /// The leaders of a remote segment to which this leader's tunnel sends what is for their own pods and hosts: those
+    /// that it uses, and those that may become used, because their path is new or has just come back.
+    pub(super) fn direct_leaders_of(&self, remote: &'a Segment) -> Vec<&'a Leader> {
+        let used = self.leaders_of(remote);
+        let leaders = remote.leaders.iter();
+        let direct = leaders.filter(|leader| {
+            let is_used = used.iter().any(|used| used.node == leader.node);
+            let state = self.verdicts.peer(&leader.peer_id());
+            is_used || matches!(state, PathState::Unknown | PathState::Returning)
+        });
+        direct.collect()
     }
 
     /// The next hops of a leader that reaches no leader of a remote segment, to those leaders of its own segment that

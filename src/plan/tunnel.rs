@@ -87,13 +87,14 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PeerId, PeerConfig> {
             .filter(|net| !is_local(site, segment, net) && taken.insert(*net))
             .collect::<BTreeSet<_>>();
         let used = site.leaders_of(segment);
+        let direct = site.direct_leaders_of(segment);
         for leader in &segment.leaders {
             let key = leader.public_key();
             // Several leaders share what is not their own, and packets may come back through any of them.
             let routes = match &segment.leaders[..] {
                 [_] => accepts.clone(),
                 _ => {
-                    let routes = segment.routes_to(leader, &used);
+                    let routes = segment.routes_to(leader, &used, &direct);
                     routes.filter(|net| accepts.contains(net)).collect()
                 }
             };

@@ -221,6 +221,48 @@ fn a_far_leader_sends_to_those_leaders_that_answer() {
     );
 }
 
+/// A leader sends its own packets into its tunnel as soon as an answer came, and a strict check of flannel's device
+/// drops what another leader brings from there.
+#[test]
+fn a_path_that_is_new_or_came_back_is_used_for_the_leaders_own_prefixes_alone() {
+    let (mut mesh, topology) = two_leaders();
+    let nets = |texts: &[&str]| texts.iter().map(|text| net(text)).collect::<BTreeSet<_>>();
+    for path in [PathState::Unknown, PathState::Returning] {
+        mesh.verdicts = both(
+            to("node-agent-01", path),
+            to("node-agent-02", PathState::Up),
+        );
+        let state = state(&mesh, &topology, "node-master");
+        let [first, second] = ["node-agent-01", "node-agent-02"].map(|name| {
+            let id = PeerId::new(format!("node/{name}"));
+            state.peers[&id].clone()
+        });
+        let own = nets(&["10.4.0.2/32", "10.42.1.0/24", "192.168.50.11/32"]);
+        assert_eq!(first.routes, own, "{path:?}");
+        assert_eq!(second.routes, &second.accepts - &own, "{path:?}");
+    }
+}
+
+#[test]
+fn an_address_for_echoes_stays_when_another_leader_becomes_the_primary() {
+    let probes = |first: bool| {
+        let (mut mesh, _) = two_leaders();
+        mesh.node("node-agent-01").leader = first;
+        mesh.node("node-agent-02").leader = !first;
+        let topology = mesh.topology();
+        let leaders = topology.leaders().map(|(_, leader)| leader.clone());
+        let leaders = leaders.filter(|leader| leader.probe_ip.is_some());
+        let leaders: Vec<_> = leaders.collect();
+        let primary = leaders[0].node.clone();
+        let probes = leaders.into_iter();
+        let probes = probes.map(|leader| (leader.node, leader.probe_ip));
+        (primary, probes.collect::<BTreeMap<_, _>>())
+    };
+    let ((one, before), (other, after)) = (probes(true), probes(false));
+    assert_ne!(one, other);
+    assert_eq!(before, after);
+}
+
 #[test]
 fn external_peers_are_reached_through_the_primary_unless_it_is_down() {
     let (mut mesh, _) = two_leaders();
