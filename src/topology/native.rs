@@ -90,7 +90,10 @@ pub(super) fn topology(
         })
     };
     let leaders = elected.values().map(|nodes| {
-        let leaders = nodes.iter().enumerate();
+        // By name: the order of the leaders changes when one records its lead. With it the addresses would change,
+        // and for a moment nothing would be known of the paths.
+        let place = |node: &Node| nodes.iter().filter(|other| other.name < node.name).count();
+        let leaders = nodes.iter().map(|node| (place(node), node));
         let is_only = nodes.len() == 1;
         let leaders = leaders.filter_map(|(place, node)| leader((!is_only).then_some(place), node));
         leaders.collect::<Vec<_>>()

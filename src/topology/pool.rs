@@ -20,7 +20,7 @@ type Expected<'a> = BTreeMap<SegmentName, Vec<&'a NodeName>>;
 #[derive(Debug, Default)]
 pub(super) struct Pools {
     wireguard_ips: BTreeMap<NodeName, Vec<IpAddr>>,
-    /// The probe addresses of each family, IPv4 first, by the place of a leader in its segment.
+    /// The probe addresses of each family, IPv4 first, by the place of a leader among those of its segment, by name.
     probe_ips: [Vec<IpAddr>; 2],
 }
 
@@ -90,7 +90,7 @@ impl Pools {
         self.wireguard_ips.get(leader).cloned().unwrap_or_default()
     }
 
-    /// The probe address of a leader at this place of its segment, of a family of its pods, IPv4 first; `None` where
+    /// The probe address of a leader at this place, by name, of its segment, of a family of its pods, IPv4 first; `None` where
     /// the pools have no room.
     pub(super) fn probe_ip(&self, place: usize, pod_cidrs: &[IpNet]) -> Option<IpAddr> {
         let has = |ip: &&IpAddr| {
