@@ -78,6 +78,8 @@ pub(super) fn annotation_moved(field: &mut Field) -> anyhow::Result<String> {
     let count = if thorough() { 5 } else { 1 };
     let before = [LEADER, SECOND, MASTER, PUBLIC];
     let after = [MEMBER, SECOND, MASTER, PUBLIC];
+    let mut lost = 0;
+    let mut worst = String::new();
     for (leaders, newcomer) in [(after, MEMBER), (before, LEADER)]
         .iter()
         .cycle()
@@ -93,21 +95,18 @@ pub(super) fn annotation_moved(field: &mut Field) -> anyhow::Result<String> {
                 Ok(())
             },
         )?;
-        let link = field
-            .lab
-            .node(newcomer)?
-            .run("ip -br link show dev kilo0 up")?;
+        let link = field.lab.node(newcomer)?;
+        let link = link.run("ip -br link show dev kilo0 up")?;
         ensure!(!link.is_empty(), "{newcomer} does not lead");
         write!(told, "{newcomer} leads: {felt}; ")?;
-        ensure!(
-            felt.lost <= LOST,
-            "{told}\n{}\n{}",
-            felt.which,
-            field.evidence()
-        );
+        if felt.lost > lost {
+            lost = felt.lost;
+            worst = felt.which;
+        }
     }
     field.settle(&flows, |_| true)?;
     field.nothing_in_clear(capture)?;
+    ensure!(lost <= LOST, "{told}\n{worst}");
     Ok(told)
 }
 

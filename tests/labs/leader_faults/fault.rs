@@ -1,11 +1,12 @@
 //! The faults: how each is made and unmade, and how long flows may be silent.
 
+use std::path::Path;
 use std::time::Duration;
 
 use selvedge_lab::Lab;
 use selvedge_lab::topology::Site;
 
-use super::field::Field;
+use super::field::{Field, SELVEDGE};
 use super::{LEADER, MASTER, PUBLIC, SECOND};
 
 const TWO: Duration = Duration::from_secs(2);
@@ -136,6 +137,8 @@ fn power_off(field: &mut Field, node: &str) -> anyhow::Result<()> {
 }
 
 fn power_on(field: &mut Field, node: &str) -> anyhow::Result<()> {
+    // As systemd does before the kubelet starts: else flannel sends in clear until the agent is up.
+    field.lab.selvedge(Path::new(SELVEDGE), node, &["guard"])?;
     field.lab.network().plug(node, true)?;
     field.lab.power_on(node)?;
     field.start_agent(node)

@@ -15,9 +15,9 @@ use selvedge_lab::lab::{AGENT_FLAGS, Mesh};
 use selvedge_lab::topology::{MASTER_PUBLIC, Site, beside_master};
 use selvedge_lab::traffic::flows::{End, Flows, PORT, now};
 
-use super::{LEADER, MASTER, MEMBER, PUBLIC, SECOND};
+use super::{FAR_MEMBER, LEADER, MASTER, MEMBER, PUBLIC, SECOND};
 
-const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
+pub(super) const SELVEDGE: &str = env!("CARGO_BIN_EXE_selvedge");
 const MANIFEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/selvedge-k3s.yaml");
 
 const LEAD: &str = "kilo.squat.ai/leader";
@@ -28,7 +28,7 @@ const MORE: [u8; 3] = [201, 202, 203];
 
 /// How long all paths may take to be in use again after a fault; a path that was down several times in a row
 /// waits for half a minute.
-const SETTLING: Duration = Duration::from_secs(90);
+const SETTLING: Duration = Duration::from_secs(60);
 
 /// A gap this short is the machine's.
 const SHORT: Duration = Duration::from_millis(200);
@@ -150,11 +150,12 @@ impl Field {
         Ok(ends)
     }
 
-    /// Starts flows: the follower's pod with each pod of the other region, and a leader's pod with one.
+    /// Starts flows: of the follower's pod with those of a follower and a leader of the other region, and of the
+    /// leaders' pods.
     pub(super) fn flows(&self) -> anyhow::Result<Flows> {
         let of = |node: &str| self.ends_of(node);
         let mut pairs = Vec::new();
-        for far in [MASTER, PUBLIC] {
+        for far in [FAR_MEMBER, MASTER] {
             for near in of(MEMBER)? {
                 pairs.push((near, of(far)?.remove(0)));
             }
@@ -215,30 +216,27 @@ impl Field {
         Ok(carried)
     }
 
-    /// Waits until every leader carries flows of its region's follower, or of the pods behind the far leaders, and
-    /// nothing of what is between wanted ends is lost.
+    /// Waits until every leader carries flows of its region's follower, and nothing of what is between wanted ends is lost.
     pub(super) fn settle(
         &self,
         flows: &Flows,
         wanted: impl Fn(&End) -> bool,
     ) -> anyhow::Result<Duration> {
         let begun = Instant::now();
-        let member: BTreeSet<_> = self
-            .ends_of(MEMBER)?
-            .into_iter()
-            .map(|end| end.address)
-            .collect();
+        let far = self.ends_of(FAR_MEMBER)?.remove(0).address;
+        let near = self.ends_of(MEMBER)?.into_iter();
+        let near: BTreeSet<_> = near.map(|end| end.address).collect();
         let mut seen = String::new();
         while begun.elapsed() < SETTLING {
             let carried = self.carried()?;
             let all = carried.iter().all(|(node, pairs)| {
-                let far = self
-                    .lab
-                    .network()
-                    .site(node)
-                    .is_ok_and(|site| site == Site::Cloud);
+                let site = self.lab.network().site(node);
+                let is_of_follower = |ip: &IpAddr| match site {
+                    Ok(Site::Cloud) => *ip == far,
+                    _ => near.contains(ip),
+                };
                 let mut pairs = pairs.iter();
-                pairs.any(|(from, to)| far || member.contains(from) || member.contains(to))
+                pairs.any(|(from, to)| is_of_follower(from) || is_of_follower(to))
             });
             let since = now() - Duration::from_millis(700);
             let flowing = flows.flow_since(since, SHORT, |from, to| wanted(from) && wanted(to));

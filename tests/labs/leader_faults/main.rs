@@ -2,8 +2,8 @@
 //! flow is silent, with two leaders a region, and as the control with one.
 //!
 //! ```text
-//!    region default, a cloud: node-master and node-public-01, each with an elastic IP
-//!    region nd, behind one NAT: node-agent-01 and -02, which lead, and node-agent-03, which follows
+//!    region default, a cloud with elastic IPs: node-master and node-public-01, which lead, and node-public-02
+//!    region nd, behind one NAT: node-agent-01 and -02, which lead, and node-agent-03
 //! ```
 //!
 //! Each fault happens once; with `SELVEDGE_LEADER_FAULTS=all` five times, with medians, and the faults that last
@@ -33,8 +33,10 @@ use field::Field;
 
 /// The region's other leader, where two lead.
 const SECOND: &str = "node-agent-02";
-/// The node that never leads.
+/// The follower there.
 const MEMBER: &str = "node-agent-03";
+/// The follower of the other region.
+const FAR_MEMBER: &str = "node-public-02";
 
 /// How much longer than promised a fault may be felt on a slow machine.
 const FACTOR: u32 = 5;
@@ -49,7 +51,7 @@ fn run(steps: &mut Steps) -> Option<()> {
     let options = Options {
         shape: Shape {
             master: Master::ElasticIp,
-            beside_master: 1,
+            beside_master: 2,
             ..Shape::default()
         },
         ..Options::default()
