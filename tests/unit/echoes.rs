@@ -520,6 +520,24 @@ fn other_targets_keep_what_is_known_of_the_paths_that_stay() {
     assert_eq!(net.nodes["a1"].prober.poll_timeout(), None);
 }
 
+#[test]
+fn a_new_order_of_the_leaders_changes_no_verdict_on_them() {
+    let mut net = three_regions(21);
+    let targets = net.nodes["a3"].prober.targets().clone();
+    let states = |net: &Net| ["a1", "a2"].map(|leader| through(net, "a3", leader));
+    assert_eq!(states(&net), [PathState::Up; 2]);
+
+    let mut swapped = targets.clone();
+    let addresses = targets.leaders.values().rev().copied();
+    for (address, other) in swapped.leaders.values_mut().zip(addresses) {
+        *address = other;
+    }
+    assert_ne!(swapped, targets);
+    net.set_targets("a3", swapped);
+    net.run(millis(1));
+    assert_eq!(states(&net), [PathState::Up; 2]);
+}
+
 /// Echoes, and echoes and answers, that a node sent in a second.
 fn rates(net: &Net, name: &str, time: Duration) -> (f64, f64) {
     let node = &net.nodes[name];
