@@ -89,7 +89,9 @@ impl Cluster {
             "h/wYe0dl8DAI8SLTR2E+bEkgxVvTFwS0ArNTXESFtFw=",
             "wiUQEPcJjQbzuVj3TcsI6NUvnvaau+Lej0HpefSCL2g=",
         ];
-        let seen = json!({keys[1]: {"IP": "198.51.100.7", "Port": 24276, "Zone": ""}}).to_string();
+        // The NAT gives each of the two leaders behind it a port.
+        let at = |port: u16| json!({"IP": "198.51.100.7", "Port": port, "Zone": ""});
+        let seen = json!({keys[1]: at(24276), keys[2]: at(24277)}).to_string();
         for ((name, address), key) in NODES.into_iter().zip(keys) {
             let endpoint = format!("{address}:51820");
             let internal_ip = format!("{address}/24");
