@@ -1,7 +1,7 @@
 //! Which of several leaders packets take, by this node's verdicts on the paths through them.
 //!
-//! Up comes before Unknown, Unknown before Draining, and Draining before Down. All paths of the best class that
-//! is there are used. Where all are Down the verdicts make no difference: this node's own uplink may be down.
+//! Up comes before Unknown, then come Returning, Draining and Down. All paths of the best class that is there are
+//! used. Where all are Down the verdicts make no difference: this node's own uplink may be down.
 //!
 //! What no verdict changes: the prefixes of each route, what the tunnel accepts from a leader, and the nft table.
 //!
