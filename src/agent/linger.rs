@@ -15,7 +15,7 @@
 //! The order matters where reverse-path checks are strict: what comes by flannel's device is accepted once this
 //! node's own routes lead there, and what comes by the tunnel always is.
 //!
-//! A node that leaves its segment or the mesh gets no grace.
+//! A node that leaves its segment or the mesh gets no grace, and neither does one whose segment has other members now.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 use crate::state::{State, Table};
-use crate::topology::{Leader, SegmentName, Topology};
+use crate::topology::{Leader, NodeName, SegmentName, Topology};
 use crate::wireguard::{PeerConfig, PeerId};
 
 /// How long a former leader stays. Shorter than an operator's patience.
@@ -46,14 +46,22 @@ pub struct Place<'a> {
 /// What lingers.
 #[derive(Debug, Default)]
 pub struct Linger {
-    /// The last desired state of this node as a leader, and its segment.
-    lead: Option<(SegmentName, State)>,
+    /// The last desired state of this node as a leader.
+    lead: Option<Lead>,
     /// The segments of the leaders among its peers.
     segments: BTreeMap<PeerId, SegmentName>,
     /// Since when this node does not lead any more, while it still acts as a leader.
     demoted: Option<Instant>,
     /// The leaders that were peers until a moment ago.
     former: BTreeMap<PeerId, Former>,
+}
+
+#[derive(Debug)]
+struct Lead {
+    segment: SegmentName,
+    /// The nodes of the segment. What the state says of a node that joined or left since is wrong.
+    members: Vec<NodeName>,
+    state: State,
 }
 
 #[derive(Debug)]
@@ -82,18 +90,20 @@ impl Linger {
             self.demoted = None;
             self.note_former(&desired, place.segment, now);
             let desired = self.with_former(desired, place.topology, now);
-            self.lead = Some((place.segment.clone(), desired.clone()));
+            self.lead = Some(Lead {
+                segment: place.segment.clone(),
+                members: members(place),
+                state: desired.clone(),
+            });
             let leaders = place.topology.leaders();
             let named = leaders.map(|(of, leader)| (leader.peer_id(), of.name.clone()));
             self.segments = named.collect();
             return desired;
         }
         self.former.clear();
-        let Some((_, lead)) = self
-            .lead
-            .as_ref()
-            .filter(|(segment, _)| segment == place.segment)
-        else {
+        let is_same =
+            |lead: &&Lead| lead.segment == *place.segment && lead.members == members(place);
+        let Some(Lead { state: lead, .. }) = self.lead.as_ref().filter(is_same) else {
             self.lead = None;
             return desired;
         };
@@ -122,7 +132,7 @@ impl Linger {
     /// Remembers the leaders that were peers in the last state and are none now.
     fn note_former(&mut self, desired: &State, segment: &SegmentName, now: Instant) {
         let last = self.lead.as_ref();
-        let Some((_, last)) = last.filter(|(last, _)| last == segment) else {
+        let Some(Lead { state: last, .. }) = last.filter(|last| last.segment == *segment) else {
             self.former.clear();
             return;
         };
@@ -179,6 +189,14 @@ impl Linger {
     }
 }
 
+/// The nodes of the segment.
+fn members(place: Place<'_>) -> Vec<NodeName> {
+    let mut segments = place.topology.segments.iter();
+    let segment = segments.find(|of| of.name == *place.segment);
+    let nodes = segment.into_iter().flat_map(|of| &of.nodes);
+    nodes.map(|node| node.name.clone()).collect()
+}
+
 /// Whether the node of this leader is a member of a segment.
 fn is_member(topology: &Topology, id: &PeerId, segment: &SegmentName) -> bool {
     let mut segments = topology.segments.iter();
@@ -228,7 +246,7 @@ fn shared_with_successor(
 mod tests {
     use super::*;
     use crate::state::{Route, RouteKey};
-    use crate::topology::{Member, NodeName, RegionName, Segment};
+    use crate::topology::{Member, RegionName, Segment};
     use crate::wireguard::key::PublicKey;
 
     #[expect(clippy::disallowed_methods, reason = "an Instant has no other origin")]
@@ -468,10 +486,12 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_leaves_its_segment_or_the_mesh_gets_no_grace() {
+    fn a_node_that_leaves_its_segment_or_gets_other_neighbours_gets_no_grace() {
         let t0 = start();
         let (home, elsewhere) = (Home::new("a"), Home::new("c"));
-        for left in [elsewhere.leads(false), None] {
+        let joined: [(&str, &[&str]); 2] = [("a", &["a1", "a2", "a3", "a9", "c1"]), ("b", &["b1"])];
+        let other_members = Home(segment("a"), topology(&joined));
+        for left in [elsewhere.leads(false), other_members.leads(false), None] {
             let mut linger = Linger::default();
             linger.handle_desired(state(BEFORE), home.leads(true), t0);
             let after = linger.handle_desired(State::default(), left, t0);
