@@ -9,6 +9,7 @@
 #   make fuzz [SECONDS_EACH=60]       the parsers and state machines, a minute each
 #   make start-orders                 two regions behind NAT, agents started in all orders; root
 #   make leader-faults                each fault of a leader five times, with medians, half an hour; root
+#   make sim [SCHEDULES=10000]        whole meshes in a simulation, with faults from seeds
 #   make soak [SECONDS_LONG=600]      sessions renewed under load, not one packet lost; root
 #   make programs                     kube-apiserver, etcd, flanneld, ... from their Go modules
 #   make image-check      the container image's file system, with the lab's agents inside of it
@@ -18,8 +19,9 @@ CARGO ?= cargo
 ARGS ?=
 SECONDS_EACH ?= 60
 SECONDS_LONG ?= 600
+SCHEDULES ?= 10000
 
-.PHONY: lab unit test evidence check bench fuzz soak start-orders leader-faults programs image-check clean
+.PHONY: lab unit test evidence check bench fuzz sim soak start-orders leader-faults programs image-check clean
 .NOTPARALLEL:
 
 lab:
@@ -74,6 +76,12 @@ fuzz:
 image-check:
 	scripts/setup.sh lab
 	deploy/check-image.sh $(ARGS)
+
+# Optimised, since a schedule takes most of a second without that. FIRST=n begins with another seed.
+FIRST ?= 1
+sim:
+	SELVEDGE_SIM_FIRST=$(FIRST) SELVEDGE_SIM_SCHEDULES=$(SCHEDULES) \
+		CARGO_PROFILE_DEV_OPT_LEVEL=2 $(CARGO) test --quiet --test sim -- --nocapture no_schedule
 
 soak:
 	lab/build.sh wireguard-go

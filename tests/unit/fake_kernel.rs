@@ -60,7 +60,12 @@ impl FakeKernel {
 
     /// The agent's objects.
     pub(crate) fn observe(&self) -> State {
-        self.state.clone()
+        self.state().clone()
+    }
+
+    /// The same, to look at.
+    pub(crate) fn state(&self) -> &State {
+        &self.state
     }
 
     /// Applies a change, or returns the kernel's error.
