@@ -92,6 +92,12 @@ impl Capture {
         })
     }
 
+    /// The file with the packets, for a person to look at.
+    #[must_use]
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
     /// Stops listening and reads what was heard; `pods` is the cluster's only pod network.
     ///
     /// # Errors

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use nix::sys::signal::Signal;
-use selvedge_lab::Lab;
 use selvedge_lab::capture::Capture;
 use selvedge_lab::controlplane::POD_NETWORK;
 use selvedge_lab::lab::{AGENT_FLAGS, Mesh};
 use selvedge_lab::topology::{MASTER_PUBLIC, Site, beside_master};
 use selvedge_lab::traffic::flows::{End, Flows, PORT, now};
+use selvedge_lab::{Lab, wait_for};
 
 use super::{FAR_MEMBER, LEADER, MASTER, MEMBER, PUBLIC, SECOND};
 
@@ -29,6 +29,9 @@ const MORE: [u8; 3] = [201, 202, 203];
 /// How long all paths may take to be in use again after a fault; a path that was down several times in a row
 /// waits for half a minute.
 const SETTLING: Duration = Duration::from_secs(60);
+
+/// How many looks in a row must find each flow on the same path.
+const STEADY_LOOKS: u32 = 3;
 
 /// A gap this short is the machine's.
 const SHORT: Duration = Duration::from_millis(200);
@@ -216,6 +219,21 @@ impl Field {
         Ok(carried)
     }
 
+    /// The same, once flows have stayed where they are: a path that has just come back takes some over.
+    pub(super) fn carried_steadily(
+        &self,
+    ) -> anyhow::Result<BTreeMap<&'static str, BTreeSet<Pair>>> {
+        let mut last = self.carried()?;
+        let mut same = 0;
+        wait_for("flows that keep their paths", SETTLING, || {
+            let now = self.carried().unwrap_or_default();
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
+            same == STEADY_LOOKS
+        })?;
+        Ok(last)
+    }
+
     /// Waits until every leader carries flows of its region's follower, and nothing of what is between wanted ends is lost.
     pub(super) fn settle(
         &self,
@@ -271,15 +289,30 @@ impl Field {
     }
 
     /// Begins to capture what crosses the internet, but for the tunnels.
+    ///
+    /// A node that boots answers its region's echoes by ICMP until its agent is up, and before flannel has its
+    /// routes that takes the default route. It is of one region.
     pub(super) fn capture(&self, name: &str) -> anyhow::Result<Capture> {
         let file = self.lab.directory().join(format!("{name}.pcap"));
-        Capture::start_of(self.lab.network().internet(), &file, "not udp port 51820")
+        let mut own = Vec::new();
+        for node in [LEADER, SECOND, MEMBER] {
+            own.push(format!("dst net {}", self.lab.pod_cidr(node)?));
+        }
+        let own = own.join(" or ");
+        let expression =
+            format!("not udp port 51820 and not (icmp and src net 192.168.50.0/24 and ({own}))");
+        Capture::start_of(self.lab.network().internet(), &file, &expression)
     }
 
     /// Ends a capture, which must have seen nothing that was readable.
     pub(super) fn nothing_in_clear(&self, capture: Capture) -> anyhow::Result<()> {
+        let file = capture.file().display().to_string();
         let findings = capture.finish(POD_NETWORK.parse()?)?;
-        anyhow::ensure!(findings.nothing_in_clear(), "in clear: {findings}");
+        if !findings.nothing_in_clear() {
+            let shown = format!("tcpdump -nr {file} -c 20 net {POD_NETWORK} or udp port 8472");
+            let shown = self.lab.network().internet().run(&shown);
+            bail!("in clear: {findings}: {}", shown.unwrap_or_default());
+        }
         Ok(())
     }
 }

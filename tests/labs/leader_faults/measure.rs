@@ -146,7 +146,7 @@ pub(super) fn repeated(field: &mut Field, fault: &Fault) -> anyhow::Result<Strin
 fn once(field: &mut Field, fault: &Fault, victim: &str) -> anyhow::Result<Felt> {
     let flows = field.flows()?;
     field.settle(&flows, |_| true)?;
-    let carried = field.carried()?;
+    let carried = field.carried_steadily()?;
     let own = carried.get(victim).context("it does not lead")?;
     let apart = |node: &str| node != victim;
     let connected = |from: &End, to: &End| fault.own_pod || (apart(&from.node) && apart(&to.node));
