@@ -21,7 +21,7 @@ use selvedge::flannel::{Files, SubnetEnv};
 use selvedge::kernel::LocalAddress;
 use selvedge::kernel::flannel_repair::{FlannelState, Repair};
 use selvedge::reconciler::core::{Applied, Core, Platform};
-use selvedge::reconciler::firewall::Outcome;
+use selvedge::reconciler::firewall::{Job, Outcome};
 use selvedge::state::{RouteKey, Ruleset, State};
 use selvedge::status::Report;
 use selvedge::topology::{Node, NodeName, Snapshot, Topology};
@@ -86,10 +86,15 @@ impl Platform for OneBadRoute {
     }
 }
 
+/// How long `nft` takes. Routes wait for it where the table is new.
+const NFT: Duration = Duration::from_millis(20);
+
 /// One node: its controller, its reconciler, its kernel.
 pub(super) struct Agent {
     pub(super) controller: Controller,
     core: Core,
+    /// What `nft` is at, and when it ends.
+    nft: Option<(Instant, Job)>,
     pub(super) node: OneBadRoute,
     key: PublicKey,
     address: SocketAddr,
@@ -174,6 +179,7 @@ impl World {
             let agent = Agent {
                 controller: Controller::new(setup, now),
                 core: Core::default(),
+                nft: None,
                 node: OneBadRoute {
                     kernel: FakeKernel::before_the_agent(&fixtures, &NodeName(name.into())),
                     refused: None,
@@ -362,7 +368,7 @@ impl World {
         let now = self.now;
         let agent = self.agents.get_mut(name).unwrap();
         let mut all = Vec::new();
-        if let Some(job) = agent.core.poll_firewall(now) {
+        if let Some((_, job)) = agent.nft.take_if(|(end, _)| *end <= now) {
             let observed = agent.node.kernel.observe().firewall;
             let wanted = job.firewall.as_deref().cloned().map(Box::new);
             let change = wanted
@@ -377,6 +383,10 @@ impl World {
                 result: Ok(change),
             };
             all.push(agent.core.handle_firewall(outcome, now));
+        }
+        if agent.nft.is_none() {
+            let job = agent.core.poll_firewall(now);
+            agent.nft = job.map(|job| (now + NFT, job));
         }
         all.push(agent.core.pass(&mut agent.node, now));
         for applied in all {
@@ -408,7 +418,8 @@ impl World {
                 let timeout = agent.controller.poll_timeout();
                 // Facts come a moment after they were asked for.
                 let facts = agent.asked.then(|| self.now + Duration::from_millis(1));
-                [timeout, agent.core.poll_timeout(), facts]
+                let nft = agent.nft.as_ref().map(|(end, _)| *end);
+                [timeout, agent.core.poll_timeout(), facts, nft]
             });
             let seen_at = self.seen_at.filter(|_| self.api_is_up);
             let echoes = self.net.poll_timeout();
@@ -450,7 +461,9 @@ impl World {
                     agent.controller.handle_kernel(now, wall, facts);
                 }
                 let agent = self.agents.get_mut(name).unwrap();
-                if agent.core.poll_timeout().is_some_and(|at| at <= now) {
+                let nft = agent.nft.as_ref().map(|(end, _)| *end);
+                let due = agent.core.poll_timeout().into_iter().chain(nft);
+                if due.min().is_some_and(|at| at <= now) {
                     self.reconcile(name);
                 }
                 let agent = self.agents.get_mut(name).unwrap();
