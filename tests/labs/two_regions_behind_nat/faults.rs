@@ -19,6 +19,9 @@ use super::{FOLLOWER, LEADER, SECOND_LEADER, doctor, leak_something, stream};
 /// Repairs are promised within one second; a busy CI machine gets some more before it is a failure.
 const REPAIR: Duration = Duration::from_secs(5);
 
+/// How long a path may be left alone after it failed several times; a busy CI machine gets some more.
+const DAMPED: Duration = Duration::from_secs(90);
+
 /// How long streams go on after something was broken: longer than what would be a failure.
 const LOOK: Duration = Duration::from_secs(6);
 
@@ -67,6 +70,7 @@ pub(super) fn all(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
         let name = format!("flannels_device_is_deleted_on_{}", node.replace('-', "_"));
         steps.step(&name, || flannel_device_deleted(lab, node));
     }
+    steps.step("both_leaders_are_used_again", || both_are_used(lab));
     for node in [LEADER, SECOND_LEADER, FOLLOWER, MASTER] {
         let name = format!("what_is_deleted_on_{}_is_repaired", node.replace('-', "_"));
         steps.step(&name, || {
@@ -92,6 +96,9 @@ pub(super) fn all(steps: &mut Steps, lab: &mut Lab, mesh: &Mesh<'_>) {
         "all_pods_and_nodes_reach_each_other_after_all_faults",
         || claims::all_places_reach_each_other(lab, By::OwnAddress),
     );
+    steps.step("both_leaders_are_used_again_after_all_faults", || {
+        both_are_used(lab)
+    });
 }
 
 /// Takes the streams' packets out of the nodes' connection tracking, or puts them back.
@@ -196,6 +203,22 @@ fn flannel_entries_deleted(lab: &Lab) -> anyhow::Result<String> {
         }
     }
     Ok(summary.join("; "))
+}
+
+/// Waits until the follower and the far leader use both leaders. One that failed has to answer for a while before,
+/// the longer the more often it failed, at most half a minute.
+fn both_are_used(lab: &Lab) -> anyhow::Result<String> {
+    let mut summary = Vec::new();
+    for (node, far) in [(FOLLOWER, MASTER), (MASTER, FOLLOWER)] {
+        let line = format!("ip route show table 5130 {} metric 0", lab.pod_cidr(far)?);
+        let machine = lab.node(node)?;
+        let time = wait_for(&format!("two next hops on {node}"), DAMPED, || {
+            let route = machine.run(&line);
+            route.is_ok_and(|route| route.matches("nexthop").count() == 2)
+        })?;
+        summary.push(format!("{node} after {time:.1?} more"));
+    }
+    Ok(summary.join(", "))
 }
 
 /// A repair by netlink needs no descriptor; a repair by `nft` waits until there are some again.
