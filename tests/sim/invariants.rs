@@ -185,7 +185,9 @@ impl World {
             .filter_map(|(id, _)| self.nodes[*id].agent.as_ref())
             .map(|agent| agent.shown.segment_of(&name).map(|segment| &segment.name))
             .collect();
-        places.len() == 1
+        // What they have installed follows what they see, after the firewall.
+        let has_moved = self.moved.is_some_and(|at| self.now < at + BOUND + LINGER);
+        places.len() == 1 && !has_moved
     }
 
     fn steps(&mut self, id: Id, source: Source, target: Target) -> Vec<Step> {
