@@ -205,20 +205,28 @@ fn flannel_entries_deleted(lab: &Lab) -> anyhow::Result<String> {
     Ok(summary.join("; "))
 }
 
-/// Waits until the follower and the far leader use both leaders. One that failed has to answer for a while before,
-/// the longer the more often it failed, at most half a minute.
+/// Waits until all paths through and to leaders are up, and the follower and the far leader use both. A path that
+/// failed has to answer for a while before, the longer the more often it failed, at most half a minute.
 fn both_are_used(lab: &Lab) -> anyhow::Result<String> {
-    let mut summary = Vec::new();
+    let time = wait_for("all paths to be up", DAMPED, || {
+        lab.node_names().iter().all(|node| {
+            let (_, metrics) = lab.ask_agent(node, "/metrics").unwrap_or_default();
+            let mut paths = metrics
+                .lines()
+                .filter(|line| line.starts_with("selvedge_path_up{"))
+                .peekable();
+            paths.peek().is_some() && paths.all(|line| line.ends_with(" 1.0"))
+        })
+    })?;
     for (node, far) in [(FOLLOWER, MASTER), (MASTER, FOLLOWER)] {
         let line = format!("ip route show table 5130 {} metric 0", lab.pod_cidr(far)?);
         let machine = lab.node(node)?;
-        let time = wait_for(&format!("two next hops on {node}"), DAMPED, || {
+        wait_for(&format!("two next hops on {node}"), REPAIR, || {
             let route = machine.run(&line);
             route.is_ok_and(|route| route.matches("nexthop").count() == 2)
         })?;
-        summary.push(format!("{node} after {time:.1?} more"));
     }
-    Ok(summary.join(", "))
+    Ok(format!("after {time:.1?} more"))
 }
 
 /// A repair by netlink needs no descriptor; a repair by `nft` waits until there are some again.
