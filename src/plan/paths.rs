@@ -104,12 +104,15 @@ impl<'a> Site<'a> {
         direct.collect()
     }
 
-    /// The next hops of a leader that reaches no leader of a remote segment, to those leaders of its own segment that
-    /// do; empty where it sends into its own tunnel.
+    /// The next hops of a leader that reaches no leader of a remote segment, or none yet, to those leaders of its own
+    /// segment that do; empty where it sends into its own tunnel.
     pub(super) fn detour(&self, remote: &Segment, v6: bool) -> BTreeSet<NextHop> {
         let verdicts = self.verdicts;
-        let mut leaders = remote.leaders.iter();
-        let cut_off = leaders.all(|leader| is_down(verdicts.peer(&leader.peer_id())));
+        let reaches = |leader: &Leader| match verdicts.peer(&leader.peer_id()) {
+            PathState::Up | PathState::Returning | PathState::Draining => true,
+            PathState::Unknown | PathState::Down(_) => false,
+        };
+        let cut_off = !remote.leaders.iter().any(reaches);
         let (Some(segment), true) = (self.segment, cut_off) else {
             return BTreeSet::new();
         };
@@ -172,10 +175,7 @@ mod tests {
             (&[down, Down(Cause::NotForwarding)], &[0, 1]),
             (&[], &[]),
         ] {
-            assert_eq!(
-                best(states.iter().copied().enumerate().map(|(n, s)| (n, s))),
-                expected
-            );
+            assert_eq!(best(states.iter().copied().enumerate()), expected);
         }
     }
 }

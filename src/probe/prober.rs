@@ -25,8 +25,6 @@ const BUDGET: (u32, u32) = (190, 10);
 const STEADY: u32 = 180;
 /// Echoes of one path are up to this much further apart than the interval, in thousandths.
 const JITTER: u64 = 50;
-/// A leader of another region that has not answered for so long at first counts as not reached.
-const FIRST_ANSWER: Duration = Duration::from_secs(5);
 
 /// A path, by what it leads through or to.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -464,7 +462,7 @@ impl Prober {
         };
         let transmit = match to {
             Sender::Member(_) => {
-                for number in self.unreached(now, lead) {
+                for number in self.unreached(lead) {
                     answer.set_lacking(number);
                 }
                 let probe_ip = lead.probe_ip;
@@ -495,17 +493,15 @@ impl Prober {
         Some(Transmit::Peer(id.clone(), packet))
     }
 
-    /// The numbers of the segments that this leader does not reach: no leader there is up, or new.
-    fn unreached(&self, now: Instant, lead: &Lead) -> Vec<usize> {
+    /// The numbers of the segments of which no leader answers. One that never answered is not reached: members prefer
+    /// a leader that knows a way, and use this one as well where none does.
+    fn unreached(&self, lead: &Lead) -> Vec<usize> {
         let mut reached = BTreeMap::<&SegmentName, bool>::new();
         for (id, far) in &lead.peers {
             let probe = self.probes.get(&Key::Peer(id.clone()));
             let is_reached = probe.is_none_or(|probe| match probe.path.state() {
                 PathState::Up | PathState::Returning | PathState::Draining => true,
-                PathState::Unknown => {
-                    now.saturating_duration_since(probe.path.since()) < FIRST_ANSWER
-                }
-                PathState::Down(_) => false,
+                PathState::Unknown | PathState::Down(_) => false,
             });
             *reached.entry(&far.segment).or_default() |= is_reached;
         }

@@ -202,12 +202,10 @@ fn the_members_learn_which_region_a_leader_does_not_reach() {
 }
 
 #[test]
-fn a_region_that_never_answered_is_not_reached_after_five_seconds() {
+fn a_region_that_never_answered_is_not_reached() {
     let mut net = Net::regions(start(), 7, &[("a", 3), ("b", 1)]);
     net.faults.dead.insert("b1".into());
     net.run(seconds(3));
-    assert!(!lacks(&net, "a3", "a1", "b"), "it may still answer");
-    net.run(seconds(4));
     assert!(lacks(&net, "a3", "a1", "b"));
     assert_eq!(to(&net, "a1", "b1"), PathState::Unknown);
 }
