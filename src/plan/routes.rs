@@ -275,7 +275,11 @@ impl Routes<'_> {
             .iter()
             .chain(self.site.inputs.connected)
         {
-            if wide.keys().any(|net| net.contains(network)) {
+            // Of two nodes that claim one address, another region's may hold it.
+            let is_held = network.prefix_len() == network.max_prefix_len()
+                && !wide.contains_key(network)
+                && self.is_routed(Table::Mesh, network.addr());
+            if !is_held && wide.keys().any(|net| net.contains(network)) {
                 self.throw(*network);
             }
         }

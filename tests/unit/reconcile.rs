@@ -6,12 +6,14 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 use selvedge::diff::diff;
 use selvedge::state::{BACKSTOP_METRIC, Link, Route, RouteKey, State, Table};
-use selvedge::topology::{Claim, Ledger, Node, NodeName, Segment, SegmentName, Topology};
+use selvedge::topology::{
+    Claim, Granularity, Ledger, Node, NodeName, Segment, SegmentName, Topology,
+};
 use selvedge::wireguard::{PeerConfig, PeerId};
 
 use crate::cluster_strategy::{any_mesh, mesh, node};
 use crate::fake_kernel::FakeKernel;
-use crate::mesh::{Mesh, With, is_v6, key, lines, net, recorded};
+use crate::mesh::{Mesh, With, ip, is_v6, key, lines, net, node as node_of, recorded};
 
 fn reach(kernel: &mut FakeKernel, desired: &State) -> Result<(), TestCaseError> {
     for change in diff(&kernel.observe(), desired) {
@@ -463,4 +465,34 @@ fn the_fake_kernel_refuses_what_the_kernel_refuses() {
         left.values()
             .all(|route| !matches!(route, Route::Unicast { .. }))
     );
+}
+
+/// Both nodes publish an address that is not in their status, so their status counts, and it is the same. The first
+/// node holds it. To the second it is its own network.
+#[test]
+fn a_wide_prefix_takes_no_route_to_an_address_that_two_nodes_claim() {
+    let claimant = |number: u8| {
+        let name = format!("node-{number}");
+        node_of(&name, "r0", number, "192.168.0.1/24").with(|node| {
+            node.internal_ips = vec![ip("192.168.77.7")];
+        })
+    };
+    let mut mesh = Mesh::new(vec![claimant(4), claimant(5)]);
+    mesh.agreed.granularity = Granularity::Full;
+    let route = |mesh: &Mesh| {
+        let routes = mesh.state("node-5").routes;
+        let mut routes = routes.into_iter();
+        routes.find(|(key, _)| key.dst == net("192.168.77.7/32"))
+    };
+    let alone = route(&mesh);
+    assert!(
+        matches!(alone, Some((_, Route::Unicast { .. }))),
+        "{alone:?}"
+    );
+
+    let newcomer = node_of("zz", "zz", 9, "192.168.1.5/24").with(|node| {
+        node.allowed_location_ips = vec![net("192.168.0.0/16")];
+    });
+    mesh.snapshot.nodes.insert(newcomer.name.clone(), newcomer);
+    assert_eq!(route(&mesh), alone);
 }
