@@ -454,7 +454,7 @@ impl Segment {
 
 impl Member {
     /// The pod CIDRs and addresses that are carried for the node.
-    fn allowed_ips(&self) -> impl Iterator<Item = IpNet> + '_ {
+    pub fn allowed_ips(&self) -> impl Iterator<Item = IpNet> + '_ {
         let pods = self.pod_cidrs.iter().copied();
         pods.chain(self.addresses.iter().copied().map(IpNet::from))
     }

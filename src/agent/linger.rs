@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 use crate::state::{State, Table};
-use crate::topology::{Leader, NodeName, SegmentName, Topology};
+use crate::topology::{Leader, Member, NodeName, SegmentName, Topology};
 use crate::wireguard::{PeerConfig, PeerId};
 
 /// How long a former leader stays. Shorter than an operator's patience.
@@ -69,8 +69,8 @@ struct Former {
     /// The segment that it led.
     segment: SegmentName,
     peer: PeerConfig,
-    /// What only this one of several leaders was sent: its own pods and host.
-    own: BTreeSet<IpNet>,
+    /// Whether it was one of several leaders, each of which was sent what is for its own pods and host.
+    has_others: bool,
     since: Instant,
 }
 
@@ -143,7 +143,7 @@ impl Linger {
                 self.former.entry(id.clone()).or_insert_with(|| Former {
                     segment: segment.clone(),
                     peer: peer.clone(),
-                    own: own(id, peer, &last.peers),
+                    has_others: has_others(id, peer, &last.peers),
                     since: now,
                 });
             }
@@ -155,7 +155,7 @@ impl Linger {
         let peers = &desired.peers;
         self.former.retain(|id, former| {
             now < former.since + LINGER
-                && is_member(topology, id, &former.segment)
+                && member(topology, id, &former.segment).is_some()
                 && !peers.contains_key(id)
                 && peers
                     .values()
@@ -165,7 +165,10 @@ impl Linger {
             let accepts = shared_with_successor(&former.peer, peers);
             (!accepts.is_empty()).then(|| {
                 let is_sent_its_own = now < former.since + HANDOVER * 2;
-                let routes = &accepts & &former.own;
+                let own = member(topology, id, &former.segment);
+                let own = own.filter(|_| former.has_others);
+                let own = own.into_iter().flat_map(Member::allowed_ips);
+                let routes = own.filter(|net| accepts.contains(net)).collect();
                 let peer = PeerConfig {
                     routes: if is_sent_its_own {
                         routes
@@ -197,27 +200,17 @@ fn members(place: Place<'_>) -> Vec<NodeName> {
     nodes.map(|node| node.name.clone()).collect()
 }
 
-/// Whether the node of this leader is a member of a segment.
-fn is_member(topology: &Topology, id: &PeerId, segment: &SegmentName) -> bool {
+/// The node of this leader, if it is a member of a segment.
+fn member<'a>(topology: &'a Topology, id: &PeerId, segment: &SegmentName) -> Option<&'a Member> {
     let mut segments = topology.segments.iter();
-    let segment = segments.find(|of| of.name == *segment);
-    segment.is_some_and(|of| of.nodes.iter().any(|node| Leader::id_of(&node.name) == *id))
+    let mut nodes = segments.find(|of| of.name == *segment)?.nodes.iter();
+    nodes.find(|node| Leader::id_of(&node.name) == *id)
 }
 
-/// What only this leader is sent, where its segment has others: they accept the same sources.
-fn own(id: &PeerId, peer: &PeerConfig, peers: &BTreeMap<PeerId, PeerConfig>) -> BTreeSet<IpNet> {
-    let others = peers.iter().filter(|(other, _)| *other != id);
-    let mut beside = others
-        .filter(|(_, other)| other.accepts == peer.accepts)
-        .peekable();
-    if beside.peek().is_none() {
-        return BTreeSet::new();
-    }
-    let mut own = peer.routes.clone();
-    for (_, other) in beside {
-        own.retain(|net| !other.routes.contains(net));
-    }
-    own
+/// Whether the segment of this leader has others: they accept the same sources.
+fn has_others(id: &PeerId, peer: &PeerConfig, peers: &BTreeMap<PeerId, PeerConfig>) -> bool {
+    let mut others = peers.iter().filter(|(other, _)| *other != id);
+    others.any(|(_, other)| other.accepts == peer.accepts)
 }
 
 /// The state of a former leader that sends as a follower, and still receives by its tunnel.
@@ -246,7 +239,7 @@ fn shared_with_successor(
 mod tests {
     use super::*;
     use crate::state::{Route, RouteKey};
-    use crate::topology::{Member, RegionName, Segment};
+    use crate::topology::{RegionName, Segment};
     use crate::wireguard::key::PublicKey;
 
     #[expect(clippy::disallowed_methods, reason = "an Instant has no other origin")]
@@ -293,7 +286,7 @@ mod tests {
         let member = |name: &&str| Member {
             name: NodeName((*name).into()),
             endpoint: None,
-            pod_cidrs: Vec::new(),
+            pod_cidrs: vec![format!("10.42.{}.0/24", &name[1..]).parse().unwrap()],
             addresses: Vec::new(),
             underlay: BTreeSet::new(),
             flannel_ips: BTreeSet::new(),
@@ -404,6 +397,42 @@ mod tests {
         let kept = linger.handle_desired(after.clone(), home.leads(true), t0 + HANDOVER * 2);
         assert_eq!(routes(&kept, "node/a1"), BTreeSet::new());
         assert_eq!(routes(&kept, "node/a3"), routes(&after, "node/a3"));
+    }
+
+    /// The paths to `a2` had failed, so `a1` was sent what is for the followers alone.
+    #[test]
+    fn what_is_for_a_follower_goes_to_the_new_leaders_at_once() {
+        let t0 = start();
+        let home = Home::new("b");
+        let accepts = nets(&["10.42.1.0/24", "10.42.2.0/24", "10.42.3.0/24"]);
+        let leaders = |leaders: &[(&str, u8, &[&str])]| State {
+            peers: leaders
+                .iter()
+                .map(|(name, key, routes)| {
+                    let peer = PeerConfig {
+                        routes: nets(routes),
+                        accepts: accepts.clone(),
+                        ..PeerConfig::new(PublicKey([*key; 32]))
+                    };
+                    (PeerId::new(*name), peer)
+                })
+                .collect(),
+            ..State::default()
+        };
+        let before: [(&str, u8, &[&str]); 2] = [
+            ("node/a1", 1, &["10.42.1.0/24", "10.42.3.0/24"]),
+            ("node/a2", 2, &["10.42.2.0/24"]),
+        ];
+        let after: [(&str, u8, &[&str]); 2] = [
+            ("node/a2", 2, &["10.42.1.0/24", "10.42.2.0/24"]),
+            ("node/a3", 3, &["10.42.1.0/24", "10.42.3.0/24"]),
+        ];
+        let mut linger = Linger::default();
+        linger.handle_desired(leaders(&before), home.leads(true), t0);
+        let kept = linger.handle_desired(leaders(&after), home.leads(true), t0);
+        let routes = |name: &str| kept.peers[&PeerId::new(name)].routes.clone();
+        assert_eq!(routes("node/a1"), nets(&["10.42.1.0/24"]));
+        assert_eq!(routes("node/a3"), nets(&["10.42.3.0/24"]));
     }
 
     #[test]
