@@ -440,6 +440,7 @@ impl fmt::Display for RouteCommand<'_> {
         let Self(verb, key, route) = self;
         let kind = match route {
             Some(Route::Unreachable) => "unreachable ",
+            Some(Route::Blackhole) => "blackhole ",
             Some(Route::Throw) => "throw ",
             Some(Route::Unicast { .. }) | None => "",
         };

@@ -63,6 +63,8 @@ pub struct Guard {
     interface: String,
     rules: BTreeSet<Rule>,
     unreachable: BTreeSet<RouteKey>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    blackhole: BTreeSet<RouteKey>,
     throw: BTreeSet<RouteKey>,
 }
 
@@ -83,6 +85,7 @@ impl Guard {
             interface: link.map(|link| link.name.clone()).unwrap_or_default(),
             rules: state.rules.clone(),
             throw: keys(&Route::Throw),
+            blackhole: keys(&Route::Blackhole),
             unreachable,
         }
     }
@@ -139,7 +142,11 @@ impl Guard {
         let throw = self.throw.iter().map(|key| (*key, Route::Throw));
         let unreachable = self.unreachable.iter();
         let unreachable = unreachable.map(|key| (*key, Route::Unreachable));
-        let routes = throw.chain(unreachable).collect::<Vec<_>>();
+        let blackhole = self.blackhole.iter().map(|key| (*key, Route::Blackhole));
+        let routes = throw
+            .chain(blackhole)
+            .chain(unreachable)
+            .collect::<Vec<_>>();
         let failed = kernel::guard(&routes, &self.rules)?;
         if failed.is_empty() {
             return Ok(());
@@ -198,7 +205,7 @@ fn guard(state_dir: &Path) -> anyhow::Result<String> {
     wanted.apply()?;
     Ok(format!(
         "{} routes and {} rules guard this node until its agent runs",
-        wanted.unreachable.len() + wanted.throw.len(),
+        wanted.unreachable.len() + wanted.blackhole.len() + wanted.throw.len(),
         wanted.rules.len()
     ))
 }

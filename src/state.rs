@@ -80,6 +80,8 @@ pub enum Route {
     },
     /// Refuses the packet with ICMP unreachable, so that none between regions leaves in clear.
     Unreachable,
+    /// Drops the packet without an answer. For echoes, to whose sender there may be no route but the default one.
+    Blackhole,
     /// Ends the look-up in this table and leaves the packet to flannel's routes.
     Throw,
 }

@@ -36,6 +36,7 @@ pub(super) fn to_message(
     let (next_hops, src, mtu) = match route {
         Route::Throw => return Ok(message.kind(RouteType::Throw).build()),
         Route::Unreachable => return Ok(message.kind(RouteType::Unreachable).build()),
+        Route::Blackhole => return Ok(message.kind(RouteType::BlackHole).build()),
         Route::Unicast {
             next_hops,
             src,
@@ -170,7 +171,7 @@ pub(super) fn table(message: &RouteMessage) -> u32 {
 /// The route in a message about one of the agent's own tables; `None` if it is about another, or has
 /// a key that none of the agent's routes can have.
 ///
-/// A route that the agent could not have made (a blackhole, an encapsulation) comes out as one
+/// A route that the agent could not have made (a prohibition, an encapsulation) comes out as one
 /// without next hops, which equals none that it makes.
 pub(super) fn from_message(message: &RouteMessage, names: &Names) -> Option<(RouteKey, Route)> {
     let id = table(message);
@@ -196,6 +197,7 @@ pub(super) fn from_message(message: &RouteMessage, names: &Names) -> Option<(Rou
     let route = match header.kind {
         RouteType::Throw => Route::Throw,
         RouteType::Unreachable => Route::Unreachable,
+        RouteType::BlackHole => Route::Blackhole,
         RouteType::Unicast if !parts.foreign => Route::Unicast {
             next_hops: next_hops(message, names),
             src: parts.src,
@@ -355,6 +357,7 @@ mod tests {
     fn any_route(v6: bool) -> impl Strategy<Value = Route> {
         prop_oneof![
             Just(Route::Unreachable),
+            Just(Route::Blackhole),
             Just(Route::Throw),
             (
                 proptest::collection::btree_set(any_hop(v6), 1..4),

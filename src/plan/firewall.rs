@@ -149,7 +149,7 @@ fn guard(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> Guard {
             (Table::Pods, _) => {
                 guard.far_from_pods.insert(dst);
             }
-            (Table::Mesh, Route::Unicast { .. } | Route::Unreachable) => {
+            (Table::Mesh, Route::Unicast { .. } | Route::Unreachable | Route::Blackhole) => {
                 let inside = |net: &IpNet| net.contains(&dst) && *net != dst;
                 if guard
                     .near

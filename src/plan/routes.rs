@@ -228,7 +228,17 @@ impl Routes<'_> {
             } else {
                 self.site.hops_to([leader], ip.is_ipv6())
             };
-            self.add(Table::Mesh, IpNet::from(ip), &hops);
+            let dst = IpNet::from(ip);
+            self.add(Table::Mesh, dst, &hops);
+            // A leader that boots has no route to the sender yet, and an ICMP error would leave by the default route.
+            let backstop = RouteKey {
+                table: Table::Mesh,
+                dst,
+                metric: BACKSTOP_METRIC,
+            };
+            if let Some(route) = self.routes.get_mut(&backstop) {
+                *route = Route::Blackhole;
+            }
         }
     }
 

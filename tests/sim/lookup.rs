@@ -69,6 +69,7 @@ pub(crate) fn steps(state: &State, host: &Host<'_>, from: Source, dst: IpAddr) -
         match best(state, rule.table, dst) {
             None | Some(Route::Throw) => {}
             Some(Route::Unreachable) => return vec![Step::Refused("unreachable")],
+            Some(Route::Blackhole) => return vec![Step::Refused("blackhole")],
             Some(Route::Unicast { next_hops, .. }) => {
                 let steps = next_hops.iter().map(|hop| {
                     let step = if hop.dev == TUNNEL {

@@ -99,7 +99,7 @@ impl<'a> Plans<'a> {
         for (table, _) in tables {
             match look_up(state, *table, dst) {
                 None | Some(Route::Throw) => {}
-                Some(Route::Unreachable) => return [Next::Dropped].into(),
+                Some(Route::Unreachable | Route::Blackhole) => return [Next::Dropped].into(),
                 Some(Route::Unicast { next_hops, .. }) => {
                     let hops = next_hops.iter();
                     return hops

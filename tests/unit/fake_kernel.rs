@@ -264,7 +264,7 @@ impl FakeKernel {
             Route::Unicast { next_hops, .. } => {
                 !(matches(&key.dst) && next_hops.iter().any(|hop| hop.dev == name))
             }
-            Route::Unreachable | Route::Throw => true,
+            Route::Unreachable | Route::Blackhole | Route::Throw => true,
         });
     }
 }

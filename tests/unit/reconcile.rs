@@ -55,7 +55,7 @@ fn destinations(state: &State) -> (Destinations, Destinations) {
                 routed.insert((key.table, key.dst));
                 held.insert((key.table, key.dst));
             }
-            Route::Unreachable => {
+            Route::Unreachable | Route::Blackhole => {
                 held.insert((key.table, key.dst));
             }
             Route::Throw => {}

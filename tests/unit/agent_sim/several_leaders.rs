@@ -46,7 +46,7 @@ fn gateways(state: &State, dst: &str) -> BTreeSet<String> {
     routes
         .flat_map(|(_, route)| match route {
             Route::Unicast { next_hops, .. } => next_hops.clone(),
-            Route::Unreachable | Route::Throw => BTreeSet::new(),
+            Route::Unreachable | Route::Blackhole | Route::Throw => BTreeSet::new(),
         })
         .filter_map(|hop| Some(hop.via?.to_string()))
         .collect()

@@ -64,7 +64,9 @@ fn a_follower_spreads_its_flows_over_the_leaders_of_its_segment() {
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 10.4.0.3 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5130 10.4.255.253 via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 blackhole 10.4.255.253 metric 4278198272
     ip route replace table 5130 10.4.255.254 via 10.42.1.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
+    ip route replace table 5130 blackhole 10.4.255.254 metric 4278198272
     ip route replace table 5130 10.42.0.0/24 nexthop via 10.42.1.0 dev flannel.1 onlink nexthop via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ip route replace table 5131 203.0.113.10 nexthop via 10.42.1.0 dev flannel.1 onlink nexthop via 10.42.2.0 dev flannel.1 onlink src 10.42.3.0 mtu 1420
     ");
@@ -84,7 +86,9 @@ fn each_leader_has_its_own_address_and_reaches_the_other_leaders_by_flannel() {
     ip route replace table 5130 10.4.0.1 dev kilo0 src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.0.2 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5130 10.4.255.253 dev kilo0 src 10.42.2.0 mtu 1420
+    ip route replace table 5130 blackhole 10.4.255.253 metric 4278198272
     ip route replace table 5130 10.4.255.254 via 10.42.1.0 dev flannel.1 onlink src 10.42.2.0 mtu 1420
+    ip route replace table 5130 blackhole 10.4.255.254 metric 4278198272
     ip route replace table 5130 10.42.0.0/24 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5131 203.0.113.10 via 10.4.0.1 dev kilo0 onlink src 10.42.2.0 mtu 1420
     ip route replace table 5132 192.168.50.11 via 10.42.1.0 dev flannel.1 onlink
