@@ -20,9 +20,6 @@ pub(crate) const BOUND: Duration = Duration::from_secs(3);
 /// How much longer it takes where a handshake was lost on a link or by an agent that stood still: WireGuard sends
 /// the next initiation five seconds later, with a jitter of a third of a second (paper, 6.1).
 pub(crate) const HANDSHAKE_RETRY: Duration = Duration::from_millis(5_400);
-/// How much longer it takes after a node has moved to another region: a leader that is demoted in the same moment keeps
-/// for three seconds what it had as a leader (`agent::linger`), where that node is elsewhere.
-pub(crate) const LINGER: Duration = Duration::from_secs(3);
 /// For how long a break of a path is remembered: the minute of the flap damping, and the longest time for which a
 /// damped path has to answer.
 const REMEMBERED: Duration = Duration::from_secs(90);
@@ -186,7 +183,7 @@ impl World {
             .map(|agent| agent.shown.segment_of(&name).map(|segment| &segment.name))
             .collect();
         // What they have installed follows what they see, after the firewall.
-        let has_moved = self.moved.is_some_and(|at| self.now < at + BOUND + LINGER);
+        let has_moved = self.moved.is_some_and(|at| self.now < at + BOUND);
         places.len() == 1 && !has_moved
     }
 

@@ -276,7 +276,7 @@ impl World {
 
     /// Checks convergence, or puts the check off while the last cause is still on its way.
     fn check_if_due(&mut self) {
-        let settled = super::invariants::BOUND + super::invariants::LINGER;
+        let settled = super::invariants::BOUND;
         let has_moved = self.moved.is_some_and(|at| self.now < at + settled);
         if !self.is_calm() || has_moved {
             return;
