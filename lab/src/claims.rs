@@ -497,7 +497,7 @@ fn route_deletion(family: Family, table: u32, route: &str) -> String {
     let at = words.iter().position(|word| *word == "metric");
     let metric = at.map_or(String::new(), |at| format!("metric {}", words[at + 1]));
     let target = match words[0] {
-        "unreachable" | "throw" => &words[..2],
+        "unreachable" | "blackhole" | "throw" => &words[..2],
         _ => &words[..1],
     };
     let (option, target) = (family.option(), target.join(" "));
