@@ -20,21 +20,16 @@ pub(crate) const BOUND: Duration = Duration::from_secs(3);
 /// How much longer it takes where a handshake was lost on a link or by an agent that stood still: WireGuard sends
 /// the next initiation five seconds later, with a jitter of a third of a second (paper, 6.1).
 pub(crate) const HANDSHAKE_RETRY: Duration = Duration::from_millis(5_400);
-/// For how long a break of a path is remembered: the minute of the flap damping, and the longest time for which a
-/// damped path has to answer.
-const REMEMBERED: Duration = Duration::from_secs(90);
 
-/// Whether the path between two nodes carries packets, and when it broke.
+/// What is known of the path between two nodes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct History {
-    is_good: bool,
-    broke: Vec<Instant>,
     /// Since when no handshake is lost, or else `None`.
     passes: Option<Instant>,
 }
 
 impl World {
-    /// Takes note of the paths that broke or returned.
+    /// Takes note of the paths over which handshakes pass.
     pub(crate) fn note_paths(&mut self) {
         let now = self.now;
         for a in 0..self.nodes.len() {
@@ -45,8 +40,6 @@ impl World {
                 } else {
                     self.is_far_good(a, b)
                 };
-                let works = |id: Id| self.nodes[id].is_running() && self.nodes[id].kernel.forwards;
-                let is_good = link && works(a) && works(b);
                 let stands = |id: Id| self.nodes[id].is_on && self.nodes[id].life == Life::Paused;
                 let passes = link && !self.is_lossy(a, b) && !stands(a) && !stands(b);
                 let history = self.paths.entry((b, a)).or_default();
@@ -54,20 +47,8 @@ impl World {
                     .passes
                     .filter(|_| passes)
                     .or_else(|| passes.then_some(now));
-                if history.is_good && !is_good {
-                    history.broke.push(now);
-                }
-                history.is_good = is_good;
             }
         }
-    }
-
-    /// Whether a path broke once at most within the memory of the flap damping. One that broke twice may be good
-    /// and not trusted yet.
-    fn is_steady(&self, a: Id, b: Id) -> bool {
-        let history = self.paths.get(&(a.min(b), a.max(b)));
-        let recent = |at: &&Instant| self.now - **at < REMEMBERED;
-        history.is_none_or(|it| it.broke.iter().filter(recent).count() < 2)
     }
 
     /// What holds at every step.
@@ -523,12 +504,10 @@ impl World {
         {
             return false;
         }
-        let near_ones = near
-            .iter()
-            .filter(|leader| self.works(**leader) && self.is_steady(from, **leader));
+        let near_ones = near.iter().filter(|leader| self.works(**leader));
         near_ones.into_iter().any(|near| {
             let mut far_ones = far.iter().filter(|leader| self.works(**leader));
-            far_ones.any(|far| self.is_far_good(*near, *far) && self.is_steady(*near, *far))
+            far_ones.any(|far| self.is_far_good(*near, *far))
         })
     }
 
