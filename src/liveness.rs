@@ -53,6 +53,16 @@ pub enum PathState {
     Down(Cause),
 }
 
+impl PathState {
+    /// Whether echoes over the path come back.
+    pub fn answers(self) -> bool {
+        match self {
+            Self::Up | Self::Returning | Self::Draining => true,
+            Self::Unknown | Self::Down(_) => false,
+        }
+    }
+}
+
 /// Why a path is down.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Cause {

@@ -183,14 +183,10 @@ impl Path {
 
     /// When the next echo is due.
     pub fn poll_echo(&self) -> Instant {
-        let is_trusted = matches!(
-            self.state,
-            PathState::Up | PathState::Returning | PathState::Draining
-        );
         let (Some(first), Some(last)) = (self.missing().next(), self.sent.back()) else {
             return self.next;
         };
-        if is_trusted {
+        if self.state.answers() {
             let soon = (first.at + self.overdue()).max(last.at + FAST);
             self.next.min(soon)
         } else {

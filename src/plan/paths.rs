@@ -108,10 +108,7 @@ impl<'a> Site<'a> {
     /// segment that do; empty where it sends into its own tunnel.
     pub(super) fn detour(&self, remote: &Segment, v6: bool) -> BTreeSet<NextHop> {
         let verdicts = self.verdicts;
-        let reaches = |leader: &Leader| match verdicts.peer(&leader.peer_id()) {
-            PathState::Up | PathState::Returning | PathState::Draining => true,
-            PathState::Unknown | PathState::Down(_) => false,
-        };
+        let reaches = |leader: &Leader| verdicts.peer(&leader.peer_id()).answers();
         let cut_off = !remote.leaders.iter().any(reaches);
         let (Some(segment), true) = (self.segment, cut_off) else {
             return BTreeSet::new();

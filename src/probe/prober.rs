@@ -499,10 +499,7 @@ impl Prober {
         let mut reached = BTreeMap::<&SegmentName, bool>::new();
         for (id, far) in &lead.peers {
             let probe = self.probes.get(&Key::Peer(id.clone()));
-            let is_reached = probe.is_none_or(|probe| match probe.path.state() {
-                PathState::Up | PathState::Returning | PathState::Draining => true,
-                PathState::Unknown | PathState::Down(_) => false,
-            });
+            let is_reached = probe.is_none_or(|probe| probe.path.state().answers());
             *reached.entry(&far.segment).or_default() |= is_reached;
         }
         let segments = self.targets.segments.iter().enumerate();
