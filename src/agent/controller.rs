@@ -206,16 +206,23 @@ impl Controller {
 
     /// What the host's firewall does to what the mesh forwards, in one sentence; `None` if it lets it pass.
     pub fn handle_host_firewall(&mut self, now: Instant, problem: Option<String>) {
+        let is_new = self.host_firewall != problem;
         self.host_firewall = problem;
         self.handle_obstacles(now);
-        self.follow_targets();
+        if is_new {
+            self.follow_targets();
+        }
     }
 
     /// Which setting keeps this node from forwarding, in one sentence; `None` if it forwards.
     pub fn handle_forwarding(&mut self, now: Instant, problem: Option<String>) {
+        let is_new = self.forwarding_off != problem;
         self.forwarding_off = problem;
         self.handle_obstacles(now);
-        self.follow_targets();
+        // Called at every tick, and a large mesh has many targets.
+        if is_new {
+            self.follow_targets();
+        }
     }
 
     /// The links between which a leader forwards, and whether IPv6 is forwarded too.
@@ -360,7 +367,7 @@ impl Controller {
         let own = &self.config.node;
         let place = match topology.mode {
             Mode::Native => topology.segment_of(own).map(|segment| Place {
-                segment: &segment.name,
+                segment,
                 leads: segment.leader(own).is_some(),
                 topology,
             }),

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 use crate::state::{State, Table};
-use crate::topology::{Leader, Member, NodeName, SegmentName, Topology};
+use crate::topology::{Leader, Member, NodeName, Segment, SegmentName, Topology};
 use crate::wireguard::{PeerConfig, PeerId};
 
 /// How long a former leader stays. Shorter than an operator's patience.
@@ -36,7 +36,7 @@ pub const HANDOVER: Duration = Duration::from_millis(500);
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
     /// Its segment.
-    pub segment: &'a SegmentName,
+    pub segment: &'a Segment,
     /// Whether it leads there.
     pub leads: bool,
     /// The topology.
@@ -88,21 +88,22 @@ impl Linger {
         };
         if place.leads {
             self.demoted = None;
-            self.note_former(&desired, place.segment, now);
-            let desired = self.with_former(desired, place.topology, now);
-            self.lead = Some(Lead {
-                segment: place.segment.clone(),
-                members: members(place),
-                state: desired.clone(),
-            });
+            self.note_former(&desired, &place.segment.name, now);
             let leaders = place.topology.leaders();
             let named = leaders.map(|(of, leader)| (leader.peer_id(), of.name.clone()));
             self.segments = named.collect();
+            let desired = self.with_former(desired, place.topology, now);
+            self.lead = Some(Lead {
+                segment: place.segment.name.clone(),
+                members: members(place.segment),
+                state: desired.clone(),
+            });
             return desired;
         }
         self.former.clear();
-        let is_same =
-            |lead: &&Lead| lead.segment == *place.segment && lead.members == members(place);
+        let is_same = |lead: &&Lead| {
+            lead.segment == place.segment.name && lead.members == members(place.segment)
+        };
         let Some(Lead { state: lead, .. }) = self.lead.as_ref().filter(is_same) else {
             self.lead = None;
             return desired;
@@ -162,7 +163,10 @@ impl Linger {
                     .all(|peer| peer.public_key != former.peer.public_key)
         });
         let kept = self.former.iter().filter_map(|(id, former)| {
-            let accepts = shared_with_successor(&former.peer, peers);
+            let leaders = peers
+                .iter()
+                .filter(|(id, _)| self.segments.contains_key(*id));
+            let accepts = shared_with_successor(&former.peer, leaders.map(|(_, peer)| peer));
             (!accepts.is_empty()).then(|| {
                 let is_sent_its_own = now < former.since + HANDOVER * 2;
                 let own = member(topology, id, &former.segment);
@@ -193,10 +197,8 @@ impl Linger {
 }
 
 /// The nodes of the segment.
-fn members(place: Place<'_>) -> Vec<NodeName> {
-    let mut segments = place.topology.segments.iter();
-    let segment = segments.find(|of| of.name == *place.segment);
-    let nodes = segment.into_iter().flat_map(|of| &of.nodes);
+fn members(segment: &Segment) -> Vec<NodeName> {
+    let nodes = segment.nodes.iter();
     nodes.map(|node| node.name.clone()).collect()
 }
 
@@ -226,12 +228,11 @@ fn receiving(lead: &State, follower: State) -> State {
 
 /// The sources of a former leader that the leader with most of them has now. A prefix that moved to another segment
 /// is not among them.
-fn shared_with_successor(
+fn shared_with_successor<'a>(
     former: &PeerConfig,
-    peers: &BTreeMap<PeerId, PeerConfig>,
+    leaders: impl Iterator<Item = &'a PeerConfig>,
 ) -> BTreeSet<IpNet> {
-    let leaders = peers.iter().filter(|(id, _)| Leader::is_named_by(id));
-    let shared = leaders.map(|(_, peer)| &former.accepts & &peer.accepts);
+    let shared = leaders.map(|leader| &former.accepts & &leader.accepts);
     shared.max_by_key(BTreeSet::len).unwrap_or_default()
 }
 
@@ -239,7 +240,7 @@ fn shared_with_successor(
 mod tests {
     use super::*;
     use crate::state::{Route, RouteKey};
-    use crate::topology::{RegionName, Segment};
+    use crate::topology::RegionName;
     use crate::wireguard::key::PublicKey;
 
     #[expect(clippy::disallowed_methods, reason = "an Instant has no other origin")]
@@ -320,7 +321,7 @@ mod tests {
 
         fn leads(&self, leads: bool) -> Option<Place<'_>> {
             Some(Place {
-                segment: &self.0,
+                segment: self.1.segments.iter().find(|of| of.name == self.0)?,
                 leads,
                 topology: &self.1,
             })

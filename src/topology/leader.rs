@@ -97,11 +97,6 @@ impl Leader {
         PeerId::new(format!("node/{node}"))
     }
 
-    /// Whether this is the name of a leader in a tunnel device, and not that of an external peer.
-    pub fn is_named_by(id: &PeerId) -> bool {
-        id.as_str().starts_with("node/")
-    }
-
     /// The WireGuard addresses as prefixes.
     pub(super) fn wireguard_nets(&self) -> impl Iterator<Item = IpNet> + '_ {
         self.wireguard_ips.iter().copied().map(IpNet::from)
