@@ -39,12 +39,12 @@ programs:
 unit:
 	RUST_TEST_THREADS=8 $(CARGO) test --quiet --package selvedge --package boringtun --lib --test unit
 
-# One test binary after the other; those that bring up a cluster run their steps in order.
+# Two test binaries at a time; those that bring up a cluster run their steps in order.
 test:
 	scripts/setup.sh test
 	lab/build.sh
 	$(MAKE) check
-	$(CARGO) test --workspace --no-fail-fast
+	scripts/run-tests
 
 evidence:
 	scripts/setup.sh test
