@@ -82,7 +82,7 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 
 use self::clock::Time;
-pub use self::config::{MAX_CANDIDATES, PeerConfig, PeerId};
+pub use self::config::{MAX_CANDIDATES, PeerConfig, PeerId, RELAY_PORT};
 use self::core::Core;
 pub use self::core::UNASKED_AFTER;
 pub use self::divert::{Diverted, ECHO_PORT, Origin};
@@ -324,6 +324,12 @@ impl Device {
     /// and from the link. Fragments are not diverted. An empty set, as at the start, diverts nothing.
     pub fn set_diverted(&self, addresses: BTreeSet<IpAddr>) {
         self.core.diversion.set_addresses(addresses);
+    }
+
+    /// Sets this device's WireGuard addresses: the sources of relayed datagrams, and the only destinations at which
+    /// they are accepted. An empty set, as at the start, sends and accepts none.
+    pub fn set_own_addresses(&self, addresses: BTreeSet<IpAddr>) {
+        self.core.set_own_addresses(addresses);
     }
 
     /// Takes the diverted packets in the order of their arrival, at most 1,024. While so many wait, further

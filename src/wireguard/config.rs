@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
@@ -12,6 +12,10 @@ use super::key::{PresharedKey, PublicKey};
 
 /// The most candidate endpoints that one initiation is sent to.
 pub const MAX_CANDIDATES: usize = 16;
+
+/// The UDP port of relayed datagrams, at both WireGuard addresses. It is fixed: the relay forwards the datagrams
+/// as packets, and no socket has this port.
+pub const RELAY_PORT: u16 = 51_820;
 
 /// The name of a peer. It stays the same while the peer's key, endpoint and prefixes change.
 ///
@@ -65,6 +69,12 @@ pub struct PeerConfig {
     pub routes: BTreeSet<IpNet>,
     /// The sources that packets from it may have.
     pub accepts: BTreeSet<IpNet>,
+    /// WireGuard addresses of other peers, to which their datagrams travel through this peer, a relay. An address
+    /// belongs to one peer: of several the first by name counts. The endpoint of such another peer is its address
+    /// and [`RELAY_PORT`].
+    pub relays_to: BTreeSet<IpAddr>,
+    /// WireGuard addresses of other peers, whose datagrams may come through this peer.
+    pub relayed_from: BTreeSet<IpAddr>,
 }
 
 impl PeerConfig {
@@ -77,6 +87,8 @@ impl PeerConfig {
             persistent_keepalive: None,
             routes: BTreeSet::new(),
             accepts: BTreeSet::new(),
+            relays_to: BTreeSet::new(),
+            relayed_from: BTreeSet::new(),
         }
     }
 
@@ -97,7 +109,8 @@ impl PeerConfig {
 }
 
 impl fmt::Display for PeerConfig {
-    /// The arguments of `wg set` behind the key. A preshared key is only mentioned.
+    /// The arguments of `wg set` behind the key. A preshared key is only mentioned, and so are relayed addresses,
+    /// in a shell's comment: `wg` has no words for them.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.preshared_key.is_some() {
             f.write_str(" preshared-key (hidden)")?;
@@ -109,10 +122,26 @@ impl fmt::Display for PeerConfig {
             write!(f, " persistent-keepalive {seconds}")?;
         }
         f.write_str(" allowed-ips ")?;
-        for (index, net) in self.allowed_ips().enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            write!(f, "{comma}{net}")?;
+        list(f, self.allowed_ips())?;
+        if !self.relays_to.is_empty() {
+            f.write_str(" # relays to ")?;
+            list(f, &self.relays_to)?;
+        }
+        if !self.relayed_from.is_empty() {
+            f.write_str(" # relayed from ")?;
+            list(f, &self.relayed_from)?;
         }
         Ok(())
     }
+}
+
+fn list<T: fmt::Display>(
+    f: &mut fmt::Formatter<'_>,
+    items: impl IntoIterator<Item = T>,
+) -> fmt::Result {
+    for (index, item) in items.into_iter().enumerate() {
+        let comma = if index == 0 { "" } else { "," };
+        write!(f, "{comma}{item}")?;
+    }
+    Ok(())
 }

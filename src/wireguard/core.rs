@@ -73,6 +73,8 @@ pub(super) struct Configured {
     pub(super) routes: BTreeMap<IpNet, BTreeSet<PeerId>>,
     /// The peers that each source is accepted from.
     pub(super) accepts: BTreeMap<IpNet, BTreeSet<PeerId>>,
+    /// This device's WireGuard addresses.
+    pub(super) own_addresses: BTreeSet<IpAddr>,
     /// When something was last sent to removed peers, the latest `MAX_REMOVED` of them. If such a peer is added
     /// again, its initiations are not unasked, see `PeerStats::heard_unasked`.
     pub(super) removed: BTreeMap<PublicKey, Time>,
@@ -82,6 +84,9 @@ pub(super) struct ConfiguredPeer {
     pub(super) peer: Arc<Peer>,
     /// The configured endpoint. The peer may have roamed since.
     pub(super) endpoint: Option<SocketAddr>,
+    /// As in `PeerConfig`.
+    pub(super) relays_to: BTreeSet<IpAddr>,
+    pub(super) relayed_from: BTreeSet<IpAddr>,
 }
 
 /// The device's own key and what is derived from it.

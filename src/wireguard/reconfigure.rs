@@ -3,7 +3,7 @@
 //! A change to a live peer leaves its sessions alone unless a key changed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -72,6 +72,8 @@ impl Core {
                     }
                 }
             }
+            known.relays_to.clone_from(&config.relays_to);
+            known.relayed_from.clone_from(&config.relayed_from);
             let peer = known.peer.clone();
             set_preshared_key(&mut peer.handshake(), config.preshared_key.clone());
             self.set_keepalive(
@@ -91,6 +93,15 @@ impl Core {
             {
                 self.ask_handshake(&known.peer, now);
             }
+        }
+    }
+
+    /// Sets this device's WireGuard addresses.
+    pub(super) fn set_own_addresses(&self, addresses: BTreeSet<IpAddr>) {
+        let mut configured = self.configured();
+        if configured.own_addresses != addresses {
+            configured.own_addresses = addresses;
+            self.publish(&configured);
         }
     }
 
@@ -136,6 +147,8 @@ impl Core {
                 set_preshared_key(&mut known.peer.handshake(), None);
                 self.set_keepalive(&known.peer, 0, now);
                 known.endpoint = None;
+                known.relays_to.clear();
+                known.relayed_from.clear();
                 if !known.peer.has_session() {
                     known.peer.forget_endpoint();
                 }
@@ -247,6 +260,8 @@ impl Core {
             ConfiguredPeer {
                 peer,
                 endpoint: None,
+                relays_to: BTreeSet::new(),
+                relayed_from: BTreeSet::new(),
             }
         });
         if *known.peer.key() != key {
@@ -358,6 +373,8 @@ impl Core {
             endpoint: known.endpoint,
             preshared_key: known.peer.handshake().preshared_key.clone(),
             persistent_keepalive: NonZeroU16::new(known.peer.timers.persistent_keepalive()),
+            relays_to: known.relays_to.clone(),
+            relayed_from: known.relayed_from.clone(),
             ..PeerConfig::new(*known.peer.key())
         };
         let peers = configured.peers.iter();
