@@ -17,6 +17,8 @@
 //!                                   Returning ── enough good answers ──► Up
 //! ```
 //!
+//! A path that is down or returning is draining too as soon as an answer says so, and returns afterwards.
+//!
 //! - One lost echo moves nothing: while an echo is overdue, the next ones follow every [`FAST`]. So a path that
 //!   loses one packet in ten needs some nine losses in a row to be down, and a dead one is found as soon.
 //! - A sender that was held up itself blames no path: at least [`MISSED`] echoes must be overdue.
@@ -87,6 +89,8 @@ pub struct Path {
     /// Good answers in a row while it is down, and how many are needed.
     good: u32,
     needed: u32,
+    /// Whether it never was down, or had enough good answers since.
+    proven: bool,
     /// When it last came back.
     returned: Option<Instant>,
 }
@@ -121,6 +125,7 @@ impl Path {
             loss: Loss::default(),
             good: 0,
             needed: GOOD,
+            proven: true,
             returned: None,
         }
     }
@@ -265,20 +270,19 @@ impl Path {
             self.enter(now, PathState::Down(Cause::NotForwarding));
             return;
         }
-        let state = if says.draining {
-            PathState::Draining
-        } else {
-            PathState::Up
-        };
-        if let PathState::Down(_) | PathState::Returning = self.state {
-            if self.good < self.needed {
-                if self.good >= GOOD {
-                    self.enter(now, PathState::Returning);
-                }
-                return;
-            }
+        if !self.proven && self.good >= self.needed {
+            self.proven = true;
             self.returned = Some(now);
         }
+        let state = match (says.draining, self.proven) {
+            // Also while it returns: the leader waits for this node, and stops soon.
+            (true, _) => PathState::Draining,
+            (false, true) => PathState::Up,
+            (false, false) if self.good >= GOOD || self.state == PathState::Draining => {
+                PathState::Returning
+            }
+            (false, false) => return,
+        };
         self.enter(now, state);
     }
 
@@ -291,10 +295,11 @@ impl Path {
                 return;
             }
             let most = u32::try_from(LONGEST.as_millis() / self.interval.as_millis().max(1));
-            let is_flapping = self.state == PathState::Returning
+            let is_flapping = !self.proven
                 || self
                     .returned
                     .is_some_and(|at| now.saturating_duration_since(at) < MEMORY);
+            self.proven = false;
             self.needed = if is_flapping {
                 (2 * self.needed).min(most.unwrap_or(GOOD)).max(GOOD)
             } else {

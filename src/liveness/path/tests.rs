@@ -293,6 +293,33 @@ fn a_leader_that_drains_is_known_by_a_second_answer_to_one_echo() {
 }
 
 #[test]
+fn a_path_that_returns_is_draining_when_an_answer_says_so_and_returns_afterwards() {
+    let mut link = Link::new();
+    link.run(seconds(10), |_| true);
+    // It flaps, so many answers are needed before it is up again.
+    for _ in 0..4 {
+        link.run(seconds(3), |_| false);
+        link.run(seconds(3), |_| true);
+    }
+    assert_eq!(link.path.state(), PathState::Returning);
+    link.says.draining = true;
+    link.run(seconds(1), |_| true);
+    assert_eq!(link.path.state(), PathState::Draining);
+    link.says.draining = false;
+    link.run(seconds(1), |_| true);
+    assert_eq!(link.path.state(), PathState::Returning);
+    link.run(seconds(60), |_| true);
+    assert_eq!(link.path.state(), PathState::Up);
+
+    // The first answer of a path that was down says so as well.
+    link.run(seconds(3), |_| false);
+    assert_eq!(link.path.state(), PathState::Down(Cause::Silent));
+    link.says.draining = true;
+    link.run(millis(600), |_| true);
+    assert_eq!(link.path.state(), PathState::Draining);
+}
+
+#[test]
 fn a_leader_that_says_it_does_not_forward_is_down_at_once_and_for_that_reason() {
     let mut link = Link::new();
     link.run(seconds(10), |_| true);
