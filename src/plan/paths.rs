@@ -1,7 +1,7 @@
 //! Which of several leaders packets take, by this node's verdicts on the paths through them.
 //!
-//! Up comes before Unknown, then come Returning, Draining and Down. All paths of the best class that is there are
-//! used. Where all are Down the verdicts make no difference: this node's own uplink may be down.
+//! Up comes before Returning, then come Unknown, Draining and Down: a path that answers again, though it flapped, is
+//! better than one that never answered. All paths of the best class that is there are used. Where all are Down the verdicts make no difference: this node's own uplink may be down.
 //!
 //! What no verdict changes: the prefixes of each route, what the tunnel accepts from a leader, and the nft table.
 //!
@@ -32,8 +32,8 @@ use crate::topology::{Leader, Segment};
 fn best<T>(judged: impl IntoIterator<Item = (T, PathState)>) -> Vec<T> {
     let class = |state| match state {
         PathState::Up => 0,
-        PathState::Unknown => 1,
-        PathState::Returning => 2,
+        PathState::Returning => 1,
+        PathState::Unknown => 2,
         PathState::Draining => 3,
         PathState::Down(_) => 4,
     };
@@ -168,7 +168,7 @@ mod tests {
             (&[Unknown, Draining, down], &[0]),
             (&[Draining, down], &[0]),
             (&[Returning, down, Draining], &[0]),
-            (&[Returning, Unknown], &[1]),
+            (&[Unknown, Returning], &[1]),
             (&[down, Down(Cause::NotForwarding)], &[0, 1]),
             (&[], &[]),
         ] {
