@@ -23,8 +23,8 @@
 //!   loses one packet in ten needs some nine losses in a row to be down, and a dead one is found as soon.
 //! - A sender that was held up itself blames no path: at least [`MISSED`] echoes must be overdue.
 //! - Flap damping: a path that goes down within [`MEMORY`] after it came back needs twice as many good answers the
-//!   next time, at most [`LONGEST`] worth of them. Meanwhile it is *returning*: better than
-//!   a path that is down or never answered, and worse than one that is up.
+//!   next time, at most [`LONGEST`] worth of them. Meanwhile it is *returning*: better than a path that is down or
+//!   never answered, and worse than one that is up.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
