@@ -127,7 +127,7 @@ pub enum TunnelChange {
         /// The peer's present key, if it is another one.
         replaced: Option<PublicKey>,
         /// What it should be.
-        peer: PeerConfig,
+        peer: Box<PeerConfig>,
     },
     /// Removes a peer from the tunnel device.
     RemovePeer {
@@ -275,7 +275,7 @@ fn add_link(observed: &State, desired: &State, link: &Link, changes: &mut Vec<Ch
             dev: name(),
             id: id.clone(),
             replaced: before.filter(|key| *key != peer.public_key),
-            peer: peer.clone(),
+            peer: Box::new(peer.clone()),
         })
     }));
 }

@@ -93,7 +93,7 @@ impl Host {
                 .listen_on(port.get())
                 .map_err(|sentence| anyhow!(sentence)),
             TunnelChange::SetPeer { id, peer, .. } => {
-                self.asked.insert(id.clone(), peer.clone());
+                self.asked.insert(id.clone(), (**peer).clone());
                 Ok(())
             }
             TunnelChange::RemovePeer { id, .. } => {

@@ -125,12 +125,12 @@ impl FakeKernel {
             }) => {
                 own(state, dev)?;
                 let old = state.peers.get(id);
-                refuse(old == Some(peer), "redundant")?;
+                refuse(old == Some(&**peer), "redundant")?;
                 let old = old.map(|old| old.public_key);
                 let other_key = old.filter(|key| *key != peer.public_key);
                 refuse(*replaced != other_key, "another key is replaced")?;
                 // Several peers may own one prefix.
-                state.peers.insert(id.clone(), peer.clone());
+                state.peers.insert(id.clone(), (**peer).clone());
             }
             Change::Kernel(KernelChange::ReplaceFirewall(firewall)) => {
                 let new = Some(selvedge::state::Ruleset::Planned(firewall.clone()));
