@@ -29,6 +29,7 @@ mod core;
 mod divert;
 mod drops;
 mod duplex;
+mod endpoint_rule;
 mod events;
 pub mod gso;
 mod handshake;
@@ -45,8 +46,11 @@ mod place;
 mod protocol;
 mod receive;
 mod reconfigure;
+mod relay_packet;
+mod relay_table;
 pub mod replay;
 mod routes;
+mod send;
 mod sequencer;
 mod session;
 mod staged;
@@ -70,6 +74,7 @@ mod transmit;
 mod tun;
 pub mod uapi;
 mod udp;
+mod way;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -91,6 +96,7 @@ pub use self::events::PeerEvents;
 use self::io::{Io, OnGone, open_queues, write_alone};
 use self::key::{PrivateKey, PublicKey};
 pub use self::protocol::REJECT_AFTER_TIME;
+
 use self::threads::Callbacks;
 pub use self::timers::SILENT_AFTER;
 pub use self::timestamp::{Accepted, Store, Tai64n, Timestamp};
@@ -99,6 +105,7 @@ use self::timestamp_store::StoreWriter;
 use self::transmit::send_alone;
 pub use self::tun::TunError;
 use self::udp::Sockets;
+use self::way::Way;
 
 /// The MTU of a new link: what is left of 1,500 bytes after IPv6, UDP and WireGuard.
 pub const DEFAULT_MTU: u32 = 1420;
@@ -190,8 +197,11 @@ pub struct Stats {
 pub struct PeerStats {
     /// Its key.
     pub public_key: PublicKey,
-    /// The source of its last message, or else the configured endpoint.
+    /// The source of its last message, or else the configured endpoint. For a peer behind a relay it is its WireGuard
+    /// address and [`RELAY_PORT`].
     pub endpoint: Option<SocketAddr>,
+    /// Whether the peer is behind a relay. Then its endpoint tells others nothing.
+    pub relayed: bool,
     /// Bytes of authenticated messages received, with WireGuard's headers.
     pub rx_bytes: u64,
     /// Bytes of messages sent, with WireGuard's headers.
@@ -201,7 +211,7 @@ pub struct PeerStats {
     /// How long ago the last *unasked* initiation of the peer arrived: one from an IP address to which this
     /// device had sent nothing for [`UNASKED_AFTER`], while it had sent nothing to the peer at any other
     /// address either, and at least that long after the device started, since an earlier process may have
-    /// sent. Then no mapping of a NAT or firewall in front of this host let it in.
+    /// sent. One through a relay is never unasked. Then no mapping of a NAT or firewall in front of this host let it in.
     ///
     /// This does not exclude a NAT that lets in every source while anything is sent through it
     /// (endpoint-independent filtering, RFC 4787, section 5). Behind such a NAT, keepalives to one peer
@@ -315,6 +325,9 @@ impl Device {
     /// opens a NAT on this side. The peer answers the first copy that arrives, and the endpoint moves to the
     /// source of that answer. Without an answer it stays.
     ///
+    /// The candidate for a peer behind a relay is its WireGuard address and [`RELAY_PORT`]. An answer through the relay
+    /// moves the endpoint, unless the direct way was proven to work in both directions meanwhile.
+    ///
     /// Unknown peers and an empty list are ignored. Of a longer list the first [`MAX_CANDIDATES`] count.
     pub fn try_candidates(&self, id: &PeerId, candidates: &[SocketAddr]) {
         self.core.try_candidates(id, candidates);
@@ -417,19 +430,23 @@ impl Device {
     /// The counters.
     pub fn stats(&self) -> Stats {
         let now = Time::now();
-        let peer = |peer: &Arc<peer::Peer>| PeerStats {
-            public_key: *peer.key(),
-            endpoint: peer.endpoint().map(|endpoint| endpoint.remote),
-            rx_bytes: peer.rx_bytes(),
-            tx_bytes: peer.tx_bytes(),
-            last_handshake: peer.last_handshake().map(|at| now.since(at)),
-            heard_unasked: peer.heard_unasked().map(|at| now.since(at)),
-            unanswered: peer.timers.waiting_since().map(|at| now.since(at)),
-            answer: peer.answer().map(|answer| Answer {
-                from: answer.from,
-                round_trip: answer.round_trip,
-                ago: now.since(answer.at),
-            }),
+        let peer = |peer: &Arc<peer::Peer>| {
+            let way = peer.way();
+            PeerStats {
+                public_key: *peer.key(),
+                endpoint: way.map(Way::remote),
+                relayed: way.is_some_and(|way| way.direct().is_none()),
+                rx_bytes: peer.rx_bytes(),
+                tx_bytes: peer.tx_bytes(),
+                last_handshake: peer.last_handshake().map(|at| now.since(at)),
+                heard_unasked: peer.heard_unasked().map(|at| now.since(at)),
+                unanswered: peer.timers.waiting_since().map(|at| now.since(at)),
+                answer: peer.answer().map(|answer| Answer {
+                    from: answer.from,
+                    round_trip: answer.round_trip,
+                    ago: now.since(answer.at),
+                }),
+            }
         };
         let table = self.core.table.load();
         Stats {

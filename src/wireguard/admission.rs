@@ -21,6 +21,7 @@ use super::drops::Dropped;
 use super::peer::Peer;
 use super::protocol::INITIATION_SIZE;
 use super::udp::Endpoint;
+use super::way::Way;
 
 /// The most handshake messages of unknown senders that wait, as in the kernel.
 const MAX_QUEUED: usize = 4096;
@@ -56,7 +57,9 @@ pub(super) enum Job {
 /// A handshake message as it was received.
 #[derive(Clone)]
 pub(super) struct HandshakeMessage {
-    pub(super) from: Endpoint,
+    pub(super) from: Way,
+    /// The relay that it came through.
+    pub(super) through: Option<Arc<Peer>>,
     /// Whether it came from the address of a peer.
     pub(super) known: bool,
     bytes: [u8; INITIATION_SIZE],
@@ -65,11 +68,16 @@ pub(super) struct HandshakeMessage {
 
 impl HandshakeMessage {
     /// A message of at most [`INITIATION_SIZE`] bytes.
-    pub(super) fn new(message: &[u8], from: Endpoint, known: bool) -> Option<Self> {
+    pub(super) fn new(
+        message: &[u8],
+        (from, through): (Way, Option<Arc<Peer>>),
+        known: bool,
+    ) -> Option<Self> {
         let mut bytes = [0; INITIATION_SIZE];
         bytes.get_mut(..message.len())?.copy_from_slice(message);
         Some(Self {
             from,
+            through,
             known,
             bytes,
             length: message.len(),
@@ -163,19 +171,20 @@ impl Jobs {
         self.wake();
     }
 
-    /// Queues a message of at most [`INITIATION_SIZE`] bytes, unless there are too many; `proven` says
-    /// that it carries a valid cookie.
+    /// Queues a message of at most [`INITIATION_SIZE`] bytes, unless there are too many; `through` is the relay that
+    /// it came through, and `proven` says that it carries a valid cookie.
     ///
     /// # Errors
     /// The reason why a message was dropped: this one, or the oldest of a full lane of unknown senders.
     pub(super) fn push_message(
         &self,
         message: &[u8],
-        from: Endpoint,
+        from: Way,
+        through: Option<&Arc<Peer>>,
         proven: bool,
         now: Time,
     ) -> Result<(), Dropped> {
-        let address = from.remote.ip();
+        let address = from.remote().ip();
         let known = self.known.load().contains(&address);
         let (mut flooded, mut recency) = (false, Recency::New);
         if !known && !proven {
@@ -190,7 +199,8 @@ impl Jobs {
                 return Err(Dropped::RateLimited);
             }
         }
-        let message = HandshakeMessage::new(message, from, known).ok_or(Dropped::Malformed)?;
+        let message = HandshakeMessage::new(message, (from, through.cloned()), known)
+            .ok_or(Dropped::Malformed)?;
         let mut queue = self.queue();
         // The newest message of an unknown sender is processed first, so a full lane drops the oldest.
         let mut yields = false;
@@ -272,9 +282,10 @@ mod tests {
 
     use super::*;
 
-    fn address(n: usize) -> Endpoint {
+    fn address(n: usize) -> Way {
         let n = u32::try_from(n).unwrap();
-        SocketAddr::from((Ipv4Addr::from(0x0a00_0000 + n), 51820)).into()
+        let address = SocketAddr::from((Ipv4Addr::from(0x0a00_0000 + n), 51820));
+        Way::Direct(address.into())
     }
 
     #[test]
@@ -282,7 +293,7 @@ mod tests {
         let jobs = Jobs::default();
         // Too slowly for a flood, in which two addresses may be confused now and then.
         let at = |n: usize| Time::from_duration(FLOOD_WINDOW * u32::try_from(n / 100).unwrap());
-        let ask = |n| jobs.push_message(&[1; INITIATION_SIZE], address(n), false, at(n));
+        let ask = |n| jobs.push_message(&[1; INITIATION_SIZE], address(n), None, false, at(n));
         for n in 0..MAX_QUEUED {
             ask(n).unwrap();
         }
@@ -293,20 +304,23 @@ mod tests {
                 let Job::Message(message) = job else {
                     unreachable!("nothing else was asked for")
                 };
-                message.from.remote
+                message.from.remote()
             })
             .collect();
-        let newest_first: Vec<_> = (1..=MAX_QUEUED).rev().map(|n| address(n).remote).collect();
+        let newest_first: Vec<_> = (1..=MAX_QUEUED)
+            .rev()
+            .map(|n| address(n).remote())
+            .collect();
         assert_eq!(served, newest_first);
     }
 
     #[test]
     fn messages_of_peers_are_served_in_order_and_a_full_lane_drops_the_newest() {
         let jobs = Jobs::default();
-        jobs.set_known([address(0).remote.ip()].into());
+        jobs.set_known([address(0).remote().ip()].into());
         let ask = |kind| {
             let message = [kind; INITIATION_SIZE];
-            jobs.push_message(&message, address(0), false, Time::default())
+            jobs.push_message(&message, address(0), None, false, Time::default())
         };
         for n in 0..MAX_QUEUED_KNOWN {
             ask(u8::try_from(n % 7).unwrap()).unwrap();

@@ -19,6 +19,7 @@ use super::clock::Time;
 use super::config::PeerId;
 use super::divert::{Diversion, Origin};
 use super::drops::{Dropped, Drops};
+use super::endpoint_rule::Evidence;
 use super::events::{Event, PeerEvents, Signal};
 use super::indices::Indices;
 use super::key::{PrivateKey, PublicKey};
@@ -27,7 +28,7 @@ use super::protocol::REKEY_TIMEOUT;
 use super::table::Table;
 use super::timestamp::{Accepted, Tai64n, Timestamp};
 use super::timestamp_sequence::TimestampSequence;
-use super::udp::Endpoint;
+use super::way::Way;
 
 /// The most peers whose timestamps are kept, removed ones included. The latest are kept.
 const MAX_ACCEPTED: usize = 16_384;
@@ -198,28 +199,32 @@ impl Core {
             .accepted();
     }
 
-    /// Whether no datagram of this device can have let in a message of a peer from an address; see
-    /// `PeerStats::heard_unasked`.
-    pub(super) fn is_unasked(&self, peer: &Peer, from: IpAddr, now: Time) -> bool {
+    /// Whether no datagram of this device can have let in a message of a peer; see `PeerStats::heard_unasked`.
+    pub(super) fn is_unasked(&self, peer: &Peer, from: Way, now: Time) -> bool {
+        let Way::Direct(from) = from else {
+            return false;
+        };
         let is_quiet = |at| now.since(at) >= UNASKED_AFTER;
         is_quiet(self.started)
             && peer.last_sent().is_none_or(is_quiet)
             && self.table.load().peers.values().all(|other| {
                 other.last_sent().is_none_or(is_quiet)
                     || other
-                        .endpoint()
-                        .is_none_or(|endpoint| endpoint.remote.ip() != from)
+                        .direct_endpoint()
+                        .is_none_or(|endpoint| endpoint.remote.ip() != from.remote.ip())
             })
     }
 
-    /// Moves the endpoint of a peer to the source of an authenticated message of a confirmed session.
-    pub(super) fn roam(&self, peer: &Arc<Peer>, from: Endpoint) {
-        let roamed = peer.roam(from);
+    /// Moves the endpoint of a peer to the source of an authenticated message of a confirmed session, if the message
+    /// proves enough, see [`endpoint_rule`](super::endpoint_rule).
+    pub(super) fn roam(&self, peer: &Arc<Peer>, from: Way, evidence: Evidence, now: Time) {
+        let has_relay = |address| self.table.load().relays.relay_to(address).is_some();
+        let roamed = peer.roam(from, evidence, has_relay, now);
         if roamed.moved {
             self.raise(peer, Event::Endpoint);
         }
-        if roamed.look_up {
-            self.jobs.push(Job::Source(peer.clone(), from));
+        if let Some(endpoint) = from.direct().filter(|_| roamed.look_up) {
+            self.jobs.push(Job::Source(peer.clone(), endpoint));
         }
     }
 
@@ -268,30 +273,44 @@ impl Core {
     pub(super) fn take_handshake(
         &self,
         message: &[u8],
-        from: Endpoint,
+        from: Way,
+        through: Option<&Arc<Peer>>,
         now: Time,
     ) -> Result<(), Dropped> {
         // The last 16 bytes are the second MAC; without a cookie they are zero (paper, 5.4.4).
         let proven = message.last_chunk().is_some_and(|mac2| *mac2 != [0_u8; 16])
             && self.identity.load().as_ref().is_some_and(|identity| {
                 let now = now.as_duration();
-                identity.cookies.verify_mac2(message, from.remote, now)
+                identity.cookies.verify_mac2(message, from.remote(), now)
             });
-        self.jobs.push_message(message, from, proven, now)
+        self.jobs.push_message(message, from, through, proven, now)
     }
 
     /// Passes the addresses of the peers to the queue of handshakes.
     pub(super) fn note_known_addresses(&self) {
         let table = self.table.load();
-        let endpoints = table.peers.values().filter_map(|peer| peer.endpoint());
+        let ways = table.peers.values().filter_map(|peer| peer.way());
         self.jobs
-            .set_known(endpoints.map(|endpoint| endpoint.remote.ip()).collect());
+            .set_known(ways.map(|way| way.remote().ip()).collect());
     }
 
     /// The bytes to append to an inner packet: up to a multiple of 16, but never beyond the MTU
     /// (paper, 5.4.6). For a packet longer than the MTU its last piece counts, as in the kernel.
     pub(super) fn padding(&self, length: usize) -> usize {
-        let mtu = self.mtu();
+        Self::padding_within(self.mtu(), length)
+    }
+
+    /// The same for a peer that may get less than the link's MTU.
+    pub(super) fn padding_to(&self, peer: &Peer, length: usize) -> usize {
+        Self::padding_within(self.mtu_to(peer), length)
+    }
+
+    /// The bytes of the longest packet to a peer.
+    pub(super) fn mtu_to(&self, peer: &Peer) -> usize {
+        self.mtu().saturating_sub(peer.relay_overhead())
+    }
+
+    fn padding_within(mtu: usize, length: usize) -> usize {
         let last = if length > mtu {
             length % mtu.max(1)
         } else {

@@ -59,6 +59,13 @@ reasons! {
     Congested = "congested",
     /// An echo to a diverted address that is too long, or one of too many that wait.
     NotDiverted = "not_diverted",
+    /// A datagram to a peer behind a relay, while no peer relays to it, there is no session with that peer, or this
+    /// device has no address for it.
+    NoRelay = "no_relay",
+    /// A relayed datagram from a peer that may not relay for its source, or from another port.
+    ForeignRelay = "foreign_relay",
+    /// A relayed datagram in another, or to a relay that is behind a relay itself.
+    RelayedTwice = "relayed_twice",
     /// A datagram that the kernel refused to send.
     SendFailed = "send_failed",
     /// A packet that could not be read from or written to the TUN device.

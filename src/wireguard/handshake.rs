@@ -21,6 +21,7 @@ use super::admission::{HandshakeMessage, Job, LOAD_LASTS};
 use super::clock::Time;
 use super::core::{Core, Identity};
 use super::drops::Dropped;
+use super::endpoint_rule::Evidence;
 use super::events::Event;
 use super::held::Held;
 use super::key::PublicKey;
@@ -29,9 +30,11 @@ use super::peer::{HandshakeState, Peer, Wire};
 use super::protocol::{
     COOKIE_REPLY_SIZE, COOKIE_SECRET_MAX_AGE, INITIATION_SIZE, REKEY_TIMEOUT, RESPONSE_SIZE,
 };
+use super::send::{send, send_through_relay, send_to};
 use super::session::Session;
 use super::timers::Attempt;
 use super::transmit::Transmit;
+use super::way::Way;
 
 /// The least time between two accepted initiations of a peer: at most 50 per second.
 const INITIATION_INTERVAL: Duration = Duration::from_millis(20);
@@ -196,7 +199,7 @@ impl Handshaker {
         wire: &impl Wire,
         now: Time,
     ) -> Result<(), Dropped> {
-        let (bytes, remote) = (message.bytes(), message.from.remote);
+        let (bytes, remote) = (message.bytes(), message.from.remote());
         if message.known && self.known_limit.allows(remote.ip(), now) {
             return Ok(());
         }
@@ -205,7 +208,7 @@ impl Handshaker {
         }
         let cookies = &identity.cookies;
         if !cookies.verify_mac2(bytes, remote, now.as_duration()) {
-            send_cookie(identity, message, wire, now)?;
+            send_cookie(&self.core, identity, message, wire, now)?;
             return Err(Dropped::RateLimited);
         }
         if self.limit.allows(remote.ip(), now) {
@@ -233,14 +236,8 @@ impl Handshaker {
         tracing::debug!(peer = %peer.id(), ?attempt, "sending a handshake initiation");
         peer.timers.sent(false, now);
         peer.timers.initiated(attempt, now);
-        let sent = peer.send(
-            wire,
-            &buffer,
-            INITIATION_SIZE,
-            Outer::default(),
-            now,
-            &self.core.drops,
-        );
+        let run = (&buffer[..], INITIATION_SIZE);
+        let sent = send(&self.core, wire, peer, run, Outer::default(), now);
         if !sent {
             peer.timers.initiation_refused(now);
         }
@@ -263,12 +260,18 @@ impl Handshaker {
         }
         tracing::debug!(peer = %peer.id(), ?candidates, "trying candidates");
         peer.timers.initiated(Attempt::First, now);
+        let core = &self.core;
+        let table = core.table.load();
+        let run = (&buffer[..], INITIATION_SIZE);
         for &candidate in candidates {
-            let to = candidate.into();
-            let sent = wire.send(&buffer, INITIATION_SIZE, &to, Outer::default(), false);
-            match sent {
-                Ok(_) => peer.note_sent(now),
-                Err(_) => self.core.drops.add(Dropped::SendFailed, 1),
+            match table.relays.way_to(candidate) {
+                Way::Direct(to) => match wire.send(run.0, run.1, &to, Outer::default(), false) {
+                    Ok(_) => peer.note_sent(now),
+                    Err(_) => core.drops.add(Dropped::SendFailed, 1),
+                },
+                Way::Relayed(to) => {
+                    send_through_relay(core, wire, run, (to, None), Outer::default(), now);
+                }
             }
         }
     }
@@ -326,7 +329,7 @@ impl Handshaker {
         if let Some(peer) = table.peers.get(&key) {
             return answer(&self.core, peer, half, message, wire, now);
         }
-        if !self.is_loaded(now) && self.held.has_room(&key, message.from.remote.ip(), now) {
+        if !self.is_loaded(now) && self.held.has_room(&key, message.from.remote().ip(), now) {
             let mut noise = Handshake::new(identity.secret.clone(), public, key.0.into(), None);
             noise.set_last_timestamp(self.core.last_accepted(&key));
             if noise.receive_handshake_initialization(half).is_ok() {
@@ -374,8 +377,9 @@ impl Handshaker {
             note_awaiting(&core, &mut state);
         }
         tracing::debug!(peer = %peer.id(), "handshake completed as initiator");
-        peer.note_answer(message.from.remote, now);
-        core.roam(&peer, message.from);
+        let begun = peer.last_initiation().unwrap_or(now);
+        peer.note_answer(message.from.remote(), now);
+        core.roam(&peer, message.from, Evidence::Answer { begun }, now);
         peer.count_received(RESPONSE_SIZE);
         core.received(&peer, false, now);
         peer.timers.session_derived(now);
@@ -419,14 +423,13 @@ fn answer(
                 return Err(reason(error));
             }
         };
-        let leads = wire.leads(&message.from);
-        answer_to = peer.answer_from(message.from, leads, now);
+        answer_to = peer.answer_from(message.from, |from| wire.leads(from), now);
         let session = establish(core, peer, &keys, false, now);
         core.indices.retire(peer.install_responded(session, now));
         note_awaiting(core, &mut state);
         state.last_accepted = Some(now);
     }
-    if core.is_unasked(peer, message.from.remote.ip(), now) {
+    if core.is_unasked(peer, message.from, now) {
         peer.note_unasked(now);
     }
     tracing::debug!(peer = %peer.id(), "answering a handshake initiation");
@@ -434,14 +437,14 @@ fn answer(
     core.received(peer, false, now);
     peer.timers.session_derived(now);
     peer.timers.sent(false, now);
-    peer.send_to(
+    send_to(
+        core,
         wire,
-        &buffer,
-        RESPONSE_SIZE,
-        answer_to,
+        peer,
+        (&buffer, RESPONSE_SIZE),
+        (answer_to, message.through.as_ref()),
         Outer::default(),
         now,
-        &core.drops,
     );
     Ok(())
 }
@@ -473,25 +476,29 @@ fn cookie(core: &Core, reply: PacketCookieReply<'_>, now: Time) -> Result<(), Dr
 }
 
 fn send_cookie(
+    core: &Core,
     identity: &Identity,
     message: &HandshakeMessage,
     wire: &impl Wire,
     now: Time,
 ) -> Result<(), Dropped> {
     let mut buffer = [0; COOKIE_REPLY_SIZE];
-    let remote = message.from.remote;
+    let remote = message.from.remote();
     let reply = identity
         .cookies
         .cookie_reply(message.bytes(), remote, now.as_duration(), &mut buffer)
         .map_err(reason)?;
-    let sent = wire.send(
-        reply,
-        COOKIE_REPLY_SIZE,
-        &message.from,
-        Outer::default(),
-        false,
-    );
-    sent.map(drop).map_err(|_| Dropped::SendFailed)
+    match message.from {
+        Way::Direct(to) => {
+            let sent = wire.send(reply, COOKIE_REPLY_SIZE, &to, Outer::default(), false);
+            sent.map(drop).map_err(|_| Dropped::SendFailed)
+        }
+        Way::Relayed(to) => {
+            let (run, to) = ((&*reply, COOKIE_REPLY_SIZE), (to, message.through.as_ref()));
+            send_through_relay(core, wire, run, to, Outer::default(), now);
+            Ok(())
+        }
+    }
 }
 
 fn reason(error: WireGuardError) -> Dropped {

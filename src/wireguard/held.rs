@@ -36,7 +36,7 @@ impl Held {
     pub(super) fn has_room(&mut self, key: &PublicKey, from: IpAddr, now: Time) -> bool {
         self.0.retain(|early| early.is_valid(now));
         let others = || self.0.iter().filter(|early| early.key != *key);
-        let same_address = |early: &&Early| early.message.from.remote.ip() == from;
+        let same_address = |early: &&Early| early.message.from.remote().ip() == from;
         others().count() < MAX_HELD && others().filter(same_address).count() < MAX_HELD_OF_ADDRESS
     }
 
@@ -48,7 +48,7 @@ impl Held {
         message: &HandshakeMessage,
         now: Time,
     ) {
-        if !self.has_room(&key, message.from.remote.ip(), now) {
+        if !self.has_room(&key, message.from.remote().ip(), now) {
             return;
         }
         let before = self.0.iter().position(|early| early.key == key);
@@ -92,6 +92,7 @@ mod tests {
 
     use super::*;
     use crate::wireguard::protocol::INITIATION_SIZE;
+    use crate::wireguard::way::Way;
 
     fn at(seconds: u64) -> Time {
         Time::from_duration(Duration::from_secs(1000 + seconds))
@@ -100,7 +101,12 @@ mod tests {
     /// A message from 10.0.0.`address`, whose first byte is `mark`.
     fn message(address: u8, mark: u8) -> HandshakeMessage {
         let from = SocketAddr::from((Ipv4Addr::new(10, 0, 0, address), 1));
-        HandshakeMessage::new(&[mark; INITIATION_SIZE], from.into(), false).unwrap()
+        HandshakeMessage::new(
+            &[mark; INITIATION_SIZE],
+            (Way::Direct(from.into()), None),
+            false,
+        )
+        .unwrap()
     }
 
     fn key(n: u8) -> PublicKey {
@@ -158,7 +164,7 @@ mod tests {
         for n in 0..16 {
             held.hold(key(n), [1; 12], &message(n, n), at(0));
         }
-        assert!(!held.has_room(&key(20), message(20, 0).from.remote.ip(), at(4)));
+        assert!(!held.has_room(&key(20), message(20, 0).from.remote().ip(), at(4)));
         held.hold(key(20), [1; 12], &message(20, 20), at(5));
         assert_eq!(marks(&held.take(|_| true, at(6))), [20]);
     }

@@ -42,7 +42,12 @@ impl Nesting {
             return Self::Outermost;
         }
         let hops = packet.get(if ip.source.is_ipv4() { 8 } else { 7 });
-        let hops = hops.map_or(0, |hops| hops.saturating_sub(1) / STEP * STEP);
+        Self::around(hops.copied().unwrap_or(0))
+    }
+
+    /// The effect of a tunnel's datagram with this hop limit.
+    pub(super) fn around(hops: u8) -> Self {
+        let hops = hops.saturating_sub(1) / STEP * STEP;
         NonZeroU8::new(hops.min(MOST)).map_or(Self::TooDeep, Self::Within)
     }
 

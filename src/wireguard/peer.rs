@@ -4,8 +4,8 @@
 //! that they never take.
 
 use std::io;
-use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use boringtun::noise::handshake::Handshake;
 use super::clock::Time;
 use super::config::PeerId;
 use super::drops::{Dropped, Drops};
+use super::endpoint_rule::Evidence;
 use super::events::Pending;
 use super::key::{PresharedKey, PublicKey};
 use super::packet::Outer;
@@ -23,6 +24,7 @@ use super::session::Session;
 use super::staged::Staged;
 use super::timers::Timers;
 use super::udp::{Endpoint, is_source_gone};
+use super::way::Way;
 
 /// Segmentation offload is tried again this long after a path refused it.
 const OFFLOAD_PAUSE: Duration = Duration::from_secs(60);
@@ -67,6 +69,8 @@ pub(super) struct Peer {
     current: ArcSwapOption<Session>,
     waiting: Mutex<Waiting>,
     place: Mutex<Place>,
+    /// What a relay takes from the MTU, 0 without one, to be asked without the lock.
+    relay_overhead: AtomicUsize,
     pub(super) handshake: Mutex<HandshakeState>,
     pub(super) staged: Mutex<Staged>,
     /// Whether anything is staged, to be asked without the lock.
@@ -171,6 +175,7 @@ impl Peer {
             current: ArcSwapOption::empty(),
             waiting: Mutex::default(),
             place: Mutex::default(),
+            relay_overhead: AtomicUsize::new(0),
             handshake: Mutex::default(),
             staged: Mutex::default(),
             has_staged: AtomicBool::new(false),
@@ -200,7 +205,7 @@ impl Peer {
     /// Takes over what outlives a key: the endpoint, the counters, and the packets that wait for a
     /// session.
     pub(super) fn inherit(&self, before: &Self) {
-        lock(&self.place).endpoint = before.endpoint();
+        self.change_place(|place| place.set(before.way()));
         for (own, before) in [
             (&self.rx_bytes, &before.rx_bytes),
             (&self.tx_bytes, &before.tx_bytes),
@@ -319,26 +324,49 @@ impl Peer {
         all
     }
 
-    pub(super) fn endpoint(&self) -> Option<Endpoint> {
-        lock(&self.place).endpoint
+    fn change_place<T>(&self, change: impl FnOnce(&mut Place) -> T) -> T {
+        let mut place = lock(&self.place);
+        let result = change(&mut place);
+        let overhead = place.way().map_or(0, Way::overhead);
+        // Usually it is the same, and a store would take the cache line from the other thread.
+        if self.relay_overhead() != overhead {
+            self.relay_overhead.store(overhead, Ordering::Relaxed);
+        }
+        result
     }
 
-    /// Sets the configured endpoint. The kernel chooses the source address.
-    pub(super) fn set_endpoint(&self, remote: SocketAddr) {
-        lock(&self.place).endpoint = Some(remote.into());
+    /// How datagrams are sent to the peer; `None` without an endpoint.
+    pub(super) fn way(&self) -> Option<Way> {
+        lock(&self.place).way()
     }
 
-    /// Removes the endpoint.
-    pub(super) fn forget_endpoint(&self) {
-        lock(&self.place).endpoint = None;
+    /// The endpoint, where datagrams are not sent through a relay.
+    pub(super) fn direct_endpoint(&self) -> Option<Endpoint> {
+        lock(&self.place).direct()
     }
 
-    /// Moves the endpoint to the source of an authenticated message of a confirmed session. The local
-    /// address that the peer sent to becomes the source only if the route back is known to agree. If that is
+    /// The bytes that a relay takes from the MTU; 0 without one.
+    pub(super) fn relay_overhead(&self) -> usize {
+        self.relay_overhead.load(Ordering::Relaxed)
+    }
+
+    /// Sets the endpoint, or removes it. The kernel chooses the source address.
+    pub(super) fn set_way(&self, way: Option<Way>) {
+        self.change_place(|place| place.set(way));
+    }
+
+    /// Moves the endpoint to the source of an authenticated message of a confirmed session, if the message proves
+    /// enough. `has_relay` tells whether a peer relays to an address. The local address that the peer sent to becomes the source only if the route back is known to agree. If that is
     /// not known, the route must be looked up, see [`Self::judge_source`].
     #[must_use]
-    pub(super) fn roam(&self, from: Endpoint) -> Roamed {
-        lock(&self.place).roam(from)
+    pub(super) fn roam(
+        &self,
+        from: Way,
+        evidence: Evidence,
+        has_relay: impl FnOnce(IpAddr) -> bool,
+        now: Time,
+    ) -> Roamed {
+        self.change_place(|place| place.roam(from, evidence, has_relay, now))
     }
 
     /// Records whether the present route to an endpoint has the endpoint's local address as its source, and
@@ -349,9 +377,20 @@ impl Peer {
 
     /// Returns the endpoint for an answer to an initiation. Its source is the local address that the peer
     /// sent to if the route back `leads` from there, unless an earlier answer from it did not arrive.
-    pub(super) fn answer_from(&self, from: Endpoint, leads: bool, now: Time) -> Endpoint {
+    pub(super) fn answer_from(
+        &self,
+        from: Way,
+        leads: impl FnOnce(&Endpoint) -> bool,
+        now: Time,
+    ) -> Way {
+        let Way::Direct(from) = from else {
+            lock(&self.place).answer_relayed(from);
+            return from;
+        };
+        let leads = leads(&from);
         let is_unconfirmed = lock(&self.waiting).next.is_some();
-        lock(&self.place).answer(from, leads, is_unconfirmed, now)
+        let answer = lock(&self.place).answer(from, leads, is_unconfirmed, now);
+        answer.into()
     }
 
     /// Forgets the source address of the endpoint and all that was looked up. The kernel chooses by the
@@ -365,30 +404,11 @@ impl Peer {
         lock(&self.place).forget_judgements();
     }
 
-    /// Sends a run of datagrams to the peer's endpoint and counts them; false if the kernel refused it.
-    pub(super) fn send(
+    /// Sends a run of datagrams through the sockets.
+    pub(super) fn send_direct(
         &self,
         wire: &impl Wire,
-        run: &[u8],
-        stride: usize,
-        outer: Outer,
-        now: Time,
-        drops: &Drops,
-    ) -> bool {
-        let Some(endpoint) = self.endpoint() else {
-            drops.add(Dropped::NoEndpoint, run.len().div_ceil(stride) as u64);
-            return true;
-        };
-        self.send_to(wire, run, stride, endpoint, outer, now, drops)
-    }
-
-    /// The same to another address than the peer's endpoint.
-    #[expect(clippy::too_many_arguments, reason = "this many values describe a run")]
-    pub(super) fn send_to(
-        &self,
-        wire: &impl Wire,
-        run: &[u8],
-        stride: usize,
+        (run, stride): (&[u8], usize),
         endpoint: Endpoint,
         outer: Outer,
         now: Time,
@@ -437,6 +457,11 @@ impl Peer {
         self.refusal_log_after
             .store(until.as_nanos(), Ordering::Relaxed);
         tracing::warn!(peer = %self.id, %endpoint, %error, "kernel refuses to send to the peer: packets are lost, handshakes are retried");
+    }
+
+    /// Counts bytes that were sent through a relay.
+    pub(super) fn count_sent(&self, bytes: usize) {
+        self.tx_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub(super) fn count_received(&self, bytes: usize) {

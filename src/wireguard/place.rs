@@ -11,10 +11,13 @@
 //!
 //! No I/O: the caller looks up the route and passes in the result.
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use super::clock::Time;
+use super::endpoint_rule::{Evidence, Kind, Situation};
 use super::udp::Endpoint;
+use super::way::Way;
 
 /// An initiation less than this after an answer was sent before the answer could arrive.
 const ANSWER_ARRIVES: Duration = Duration::from_secs(2);
@@ -22,7 +25,15 @@ const ANSWER_ARRIVES: Duration = Duration::from_secs(2);
 /// The endpoint of a peer and what is known of its local address.
 #[derive(Debug, Default)]
 pub(super) struct Place {
-    pub(super) endpoint: Option<Endpoint>,
+    /// The direct endpoint.
+    endpoint: Option<Endpoint>,
+    /// The WireGuard address of a peer behind a relay. It comes before the direct endpoint.
+    relayed: Option<IpAddr>,
+    /// When something last came directly, and when the direct way was last proven to work both ways.
+    heard: Option<Time>,
+    proven: Option<Time>,
+    /// Where the last initiation that was answered came from.
+    answered_at: Option<SocketAddr>,
     /// An endpoint whose local address agrees with the route.
     trusted: Option<Endpoint>,
     /// An endpoint whose local address does not agree with the route.
@@ -46,16 +57,82 @@ pub(super) struct Roamed {
 }
 
 impl Place {
-    /// Moves the endpoint to the source of a message.
-    pub(super) fn roam(&mut self, from: Endpoint) -> Roamed {
-        if self.endpoint == Some(from) {
-            return Roamed::default();
+    /// How datagrams are sent to the peer.
+    pub(super) fn way(&self) -> Option<Way> {
+        let relayed = self.relayed.map(Way::Relayed);
+        relayed.or_else(|| self.endpoint.map(Way::Direct))
+    }
+
+    /// The direct endpoint, where datagrams are not sent through a relay.
+    pub(super) fn direct(&self) -> Option<Endpoint> {
+        self.endpoint.filter(|_| self.relayed.is_none())
+    }
+
+    /// Sets the endpoint.
+    pub(super) fn set(&mut self, way: Option<Way>) {
+        (self.endpoint, self.relayed) = match way {
+            None => (None, None),
+            Some(Way::Direct(endpoint)) => (Some(endpoint), None),
+            Some(Way::Relayed(address)) => (self.endpoint, Some(address)),
+        };
+    }
+
+    /// Moves the endpoint to the source of a message, if the message proves enough. `has_relay` tells whether a peer
+    /// relays to an address.
+    pub(super) fn roam(
+        &mut self,
+        from: Way,
+        evidence: Evidence,
+        has_relay: impl FnOnce(IpAddr) -> bool,
+        now: Time,
+    ) -> Roamed {
+        let relayed = match from {
+            Way::Direct(endpoint) => {
+                let is_settled = self.relayed.is_none() && evidence == Evidence::Message;
+                if is_settled && self.endpoint == Some(endpoint) {
+                    self.heard = Some(now);
+                    return Roamed::default();
+                }
+                self.relayed
+            }
+            Way::Relayed(address) if self.relayed == Some(address) => return Roamed::default(),
+            Way::Relayed(address) => Some(address),
+        };
+        let kind = |way: Way| match way {
+            Way::Direct(_) => Kind::Direct,
+            Way::Relayed(_) => Kind::Relayed,
+        };
+        let before = self.way();
+        let situation = Situation {
+            present: before.map(kind),
+            source: kind(from),
+            evidence,
+            was_answered_there: self.answered_at == Some(from.remote()),
+            has_relay: relayed.is_some_and(has_relay),
+            heard: self.heard,
+            proven: self.proven,
+        };
+        let moves = situation.moves(now);
+        if situation.proves_direct() {
+            self.proven = Some(now);
         }
-        let remote = |endpoint: Option<Endpoint>| endpoint.map(|endpoint| endpoint.remote);
-        let before = remote(self.endpoint);
-        let look_up = self.follow(from);
+        let look_up = match from {
+            Way::Direct(endpoint) => {
+                self.heard = Some(now);
+                if moves {
+                    self.relayed = None;
+                }
+                moves && self.endpoint != Some(endpoint) && self.follow(endpoint)
+            }
+            Way::Relayed(address) => {
+                if moves {
+                    self.relayed = Some(address);
+                }
+                false
+            }
+        };
         Roamed {
-            moved: remote(self.endpoint) != before,
+            moved: self.way().map(Way::remote) != before.map(Way::remote),
             look_up,
         }
     }
@@ -118,6 +195,7 @@ impl Place {
         is_unconfirmed: bool,
         now: Time,
     ) -> Endpoint {
+        self.answered_at = Some(from.remote);
         let failed = self.answered.filter(|(to, _, at)| {
             is_unconfirmed && *to == from && now.since(*at) >= ANSWER_ARRIVES
         });
@@ -132,6 +210,11 @@ impl Place {
             self.failed = failed.map(|(to, ..)| to);
             from.remote.into()
         }
+    }
+
+    /// Records that an initiation through a relay is answered the same way.
+    pub(super) fn answer_relayed(&mut self, from: Way) {
+        self.answered_at = Some(from.remote());
     }
 
     fn refuse(&mut self, from: Endpoint) {
@@ -159,9 +242,12 @@ impl Place {
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
-
     use super::*;
+
+    /// A message comes directly, and there is no relay.
+    fn roam(place: &mut Place, from: Endpoint) -> Roamed {
+        place.roam(from.into(), Evidence::Message, |_| false, at(0))
+    }
 
     fn endpoint(remote: &str, local: &str, interface: u32) -> Endpoint {
         Endpoint {
@@ -188,40 +274,40 @@ mod tests {
             endpoint: Some(first().remote.into()),
             ..Place::default()
         };
-        assert!(place.roam(first()).look_up);
+        assert!(roam(&mut place, first()).look_up);
         assert_eq!(place.endpoint, Some(first().remote.into()));
-        assert!(!place.roam(first()).look_up, "looked up twice");
+        assert!(!roam(&mut place, first()).look_up, "looked up twice");
         place.judge(first(), true);
         assert_eq!(place.endpoint, Some(first()));
-        assert!(!place.roam(first()).look_up);
+        assert!(!roam(&mut place, first()).look_up);
     }
 
     #[test]
     fn a_datagram_through_the_earlier_uplink_does_not_bring_its_address_back() {
         let mut place = Place::default();
-        assert!(place.roam(first()).look_up);
+        assert!(roam(&mut place, first()).look_up);
         place.judge(first(), true);
         // The route changes, and some datagrams are still on the old path.
         place.clear_source();
-        assert!(place.roam(first()).look_up);
+        assert!(roam(&mut place, first()).look_up);
         place.judge(first(), false);
         assert_eq!(place.endpoint, Some(first().remote.into()));
-        assert!(!place.roam(first()).look_up);
+        assert!(!roam(&mut place, first()).look_up);
         assert_eq!(place.endpoint, Some(first().remote.into()));
         // The peer follows, and the last of them arrive later.
-        assert!(place.roam(second()).look_up);
+        assert!(roam(&mut place, second()).look_up);
         place.judge(second(), true);
-        assert!(!place.roam(first()).look_up);
+        assert!(!roam(&mut place, first()).look_up);
         assert_eq!(place.endpoint, Some(second()));
     }
 
     #[test]
     fn another_address_of_the_same_interface_is_the_source_at_once_and_is_looked_up() {
         let mut place = Place::default();
-        assert!(place.roam(first()).look_up);
+        assert!(roam(&mut place, first()).look_up);
         place.judge(first(), true);
         let other = endpoint("192.0.2.1:5", "198.51.100.2", 1);
-        assert!(place.roam(other).look_up);
+        assert!(roam(&mut place, other).look_up);
         assert_eq!(place.endpoint, Some(other));
         place.judge(first(), true);
         assert_eq!(place.endpoint, Some(other));
@@ -232,10 +318,10 @@ mod tests {
     #[test]
     fn a_peer_that_moves_is_answered_from_the_local_address_until_the_route_is_known() {
         let mut place = Place::default();
-        assert!(place.roam(first()).look_up);
+        assert!(roam(&mut place, first()).look_up);
         place.judge(first(), true);
         let moved = endpoint("192.0.2.9:5", "198.51.100.1", 1);
-        assert!(place.roam(moved).look_up);
+        assert!(roam(&mut place, moved).look_up);
         assert_eq!(place.endpoint, Some(moved));
         // A look-up of its earlier endpoint changes nothing.
         place.judge(first(), false);
@@ -254,11 +340,11 @@ mod tests {
         // Not confirmed: the sources alternate.
         let chosen = Endpoint::from(first().remote);
         assert_eq!(place.answer(first(), true, true, at(15)), chosen);
-        assert!(!place.roam(first()).look_up);
+        assert!(!roam(&mut place, first()).look_up);
         assert_eq!(place.endpoint, Some(chosen));
         // Routes are looked up now and then, which proves nothing about the answer.
         place.forget_judgements();
-        assert!(!place.roam(first()).look_up);
+        assert!(!roam(&mut place, first()).look_up);
         assert_eq!(place.endpoint, Some(chosen));
         assert_eq!(place.answer(first(), true, true, at(20)), first());
         assert_eq!(place.answer(first(), true, true, at(25)), chosen);

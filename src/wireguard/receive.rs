@@ -1,4 +1,5 @@
-//! From the wire to the TUN device: find the session, open, check the source, join, write.
+//! From the wire to the TUN device: find the session, open, check the source, join, write. A relayed datagram is opened
+//! twice: once as a packet of the relay, once as what it is.
 //!
 //! Handshake messages are passed on to their thread. Nothing here panics or answers, whatever the bytes
 //! are.
@@ -13,15 +14,19 @@ use super::clock::Time;
 use super::core::Core;
 use super::divert::Origin;
 use super::drops::Dropped;
+use super::endpoint_rule::Evidence;
 use super::gso::Coalescer;
-use super::packet::{Header, set_ecn};
+use super::packet::{Ecn, Header, set_ecn};
 use super::peer::Peer;
 use super::protocol::{
-    COOKIE_REPLY, COOKIE_REPLY_SIZE, INITIATION, INITIATION_SIZE, OVERHEAD, REKEY_ON_RECEIVE,
-    RESPONSE, RESPONSE_SIZE, data_header,
+    COOKIE_REPLY, COOKIE_REPLY_SIZE, DATA_HEADER, INITIATION, INITIATION_SIZE, OVERHEAD,
+    REKEY_ON_RECEIVE, RESPONSE, RESPONSE_SIZE, TAG, data_header,
 };
+use super::relay_packet;
 use super::session::{Opened, Session};
+use super::table::Table;
 use super::udp::Message;
+use super::way::Way;
 
 /// The number of sessions that a receive thread caches; a power of two.
 const CACHED: usize = 64;
@@ -32,6 +37,20 @@ pub(super) struct Receive {
     opened: Vec<Opened>,
     /// Recent sessions, by the low bits of their index.
     sessions: Vec<(u32, Weak<Session>)>,
+    /// Relayed datagrams in the message that is being opened.
+    relayed: Vec<Arrived>,
+    /// Where the last datagram of the wire ended that held one.
+    relayed_until: usize,
+}
+
+/// Datagrams of one size in the arena, the last of which may be shorter, that came the same way.
+struct Arrived {
+    range: Range<usize>,
+    stride: usize,
+    from: Way,
+    /// The relay that they came through.
+    through: Option<Arc<Peer>>,
+    ecn: Ecn,
 }
 
 impl Default for Receive {
@@ -40,13 +59,32 @@ impl Default for Receive {
             coalescer: Coalescer::default(),
             opened: Vec::new(),
             sessions: vec![(0, Weak::new()); CACHED],
+            relayed: Vec::new(),
+            relayed_until: 0,
         }
     }
 }
 
 impl Receive {
-    /// Opens one message in the arena, and keeps its packets.
+    /// Opens one message in the arena, and the relayed datagrams in it, and keeps the packets.
     pub(super) fn message(&mut self, core: &Core, arena: &mut [u8], message: &Message, now: Time) {
+        let direct = Arrived {
+            range: message.range.clone(),
+            stride: message.stride,
+            from: message.from.into(),
+            through: None,
+            ecn: message.ecn,
+        };
+        self.arrived(core, arena, &direct, now);
+        // Relayed datagrams hold no others, so this ends.
+        let mut relayed = std::mem::take(&mut self.relayed);
+        for relayed in relayed.drain(..) {
+            self.arrived(core, arena, &relayed, now);
+        }
+        self.relayed = relayed;
+    }
+
+    fn arrived(&mut self, core: &Core, arena: &mut [u8], message: &Arrived, now: Time) {
         let mut at = message.range.start;
         while at < message.range.end {
             let datagram = at..message.range.end.min(at + message.stride);
@@ -99,7 +137,7 @@ impl Receive {
         arena: &mut [u8],
         run: Range<usize>,
         index: u32,
-        message: &Message,
+        message: &Arrived,
         now: Time,
     ) {
         let stride = message.stride;
@@ -131,7 +169,7 @@ impl Receive {
                 continue;
             }
             data = true;
-            let kept = self.keep(core, &peer, arena, plaintext, message, |source| {
+            let kept = self.keep(core, &table, &peer, arena, plaintext, message, |source| {
                 accepted == Some(source) || {
                     let accepts = table.accepts(source, &peer);
                     if accepts {
@@ -147,23 +185,51 @@ impl Receive {
         self.opened = opened;
         if authentic {
             peer.count_received(bytes);
-            core.roam(&peer, message.from);
+            let evidence = if session.awaits_confirmation() {
+                Evidence::Confirmation
+            } else {
+                Evidence::Message
+            };
+            core.roam(&peer, message.from, evidence, now);
             note_received(core, &peer, &session, data, now);
         }
     }
 
-    /// Checks a packet that was opened and keeps it for the TUN device, or diverts it.
+    /// Checks a packet that was opened and keeps it for the TUN device, or diverts it. A relayed datagram is kept to be
+    /// opened.
+    #[expect(clippy::too_many_arguments, reason = "this many values decide")]
     fn keep(
         &mut self,
         core: &Core,
-        peer: &Peer,
+        table: &Table,
+        peer: &Arc<Peer>,
         arena: &mut [u8],
         plaintext: Range<usize>,
-        message: &Message,
+        message: &Arrived,
         accepts: impl FnOnce(IpAddr) -> bool,
     ) -> Result<(), Dropped> {
         let packet = &mut arena[plaintext.clone()];
         let ip = Header::parse(packet).ok_or(Dropped::Malformed)?;
+        if table.relays.is_for_this_device(&ip, packet) {
+            if message.through.is_some() {
+                return Err(Dropped::RelayedTwice);
+            }
+            if !table.relays.admits(ip.source, peer) {
+                return Err(Dropped::ForeignRelay);
+            }
+            let datagram = relay_packet::open(&ip, packet)?;
+            let ecn = message.ecn.decapsulate(ip.ecn).ok_or(Dropped::Congested)?;
+            let datagram = plaintext.start + datagram.start..plaintext.start + datagram.end;
+            self.keep_relayed(
+                arena,
+                &plaintext,
+                datagram,
+                Way::Relayed(ip.source),
+                peer,
+                ecn,
+            );
+            return Ok(());
+        }
         if !accepts(ip.source) {
             return Err(Dropped::ForeignSource);
         }
@@ -181,6 +247,45 @@ impl Receive {
         let packet = plaintext.start..plaintext.start + ip.length;
         self.coalescer.push(arena, packet, &ip);
         Ok(())
+    }
+
+    /// Keeps a relayed datagram, which lies in a plaintext, to be opened after those around it. If it continues the one
+    /// before, it is moved next to it, so that they are opened as one batch.
+    fn keep_relayed(
+        &mut self,
+        arena: &mut [u8],
+        plaintext: &Range<usize>,
+        datagram: Range<usize>,
+        from: Way,
+        relay: &Arc<Peer>,
+        ecn: Ecn,
+    ) {
+        // Nothing else may lie between the two.
+        let is_next = self.relayed_until + DATA_HEADER == plaintext.start;
+        self.relayed_until = plaintext.end + TAG;
+        if let Some(last) = self.relayed.last_mut().filter(|last| {
+            is_next
+                && last.from == from
+                && last.ecn == ecn
+                && last
+                    .through
+                    .as_ref()
+                    .is_some_and(|through| Arc::ptr_eq(through, relay))
+                && last.range.len().is_multiple_of(last.stride)
+                && datagram.len() <= last.stride
+        }) {
+            let end = last.range.end + datagram.len();
+            arena.copy_within(datagram, last.range.end);
+            last.range.end = end;
+            return;
+        }
+        self.relayed.push(Arrived {
+            stride: datagram.len(),
+            range: datagram,
+            from,
+            through: Some(relay.clone()),
+            ecn,
+        });
     }
 }
 
@@ -235,13 +340,15 @@ fn note_received(core: &Core, peer: &Arc<Peer>, session: &Arc<Session>, data: bo
 }
 
 /// Queues what may be a handshake message.
-fn pass_on(core: &Core, datagram: &[u8], message: &Message, now: Time) {
+fn pass_on(core: &Core, datagram: &[u8], message: &Arrived, now: Time) {
     let kind = datagram.first_chunk().map(|kind| u32::from_le_bytes(*kind));
     let dropped = match (kind, datagram.len()) {
         (Some(INITIATION), INITIATION_SIZE)
         | (Some(RESPONSE), RESPONSE_SIZE)
         | (Some(COOKIE_REPLY), COOKIE_REPLY_SIZE) => {
-            core.take_handshake(datagram, message.from, now).err()
+            let through = message.through.as_ref();
+            let taken = core.take_handshake(datagram, message.from, through, now);
+            taken.err()
         }
         _ => Some(Dropped::Malformed),
     };

@@ -19,8 +19,10 @@ use super::core::{Configured, ConfiguredPeer, Core, Identity};
 use super::handshake::forget_handshakes;
 use super::key::{PresharedKey, PrivateKey, PublicKey};
 use super::peer::{HandshakeState, Peer};
+use super::relay_table::Relays;
 use super::table::{Owners, Table};
 use super::uapi::{AllowedIp, KeyUpdate, PeerGet, PeerSet};
+use super::way::Way;
 
 /// More peers than this do not come and go within minutes.
 const MAX_REMOVED: usize = 1024;
@@ -61,10 +63,25 @@ impl Core {
         configured.accepts.clear();
         for (&id, &config) in &wanted {
             let known = self.make_peer(&mut configured, id, config.public_key);
+            known.relays_to.clone_from(&config.relays_to);
+            known.relayed_from.clone_from(&config.relayed_from);
+        }
+        let relays = configured.relays();
+        for (&id, &config) in &wanted {
+            let known = self.make_peer(&mut configured, id, config.public_key);
             if known.endpoint != config.endpoint {
                 known.endpoint = config.endpoint;
-                if let Some(endpoint) = config.endpoint {
-                    known.peer.set_endpoint(endpoint);
+                let way = config.endpoint.map(|endpoint| relays.way_to(endpoint));
+                let is_relayed =
+                    |way| matches!(way, Way::Relayed(to) if relays.relay_to(to).is_some());
+                if let Some(endpoint) = config.endpoint
+                    && known.peer.way().is_some_and(is_relayed)
+                {
+                    // The relay works, and the new endpoint may not.
+                    let job = Job::TryCandidates(known.peer.clone(), vec![endpoint]);
+                    self.jobs.push(job);
+                } else if way.is_some() {
+                    known.peer.set_way(way);
                     // A persistent keepalive is there to open the NAT on this side. The new endpoint
                     // needs one at once: the peer may be sending already.
                     if config.persistent_keepalive.is_some() && known.peer.has_session() {
@@ -72,8 +89,6 @@ impl Core {
                     }
                 }
             }
-            known.relays_to.clone_from(&config.relays_to);
-            known.relayed_from.clone_from(&config.relayed_from);
             let peer = known.peer.clone();
             set_preshared_key(&mut peer.handshake(), config.preshared_key.clone());
             self.set_keepalive(
@@ -150,7 +165,7 @@ impl Core {
                 known.relays_to.clear();
                 known.relayed_from.clear();
                 if !known.peer.has_session() {
-                    known.peer.forget_endpoint();
+                    known.peer.set_way(None);
                 }
             }
         }
@@ -176,7 +191,8 @@ impl Core {
         let known = self.make_peer(configured, &id, key);
         if let Some(endpoint) = change.endpoint {
             known.endpoint = Some(endpoint);
-            known.peer.set_endpoint(endpoint);
+            let way = self.table.load().relays.way_to(endpoint);
+            known.peer.set_way(Some(way));
         }
         let peer = known.peer.clone();
         match change.preshared_key {
@@ -357,7 +373,13 @@ impl Core {
         } else {
             allowed_ips(&configured.accepts)
         };
-        let table = Table::new(peers.collect(), routes, accepts, self.spread.clone());
+        let table = Table::new(
+            peers.collect(),
+            routes,
+            accepts,
+            configured.relays(),
+            self.spread.clone(),
+        );
         let before = self.table.swap(Arc::new(table));
         self.note_known_addresses();
         let is_new = |known: &ConfiguredPeer| !before.peers.contains_key(known.peer.key());
@@ -407,7 +429,7 @@ impl Core {
             Some(PeerGet {
                 public_key: key,
                 preshared_key: peer.handshake().preshared_key.clone(),
-                endpoint: peer.endpoint().map(|endpoint| endpoint.remote),
+                endpoint: peer.way().map(Way::remote),
                 last_handshake: peer.last_handshake().map(&unix),
                 rx_bytes: peer.rx_bytes(),
                 tx_bytes: peer.tx_bytes(),
@@ -420,6 +442,12 @@ impl Core {
 }
 
 impl Configured {
+    fn relays(&self) -> Relays {
+        let peers = self.peers.values();
+        let peers = peers.map(|known| (&known.peer, &known.relays_to, &known.relayed_from));
+        Relays::new(peers, self.own_addresses.clone())
+    }
+
     fn note_removed(&mut self, peer: &Peer) {
         let Some(at) = peer.last_sent() else {
             return;

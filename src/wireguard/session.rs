@@ -110,6 +110,11 @@ impl Session {
             || self.initiator && now.since(self.created) >= REKEY_AFTER_TIME
     }
 
+    /// Whether the peer has not yet proved that it has the keys.
+    pub(super) fn awaits_confirmation(&self) -> bool {
+        !self.confirmed.load(Ordering::Relaxed)
+    }
+
     /// Records that the peer has the keys; true the first time.
     pub(super) fn confirm(&self) -> bool {
         !self.confirmed.load(Ordering::Relaxed) && !self.confirmed.swap(true, Ordering::AcqRel)

@@ -12,6 +12,7 @@ use ipnet::IpNet;
 
 use super::key::PublicKey;
 use super::peer::Peer;
+use super::relay_table::Relays;
 
 /// The owner of every address: the owners of the most specific prefix that holds it.
 ///
@@ -140,6 +141,8 @@ pub(super) struct Table {
     pub(super) peers: BTreeMap<PublicKey, Arc<Peer>>,
     routes: Arc<Owners>,
     accepts: Arc<Owners>,
+    /// Who relays.
+    pub(super) relays: Relays,
     spread: RandomState,
 }
 
@@ -151,12 +154,14 @@ impl Table {
         peers: BTreeMap<PublicKey, Arc<Peer>>,
         routes: Arc<Owners>,
         accepts: Arc<Owners>,
+        relays: Relays,
         spread: RandomState,
     ) -> Self {
         Self {
             peers,
             routes,
             accepts,
+            relays,
             spread,
         }
     }

@@ -25,6 +25,8 @@ mod garbage;
 #[cfg(test)]
 mod peer_names;
 #[cfg(test)]
+mod relayed;
+#[cfg(test)]
 mod replayed;
 #[cfg_attr(
     test,
@@ -58,6 +60,8 @@ use super::timestamp_sequence::TimestampSequence;
 use super::transmit::Transmit;
 use super::udp::{Endpoint, Message};
 use super::{checksum, gso};
+#[cfg(test)]
+use super::{endpoint_rule::Evidence, way::Way};
 
 /// A datagram under way.
 #[derive(Clone, Debug, Eq, PartialEq)]

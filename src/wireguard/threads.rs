@@ -226,7 +226,7 @@ fn handshake(
 fn look_at_routes(core: &Core, io: &Io) {
     let sockets = io.sockets.load();
     for peer in core.table.load().peers.values() {
-        let endpoint = peer.endpoint();
+        let endpoint = peer.direct_endpoint();
         peer.forget_sources();
         if let Some(endpoint) = endpoint.filter(|endpoint| endpoint.local.is_some()) {
             peer.judge_source(endpoint, sockets.leads(&endpoint));

@@ -16,6 +16,7 @@ use super::nested::Nesting;
 use super::packet::{Header, Outer};
 use super::peer::{Peer, Wire};
 use super::protocol::{DATA_HEADER, OVERHEAD, TAG};
+use super::send::send;
 use super::session::Session;
 use super::tun::MAX_READ;
 use super::udp::{MAX_DATAGRAMS, MAX_SEND};
@@ -27,6 +28,9 @@ pub(super) struct Refused(pub(super) Option<Answer>);
 /// The longest packet that a datagram of IPv4 has room for: 65,535 bytes less the headers of IP, UDP
 /// and WireGuard. The link's MTU should be less. If it is not, the sender gets an ICMP error.
 const MAX_INNER: u16 = 65_475;
+
+/// The most bytes of padding of a packet.
+const MAX_PADDING: usize = 15;
 
 /// A run of datagrams that is being gathered.
 pub(super) struct Transmit {
@@ -40,6 +44,8 @@ pub(super) struct Transmit {
     /// Whether any of them carries a packet; keepalives carry none.
     data: bool,
     outer: Outer,
+    /// The bytes that a relay adds to each datagram at most, so that the run is sent in one call.
+    relay_overhead: usize,
     to: Option<(Arc<Peer>, Arc<Session>)>,
 }
 
@@ -54,6 +60,7 @@ impl Default for Transmit {
             open: false,
             data: false,
             outer: Outer::default(),
+            relay_overhead: 0,
             to: None,
         }
     }
@@ -95,6 +102,18 @@ impl Transmit {
         let Some(peer) = table.route(ip.destination, || ip.flow_hash(packet)) else {
             return refuse(Dropped::NoPeer, Some(Answer::Unreachable));
         };
+        if peer.relay_overhead() != 0 {
+            // One relay deep.
+            if table.relays.is_for_another(&ip, packet) {
+                return refuse(Dropped::RelayedTwice, None);
+            }
+            let most = core.mtu_to(peer);
+            let is_longer = |split: Split<'_>| split.length(0) > most;
+            if Split::new(&vnet, packet, &ip).is_some_and(is_longer) {
+                let most = u16::try_from(most).unwrap_or(MAX_INNER);
+                return refuse(Dropped::TooBig, Some(Answer::TooBig(most)));
+            }
+        }
         let session = peer.session();
         if let Some(session) = session.as_ref().filter(|session| session.may_send(now)) {
             if peer.has_staged.load(Ordering::Acquire) {
@@ -115,7 +134,7 @@ impl Transmit {
             }
             return Ok(());
         }
-        if peer.endpoint().is_none() {
+        if peer.way().is_none() {
             return refuse(Dropped::NoEndpoint, Some(Answer::Unreachable));
         }
         let dropped = peer.stage(bytes);
@@ -202,7 +221,12 @@ impl Transmit {
     ) {
         for n in 0..split.count() {
             let inner = split.length(n);
-            let padded = inner + core.padding(inner);
+            // It was read, or waited, while the peer was reached directly.
+            if is_too_long(core, to.0, inner) {
+                core.drops.add(Dropped::TooBig, 1);
+                continue;
+            }
+            let padded = inner + core.padding_to(to.0, inner);
             self.make_room(core, wire, to, padded + OVERHEAD, outer, now);
             let datagram = &mut self.buffer[self.length..self.length + padded + OVERHEAD];
             let plaintext = &mut datagram[DATA_HEADER..DATA_HEADER + padded];
@@ -235,7 +259,7 @@ impl Transmit {
             && self.outer == outer
             && length <= self.stride
             && self.count < MAX_DATAGRAMS
-            && self.length + length <= MAX_SEND;
+            && self.length + length + (self.count + 1) * self.relay_overhead <= MAX_SEND;
         if fits {
             self.open = length == self.stride;
             return;
@@ -245,6 +269,10 @@ impl Transmit {
             self.to = Some((peer.clone(), session.clone()));
         }
         (self.stride, self.open, self.outer) = (length, true, outer);
+        self.relay_overhead = match peer.relay_overhead() {
+            0 => 0,
+            bytes => bytes + MAX_PADDING,
+        };
     }
 
     /// Seals and sends the run.
@@ -255,7 +283,7 @@ impl Transmit {
                 // The timers come first: an answer may arrive before the send returns, and must not be
                 // followed by arming what it disarms.
                 peer.timers.sent(self.data, now);
-                peer.send(wire, run, self.stride, self.outer, now, &core.drops);
+                send(core, wire, peer, (run, self.stride), self.outer, now);
                 if session.wants_rekey(now) {
                     core.ask_handshake(peer, now);
                 }
@@ -299,10 +327,10 @@ pub(super) fn send_alone(
     let Some(ip) = Header::parse(packet).filter(is_whole) else {
         return false;
     };
-    if peer.endpoint().is_none() {
+    if peer.way().is_none() || is_too_long(core, peer, packet.len()) {
         return false;
     }
-    let length = packet.len() + core.padding(packet.len()) + OVERHEAD;
+    let length = packet.len() + core.padding_to(peer, packet.len()) + OVERHEAD;
     let mut datagram = vec![0; length];
     datagram[DATA_HEADER..DATA_HEADER + packet.len()].copy_from_slice(packet);
     let session = peer.session();
@@ -316,11 +344,17 @@ pub(super) fn send_alone(
     // The timers come first, as in `Transmit::flush`.
     peer.timers.sent(true, now);
     let outer = outer(&ip, Nesting::of(packet, &ip));
-    let sent = peer.send(wire, &datagram, length, outer, now, &core.drops);
+    let sent = send(core, wire, peer, (&datagram, length), outer, now);
     if session.wants_rekey(now) {
         core.ask_handshake(peer, now);
     }
     sent
+}
+
+/// Whether a packet is too long for the way to a peer that is behind a relay. Otherwise the link's MTU is the limit, which
+/// the kernel knows.
+fn is_too_long(core: &Core, peer: &Peer, length: usize) -> bool {
+    peer.relay_overhead() != 0 && length > core.mtu_to(peer)
 }
 
 /// The fields of the outer header that depend on the packet.

@@ -483,6 +483,7 @@ impl Device {
             let stats = PeerStats {
                 public_key: *key,
                 endpoint: peer.endpoint,
+                relayed: false,
                 rx_bytes: peer.rx,
                 tx_bytes: peer.tx,
                 last_handshake: peer.handshake.map(ago),

@@ -193,6 +193,7 @@ impl Facets {
         let stats = |leader: &Leader| PeerStats {
             public_key: leader.public_key(),
             endpoint: None,
+            relayed: false,
             rx_bytes: 0,
             tx_bytes: 0,
             last_handshake: (leader.node == name("master")).then_some(Duration::ZERO),

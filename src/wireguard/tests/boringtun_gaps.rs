@@ -242,7 +242,7 @@ fn a_peer_roams_even_if_its_packet_has_the_source_of_another() {
     world.deliver(&datagram);
     assert_eq!(world.hosts[0].delivered, Vec::<Vec<u8>>::new());
     let peer = world.hosts[0].peer(&world.hosts[1]);
-    assert_eq!(peer.endpoint().unwrap().remote, datagram.from);
+    assert_eq!(peer.way().unwrap().remote(), datagram.from);
 }
 
 #[test]
@@ -259,21 +259,17 @@ fn a_peer_roams_with_every_new_authentic_message_and_with_no_other() {
     };
     forged.bytes[40] ^= 1;
     world.deliver(&forged);
-    assert_eq!(peer.endpoint().unwrap().remote, address(1));
+    assert_eq!(peer.way().unwrap().remote(), address(1));
     world.deliver(&Datagram {
         from: elsewhere(2),
         ..genuine.clone()
     });
-    assert_eq!(peer.endpoint().unwrap().remote, elsewhere(2));
+    assert_eq!(peer.way().unwrap().remote(), elsewhere(2));
     world.deliver(&Datagram {
         from: elsewhere(3),
         ..genuine
     });
-    assert_eq!(
-        peer.endpoint().unwrap().remote,
-        elsewhere(2),
-        "it is a replay"
-    );
+    assert_eq!(peer.way().unwrap().remote(), elsewhere(2), "it is a replay");
 }
 
 #[test]
@@ -302,7 +298,7 @@ fn a_cookie_moves_no_endpoint_and_counts_as_no_traffic() {
     world.work();
     let peer = world.hosts[0].peer(&world.hosts[1]);
     assert_eq!(
-        (peer.endpoint().unwrap().remote, peer.rx_bytes()),
+        (peer.way().unwrap().remote(), peer.rx_bytes()),
         (address(2), 0)
     );
 }

@@ -4,8 +4,8 @@ use super::super::UNASKED_AFTER;
 use super::*;
 
 fn endpoint(world: &World, of: usize, at: usize) -> Option<SocketAddr> {
-    let endpoint = world.hosts[at].peer(&world.hosts[of]).endpoint();
-    endpoint.map(|endpoint| endpoint.remote)
+    let way = world.hosts[at].peer(&world.hosts[of]).way();
+    way.map(Way::remote)
 }
 
 #[test]

@@ -31,7 +31,7 @@ fn learn(world: &mut World) {
 }
 
 /// An initiation to host 2 with the key `claimed`, by a sender that has the key `own`.
-fn initiation(own: u8, claimed: u8, second: u64) -> Vec<u8> {
+pub(super) fn initiation(own: u8, claimed: u8, second: u64) -> Vec<u8> {
     let mut buffer = [0; 148];
     let timestamp = Timestamp::from_unix(seconds(second)).to_tai64n();
     let mut noise = Handshake::new(
@@ -65,7 +65,7 @@ fn an_early_initiation_is_answered_as_soon_as_its_key_is_known() {
     assert_eq!((world.count(1), world.count(2)), (1, 1));
     let peer = world.hosts[1].peer(&world.hosts[0]);
     assert_eq!(peer.last_handshake(), Some(world.now));
-    assert_eq!(peer.endpoint().map(|at| at.remote), Some(address(1)));
+    assert_eq!(peer.way().map(Way::remote), Some(address(1)));
     world.assert_connected();
     assert_eq!(world.count(1), 1, "a second initiation was sent");
 }

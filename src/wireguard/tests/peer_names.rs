@@ -38,7 +38,7 @@ fn a_peer_whose_key_changes_keeps_its_prefixes_endpoint_and_counters() {
     world.send(1, &packet(2, 1, b"from elsewhere"));
     world.settle();
     let before = world.hosts[0].peer(&world.hosts[1]);
-    assert_eq!(before.endpoint().map(|at| at.remote), Some(address(9)));
+    assert_eq!(before.way().map(Way::remote), Some(address(9)));
 
     let public_key = change_key(&mut world, 7);
     let exchanged = named(&[(
@@ -59,7 +59,7 @@ fn a_peer_whose_key_changes_keeps_its_prefixes_endpoint_and_counters() {
         ("node/two", public_key)
     );
     assert!(table.accepts(ip("10.0.2.1"), routed));
-    assert_eq!(routed.endpoint().map(|at| at.remote), Some(address(9)));
+    assert_eq!(routed.way().map(Way::remote), Some(address(9)));
     assert!(routed.rx_bytes() > 0 && routed.rx_bytes() == before.rx_bytes());
     assert_eq!(table.peers.len(), 1);
     world.settle();

@@ -5,8 +5,8 @@ use super::super::timestamp_store::StoreWriter;
 use super::*;
 
 fn endpoint(world: &World, of: usize, at: usize) -> Option<SocketAddr> {
-    let endpoint = world.hosts[at].peer(&world.hosts[of]).endpoint();
-    endpoint.map(|endpoint| endpoint.remote)
+    let way = world.hosts[at].peer(&world.hosts[of]).way();
+    way.map(Way::remote)
 }
 
 /// The initiation of host 1 that host 2 answered.

@@ -142,8 +142,8 @@ fn a_peer_that_moved_is_found_at_its_candidate() {
     world.hosts[0].core.try_candidates(&id, &[address(9)]);
     world.settle();
 
-    let endpoint = world.hosts[0].peer(&world.hosts[1]).endpoint();
-    assert_eq!(endpoint.map(|endpoint| endpoint.remote), Some(address(9)));
+    let way = world.hosts[0].peer(&world.hosts[1]).way();
+    assert_eq!(way.map(Way::remote), Some(address(9)));
     world.assert_connected();
 }
 
@@ -157,8 +157,8 @@ fn a_wrong_candidate_does_not_move_the_endpoint() {
         world.pass(seconds(1));
     }
     assert_eq!(world.hosts[1].delivered.len(), 20);
-    let endpoint = world.hosts[0].peer(&world.hosts[1]).endpoint();
-    assert_eq!(endpoint.map(|endpoint| endpoint.remote), Some(address(2)));
+    let way = world.hosts[0].peer(&world.hosts[1]).way();
+    assert_eq!(way.map(Way::remote), Some(address(2)));
 }
 
 #[test]
@@ -298,16 +298,17 @@ fn a_roamed_endpoint_stays_until_the_configured_one_changes() {
     };
     let peer = one.peer(two);
     let roamed: SocketAddr = (Ipv4Addr::new(203, 0, 113, 1), 9).into();
-    let _ = peer.roam(roamed.into());
+    let from = Way::Direct(roamed.into());
+    let _ = peer.roam(from, Evidence::Message, |_| false, world.now);
 
     one.set_peers(&[(two, config(2))], world.now);
-    assert_eq!(peer.endpoint().unwrap().remote, roamed);
+    assert_eq!(peer.way().unwrap().remote(), roamed);
     let moved = PeerConfig {
         endpoint: Some(address(7)),
         ..config(2)
     };
     one.set_peers(&[(two, moved)], world.now);
-    assert_eq!(peer.endpoint().unwrap().remote, address(7));
+    assert_eq!(peer.way().unwrap().remote(), address(7));
     world.now = world.now + seconds(1);
 }
 

@@ -297,6 +297,7 @@ impl World {
             let stats = PeerStats {
                 public_key,
                 endpoint: config.endpoint,
+                relayed: false,
                 rx_bytes: *received,
                 tx_bytes: 148,
                 last_handshake: is_mutual.then_some(Duration::from_secs(1)),
