@@ -17,6 +17,7 @@
 //!                                   Returning ── enough good answers ──► Up
 //! ```
 //!
+//! Unknown becomes Down as well where no answer comes at first; then one answer is enough.
 //! A path that is down or returning is draining too as soon as an answer says so, and returns afterwards.
 //!
 //! - One lost echo moves nothing: while an echo is overdue, the next ones follow every [`FAST`]. So a path that
@@ -39,6 +40,8 @@ pub const FAST: Duration = Duration::from_millis(100);
 const DETECTION: Duration = Duration::from_millis(1_500);
 /// What the detection time has beside a long interval: time for the echoes that follow a lost one.
 const BESIDE_INTERVAL: Duration = Duration::from_millis(900);
+/// The least time after which a path that never answered is down. A handshake and an echo take less.
+const FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// Echoes that must be overdue before a path is down.
 const MISSED: usize = 3;
 /// Good answers in a row after which a path that was down is up again.
@@ -248,14 +251,13 @@ impl Path {
     }
 
     fn down_at(&self) -> Option<Instant> {
-        if matches!(
-            self.state,
-            PathState::Unknown | PathState::Down(Cause::Silent)
-        ) {
-            return None;
-        }
+        let silent = match self.state {
+            PathState::Down(Cause::Silent) => return None,
+            PathState::Unknown => self.since + FIRST_ANSWER.max(self.detection()),
+            _ => self.heard? + self.detection(),
+        };
         let missed = self.missing().nth(MISSED - 1)?;
-        Some((missed.at + self.overdue()).max(self.heard? + self.detection()))
+        Some((missed.at + self.overdue()).max(silent))
     }
 
     fn overdue(&self) -> Duration {
@@ -295,6 +297,7 @@ impl Path {
                 return;
             }
             let most = u32::try_from(LONGEST.as_millis() / self.interval.as_millis().max(1));
+            let is_new = (self.state, state) == (PathState::Unknown, PathState::Down(Cause::Silent));
             let is_flapping = !self.proven
                 || self
                     .returned
@@ -302,6 +305,9 @@ impl Path {
             self.proven = false;
             self.needed = if is_flapping {
                 (2 * self.needed).min(most.unwrap_or(GOOD)).max(GOOD)
+            } else if is_new {
+                // It never failed, and its first answer may just have to wait for a handshake.
+                1
             } else {
                 GOOD
             };

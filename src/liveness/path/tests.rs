@@ -103,10 +103,25 @@ impl Link {
 #[test]
 fn the_first_answer_makes_a_path_up() {
     let mut link = Link::new();
-    link.run(seconds(5), |_| false);
+    link.run(millis(1_400), |_| false);
     assert_eq!(link.path.state(), PathState::Unknown);
     link.run(seconds(1), |_| true);
     assert_eq!(link.states(), [PathState::Up]);
+}
+
+#[test]
+fn a_path_that_never_answers_is_down_after_two_seconds_and_up_by_its_first_answer() {
+    let mut link = Link::new();
+    link.run(millis(2_200), |_| false);
+    assert_eq!(link.states(), [PathState::Down(Cause::Silent)]);
+    link.run(seconds(60), |_| false);
+    assert_eq!(link.states(), [PathState::Down(Cause::Silent)]);
+    link.run(millis(700), |_| true);
+    assert_eq!(link.path.state(), PathState::Up);
+    // Afterwards it is judged as any other.
+    link.run(seconds(3), |_| false);
+    link.run(millis(700), |_| true);
+    assert_eq!(link.path.state(), PathState::Down(Cause::Silent));
 }
 
 #[test]
