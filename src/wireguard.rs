@@ -70,6 +70,7 @@ mod timers;
 mod timestamp;
 mod timestamp_sequence;
 mod timestamp_store;
+mod translation;
 mod transmit;
 mod tun;
 pub mod uapi;
@@ -343,6 +344,15 @@ impl Device {
     /// they are accepted. An empty set, as at the start, sends and accepts none.
     pub fn set_own_addresses(&self, addresses: BTreeSet<IpAddr>) {
         self.core.set_own_addresses(addresses);
+    }
+
+    /// Translates addresses of hosts behind this device: packets of peers to an alias, a key of the map, get the host's
+    /// address as their destination, and packets of the host get the alias as their source. The packets on the link
+    /// have the host's address. Peers must route the alias to this device, and accept it as a source.
+    ///
+    /// A pair of different families is ignored. An empty map, as at the start, translates nothing.
+    pub fn set_aliases(&self, aliases: &BTreeMap<IpAddr, IpAddr>) {
+        self.core.translation.set(aliases);
     }
 
     /// Takes the diverted packets in the order of their arrival, at most 1,024. While so many wait, further

@@ -28,6 +28,7 @@ use super::protocol::REKEY_TIMEOUT;
 use super::table::Table;
 use super::timestamp::{Accepted, Tai64n, Timestamp};
 use super::timestamp_sequence::TimestampSequence;
+use super::translation::Translation;
 use super::way::Way;
 
 /// The most peers whose timestamps are kept, removed ones included. The latest are kept.
@@ -47,6 +48,8 @@ pub(super) struct Core {
     pub(super) drops: Drops,
     /// The echoes for the embedder.
     pub(super) diversion: Diversion,
+    /// The aliases of hosts behind this device.
+    pub(super) translation: Translation,
     pub(super) identity: ArcSwapOption<Identity>,
     pub(super) jobs: Jobs,
     /// Whether the embedder must be called for events.
@@ -125,6 +128,7 @@ impl Core {
             indices: Indices::default(),
             drops: Drops::default(),
             diversion: Diversion::default(),
+            translation: Translation::default(),
             identity: ArcSwapOption::empty(),
             jobs: Jobs::default(),
             signal: Signal::default(),

@@ -209,7 +209,7 @@ impl Receive {
         accepts: impl FnOnce(IpAddr) -> bool,
     ) -> Result<(), Dropped> {
         let packet = &mut arena[plaintext.clone()];
-        let ip = Header::parse(packet).ok_or(Dropped::Malformed)?;
+        let mut ip = Header::parse(packet).ok_or(Dropped::Malformed)?;
         if table.relays.is_for_this_device(&ip, packet) {
             if message.through.is_some() {
                 return Err(Dropped::RelayedTwice);
@@ -244,6 +244,7 @@ impl Receive {
             core.divert(Origin::Peer(peer.id().clone()), &packet[..ip.length]);
             return Ok(());
         }
+        core.translation.inbound(packet, &mut ip);
         let packet = plaintext.start..plaintext.start + ip.length;
         self.coalescer.push(arena, packet, &ip);
         Ok(())

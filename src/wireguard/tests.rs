@@ -3,6 +3,8 @@
 //! [`boringtun_gaps`] has a test for each thing that boringtun leaves to its embedder.
 
 #[cfg(test)]
+mod aliases;
+#[cfg(test)]
 mod boringtun_gaps;
 #[cfg(test)]
 mod candidates;

@@ -232,6 +232,7 @@ impl Transmit {
             let plaintext = &mut datagram[DATA_HEADER..DATA_HEADER + padded];
             let (packet, padding) = plaintext.split_at_mut(inner);
             split.write(n, packet);
+            core.translation.outbound(packet);
             padding.fill(0);
             self.length += padded + OVERHEAD;
             self.count += 1;

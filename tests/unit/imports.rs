@@ -59,6 +59,7 @@ const WIREGUARD: &[&[&str]] = &[
         "nested",
         "timers",
         "timestamp",
+        "translation",
         "uapi",
     ],
     &[
