@@ -267,6 +267,7 @@ impl Agent {
                 Effect::FindPeer { id, candidates } => {
                     self.reconciler.tunnel().try_candidates(&id, &candidates);
                 }
+                Effect::Translate(aliases) => self.reconciler.tunnel().set_aliases(&aliases),
                 Effect::Reconcile(desired) => self.reconciler.reconcile(desired),
                 Effect::Probe(targets) => self.echoes.set_targets(*targets),
                 Effect::Show(topology) => {

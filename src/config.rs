@@ -59,6 +59,8 @@ pub struct Config {
     pub leaders_per_region: LeaderCount,
     /// `--subnet`: the pools of WireGuard addresses, truncated, at most one of each family.
     pub subnets: Vec<IpNet>,
+    /// `--alias-cidr`: the pools of aliases, truncated, at most one of each family; empty for none.
+    pub alias_pools: Vec<IpNet>,
     /// `--encapsulate`.
     pub encapsulation: Encapsulation,
     /// `--service-cidr`, truncated.
@@ -140,6 +142,21 @@ impl Config {
                 )));
             }
         }
+        let alias_pools = flags.alias_cidr.map(|pools| pools.0).unwrap_or_default();
+        let region_networks = region_networks(flags.region_cidr);
+        let internal_cidrs = Flags::nets(&flags.internal_cidr);
+        let networks = region_networks.values().flatten();
+        let others = (subnets.iter().map(|net| ("--subnet", net)))
+            .chain(service_cidrs.iter().map(|net| ("--service-cidr", net)))
+            .chain(internal_cidrs.iter().map(|net| ("--internal-cidr", net)))
+            .chain(networks.map(|net| ("--region-cidr", net)));
+        for (flag, net) in others {
+            if let Some(pool) = alias_pools.iter().find(|pool| overlap(pool, net)) {
+                return Err(Refusal::usage(format!(
+                    "--alias-cidr {pool} overlaps {flag} {net}: choose a pool that nothing else uses"
+                )));
+            }
+        }
         Ok(Self {
             node: NodeName(match flags.hostname {
                 Some(name) => name,
@@ -151,16 +168,17 @@ impl Config {
             granularity: flags.mesh_granularity,
             leaders_per_region: flags.leaders_per_region,
             subnets,
+            alias_pools,
             encapsulation: flags.encapsulate,
             service_cidrs,
-            region_networks: region_networks(flags.region_cidr),
+            region_networks,
             beside_kilo: flags.beside_kilo,
             on_tunnel_down: flags.on_tunnel_down,
             peer_internet: flags.peer_internet,
             interface: flags.interface,
             port: flags.port,
             mtu: flags.mtu,
-            internal_cidrs: Flags::nets(&flags.internal_cidr),
+            internal_cidrs,
             prioritise_private_addresses: flags.prioritise_private_addresses,
             resync_period: flags.resync_period,
             rule_priority: flags.rule_priority,
@@ -178,12 +196,14 @@ impl Config {
         })
     }
 
-    /// Refuses pools of WireGuard addresses that flannel's networks already use.
+    /// Refuses pools that flannel's networks already use.
     pub fn check_against_flannel(&self, networks: &[IpNet]) -> Result<(), Refusal> {
-        for pool in &self.subnets {
+        let subnets = self.subnets.iter().map(|pool| ("--subnet", pool));
+        let aliases = self.alias_pools.iter().map(|pool| ("--alias-cidr", pool));
+        for (flag, pool) in subnets.chain(aliases) {
             if let Some(network) = networks.iter().find(|network| overlap(pool, network)) {
                 return Err(Refusal::configuration(format!(
-                    "--subnet {pool} overlaps the cluster network {network}: choose a pool that nothing else uses"
+                    "{flag} {pool} overlaps the cluster network {network}: choose a pool that nothing else uses"
                 )));
             }
         }

@@ -220,6 +220,11 @@ fn of_report(report: &Report) -> Vec<Finding> {
             "Correct the object; the rest of the mesh is not affected.",
         )
     }));
+    findings.extend(report.overlaps.iter().map(|overlap| {
+        Finding::note(format!(
+            "Reached by an alias: {overlap}. The API server reaches the kubelet by it if the alias is the node's ExternalIP and that type comes first in --kubelet-preferred-address-types."
+        ))
+    }));
     findings.extend(report.connected.iter().map(|connected| {
         Finding::warning(
             format!("Left to a connected network: {connected}."),

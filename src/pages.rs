@@ -357,6 +357,7 @@ mod tests {
                     endpoint: None,
                     pod_cidrs: vec![],
                     addresses: vec![],
+                    aliases: [].into(),
                     underlay: [].into(),
                     flannel_ips: [].into(),
                     private_ip: None,

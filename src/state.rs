@@ -174,6 +174,11 @@ pub struct Firewall {
     pub region_pods: BTreeSet<IpNet>,
     /// Node addresses of the own region without this node's.
     pub region_nodes: BTreeSet<IpNet>,
+    /// The pools of aliases of the families that this node carries.
+    pub alias_pools: BTreeSet<IpNet>,
+    /// The aliases of the region's nodes, this one among them, each with the address that it stands for. This node
+    /// translates what it sends to them itself; what arrives by the tunnel has the node's address already.
+    pub region_aliases: BTreeMap<IpAddr, IpAddr>,
     /// The probe addresses of the region's leaders. Only nodes send to them.
     pub probes: BTreeSet<IpAddr>,
     /// This node's own pod CIDRs.

@@ -70,6 +70,10 @@ pub struct Report {
     pub outsiders: Vec<String>,
     /// What is left out of the mesh, and why.
     pub excluded: Vec<String>,
+    /// The aliases by which other regions reach nodes.
+    pub aliases: Vec<Alias>,
+    /// Why nodes need their aliases, in sentences. An alias that is kept is not among them.
+    pub overlaps: Vec<String>,
     /// Addresses that this node does not reach through the tunnel, because it is connected to their network.
     pub connected: Vec<String>,
     /// Number of nodes that are Ready for the mesh (Kilo's `kilo_nodes`).
@@ -203,6 +207,18 @@ pub struct Peer {
     pub both_behind_nat: bool,
     /// Its candidate endpoints, the likeliest first, with the results of trying them.
     pub candidates: Vec<Candidate>,
+}
+
+/// An alias of a node.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Alias {
+    /// The node.
+    pub node: String,
+    /// The alias.
+    pub alias: String,
+    /// The node's own address, which the leaders of its region put in its place.
+    pub address: String,
 }
 
 /// A path through or to a leader, as echoes see it.

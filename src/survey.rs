@@ -178,6 +178,7 @@ pub async fn survey(client: &Client, args: &Args) -> anyhow::Result<Survey> {
         },
         leaders_per_region: args.leaders_per_region,
         subnets: published_subnets(&snapshot),
+        alias_pools: published_aliases(&snapshot),
         internal_cidrs: args.internal_cidr.clone(),
         region_networks: region_networks(args.region_cidr.clone()),
         beside_kilo: follows_kilo(&snapshot),
@@ -240,6 +241,12 @@ fn follows_kilo(snapshot: &Snapshot) -> bool {
     let mut ours = snapshot.nodes.values().filter(|node| node.ours);
     let beside_kilo = ours.clone().any(|node| node.last_seen.is_some());
     beside_kilo || ours.next().is_none()
+}
+
+/// The published aliases, each as a pool of its own: no node is shown with one that it does not have yet.
+fn published_aliases(snapshot: &Snapshot) -> Vec<IpNet> {
+    let aliases = snapshot.nodes.values().flat_map(|node| &node.aliases);
+    aliases.copied().map(IpNet::from).collect()
 }
 
 /// The pools of most published WireGuard addresses; Kilo's default while there are none.

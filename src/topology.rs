@@ -15,6 +15,7 @@ use crate::wireguard::PeerId;
 use crate::wireguard::key::PublicKey;
 
 mod address;
+mod alias;
 mod candidates;
 mod claims;
 mod excluded;
@@ -26,7 +27,7 @@ mod pool;
 mod region;
 
 pub use address::{is_public, is_public_to_kilo, is_unicast, overlap};
-pub use excluded::{Excluded, Field, Object, Overlap, Reason};
+pub use excluded::{Conflict, Excluded, Field, Object, Overlap, Reason};
 pub use leader::{Candidate, Leader, LeaderCount, Origin};
 pub use ledger::{Claim, Ledger, MAX_ENTRIES};
 
@@ -101,6 +102,9 @@ pub struct Node {
     pub pod_cidrs: Vec<IpNet>,
     /// `kilo.squat.ai/wireguard-ip`: requested by the operator or published by the agent.
     pub wireguard_ips: Vec<InterfaceAddr>,
+    /// `selvedge.dev/alias`, at most one of each family: requested by the operator or published by the agent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<IpAddr>,
     /// Whether the operator asked for this node to lead (presence of `kilo.squat.ai/leader`).
     pub leader: bool,
     /// Whether the Node's `Ready` condition is true.
@@ -180,6 +184,8 @@ pub struct Settings {
     pub leaders_per_region: LeaderCount,
     /// `--subnet`: the pools of WireGuard addresses, at most one a family.
     pub subnets: Vec<IpNet>,
+    /// `--alias-cidr`: the pools of aliases, at most one a family; empty turns them off. Kilo's algorithm has none.
+    pub alias_pools: Vec<IpNet>,
     /// `--service-cidr`: never routed into the tunnel.
     pub service_cidrs: Vec<IpNet>,
     /// `--internal-cidr`: a node's address inside of these is accepted even if its status does not name it
@@ -215,6 +221,9 @@ pub struct Member {
     pub pod_cidrs: Vec<IpNet>,
     /// The node addresses that are carried for it.
     pub addresses: Vec<IpAddr>,
+    /// Addresses by which other regions reach it, each with its own address that it stands for: at most one a family.
+    /// The leaders of its segment translate.
+    pub aliases: BTreeMap<IpAddr, IpAddr>,
     /// Its own addresses in its region, carried or not, that were accepted. VXLAN may be sent there.
     pub underlay: BTreeSet<IpAddr>,
     /// Addresses that only flannel's annotations name and no other node is known to have. A node sends VXLAN
@@ -279,6 +288,8 @@ pub struct Topology {
     pub granularity: Granularity,
     /// The pools of WireGuard addresses.
     pub subnets: Vec<IpNet>,
+    /// The pools of aliases, in which each address is an alias or none.
+    pub alias_pools: Vec<IpNet>,
     /// All segments, in Kilo's order.
     pub segments: Vec<Segment>,
     /// Nodes that take no part, by name.
@@ -289,7 +300,7 @@ pub struct Topology {
     pub peer_addresses: BTreeMap<PublicKey, PeerAddresses>,
     /// The statements that were left out, with the reasons.
     pub excluded: Vec<Excluded>,
-    /// Node addresses that are not carried because others have them too.
+    /// Node addresses by which some other region does not reach their nodes.
     pub overlaps: Vec<Overlap>,
 }
 
@@ -340,6 +351,20 @@ impl Topology {
         self.segments
             .iter()
             .flat_map(|segment| segment.leaders.iter().map(move |leader| (segment, leader)))
+    }
+
+    /// The aliases that a node's tunnel translates, with the addresses of their nodes: those of its segment.
+    pub fn aliases_at(&self, node: &NodeName) -> BTreeMap<IpAddr, IpAddr> {
+        let nodes = self.segment_of(node).into_iter();
+        let nodes = nodes.flat_map(|segment| &segment.nodes);
+        let aliases = nodes.flat_map(|member| &member.aliases);
+        aliases.map(|(alias, address)| (*alias, *address)).collect()
+    }
+
+    /// What a node's agent should have in its `alias` annotation; `None` for a node that is no member.
+    pub fn alias_annotation(&self, node: &NodeName) -> Option<Vec<IpAddr>> {
+        let member = self.member(node)?;
+        Some(member.aliases.keys().copied().collect())
     }
 
     /// What a node's agent should have in its `wireguard-ip` annotation; `None` to leave it alone.
@@ -453,10 +478,18 @@ impl Segment {
 }
 
 impl Member {
-    /// The pod CIDRs and addresses that are carried for the node.
+    /// The pod CIDRs, addresses and aliases that are carried for the node.
     pub fn allowed_ips(&self) -> impl Iterator<Item = IpNet> + '_ {
         let pods = self.pod_cidrs.iter().copied();
-        pods.chain(self.addresses.iter().copied().map(IpNet::from))
+        let addresses = self.addresses.iter().chain(self.aliases.keys());
+        pods.chain(addresses.copied().map(IpNet::from))
+    }
+
+    /// The addresses of the node itself that packets from other regions have inside of its own: the carried ones, and
+    /// those behind its aliases.
+    pub fn served_addresses(&self) -> BTreeSet<IpAddr> {
+        let addresses = self.addresses.iter().chain(self.aliases.values());
+        addresses.copied().collect()
     }
 }
 

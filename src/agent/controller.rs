@@ -276,6 +276,9 @@ impl Controller {
             let guard = Guard::of(desired);
             self.effects.push_back(Effect::KeepGuard(guard));
         }
+        // On every member: a former leader still carries packets for a moment.
+        let aliases = self.decision.topology.aliases_at(&self.config.node);
+        self.effects.push_back(Effect::Translate(aliases));
         self.effects.push_back(Effect::Reconcile(Desired {
             state: self.decision.desired.clone(),
             interface: self.config.interface.clone(),

@@ -99,6 +99,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             granularity: config.granularity,
             leaders_per_region: config.leaders_per_region,
             subnets: config.subnets.clone(),
+            alias_pools: config.alias_pools.clone(),
             service_cidrs: config.service_cidrs.clone(),
             internal_cidrs: config.internal_cidrs.clone(),
             region_networks: config.region_networks.clone(),

@@ -289,6 +289,7 @@ mod tests {
             endpoint: None,
             pod_cidrs: vec![format!("10.42.{}.0/24", &name[1..]).parse().unwrap()],
             addresses: Vec::new(),
+            aliases: [].into(),
             underlay: BTreeSet::new(),
             flannel_ips: BTreeSet::new(),
             private_ip: None,

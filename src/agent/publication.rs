@@ -94,6 +94,10 @@ pub fn annotations(inputs: &Inputs<'_>) -> Annotations {
         let ips = annotation::format_addrs(&wireguard_ips);
         published.insert(annotation::WIREGUARD_IP, ips);
     }
+    let aliases = aliases(inputs);
+    if !aliases.is_empty() {
+        published.insert(annotation::ALIAS, annotation::format_aliases(&aliases));
+    }
     let discovered = discovered(inputs);
     if !discovered.is_empty() {
         published.insert(
@@ -101,7 +105,7 @@ pub fn annotations(inputs: &Inputs<'_>) -> Annotations {
             annotation::format_discovered(&discovered),
         );
     }
-    let claims = claims(inputs, private_ip, &wireguard_ips);
+    let claims = claims(inputs, private_ip, &wireguard_ips, &aliases);
     let known = node.ledger.iter().chain(inputs.pending.iter());
     let known = Ledger::new(known.map(|(claim, since)| (claim.clone(), since)));
     let ledger = known.renewed(claims, inputs.server_time);
@@ -124,11 +128,13 @@ fn claims(
     inputs: &Inputs<'_>,
     private_ip: Option<InterfaceAddr>,
     wireguard_ips: &[InterfaceAddr],
+    aliases: &[IpAddr],
 ) -> Vec<Claim> {
     let (topology, me) = (inputs.topology, &inputs.config.node);
     let own = inputs.node.internal_ips.iter().copied();
     let addresses = private_ip.iter().chain(wireguard_ips);
     let addresses = addresses.map(InterfaceAddr::addr).chain(own);
+    let addresses = addresses.chain(aliases.iter().copied());
     let mut claims = addresses.map(Claim::Address).collect::<Vec<_>>();
     claims.push(Claim::Key(inputs.public_key));
     let segment = topology.segment_of(me).map(|segment| &segment.group);
@@ -149,6 +155,17 @@ fn claims(
             }),
     );
     claims
+}
+
+/// The aliases that this node has, and keeps while it takes no part in the mesh. Without pools, as without
+/// `--alias-cidr` or with Kilo's algorithm, they are withdrawn.
+fn aliases(inputs: &Inputs<'_>) -> Vec<IpAddr> {
+    let topology = inputs.topology;
+    if topology.alias_pools.is_empty() {
+        return Vec::new();
+    }
+    let given = topology.alias_annotation(&inputs.config.node);
+    given.unwrap_or_else(|| inputs.node.aliases.clone())
 }
 
 /// The segment of several nodes that a node leads.
@@ -178,6 +195,7 @@ fn reserved(inputs: &Inputs<'_>) -> Vec<IpNet> {
     let pods = nodes.flat_map(|node| &node.pod_cidrs);
     pods.chain(&inputs.config.service_cidrs)
         .chain(&inputs.topology.subnets)
+        .chain(&inputs.topology.alias_pools)
         .copied()
         .collect()
 }
@@ -286,6 +304,7 @@ mod tests {
                 endpoint: None,
                 pod_cidrs: vec![],
                 addresses: vec![],
+                aliases: [].into(),
                 underlay: [].into(),
                 flannel_ips: [].into(),
                 private_ip: None,

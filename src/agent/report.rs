@@ -17,7 +17,9 @@ use crate::plan::Caveat;
 use crate::policy::OnTunnelDown;
 use crate::probe::{PathKind, PathStats};
 use crate::state::State;
-use crate::status::{Api, Candidate, Flannel, LeaderPath, Peer, Report, Role, Segment, Tunnel};
+use crate::status::{
+    Alias, Api, Candidate, Flannel, LeaderPath, Peer, Report, Role, Segment, Tunnel,
+};
 use crate::topology::{Mode, Topology};
 use crate::wireguard::key::PublicKey;
 
@@ -91,7 +93,11 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
     let desired = decision.desired.as_ref().unwrap_or(&none);
     let mut excluded = inputs.rejected.to_vec();
     excluded.extend(topology.excluded.iter().map(ToString::to_string));
-    excluded.extend(topology.overlaps.iter().map(ToString::to_string));
+    let (translated, overlaps): (Vec<_>, Vec<_>) = topology
+        .overlaps
+        .iter()
+        .partition(|overlap| overlap.alias.is_some());
+    excluded.extend(overlaps.into_iter().map(ToString::to_string));
     let is_connected = |caveat: &&Caveat| matches!(caveat, Caveat::Connected { .. });
     let connected = decision.caveats.iter().filter(is_connected);
     let connected = connected.map(ToString::to_string).collect::<Vec<_>>();
@@ -168,6 +174,8 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
             .map(|outsider| outsider.name.to_string())
             .collect(),
         excluded,
+        aliases: aliases(topology),
+        overlaps: strings(translated),
         connected,
         ready_nodes: topology
             .segments
@@ -193,6 +201,18 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
             .map(|(cause, count)| ((*cause).to_owned(), *count))
             .collect(),
     }
+}
+
+fn aliases(topology: &Topology) -> Vec<Alias> {
+    let members = topology.segments.iter().flat_map(|segment| &segment.nodes);
+    let aliases = members.flat_map(|member| member.aliases.iter().map(move |pair| (member, pair)));
+    aliases
+        .map(|(member, (alias, address))| Alias {
+            node: member.name.to_string(),
+            alias: alias.to_string(),
+            address: address.to_string(),
+        })
+        .collect()
 }
 
 fn path(stats: &PathStats, now: Instant) -> LeaderPath {

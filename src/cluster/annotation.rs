@@ -49,9 +49,13 @@ pub const SINCE: &str = "selvedge.dev/since";
 /// The candidate endpoints of the node's tunnel, in addition to [`ENDPOINT`].
 pub const CANDIDATES: &str = "selvedge.dev/candidates";
 
+/// The aliases of the node, one of each family: written by the node's agent, or before it by the operator.
+pub const ALIAS: &str = "selvedge.dev/alias";
+
 /// The annotations that an agent writes on its own Node, and that clean-up removes. None is the operator's.
-pub const PUBLISHED: [&str; 11] = [
+pub const PUBLISHED: [&str; 12] = [
     AGENT,
+    ALIAS,
     CANDIDATES,
     CNI_COMPATIBILITY_IP,
     DISCOVERED_ENDPOINTS,
@@ -244,6 +248,24 @@ pub fn wireguard_ips(text: &str) -> Result<Vec<InterfaceAddr>, Malformed> {
         ));
     }
     Ok(addrs)
+}
+
+/// Reads `alias`: one address, or one of each family with a comma; empty means none.
+pub fn aliases(text: &str) -> Result<Vec<IpAddr>, Malformed> {
+    let items = text.split(',').map(str::trim);
+    let items = items.filter(|item| !item.is_empty());
+    let ips = items.map(address).collect::<Result<Vec<_>, _>>()?;
+    let of_v6 = ips.iter().filter(|ip| ip.is_ipv6()).count();
+    if of_v6 > 1 || ips.len() - of_v6 > 1 {
+        return Err(Malformed("a node has at most one alias of each family"));
+    }
+    Ok(ips)
+}
+
+/// Writes aliases as [`aliases`] reads them.
+pub fn format_aliases(aliases: &[IpAddr]) -> String {
+    let texts: Vec<_> = aliases.iter().map(ToString::to_string).collect();
+    texts.join(",")
 }
 
 /// Writes addresses as [`interface_addr`] and [`wireguard_ips`] read them; empty for none.

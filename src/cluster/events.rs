@@ -74,7 +74,10 @@ impl From<&Overlap> for Notice {
         Self {
             object: Object::Node(overlap.node.clone()),
             field: overlap.address.to_string(),
-            reason: "SelvedgeAddressOverlap",
+            reason: match overlap.alias {
+                Some(_) => "SelvedgeAddressAlias",
+                None => "SelvedgeAddressOverlap",
+            },
             note: overlap.to_string(),
         }
     }

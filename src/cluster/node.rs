@@ -171,6 +171,9 @@ pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Ve
         wireguard_ips: reader
             .read(annotation::WIREGUARD_IP, annotation::wireguard_ips)
             .unwrap_or_default(),
+        aliases: reader
+            .read(annotation::ALIAS, annotation::aliases)
+            .unwrap_or_default(),
         leader: reader.leader(),
         ready: is_ready(object.status.as_ref()),
         persistent_keepalive: reader.read(annotation::PERSISTENT_KEEPALIVE, annotation::keepalive),

@@ -62,6 +62,10 @@ pub struct Flags {
     #[arg(long, value_name = "CIDR", help_heading = MESH, default_value = "10.4.0.0/16",
           value_parser = values::pools)]
     pub(super) subnet: Cidrs,
+    /// Pool of aliases for nodes whose address is another node's too, or is in a network of another region; one
+    /// CIDR, or one of each family, the same for all agents [default: none]
+    #[arg(long, value_name = "CIDR", help_heading = MESH, value_parser = values::alias_pools)]
+    pub(super) alias_cidr: Option<Cidrs>,
     /// Inside a region: `always` and `crosssubnet` follow flannel's routes, `never` routes directly where possible
     #[arg(long, value_name = "WHEN", help_heading = MESH, default_value = "always")]
     pub(super) encapsulate: Encapsulation,

@@ -413,6 +413,22 @@ mod tests {
                 "--subnet 10.4.0.0/16 overlaps --service-cidr 10.4.1.0/24: choose a pool that nothing else uses",
             ),
             (
+                &["--alias-cidr=203.0.113.0/24"],
+                "--alias-cidr \"203.0.113.0/24\": must be a private network, of RFC 1918, RFC 6598 or RFC 4193",
+            ),
+            (
+                &["--hostname=a", "--alias-cidr=10.4.9.0/24"],
+                "--alias-cidr 10.4.9.0/24 overlaps --subnet 10.4.0.0/16: choose a pool that nothing else uses",
+            ),
+            (
+                &[
+                    "--hostname=a",
+                    "--alias-cidr=10.7.0.0/24",
+                    "--region-cidr=nd=10.7.0.0/16",
+                ],
+                "--alias-cidr 10.7.0.0/24 overlaps --region-cidr 10.7.0.0/16: choose a pool that nothing else uses",
+            ),
+            (
                 &["--hostname=a", "--master=10.0.0.1"],
                 "--master \"10.0.0.1\": must be a URL such as https://10.0.0.1:6443",
             ),

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
-use crate::topology::{Granularity, RegionName, is_unicast};
+use crate::topology::{Granularity, RegionName, is_public, is_unicast};
 
 /// Go's `strconv.ParseBool`, which parses Kilo's boolean flags.
 pub(crate) fn boolean(text: &str) -> Result<bool, String> {
@@ -172,6 +172,20 @@ impl FromStr for RegionCidrs {
 
 /// `--subnet`: the pools of WireGuard addresses, at most one of each family.
 pub(super) fn pools(text: &str) -> Result<Cidrs, String> {
+    pools_for(text, "an address for each region")
+}
+
+/// `--alias-cidr`: the pools of aliases, at most one of each family.
+pub(super) fn alias_pools(text: &str) -> Result<Cidrs, String> {
+    let Cidrs(pools) = pools_for(text, "an address for each node that needs an alias")?;
+    // A public address of a node's status is taken for the endpoint of its tunnel.
+    if pools.iter().any(|pool| is_public(pool.network())) {
+        return Err("must be a private network, of RFC 1918, RFC 6598 or RFC 4193".into());
+    }
+    Ok(Cidrs(pools))
+}
+
+fn pools_for(text: &str, what: &str) -> Result<Cidrs, String> {
     let Cidrs(pools) = text.parse::<Cidrs>()?;
     let of_family = |v6| {
         pools
@@ -184,7 +198,7 @@ pub(super) fn pools(text: &str) -> Result<Cidrs, String> {
     }
     for pool in &pools {
         if pool.max_prefix_len() - pool.prefix_len() < 2 {
-            return Err("is too small: it must hold an address for each region".into());
+            return Err(format!("is too small: it must hold {what}"));
         }
         if pool.prefix_len() == 0 || !is_unicast(pool.network()) {
             return Err("is not a network of unicast addresses".into());

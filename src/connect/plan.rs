@@ -193,6 +193,7 @@ mod tests {
                 endpoint: at.map(Endpoint::Addr),
                 pod_cidrs: vec![pods.parse().unwrap()],
                 addresses: vec![address.parse().unwrap()],
+                aliases: [].into(),
                 underlay: BTreeSet::new(),
                 flannel_ips: [].into(),
                 private_ip: None,

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::{groups, joined, later_leaders};
 use crate::cluster::annotation::format_granularity;
 use crate::text::line as shown;
-use crate::topology::{Leader, Mode, Topology};
+use crate::topology::{Leader, Member, Mode, Topology};
 
 /// Draws the mesh as aligned columns: regions with their nodes, peers, tunnels, and the nodes that take no part.
 pub fn text(topology: &Topology) -> String {
@@ -47,6 +47,7 @@ fn nodes(out: &mut String, topology: &Topology) {
                     .private_ip
                     .map_or_else(String::new, |net| net.addr().to_string()),
                 leads.map_or_else(String::new, endpoint),
+                aliases(member),
             ]);
         }
     }
@@ -57,6 +58,13 @@ fn nodes(out: &mut String, topology: &Topology) {
         for row in rows.by_ref().take(group.nodes.len()) {
             writeln!(out, "  {row}").expect(STRING);
         }
+    }
+}
+
+fn aliases(member: &Member) -> String {
+    match member.aliases.is_empty() {
+        true => String::new(),
+        false => format!("alias {}", joined(member.aliases.keys(), ",")),
     }
 }
 

@@ -11,6 +11,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+mod aliases;
+
 use super::nft_identity::digest;
 use crate::state::{Firewall, FirewallId};
 
@@ -68,6 +70,7 @@ pub(super) fn render_elements(firewall: &Firewall) -> String {
             text.line(0, format!("add element {set} {}", one_of(&nets)));
         }
     }
+    text.alias_elements();
     text.out
 }
 
@@ -186,8 +189,10 @@ impl<'a> Text<'a> {
             self.line(1, format!("counter {counter} {{ }}"));
         }
         self.sets(filled);
+        self.alias_maps(filled);
         self.transit();
         self.translate();
+        self.translate_aliases();
         self.clamp();
         self.underlay();
         self.leave();

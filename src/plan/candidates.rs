@@ -109,6 +109,7 @@ mod tests {
                 endpoint: None,
                 pod_cidrs: vec![],
                 addresses: vec![],
+                aliases: [].into(),
                 underlay: [[192, 168, key, 11].into()].into(),
                 flannel_ips: [].into(),
                 private_ip: None,

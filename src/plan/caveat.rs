@@ -56,6 +56,11 @@ fn add_connected(site: &Site<'_>, caveats: &mut Vec<Caveat>) {
                 add(IpNet::from(*ip), node(&member.name), network);
             }
         }
+        for member in &segment.nodes {
+            for net in member.aliases.keys().copied().map(IpNet::from) {
+                add(net, node(&member.name), site.connected_to(&net));
+            }
+        }
         for net in &segment.allowed_location_ips {
             add(*net, node(&segment.primary().node), site.connected_to(net));
         }

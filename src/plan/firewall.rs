@@ -17,7 +17,10 @@ pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> F
 
     let remote_nodes = site.remotes().flat_map(|segment| {
         let nodes = segment.nodes.iter();
-        let addresses = nodes.flat_map(move |node| site.carried_addresses(segment, node));
+        let addresses = nodes.flat_map(move |node| {
+            let aliases = site.carried_aliases(node);
+            site.carried_addresses(segment, node).chain(aliases)
+        });
         let leaders = segment.leaders.iter();
         let addresses =
             addresses.chain(leaders.flat_map(|leader| site.carried_wireguard_ips(leader)));
@@ -28,7 +31,9 @@ pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> F
     let remote_nodes = remote_nodes.collect::<BTreeSet<_>>();
     let direct =
         |net: &IpNet| net.prefix_len() == net.max_prefix_len() && site.is_direct(net.addr());
-    let mesh_nodes = remote_nodes.iter().filter(|net| !direct(net));
+    let is_alias = |net: &IpNet| topology.alias_pools.iter().any(|pool| pool.contains(net));
+    let mesh_nodes = remote_nodes.iter();
+    let mesh_nodes = mesh_nodes.filter(|net| is_alias(net) || !direct(net));
     let remote_pods = site
         .remotes()
         .flat_map(|segment| &segment.nodes)
@@ -57,6 +62,8 @@ pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> F
             .flat_map(|segment| segment.node_allowed_ips())
             .chain(masquerade_sources.iter().copied())
             .chain(settings.service_cidrs.iter().copied())
+            // Behind the tunnel packets for an alias have the node's own address.
+            .chain(site.region_aliases().map(|(_, ip)| IpNet::from(ip)))
             .collect()
     };
 
@@ -78,9 +85,16 @@ pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> F
             .collect(),
         region_nodes: site
             .other_members()
-            .flat_map(|node| node.addresses.iter().copied())
+            .flat_map(|node| node.served_addresses())
             .map(IpNet::from)
             .collect(),
+        alias_pools: topology
+            .alias_pools
+            .iter()
+            .copied()
+            .filter(|pool| site.has_family(pool.addr().is_ipv6()))
+            .collect(),
+        region_aliases: site.region_aliases().collect(),
         probes: site
             .segment
             .into_iter()

@@ -46,6 +46,7 @@ pub(super) fn routes(site: &Site<'_>) -> BTreeMap<RouteKey, Route> {
     routes.add_probes();
     routes.add_followers();
     routes.end_cluster_networks();
+    routes.end_alias_pools();
     routes.except_local_destinations();
     routes.routes
 }
@@ -126,6 +127,10 @@ impl Routes<'_> {
                     for ip in addresses.filter(|ip| ip.is_ipv6() == v6) {
                         self.add_node_address(ip, &hops);
                     }
+                    let aliases = self.site.carried_aliases(node);
+                    for ip in aliases.filter(|ip| ip.is_ipv6() == v6) {
+                        self.add(Table::Mesh, IpNet::from(ip), &hops);
+                    }
                 }
                 for leader in &segment.leaders {
                     let ips = self.site.carried_wireguard_ips(leader);
@@ -192,6 +197,27 @@ impl Routes<'_> {
         }
     }
 
+    /// Refuses aliases that no node has. The nft table of this node translates those of its own region, so that this
+    /// look-up must not refuse them.
+    fn end_alias_pools(&mut self) {
+        if self.site.inputs.settings.on_tunnel_down != OnTunnelDown::Closed {
+            return;
+        }
+        for pool in &self.site.inputs.topology.alias_pools {
+            if !self.site.has_family(is_v6(pool)) || self.site.connected_to(pool).is_some() {
+                continue;
+            }
+            self.refuse(Table::Mesh, *pool);
+            let connected = self.site.inputs.connected.iter();
+            for net in connected.filter(|net| pool.contains(*net)) {
+                self.throw(*net);
+            }
+        }
+        for (alias, _) in self.site.region_aliases() {
+            self.throw(IpNet::from(alias));
+        }
+    }
+
     /// The WireGuard addresses of the own region, by flannel's next hop to their nodes.
     fn add_neighbours(&mut self) {
         if matches!(self.site.role, Role::Outsider) {
@@ -246,7 +272,7 @@ impl Routes<'_> {
     /// main has the same next hop.
     fn add_followers(&mut self) {
         for node in self.site.followers() {
-            for ip in &node.addresses {
+            for ip in node.served_addresses() {
                 let v6 = ip.is_ipv6();
                 let hop = self.site.hop_to(node, v6);
                 let Some(hop) = hop.filter(|hop| self.site.is_encapsulated(hop)) else {
@@ -260,7 +286,7 @@ impl Routes<'_> {
                 self.routes.insert(
                     RouteKey {
                         table: Table::Members,
-                        dst: IpNet::from(*ip),
+                        dst: IpNet::from(ip),
                         metric: metric(v6),
                     },
                     route,

@@ -204,6 +204,25 @@ impl<'a> Site<'a> {
         })
     }
 
+    /// The aliases of a remote node that this node carries.
+    pub(super) fn carried_aliases<'s>(
+        &'s self,
+        node: &'s Member,
+    ) -> impl Iterator<Item = IpAddr> + 's {
+        let aliases = node.aliases.keys().copied();
+        aliases.filter(|ip| self.connected_to(&IpNet::from(*ip)).is_none())
+    }
+
+    /// The aliases of the own region's nodes, this one among them, each with the address that it stands for.
+    pub(super) fn region_aliases(&self) -> impl Iterator<Item = (IpAddr, IpAddr)> + '_ {
+        let nodes = self.neighbours().flat_map(|segment| &segment.nodes);
+        let aliases = nodes.flat_map(|node| &node.aliases);
+        let aliases = aliases.map(|(alias, address)| (*alias, *address));
+        aliases.filter(|(alias, _)| {
+            self.has_family(alias.is_ipv6()) && self.connected_to(&IpNet::from(*alias)).is_none()
+        })
+    }
+
     /// The WireGuard addresses of a leader that this node carries.
     pub(super) fn carried_wireguard_ips<'s>(
         &'s self,

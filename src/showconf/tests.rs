@@ -16,6 +16,7 @@ fn member(name: &str, pods: &str, address: &str) -> Member {
         endpoint: None,
         pod_cidrs: vec![pods.parse().unwrap()],
         addresses: vec![address.addr()],
+        aliases: [].into(),
         underlay: [address.addr()].into(),
         flannel_ips: [].into(),
         private_ip: Some(address),

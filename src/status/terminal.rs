@@ -202,6 +202,13 @@ fn write_mesh(out: &mut String, report: &Report) -> fmt::Result {
             segment.nodes.join(" "),
         )?;
     }
+    if !report.aliases.is_empty() {
+        writeln!(out, "\naliases:")?;
+    }
+    for alias in &report.aliases {
+        let (node, alias, address) = (&alias.node, &alias.alias, &alias.address);
+        writeln!(out, "  {node}: {alias} for {address}")?;
+    }
     if !report.outsiders.is_empty() {
         writeln!(out, "\noutside the mesh: {}", report.outsiders.join(" "))?;
     }

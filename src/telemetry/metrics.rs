@@ -182,6 +182,11 @@ impl Collector for Latest {
             count(report.excluded.len()),
         )?;
         gauge(
+            "selvedge_aliases",
+            "Aliases by which other regions reach nodes whose addresses overlap",
+            count(report.aliases.len()),
+        )?;
+        gauge(
             "selvedge_api_cached",
             "Whether the agent works from its cache",
             report.api.cached.into(),

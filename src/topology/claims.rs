@@ -12,7 +12,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use super::address::{PrefixMap, is_public, is_unicast, overlap};
-use super::excluded::{Excluded, Field, Object, Overlap, Reason};
+use super::excluded::{Conflict, Excluded, Field, Object, Overlap, Reason};
 use super::region::Regions;
 use super::{
     Claim, Endpoint, ExternalPeer, InterfaceAddr, Node, NodeName, Resolved, SegmentName, Settings,
@@ -31,7 +31,7 @@ pub(super) struct Accepted {
     pub(super) pod_cidrs: Vec<IpNet>,
     /// Its own addresses, whether or not another node has them too: at most the private one and one of
     /// each family.
-    own: Vec<IpAddr>,
+    pub(super) own: Vec<IpAddr>,
     /// Those of them that are carried for it.
     pub(super) addresses: Vec<IpAddr>,
     /// Its private address with its network, if it is one of its own addresses.
@@ -89,7 +89,7 @@ fn order_of_peer(peer: &ExternalPeer) -> Order {
 pub(super) struct Claims<'a> {
     snapshot: &'a Snapshot,
     resolved: &'a Resolved,
-    /// Networks that no node or peer may claim: pods (as a whole), services, WireGuard addresses.
+    /// Networks that no node or peer may claim: pods (as a whole), services, WireGuard addresses, aliases.
     reserved: Vec<IpNet>,
     cluster_networks: &'a [IpNet],
     settings: &'a Settings,
@@ -119,7 +119,8 @@ impl<'a> Claims<'a> {
             .cluster_networks
             .iter()
             .chain(&settings.service_cidrs)
-            .chain(&settings.subnets);
+            .chain(&settings.subnets)
+            .chain(&settings.alias_pools);
 
         let mut claims = Self {
             snapshot,
@@ -360,7 +361,7 @@ impl<'a> Claims<'a> {
         for node in self.by_age() {
             let accepted = &self.nodes[&node.name];
             for &ip in accepted.own.iter().filter(|_| accepted.is_meshed()) {
-                if alias(accepted, ip).is_none() {
+                if pod_address(accepted, ip).is_none() {
                     continue;
                 }
                 let order = order_of(node, &Claim::Address(ip));
@@ -381,7 +382,8 @@ impl<'a> Claims<'a> {
                 continue;
             }
             for ip in accepted.own.iter().copied() {
-                let (Some(alias), Some(holder)) = (alias(&accepted, ip), winners.get(&ip)) else {
+                let pod_address = pod_address(&accepted, ip);
+                let (Some(_), Some(holder)) = (pod_address, winners.get(&ip)) else {
                     continue;
                 };
                 let net = IpNet::from(ip);
@@ -397,8 +399,9 @@ impl<'a> Claims<'a> {
                     self.overlaps.push(Overlap {
                         node: node.name.clone(),
                         address: ip,
-                        holder: holder.name.clone(),
-                        alias: Some(alias),
+                        conflict: Conflict::Holder(holder.name.clone()),
+                        pod_address,
+                        alias: None,
                     });
                 }
             }
@@ -573,8 +576,8 @@ impl<'a> Claims<'a> {
     }
 }
 
-/// An address by which every region reaches the node; none where it has no pods of the family.
-fn alias(accepted: &Accepted, ip: IpAddr) -> Option<IpAddr> {
+/// An address in the pod network by which every region reaches the node; none where it has no pods of the family.
+pub(super) fn pod_address(accepted: &Accepted, ip: IpAddr) -> Option<IpAddr> {
     let mut pods = accepted.pod_cidrs.iter().map(IpNet::network);
     pods.find(|address| address.is_ipv6() == ip.is_ipv6())
 }

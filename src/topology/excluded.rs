@@ -31,6 +31,8 @@ pub enum Field {
     PodCidr(IpNet),
     /// The address of the node.
     NodeAddress(IpAddr),
+    /// A requested alias.
+    Alias(IpAddr),
     /// A requested WireGuard address.
     WireguardIp(IpAddr),
     /// The endpoint.
@@ -75,6 +77,10 @@ pub enum Reason {
     NotUnicast,
     /// `--subnet` has no free address left.
     SubnetExhausted,
+    /// Not inside `--alias-cidr`, or not an address for a host there.
+    NotInAliasPool,
+    /// `--alias-cidr` has no free address left.
+    AliasesExhausted,
     /// No pod CIDR of the node is carried.
     NoPodCidr,
 }
@@ -90,17 +96,28 @@ pub struct Excluded {
     pub reason: Reason,
 }
 
-/// A node address that other regions cannot use because it belongs to an older claim of another node.
+/// The reason for which other regions do not reach a node by its address.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Conflict {
+    /// This node has the address too, by an older claim, and is reached by it.
+    Holder(NodeName),
+    /// It is inside of a network of another region, where it means a host there.
+    Network(IpNet),
+}
+
+/// A node address that some other region cannot use.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Overlap {
     /// The node that other regions cannot reach by the address.
     pub node: NodeName,
     /// The address.
     pub address: IpAddr,
-    /// The node that they reach by it.
-    pub holder: NodeName,
-    /// An address by which every region reaches the node: the first of its pod CIDR, which flannel or the agent
-    /// assigns to the host itself.
+    /// The reason.
+    pub conflict: Conflict,
+    /// An address by which every region reaches the host: the first of its pod CIDR, which flannel or the agent
+    /// assigns to it.
+    pub pod_address: Option<IpAddr>,
+    /// The node's alias, by which every region reaches this address; `None` without `--alias-cidr`.
     pub alias: Option<IpAddr>,
 }
 
@@ -120,6 +137,7 @@ impl fmt::Display for Field {
             Self::Key => f.write_str("the WireGuard key"),
             Self::PodCidr(net) => write!(f, "pod CIDR {net}"),
             Self::NodeAddress(ip) => write!(f, "node address {ip}"),
+            Self::Alias(ip) => write!(f, "alias {ip}"),
             Self::WireguardIp(ip) => write!(f, "WireGuard address {ip}"),
             Self::Endpoint(ip) => write!(f, "endpoint {ip}"),
             Self::Region => f.write_str("its place in its region"),
@@ -160,6 +178,10 @@ impl fmt::Display for Reason {
             Self::SubnetExhausted => {
                 f.write_str("no address is left in --subnet; choose a larger one")
             }
+            Self::NotInAliasPool => f.write_str("not an address for a host inside of --alias-cidr"),
+            Self::AliasesExhausted => f.write_str(
+                "other regions need an alias for it, and none is left in --alias-cidr; choose a larger pool",
+            ),
             Self::NoPodCidr => f.write_str("no pod CIDR of it is carried"),
         }
     }
@@ -181,15 +203,34 @@ impl fmt::Display for Overlap {
         let Self {
             node,
             address,
-            holder,
+            conflict,
+            pod_address,
             alias,
         } = self;
-        write!(
-            f,
-            "node {node}: other regions cannot reach it by {address}, which is node {holder}'s address too"
-        )?;
-        match alias {
-            Some(alias) => write!(f, "; {alias} reaches it from everywhere"),
+        match (conflict, alias) {
+            (Conflict::Holder(holder), Some(alias)) => {
+                return write!(
+                    f,
+                    "node {node}: other regions reach it by its alias {alias}, since {address} is node {holder}'s address too"
+                );
+            }
+            (Conflict::Network(network), Some(alias)) => {
+                return write!(
+                    f,
+                    "node {node}: regions that use {network} reach it by its alias {alias}, since {address} is an address of their own"
+                );
+            }
+            (Conflict::Holder(holder), None) => write!(
+                f,
+                "node {node}: other regions cannot reach it by {address}, which is node {holder}'s address too"
+            )?,
+            (Conflict::Network(network), None) => write!(
+                f,
+                "node {node}: regions that use {network} cannot reach it by {address}, an address of their own"
+            )?,
+        }
+        match pod_address {
+            Some(address) => write!(f, "; {address} reaches it from everywhere"),
             None => Ok(()),
         }
     }

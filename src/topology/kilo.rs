@@ -184,6 +184,7 @@ fn member(node: &Node, accepted: &Accepted) -> Member {
         endpoint: node.endpoint.clone(),
         pod_cidrs: node.pod_cidrs.first().copied().into_iter().collect(),
         addresses: judged.into_iter().collect(),
+        aliases: BTreeMap::new(),
         underlay: accepted.underlay.clone(),
         flannel_ips: accepted.flannel_ips.clone(),
         private_ip: node

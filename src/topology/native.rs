@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use super::address::{is_public, is_unicast};
+use super::alias::{Aliases, aliases};
 use super::candidates::Announcements;
 use super::claims::{Accepted, Claims, dedup};
 use super::excluded::{Field, Object, Reason};
@@ -61,6 +62,7 @@ pub(super) fn topology(
         .map(|(name, nodes)| (name, elect(name, nodes, settings.leaders_per_region)))
         .collect::<BTreeMap<_, _>>();
     let pools = Pools::new(&mut claims, settings, &elected, &expected);
+    let aliases = aliases(&mut claims, settings);
     let observers = observers(&elected);
     let discovered = discovered_endpoints(&observers);
     let announcements = Announcements::new(snapshot, &claims, observers);
@@ -109,7 +111,7 @@ pub(super) fn topology(
             allowed_location_ips: allowed_location_ips(nodes, &claims.nodes),
             nodes: nodes
                 .iter()
-                .map(|node| member(node, &claims.nodes[&node.name]))
+                .map(|node| member(node, &claims.nodes[&node.name], &aliases))
                 .collect(),
         })
     });
@@ -136,6 +138,7 @@ pub(super) fn topology(
         foreign,
         granularity,
         subnets: settings.subnets.clone(),
+        alias_pools: settings.alias_pools.clone(),
         segments,
         outsiders,
         peers,
@@ -204,12 +207,13 @@ fn may_be_inside(node: &Node, regions: &Regions) -> bool {
         || node.internal_ips.iter().any(inside)
 }
 
-fn member(node: &Node, accepted: &Accepted) -> Member {
+fn member(node: &Node, accepted: &Accepted, aliases: &Aliases) -> Member {
     Member {
         name: node.name.clone(),
         endpoint: node.endpoint.clone(),
         pod_cidrs: accepted.pod_cidrs.clone(),
         addresses: accepted.addresses.clone(),
+        aliases: aliases.get(&node.name).cloned().unwrap_or_default(),
         underlay: accepted.underlay.clone(),
         flannel_ips: accepted.flannel_ips.clone(),
         private_ip: accepted.private_ip,

@@ -293,6 +293,7 @@ pub(crate) fn topology(data: &[u8]) {
         } else {
             vec![net([192, 168, 0, 0], 16)]
         },
+        alias_pools: vec![],
         region_networks: BTreeMap::new(),
         beside_kilo: how & 32 != 0,
         cluster_networks: vec![net([10, 42, 0, 0], 16)],
@@ -380,6 +381,7 @@ fn any_node(
             ],
         },
         discovered_endpoints: BTreeMap::new(),
+        aliases: vec![],
         candidates: Vec::new(),
         granularity: None,
         last_seen: Some(i64::from(region) * 8),

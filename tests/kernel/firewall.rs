@@ -7,6 +7,7 @@ use selvedge::diff::KernelChange;
 use selvedge::kernel::Kernel;
 use selvedge::state::{Firewall, Guard};
 
+mod aliases;
 mod drops;
 mod leaders;
 mod listing;

@@ -230,6 +230,8 @@ pub(crate) fn firewall() -> Firewall {
         mesh_nodes: nets(&["10.4.0.1/32", "fd04::1/128"]),
         region_pods: nets(&["10.42.2.0/24", "10.42.3.0/24", "fd42:0:0:2::/64"]),
         region_nodes: nets(&["192.168.50.12/32", "2001:db8:50::12/128"]),
+        alias_pools: BTreeSet::new(),
+        region_aliases: [].into(),
         probes: ["10.4.255.254", "10.4.255.253"].map(ip).into(),
         local_pods: nets(&["10.42.1.0/24", "fd42:0:0:1::/64"]),
         leader: true,

@@ -271,6 +271,7 @@ impl Node {
                     }
                     Effect::Save(saved) => self.saved = Some(saved.snapshot),
                     Effect::Judge(_)
+                    | Effect::Translate(_)
                     | Effect::Report(_)
                     | Effect::KeepGuard(_)
                     | Effect::Resolve(_) => {}

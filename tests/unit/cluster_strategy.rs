@@ -111,12 +111,13 @@ pub(crate) fn node(number: u8) -> impl Strategy<Value = Node> {
         seen(),
         option::of(0..120i64),
         times(),
+        option::weighted(0.3, 0..6u8),
     );
     (who, where_, flags, wishes).prop_map(move |(who, where_, flags, wishes)| {
         let (created, region, own_key) = who;
         let ((private_ip, internal_ips), endpoint, pods) = where_;
         let (leader, ready, foreign_pods) = flags;
-        let (keepalive, wish, allowed_location_ips, seen, age, times) = wishes;
+        let (keepalive, wish, allowed_location_ips, seen, age, times, alias) = wishes;
         // Mostly its own key and pods; sometimes those of another.
         let pods = if foreign_pods { pods } else { number };
         let own_key = own_key.map(|other| if foreign_pods { other } else { number });
@@ -145,6 +146,10 @@ pub(crate) fn node(number: u8) -> impl Strategy<Value = Node> {
             persistent_keepalive: keepalive,
             allowed_location_ips,
             discovered_endpoints: seen.into_iter().map(|(n, at)| (key(n), at)).collect(),
+            aliases: alias
+                .map(|host| ip(&format!("10.7.0.{host}")))
+                .into_iter()
+                .collect(),
             candidates: vec![],
             granularity: None,
             last_seen: age.map(|age| 1_000_000 - age),
@@ -214,8 +219,15 @@ pub(crate) fn mesh() -> impl Strategy<Value = Mesh> {
         1 => Just(Encapsulation::Never),
     ];
     let flannel = (prop::bool::weighted(0.2), any::<bool>(), any::<bool>());
+    let flannel = (flannel, any::<bool>());
     (nodes(), peers(), granularity, encapsulation, flannel).prop_map(
-        |(nodes, peers, granularity, encapsulation, (host_gw, direct, dual_stack))| {
+        |(
+            nodes,
+            peers,
+            granularity,
+            encapsulation,
+            ((host_gw, direct, dual_stack), has_aliases),
+        )| {
             let mut mesh = Mesh::new(nodes);
             mesh.add_peers(peers);
             mesh.agreed.granularity = granularity;
@@ -231,6 +243,9 @@ pub(crate) fn mesh() -> impl Strategy<Value = Mesh> {
                 for node in mesh.snapshot.nodes.values_mut() {
                     node.pod_cidrs.retain(|pods| pods.addr().is_ipv4());
                 }
+            }
+            if has_aliases {
+                mesh.agreed.alias_pools = vec![net("10.7.0.0/28")];
             }
             mesh.resolved = [("a.example".to_owned(), ip("203.0.113.4"))].into();
             mesh.now = 1_000_000;

@@ -146,6 +146,7 @@ fn every_file_that_a_document_names_exists() {
         "docs/evidence.md",
         "docs/ipv6.md",
         "docs/migration.md",
+        "docs/overlapping-networks.md",
     ] {
         let text = fs::read_to_string(root.join(document)).unwrap();
         for name in quoted(&text) {

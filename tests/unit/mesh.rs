@@ -58,6 +58,7 @@ impl Mesh {
                 subnets: vec![net("10.4.0.0/16")],
                 service_cidrs: vec![net("10.43.0.0/16")],
                 internal_cidrs: vec![],
+                alias_pools: vec![],
                 region_networks: BTreeMap::new(),
                 // Where no node looks like Kilo's this changes nothing.
                 beside_kilo: true,
@@ -296,6 +297,7 @@ pub(crate) fn node(name: &str, region: &str, seed: u8, address: &str) -> Node {
         persistent_keepalive: None,
         allowed_location_ips: vec![],
         discovered_endpoints: BTreeMap::new(),
+        aliases: vec![],
         candidates: Vec::new(),
         granularity: None,
         last_seen: None,
@@ -310,6 +312,7 @@ pub(crate) fn recorded(node: &Node, since: i64) -> Ledger {
     let addresses = node.internal_ips.iter().copied();
     let private = node.private_ip.iter().chain(&node.wireguard_ips);
     let addresses = addresses.chain(private.map(IpNet::addr));
+    let addresses = addresses.chain(node.aliases.iter().copied());
     let key = node.public_key.map(Claim::Key);
     let place = SegmentName::Location(node.region.clone());
     let region = node.private_ip.map(|_| Claim::Region(place));

@@ -12,6 +12,7 @@ use selvedge::flannel::Backend;
 use selvedge::state::{Firewall, Ruleset, State};
 use selvedge::topology::{Granularity, Node, NodeName};
 
+mod aliases;
 mod backends;
 mod bad_input;
 mod golden;

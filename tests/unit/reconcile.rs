@@ -222,6 +222,35 @@ proptest! {
         }
     }
 
+    /// What a node published it has, unless another holds it by an older claim; and once all have published, nothing
+    /// changes.
+    #[test]
+    fn an_alias_has_one_node_and_stays_once_it_is_published(mut mesh in mesh()) {
+        let given = |mesh: &Mesh| {
+            let topology = mesh.topology();
+            let members = topology.segments.iter().flat_map(|segment| &segment.nodes);
+            let mut aliases = BTreeMap::new();
+            for member in members {
+                for (alias, address) in &member.aliases {
+                    let before = aliases.insert(*alias, (member.name.clone(), *address));
+                    assert_eq!(before, None, "{alias} has two nodes");
+                }
+            }
+            aliases
+        };
+        let first = given(&mesh);
+        prop_assert!(first.is_empty() || !mesh.agreed.alias_pools.is_empty());
+        for (alias, (_, address)) in &first {
+            let mut pools = mesh.agreed.alias_pools.iter();
+            prop_assert!(pools.any(|pool| pool.contains(alias)) && alias.is_ipv4() == address.is_ipv4());
+        }
+        let topology = mesh.topology();
+        for node in mesh.snapshot.nodes.values_mut() {
+            node.aliases = topology.alias_annotation(&node.name).unwrap_or_else(|| node.aliases.clone());
+        }
+        prop_assert_eq!(first, given(&mesh));
+    }
+
     #[test]
     fn every_remote_pod_cidr_has_one_route_and_one_backstop_on_every_node(mesh in mesh()) {
         let topology = mesh.topology();
@@ -317,8 +346,13 @@ proptest! {
                 continue;
             };
             prop_assert_eq!(&before.addresses, &after.addresses);
+            // An address that overlaps from now on gets an alias.
+            let is_alias = |net: &IpNet| mesh.agreed.alias_pools.iter().any(|pool| pool.contains(net));
             for (id, peer) in &before.peers {
-                prop_assert_eq!(after.peers.get(id), Some(peer));
+                let mut now = after.peers[id].clone();
+                now.routes.retain(|net| peer.routes.contains(net) || !is_alias(net));
+                now.accepts.retain(|net| peer.accepts.contains(net) || !is_alias(net));
+                prop_assert_eq!(&now, peer);
             }
             for (key, route) in &before.routes {
                 prop_assert_eq!(after.routes.get(key), Some(route), "{:?} on {}", key, me);
@@ -368,8 +402,10 @@ proptest! {
             let now = new.segment_of(leader).map(|segment| (&segment.name, &segment.primary().node));
             prop_assert_eq!(now, Some((&segment.name, leader)));
             for member in &segment.nodes {
-                let now = new.member(&member.name).map(|member| &member.addresses);
-                prop_assert_eq!(now, Some(&member.addresses), "{}", member.name);
+                let now = new.member(&member.name);
+                prop_assert_eq!(now.map(|now| &now.addresses), Some(&member.addresses), "{}", member.name);
+                let mut aliases = member.aliases.keys();
+                prop_assert!(aliases.all(|alias| now.is_some_and(|now| now.aliases.contains_key(alias))));
             }
         }
         prop_assert_eq!(&old.peers, &new.peers);
@@ -408,6 +444,11 @@ fn settle(mesh: &mut Mesh) {
     for (_, leader) in mesh.topology().leaders() {
         let ips = leader.wireguard_ips.iter().copied();
         mesh.node(&leader.node.0).wireguard_ips = ips.map(IpNet::from).collect();
+    }
+    let topology = mesh.topology();
+    for node in mesh.snapshot.nodes.values_mut() {
+        let aliases = topology.alias_annotation(&node.name);
+        node.aliases = aliases.unwrap_or_default();
     }
     for node in mesh.snapshot.nodes.values_mut() {
         node.ledger = recorded(node, SETTLED);

@@ -1,7 +1,7 @@
 //! What a [`Controller`](super::Controller) wants done.
 
-use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::super::saved_view::SavedView;
@@ -36,6 +36,8 @@ pub enum Effect {
         /// The candidate endpoints.
         candidates: Vec<SocketAddr>,
     },
+    /// Translate these aliases at the tunnel, each to the address of its host. They replace the last ones.
+    Translate(BTreeMap<IpAddr, IpAddr>),
     /// Make the node so. It replaces what was asked for before.
     Reconcile(Desired),
     /// Send echoes to these targets, and answer theirs.

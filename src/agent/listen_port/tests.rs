@@ -183,6 +183,7 @@ impl Facets {
                 endpoint: None,
                 pod_cidrs: vec![],
                 addresses: vec![],
+                aliases: [].into(),
                 underlay: [].into(),
                 flannel_ips: [].into(),
                 private_ip: None,

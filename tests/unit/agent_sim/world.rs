@@ -341,6 +341,7 @@ impl World {
                     self.hear(name);
                 }
                 Effect::Judge(_)
+                | Effect::Translate(_)
                 | Effect::Report(_)
                 | Effect::Save(_)
                 | Effect::KeepGuard(_)

@@ -233,6 +233,8 @@ fn the_firewall_holds_the_prefixes_of_the_own_and_of_other_regions() {
             192.168.50.12/32,
             192.168.50.13/32,
         },
+        alias_pools: {},
+        region_aliases: {},
         probes: {},
         local_pods: {
             10.42.1.0/24,

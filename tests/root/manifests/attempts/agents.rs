@@ -14,6 +14,15 @@ pub(super) fn agents(table: &mut Table, all: &Parties) {
         &key(NODE_B),
     );
     table.allowed("its own agent", agent_b, &key(NODE_B));
+    let alias = |path| annotate(path, json!({"selvedge.dev/alias": "10.7.0.1"}));
+    table.refused(
+        "the alias of another node",
+        agent_a,
+        "annotations/own-node",
+        &alias(NODE_B),
+    );
+    table.allowed("its own agent", agent_b, &alias(NODE_B));
+    table.allowed("the operator", operator, &alias(NODE_A));
     table.refused(
         "a key with a token of no pod",
         loose,
