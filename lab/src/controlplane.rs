@@ -420,6 +420,8 @@ fn apiserver_flags(directory: &Path, pki: &Pki, reach: &Reach) -> Vec<String> {
             reach.join(Family::service_network)
         ),
         "--allow-privileged".to_owned(),
+        // As for aliases; nodes of most labs have no ExternalIP.
+        "--kubelet-preferred-address-types=ExternalIP,InternalIP".to_owned(),
         format!("--audit-policy-file={}", file("audit-policy.yaml")),
         format!("--audit-log-path={}", file("audit.log")),
         "--shutdown-delay-duration=0s".to_owned(),

@@ -160,6 +160,30 @@ impl Network {
         Ok(())
     }
 
+    /// Adds a host that is no node, such as a printer, to a site. It has an address with its prefix length, and the
+    /// site's router as its default route.
+    ///
+    /// # Errors
+    ///
+    /// When the site has no router of its own.
+    pub fn add_host(
+        &self,
+        site: Site,
+        name: &str,
+        address: &str,
+        router: IpAddr,
+    ) -> anyhow::Result<Namespace> {
+        let host = Namespace::named(format!("{}-{name}", self.prefix))?;
+        let switch = self.switch(site)?;
+        switch.veth(name, &host, "eth0")?;
+        switch.run(&format!("ip link set {name} master br0"))?;
+        host.sh(&format!(
+            "ip address add {address} dev eth0
+             ip route add default via {router}"
+        ))?;
+        Ok(host)
+    }
+
     /// Leaves all namespaces behind when the value is dropped.
     pub fn keep(&mut self) {
         self.internet.keep();
