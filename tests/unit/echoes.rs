@@ -205,9 +205,11 @@ fn the_members_learn_which_region_a_leader_does_not_reach() {
 fn a_region_that_never_answered_is_not_reached() {
     let mut net = Net::regions(start(), 7, &[("a", 3), ("b", 1)]);
     net.faults.dead.insert("b1".into());
-    net.run(seconds(3));
+    net.run(seconds(1));
     assert!(lacks(&net, "a3", "a1", "b"));
     assert_eq!(to(&net, "a1", "b1"), PathState::Unknown);
+    net.run(seconds(2));
+    assert_eq!(to(&net, "a1", "b1"), SILENT);
 }
 
 #[test]
