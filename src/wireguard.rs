@@ -88,7 +88,7 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 
 use self::clock::Time;
-pub use self::config::{MAX_CANDIDATES, PeerConfig, PeerId, RELAY_PORT};
+pub use self::config::{MAX_CANDIDATES, PeerConfig, PeerId, PeerMtu, PeerWay, RELAY_PORT};
 use self::core::Core;
 pub use self::core::UNASKED_AFTER;
 pub use self::divert::{Diverted, ECHO_PORT, Origin};
@@ -368,9 +368,25 @@ impl Device {
     /// packet, there is no session, or the kernel refused the datagram. Without a session a handshake begins, unless one began within five seconds.
     pub fn send_packet(&self, id: &PeerId, packet: &[u8]) -> bool {
         let sockets = self.io.sockets.load();
-        self.core
-            .peer(id)
-            .is_some_and(|peer| send_alone(&self.core, &**sockets, &peer, packet, Time::now()))
+        self.core.peer(id).is_some_and(|peer| {
+            send_alone(&self.core, &**sockets, &peer, packet, None, Time::now())
+        })
+    }
+
+    /// Sends an IP packet to a peer as [`Self::send_packet`] does, padded to a length. The peer takes the padding off.
+    /// Nothing on the way may fragment the datagram, so if the peer gets the packet, the path carries packets of this
+    /// length.
+    pub fn send_padded(&self, id: &PeerId, packet: &[u8], length: u16) -> bool {
+        let sockets = self.io.sockets.load();
+        let length = Some(usize::from(length));
+        self.core.peer(id).is_some_and(|peer| {
+            send_alone(&self.core, &**sockets, &peer, packet, length, Time::now())
+        })
+    }
+
+    /// How each peer with an endpoint is reached now.
+    pub fn ways(&self) -> BTreeMap<PeerId, PeerWay> {
+        self.core.ways()
     }
 
     /// Writes an IP packet to the link, as if it came from a peer. Its checksums must be complete.

@@ -54,6 +54,33 @@ impl fmt::Debug for PeerId {
     }
 }
 
+/// The size of the packets that are sent to a peer.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum PeerMtu {
+    /// The link's MTU. As with the kernel's WireGuard, datagrams may be fragmented on their way.
+    #[default]
+    Link,
+    /// Padding makes no packet longer than this many bytes. Datagrams may be fragmented on their way.
+    Configured(u16),
+    /// The path carries packets of this many bytes, and of no more. A datagram is not fragmented: a longer packet is
+    /// refused, and its sender gets an ICMP error.
+    ///
+    /// One exception: an IPv6 packet of up to 1,280 bytes is sent in any case, in fragments if need be, since each
+    /// link below IPv6 must carry it (RFC 8200, 5).
+    Path(u16),
+}
+
+/// How a peer is reached.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct PeerWay {
+    /// The IP address of its endpoint.
+    pub address: IpAddr,
+    /// The relay to it, if there is one: then the address is the peer's WireGuard address.
+    pub relay: Option<PeerId>,
+    /// Bytes of messages sent to it, as in `PeerStats::tx_bytes`.
+    pub sent: u64,
+}
+
 /// A peer as it is configured.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct PeerConfig {
@@ -75,6 +102,8 @@ pub struct PeerConfig {
     pub relays_to: BTreeSet<IpAddr>,
     /// WireGuard addresses of other peers, whose datagrams may come through this peer.
     pub relayed_from: BTreeSet<IpAddr>,
+    /// The size of the packets that are sent to it.
+    pub mtu: PeerMtu,
 }
 
 impl PeerConfig {
@@ -89,6 +118,7 @@ impl PeerConfig {
             accepts: BTreeSet::new(),
             relays_to: BTreeSet::new(),
             relayed_from: BTreeSet::new(),
+            mtu: PeerMtu::Link,
         }
     }
 
@@ -109,8 +139,8 @@ impl PeerConfig {
 }
 
 impl fmt::Display for PeerConfig {
-    /// The arguments of `wg set` behind the key. A preshared key is only mentioned, and so are relayed addresses,
-    /// in a shell's comment: `wg` has no words for them.
+    /// The arguments of `wg set` behind the key. A preshared key is only mentioned, and so are relayed addresses and
+    /// the path MTU, in a shell's comment: `wg` has no words for them.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.preshared_key.is_some() {
             f.write_str(" preshared-key (hidden)")?;
@@ -131,7 +161,10 @@ impl fmt::Display for PeerConfig {
             f.write_str(" # relayed from ")?;
             list(f, &self.relayed_from)?;
         }
-        Ok(())
+        match self.mtu {
+            PeerMtu::Link | PeerMtu::Configured(_) => Ok(()),
+            PeerMtu::Path(bytes) => write!(f, " # path mtu {bytes}"),
+        }
     }
 }
 

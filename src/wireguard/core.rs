@@ -16,7 +16,7 @@ use ipnet::IpNet;
 
 use super::admission::{Job, Jobs};
 use super::clock::Time;
-use super::config::PeerId;
+use super::config::{PeerId, PeerMtu};
 use super::divert::{Diversion, Origin};
 use super::drops::{Dropped, Drops};
 use super::endpoint_rule::Evidence;
@@ -298,20 +298,34 @@ impl Core {
             .set_known(ways.map(|way| way.remote().ip()).collect());
     }
 
-    /// The bytes to append to an inner packet: up to a multiple of 16, but never beyond the MTU
+    /// The bytes to append to a packet for a peer: up to a multiple of 16, but never beyond the MTU
     /// (paper, 5.4.6). For a packet longer than the MTU its last piece counts, as in the kernel.
-    pub(super) fn padding(&self, length: usize) -> usize {
-        Self::padding_within(self.mtu(), length)
+    pub(super) fn padding(&self, mtu: PeerMtu, length: usize) -> usize {
+        Self::padding_within(self.mtu_of(mtu), length)
     }
 
-    /// The same for a peer that may get less than the link's MTU.
+    /// The same for a peer as it is reached now.
     pub(super) fn padding_to(&self, peer: &Peer, length: usize) -> usize {
         Self::padding_within(self.mtu_to(peer), length)
     }
 
-    /// The bytes of the longest packet to a peer.
+    /// The bytes of the longest packet to a peer. What was measured on another way than the present one may be too much
+    /// for a relay, so there is less in any case.
     pub(super) fn mtu_to(&self, peer: &Peer) -> usize {
-        self.mtu().saturating_sub(peer.relay_overhead())
+        let overhead = peer.relay_overhead();
+        match peer.mtu() {
+            PeerMtu::Path(bytes) => usize::from(bytes).min(self.mtu().saturating_sub(overhead)),
+            mtu @ (PeerMtu::Link | PeerMtu::Configured(_)) => {
+                self.mtu_of(mtu).saturating_sub(overhead)
+            }
+        }
+    }
+
+    fn mtu_of(&self, mtu: PeerMtu) -> usize {
+        match mtu {
+            PeerMtu::Link => self.mtu(),
+            PeerMtu::Configured(bytes) | PeerMtu::Path(bytes) => usize::from(bytes),
+        }
     }
 
     fn padding_within(mtu: usize, length: usize) -> usize {
@@ -350,9 +364,13 @@ mod tests {
             (2840, 2840),
             (2839, 2840),
         ] {
-            assert_eq!(length + core.padding(length), padded, "{length}");
+            for mtu in [PeerMtu::Link, PeerMtu::Path(1420)] {
+                assert_eq!(length + core.padding(mtu, length), padded, "{length}");
+            }
         }
+        let small = PeerMtu::Configured(1220);
+        assert_eq!(1218 + core.padding(small, 1218), 1220);
         core.set_mtu(0);
-        assert_eq!(core.padding(5), 0);
+        assert_eq!(core.padding(PeerMtu::Link, 5), 0);
     }
 }

@@ -70,13 +70,27 @@ impl Ecn {
     }
 }
 
-/// The fields of the outer header of a datagram that depend on the packet in it.
+/// Whether a datagram may be cut into fragments.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Fragments {
+    /// By this host and by routers, since the size of the path is not known.
+    #[default]
+    Allowed,
+    /// Nowhere (IPv4: the flag "don't fragment").
+    None,
+    /// It is larger than the path: this host cuts IPv6 to what every path takes, and routers cut IPv4.
+    Small,
+}
+
+/// The fields of the outer header of a datagram that depend on the packet in it, or on the path.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Outer {
     /// The congestion bits (RFC 6040, 4.1).
     pub ecn: Ecn,
     /// The hop limit; `None` leaves it to the system.
     pub hops: Option<NonZeroU8>,
+    /// Whether it may be fragmented.
+    pub fragments: Fragments,
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {

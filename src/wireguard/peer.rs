@@ -5,7 +5,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,12 +13,12 @@ use arc_swap::{ArcSwapOption, Guard};
 use boringtun::noise::handshake::Handshake;
 
 use super::clock::Time;
-use super::config::PeerId;
+use super::config::{PeerId, PeerMtu};
 use super::drops::{Dropped, Drops};
 use super::endpoint_rule::Evidence;
 use super::events::Pending;
 use super::key::{PresharedKey, PublicKey};
-use super::packet::Outer;
+use super::packet::{Fragments, Outer};
 use super::place::{Place, Roamed};
 use super::session::Session;
 use super::staged::Staged;
@@ -92,6 +92,8 @@ pub(super) struct Peer {
     refusal_logged: AtomicBool,
     /// No refusal is logged before this time.
     refusal_log_after: AtomicU64,
+    /// A [`PeerMtu`], packed.
+    mtu: AtomicU32,
 }
 
 /// The sessions beside the current one.
@@ -191,7 +193,28 @@ impl Peer {
             offload_logged: AtomicBool::new(false),
             refusal_logged: AtomicBool::new(false),
             refusal_log_after: AtomicU64::new(0),
+            mtu: AtomicU32::new(0),
         }
+    }
+
+    /// The size of the packets that are sent to it.
+    pub(super) fn mtu(&self) -> PeerMtu {
+        let packed = self.mtu.load(Ordering::Relaxed);
+        let bytes = (packed & 0xffff) as u16;
+        match packed >> 16 {
+            0 => PeerMtu::Link,
+            1 => PeerMtu::Configured(bytes),
+            _ => PeerMtu::Path(bytes),
+        }
+    }
+
+    pub(super) fn set_mtu(&self, mtu: PeerMtu) {
+        let packed = match mtu {
+            PeerMtu::Link => 0,
+            PeerMtu::Configured(bytes) => 1 << 16 | u32::from(bytes),
+            PeerMtu::Path(bytes) => 2 << 16 | u32::from(bytes),
+        };
+        self.mtu.store(packed, Ordering::Relaxed);
     }
 
     pub(super) fn id(&self) -> &PeerId {
@@ -438,6 +461,14 @@ impl Peer {
                     tracing::info!(peer = %self.id, "kernel sends to the peer again");
                 }
                 true
+            }
+            // The link that it leaves by carries less than the path did. The embedder measures that.
+            Err(error)
+                if outer.fragments == Fragments::None
+                    && error.raw_os_error() == Some(libc::EMSGSIZE) =>
+            {
+                drops.add(Dropped::TooBig, count);
+                false
             }
             Err(error) => {
                 drops.add(Dropped::SendFailed, count);

@@ -14,7 +14,7 @@ use ipnet::IpNet;
 
 use super::admission::Job;
 use super::clock::Time;
-use super::config::{MAX_CANDIDATES, PeerConfig, PeerId};
+use super::config::{MAX_CANDIDATES, PeerConfig, PeerId, PeerWay};
 use super::core::{Configured, ConfiguredPeer, Core, Identity};
 use super::handshake::forget_handshakes;
 use super::key::{PresharedKey, PrivateKey, PublicKey};
@@ -90,6 +90,7 @@ impl Core {
                 }
             }
             let peer = known.peer.clone();
+            peer.set_mtu(config.mtu);
             set_preshared_key(&mut peer.handshake(), config.preshared_key.clone());
             self.set_keepalive(
                 &peer,
@@ -397,6 +398,7 @@ impl Core {
             persistent_keepalive: NonZeroU16::new(known.peer.timers.persistent_keepalive()),
             relays_to: known.relays_to.clone(),
             relayed_from: known.relayed_from.clone(),
+            mtu: known.peer.mtu(),
             ..PeerConfig::new(*known.peer.key())
         };
         let peers = configured.peers.iter();
@@ -414,6 +416,25 @@ impl Core {
             }
         }
         configs
+    }
+
+    /// How each peer with an endpoint is reached.
+    pub(super) fn ways(&self) -> BTreeMap<PeerId, PeerWay> {
+        let table = self.table.load();
+        let way = |peer: &Arc<Peer>| {
+            let way = peer.way()?;
+            let relay = match way {
+                Way::Direct(_) => None,
+                Way::Relayed(address) => Some(table.relays.relay_to(address)?.id().clone()),
+            };
+            let way = PeerWay {
+                address: way.remote().ip(),
+                relay,
+                sent: peer.tx_bytes(),
+            };
+            Some((peer.id().clone(), way))
+        };
+        table.peers.values().filter_map(way).collect()
     }
 
     /// The peers as `wg` shows them, in the order of their keys.

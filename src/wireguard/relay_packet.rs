@@ -214,6 +214,7 @@ mod tests {
         let outer = Outer {
             ecn: Ecn::Ect0,
             hops: NonZeroU8::new(40),
+            ..Outer::default()
         };
         for v6 in [false, true] {
             let packet = wrap(v6, outer, b"datagram");

@@ -12,10 +12,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::clock::Time;
+use super::config::PeerMtu;
 use super::core::Core;
 use super::drops::Dropped;
 use super::nested::Nesting;
-use super::packet::Outer;
+use super::packet::{Fragments, Outer};
 use super::peer::{Peer, Wire};
 use super::protocol::{DATA_HEADER, OVERHEAD};
 use super::relay_packet::Headers;
@@ -103,12 +104,20 @@ pub(super) fn send_through_relay(
         Nesting::TooDeep => return refuse(Dropped::TooDeep, all),
         nesting @ (Nesting::Outermost | Nesting::Within(_)) => Outer {
             hops: nesting.hops(),
+            fragments: match relay.mtu() {
+                // The relay's path shrank, and what is behind it has not been told yet.
+                PeerMtu::Path(most) if headers.length(stride) > usize::from(most) => {
+                    return refuse(Dropped::TooBig, all);
+                }
+                PeerMtu::Path(_) => Fragments::None,
+                PeerMtu::Link | PeerMtu::Configured(_) => Fragments::Allowed,
+            },
             ..outer
         },
     };
     let wrapped = |length: usize| {
         let packet = headers.length(length);
-        packet + core.padding(packet) + OVERHEAD
+        packet + core.padding(relay.mtu(), packet) + OVERHEAD
     };
     let wrapped_stride = wrapped(stride);
     let most = (MAX_SEND / wrapped_stride).clamp(1, MAX_DATAGRAMS);

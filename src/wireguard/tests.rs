@@ -25,6 +25,8 @@ mod flows;
 #[cfg(test)]
 mod garbage;
 #[cfg(test)]
+mod path_mtu;
+#[cfg(test)]
 mod peer_names;
 #[cfg(test)]
 mod relayed;
@@ -54,7 +56,7 @@ use super::core::Core;
 use super::drops::Dropped;
 use super::handshake::Handshaker;
 use super::key::{PrivateKey, PublicKey};
-use super::packet::{Ecn, Outer};
+use super::packet::{Ecn, Fragments, Outer};
 use super::peer::{Peer, Wire};
 use super::receive::Receive;
 use super::timestamp::{Accepted, Timestamp};
@@ -72,6 +74,7 @@ struct Datagram {
     to: SocketAddr,
     bytes: Vec<u8>,
     ecn: Ecn,
+    fragments: Fragments,
 }
 
 impl Datagram {
@@ -107,6 +110,7 @@ impl Wire for Captured {
             to: to.remote,
             bytes: bytes.to_vec(),
             ecn: outer.ecn,
+            fragments: outer.fragments,
         });
         self.sent.borrow_mut().extend(datagrams);
         Ok(offload && self.offload.get())

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::clock::Time;
+use super::config::PeerMtu;
 use super::core::Core;
 use super::divert::Origin;
 use super::drops::Dropped;
 use super::gso::{Split, VnetHeader};
 use super::icmp::Answer;
 use super::nested::Nesting;
-use super::packet::{Header, Outer};
+use super::packet::{Fragments, Header, Outer};
 use super::peer::{Peer, Wire};
 use super::protocol::{DATA_HEADER, OVERHEAD, TAG};
 use super::send::send;
@@ -28,6 +29,8 @@ pub(super) struct Refused(pub(super) Option<Answer>);
 /// The longest packet that a datagram of IPv4 has room for: 65,535 bytes less the headers of IP, UDP
 /// and WireGuard. The link's MTU should be less. If it is not, the sender gets an ICMP error.
 const MAX_INNER: u16 = 65_475;
+/// Every link carries IPv6 packets of this many bytes (RFC 8200, 5).
+const LEAST_IPV6: u16 = 1280;
 
 /// The most bytes of padding of a packet.
 const MAX_PADDING: usize = 15;
@@ -107,31 +110,21 @@ impl Transmit {
             if table.relays.is_for_another(&ip, packet) {
                 return refuse(Dropped::RelayedTwice, None);
             }
-            let most = core.mtu_to(peer);
-            let is_longer = |split: Split<'_>| split.length(0) > most;
-            if Split::new(&vnet, packet, &ip).is_some_and(is_longer) {
-                let most = u16::try_from(most).unwrap_or(MAX_INNER);
-                return refuse(Dropped::TooBig, Some(Answer::TooBig(most)));
-            }
         }
         let session = peer.session();
         if let Some(session) = session.as_ref().filter(|session| session.may_send(now)) {
             if peer.has_staged.load(Ordering::Acquire) {
                 self.flush_staged(core, wire, peer, now);
             }
-            match Split::new(&vnet, packet, &ip) {
-                Some(split) => {
-                    self.append(
-                        core,
-                        wire,
-                        (peer, session),
-                        &split,
-                        outer(&ip, nesting),
-                        now,
-                    );
-                }
-                None => core.drops.add(Dropped::Malformed, 1),
-            }
+            let Some(split) = Split::new(&vnet, packet, &ip) else {
+                return refuse(Dropped::Malformed, None);
+            };
+            let fragments = match fragments(core, peer, split.length(0), &ip) {
+                Ok(fragments) => fragments,
+                Err(answer) => return refuse(Dropped::TooBig, Some(answer)),
+            };
+            let outer = outer(&ip, nesting, fragments);
+            self.append(core, wire, (peer, session), &split, outer, now);
             return Ok(());
         }
         if peer.way().is_none() {
@@ -201,11 +194,14 @@ impl Transmit {
     ) {
         let split = VnetHeader::read(bytes).and_then(|(vnet, packet)| {
             let ip = Header::parse(packet)?;
-            let outer = outer(&ip, Nesting::of(packet, &ip));
-            Some((Split::new(&vnet, packet, &ip)?, outer))
+            let split = Split::new(&vnet, packet, &ip)?;
+            let fragments = fragments(core, to.0, split.length(0), &ip);
+            let outer = |fragments| outer(&ip, Nesting::of(packet, &ip), fragments);
+            Some((split, fragments.map(outer)))
         });
         match split {
-            Some((split, outer)) => self.append(core, wire, to, &split, outer, now),
+            Some((split, Ok(outer))) => self.append(core, wire, to, &split, outer, now),
+            Some((_, Err(_))) => core.drops.add(Dropped::TooBig, 1),
             None => core.drops.add(Dropped::Malformed, 1),
         }
     }
@@ -221,11 +217,6 @@ impl Transmit {
     ) {
         for n in 0..split.count() {
             let inner = split.length(n);
-            // It was read, or waited, while the peer was reached directly.
-            if is_too_long(core, to.0, inner) {
-                core.drops.add(Dropped::TooBig, 1);
-                continue;
-            }
             let padded = inner + core.padding_to(to.0, inner);
             self.make_room(core, wire, to, padded + OVERHEAD, outer, now);
             let datagram = &mut self.buffer[self.length..self.length + padded + OVERHEAD];
@@ -317,21 +308,36 @@ fn divert(core: &Core, vnet: &VnetHeader, packet: &[u8], ip: &Header) {
 
 /// Seals and sends one whole packet at once, on any thread; false if it was not sent. Without a session a
 /// handshake begins, and the packet does not wait for it.
+///
+/// A packet that is `padded` to a length is sent in a datagram that nothing on the way may fragment, whatever the
+/// peer's MTU.
 pub(super) fn send_alone(
     core: &Core,
     wire: &impl Wire,
     peer: &Arc<Peer>,
     packet: &[u8],
+    padded: Option<usize>,
     now: Time,
 ) -> bool {
     let is_whole = |ip: &Header| ip.length == packet.len() && ip.length <= usize::from(MAX_INNER);
     let Some(ip) = Header::parse(packet).filter(is_whole) else {
         return false;
     };
-    if peer.way().is_none() || is_too_long(core, peer, packet.len()) {
+    if peer.way().is_none() {
         return false;
     }
-    let length = packet.len() + core.padding_to(peer, packet.len()) + OVERHEAD;
+    let (length, fragments) = match padded {
+        Some(padded) if padded > usize::from(MAX_INNER) => return false,
+        Some(padded) => (padded.max(packet.len()), Fragments::None),
+        None => match fragments(core, peer, packet.len(), &ip) {
+            Ok(fragments) => {
+                let padding = core.padding_to(peer, packet.len());
+                (packet.len() + padding, fragments)
+            }
+            Err(_) => return false,
+        },
+    };
+    let length = length + OVERHEAD;
     let mut datagram = vec![0; length];
     datagram[DATA_HEADER..DATA_HEADER + packet.len()].copy_from_slice(packet);
     let session = peer.session();
@@ -344,7 +350,7 @@ pub(super) fn send_alone(
     };
     // The timers come first, as in `Transmit::flush`.
     peer.timers.sent(true, now);
-    let outer = outer(&ip, Nesting::of(packet, &ip));
+    let outer = outer(&ip, Nesting::of(packet, &ip), fragments);
     let sent = send(core, wire, peer, (&datagram, length), outer, now);
     if session.wants_rekey(now) {
         core.ask_handshake(peer, now);
@@ -352,16 +358,37 @@ pub(super) fn send_alone(
     sent
 }
 
-/// Whether a packet is too long for the way to a peer that is behind a relay. Otherwise the link's MTU is the limit, which
-/// the kernel knows.
-fn is_too_long(core: &Core, peer: &Peer, length: usize) -> bool {
-    peer.relay_overhead() != 0 && length > core.mtu_to(peer)
+/// Whether the datagram around a packet of so many bytes may be fragmented, or the ICMP error where it does not fit the
+/// way to the peer. Where that is not measured and there is no relay, the link's MTU is the limit, which the kernel knows.
+fn fragments(core: &Core, peer: &Peer, length: usize, ip: &Header) -> Result<Fragments, Answer> {
+    let is_relayed = peer.relay_overhead() != 0;
+    let is_measured = matches!(peer.mtu(), PeerMtu::Path(_));
+    if !is_measured && !is_relayed {
+        return Ok(Fragments::Allowed);
+    }
+    let most = core.mtu_to(peer);
+    let v6 = ip.source.is_ipv6();
+    if length <= most {
+        Ok(if is_measured {
+            Fragments::None
+        } else {
+            Fragments::Allowed
+        })
+    } else if v6 && !is_relayed && length <= usize::from(LEAST_IPV6) {
+        Ok(Fragments::Small)
+    } else {
+        let most = u16::try_from(most).unwrap_or(MAX_INNER);
+        // No sender of IPv6 makes its packets smaller (RFC 8201, 4).
+        let least = if v6 { LEAST_IPV6 } else { 0 };
+        Err(Answer::TooBig(most.max(least)))
+    }
 }
 
 /// The fields of the outer header that depend on the packet.
-fn outer(ip: &Header, nesting: Nesting) -> Outer {
+fn outer(ip: &Header, nesting: Nesting, fragments: Fragments) -> Outer {
     Outer {
         ecn: ip.ecn,
         hops: nesting.hops(),
+        fragments,
     }
 }

@@ -9,6 +9,7 @@
 )]
 
 mod control;
+mod fragments;
 #[cfg(test)]
 mod tests;
 
@@ -78,6 +79,7 @@ pub(super) struct Sockets {
 pub(super) struct UdpSocket {
     socket: Socket,
     v6: bool,
+    fragments: fragments::SocketOption,
 }
 
 impl Sockets {
@@ -176,20 +178,22 @@ impl Sockets {
     ) -> io::Result<bool> {
         let v6 = to.remote.is_ipv6();
         let socket = self.family(v6).ok_or(Errno::EAFNOSUPPORT)?;
-        let mut offload = offload;
-        if run.len() > stride && offload {
-            match socket.send(run, Some(stride), to, outer) {
-                Ok(()) => return Ok(true),
-                // No checksum offload on the way (EIO), or a path MTU below the stride (EINVAL,
-                // EMSGSIZE), where single datagrams are fragmented.
-                Err(error) if is_offload_refused(&error) => offload = false,
-                Err(error) => return Err(error),
+        socket.with_fragments(outer.fragments, run.len().min(stride), || {
+            let mut offload = offload;
+            if run.len() > stride && offload {
+                match socket.send(run, Some(stride), to, outer) {
+                    Ok(()) => return Ok(true),
+                    // No checksum offload on the way (EIO), or a path MTU below the stride (EINVAL,
+                    // EMSGSIZE), where single datagrams are fragmented, or are refused too.
+                    Err(error) if is_offload_refused(&error) => offload = false,
+                    Err(error) => return Err(error),
+                }
             }
-        }
-        for datagram in run.chunks(stride) {
-            socket.send(datagram, None, to, outer)?;
-        }
-        Ok(offload)
+            for datagram in run.chunks(stride) {
+                socket.send(datagram, None, to, outer)?;
+            }
+            Ok(offload)
+        })
     }
 
     /// Wakes the threads that wait on these sockets.
@@ -272,23 +276,11 @@ impl UdpSocket {
             socket.set_only_v6(true)?;
             set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
             set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
-            set_option(
-                fd,
-                libc::IPPROTO_IPV6,
-                libc::IPV6_MTU_DISCOVER,
-                libc::IPV6_PMTUDISC_DONT,
-            )?;
         } else {
             set_option(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
             set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
-            // As in the kernel's WireGuard: a datagram too large for the path is fragmented, not lost.
-            set_option(
-                fd,
-                libc::IPPROTO_IP,
-                libc::IP_MTU_DISCOVER,
-                libc::IP_PMTUDISC_DONT,
-            )?;
         }
+        let fragments = fragments::SocketOption::new(&socket, v6)?;
         if fwmark != 0 {
             socket.set_mark(fwmark)?;
         }
@@ -300,7 +292,13 @@ impl UdpSocket {
         match socket.bind(&SocketAddr::new(address, port).into()) {
             // IPv6 is supported but disabled.
             Err(error) if v6 && error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(None),
-            bound => bound.map(|()| Some(Self { socket, v6 })),
+            bound => bound.map(|()| {
+                Some(Self {
+                    socket,
+                    v6,
+                    fragments,
+                })
+            }),
         }
     }
 

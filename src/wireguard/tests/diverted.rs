@@ -38,7 +38,8 @@ fn from_peer(peer: &Host, packet: Vec<u8>) -> Diverted {
 fn send_own(world: &mut World, from: usize, packet: &[u8]) -> bool {
     let [sender, receiver] = [&world.hosts[from], &world.hosts[1 - from]];
     let peer = sender.core.peer(&receiver.id()).unwrap();
-    let sent = send_alone(&sender.core, &sender.wire, &peer, packet, world.now);
+    let (core, wire) = (&sender.core, &sender.wire);
+    let sent = send_alone(core, wire, &peer, packet, None, world.now);
     world.collect();
     sent
 }

@@ -51,6 +51,7 @@ fn arrives(world: &mut World, from: SocketAddr, bytes: Vec<u8>) {
         to,
         bytes,
         ecn,
+        fragments: Fragments::Allowed,
     });
 }
 

@@ -22,6 +22,7 @@ fn random_bytes_get_no_answer() {
                 to: address(2),
                 bytes,
                 ecn: Ecn::NotCapable,
+                fragments: Fragments::Allowed,
             });
         }
     }

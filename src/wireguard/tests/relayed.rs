@@ -1,6 +1,7 @@
 //! Peers behind a relay: hosts 1 and 2, with hosts 3 and 4 that reach both.
 
 use super::super::RELAY_PORT;
+use super::super::config::PeerMtu;
 use super::super::relay_packet::Headers;
 use super::super::timers::SILENT_AFTER;
 use super::*;
@@ -378,6 +379,7 @@ fn a_relayed_datagram_in_a_relayed_datagram_is_dropped() {
             &host.wire,
             &two,
             &inner,
+            None,
             mesh.world.now
         ));
     }
@@ -647,6 +649,7 @@ fn flood(through_the_relay: bool) -> (u64, usize) {
                 to,
                 bytes,
                 ecn,
+                fragments: Fragments::Allowed,
             });
         }
         // The handshake thread has no time meanwhile.
@@ -667,4 +670,29 @@ fn a_flood_of_initiations_through_a_relay_is_limited_as_one_from_the_network() {
     assert!(direct.0 > 1500, "{direct:?}");
     assert_eq!(relayed.0, direct.0);
     assert!(relayed.1 <= direct.1, "{relayed:?} {direct:?}");
+}
+
+#[test]
+fn a_relayed_datagram_is_never_larger_than_the_relays_path_nor_fragmented() {
+    let mut mesh = Mesh::connected();
+    let with = |config, bytes| PeerConfig {
+        mtu: PeerMtu::Path(bytes),
+        ..config
+    };
+    let set = |mesh: &Mesh, relays_path| {
+        let relay = with(relay(3, 2), relays_path);
+        mesh.set_peers(0, [with(peer(2), 1240), relay, possible_relay(4, 2)]);
+    };
+    let full = packet(1, 2, &[0; 1240 - 28]);
+    // IPv4, UDP and WireGuard take 60 bytes.
+    set(&mesh, 1300);
+    let before = mesh.world.log.len();
+    mesh.world.send(0, &full);
+    let sent = &mesh.world.log[before];
+    assert_eq!((sent.bytes.len(), sent.to), (1300 + 32, address(3)));
+    assert_eq!(sent.fragments, Fragments::None);
+    set(&mesh, 1299);
+    mesh.world.send(0, &full);
+    assert_eq!(mesh.world.log.len(), before + 1);
+    assert_eq!(mesh.drops(0, Dropped::TooBig), 1);
 }

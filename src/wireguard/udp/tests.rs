@@ -3,6 +3,7 @@
 use std::num::NonZeroU8;
 
 use super::*;
+use crate::wireguard::packet::Fragments;
 
 fn receive(sockets: &Sockets, v6: bool) -> Vec<(Vec<u8>, Message)> {
     let mut arena = Arena::default();
@@ -32,6 +33,7 @@ fn a_run_of_datagrams_arrives_with_its_stride_and_addresses_and_marks() {
         let outer = Outer {
             ecn: Ecn::Ect0,
             hops: NonZeroU8::new(56),
+            ..Outer::default()
         };
         let run: Vec<u8> = (0..250).map(|n| u8::try_from(n).unwrap()).collect();
 
@@ -114,4 +116,56 @@ fn shutting_down_wakes_the_reader() {
     std::thread::sleep(std::time::Duration::from_millis(50));
     sockets.shut_down();
     assert_eq!(reader.join().unwrap(), 0);
+}
+
+/// What the option that decides on fragments is now.
+fn discovery(socket: &UdpSocket) -> libc::c_int {
+    let (level, name) = if socket.v6 {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
+    } else {
+        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
+    };
+    let mut value: libc::c_int = -1;
+    let mut length = size_of_u32::<libc::c_int>();
+    // SAFETY: the value and its length live through the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.socket.as_raw_fd(),
+            level,
+            name,
+            ptr::from_mut(&mut value).cast(),
+            &raw mut length,
+        )
+    };
+    assert_eq!(result, 0);
+    value
+}
+
+#[test]
+fn the_option_of_the_socket_follows_what_each_datagram_needs() {
+    for v6 in [false, true] {
+        let (ours, theirs) = (Sockets::bind(0, 0).unwrap(), Sockets::bind(0, 0).unwrap());
+        let address: IpAddr = if v6 {
+            Ipv6Addr::LOCALHOST.into()
+        } else {
+            Ipv4Addr::LOCALHOST.into()
+        };
+        let to = Endpoint::from(SocketAddr::new(address, theirs.port()));
+        let send = |length: usize, fragments| {
+            let outer = Outer {
+                fragments,
+                ..Outer::default()
+            };
+            ours.send(&vec![0; length], 1400, &to, outer, true).unwrap();
+            discovery(ours.family(v6).unwrap())
+        };
+        let (dont, probe) = (libc::IP_PMTUDISC_DONT, libc::IP_PMTUDISC_PROBE);
+        assert_eq!(send(1400, Fragments::Allowed), dont);
+        assert_eq!(send(1400, Fragments::None), probe);
+        // A small datagram goes in any way, and a run of them.
+        assert_eq!(send(148, Fragments::Allowed), probe);
+        assert_eq!(send(2800, Fragments::None), probe);
+        assert_eq!(send(1400, Fragments::Small), dont);
+        assert_eq!(send(148, Fragments::None), dont);
+    }
 }
