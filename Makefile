@@ -9,6 +9,7 @@
 #   make fuzz [SECONDS_EACH=60]       the parsers and state machines, a minute each
 #   make start-orders                 two regions behind NAT, agents started in all orders; root
 #   make leader-faults                each fault of a leader five times, with medians, half an hour; root
+#   make path-mtu                     the path MTU between two regions in all sizes; root
 #   make sim [SCHEDULES=10000]        whole meshes in a simulation, with faults from seeds
 #   make soak [SECONDS_LONG=600]      sessions renewed under load, not one packet lost; root
 #   make programs                     kube-apiserver, etcd, flanneld, ... from their Go modules
@@ -21,7 +22,7 @@ SECONDS_EACH ?= 60
 SECONDS_LONG ?= 600
 SCHEDULES ?= 10000
 
-.PHONY: lab unit test evidence check bench fuzz sim soak start-orders leader-faults programs image-check clean
+.PHONY: lab unit test evidence check bench fuzz sim soak start-orders leader-faults path-mtu programs image-check clean
 .NOTPARALLEL:
 
 lab:
@@ -89,6 +90,9 @@ soak:
 
 start-orders:
 	SELVEDGE_START_ORDERS=all $(CARGO) test --quiet --test endpoint_discovery -- orders_of_start
+
+path-mtu:
+	SELVEDGE_PATH_MTU=all $(CARGO) test --quiet --test path_mtu
 
 leader-faults:
 	SELVEDGE_LEADER_FAULTS=all $(CARGO) test --quiet --test leader_faults

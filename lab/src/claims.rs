@@ -343,15 +343,16 @@ pub fn reached_within(
     })
 }
 
-/// A pod's packet that fits flannel's link but not the tunnel is answered by "fragmentation needed"
-/// or "packet too big" from its own node, with the size of the tunnel.
+/// A pod's packet that fits flannel's link but not the path to another region is answered by "fragmentation needed"
+/// or "packet too big" from a node of its own region, with the MTU of the leader's route.
 ///
 /// # Errors
 ///
-/// When there is no answer, or one from farther away, or one with another size.
-pub fn too_large_is_refused_by_its_own_node(
+/// When there is no answer, or one from another region, or one with another size.
+pub fn too_large_is_refused_in_its_region(
     lab: &Lab,
     node: &str,
+    leader: &str,
     to: IpAddr,
 ) -> anyhow::Result<String> {
     let pod = lab.pod(node)?;
@@ -368,19 +369,26 @@ pub fn too_large_is_refused_by_its_own_node(
         .lines()
         .find(|line| line.contains(complaint))
         .with_context(|| format!("no answer \"{complaint}\": {text}"))?;
-    let homes = lab.pod_cidrs(node)?;
     let from: IpAddr = complaint
         .split_whitespace()
         .nth(1)
         .and_then(|word| word.trim_end_matches(':').parse().ok())
         .with_context(|| complaint.to_owned())?;
+    let mut homes = Vec::new();
+    for other in lab.node_names() {
+        if !lab.apart(node, &other)? {
+            homes.extend(lab.pod_cidrs(&other)?);
+        }
+    }
     let at_home = homes.iter().any(|home| home.contains(&from));
-    ensure!(at_home, "{node} is {homes:?}, but {from} answered");
-    let mtu = lab.node(node)?.run("cat /sys/class/net/kilo0/mtu")?;
+    ensure!(at_home, "the region has {homes:?}, but {from} answered");
+    let route = lab.node(leader)?.run(&format!("ip route get {to}"))?;
+    let mut words = route.split_whitespace().skip_while(|word| *word != "mtu");
+    let mtu = words.find(|word| word.parse::<u32>().is_ok());
     let size = complaint.trim_end_matches(')').rsplit(['=', ' ']).next();
     ensure!(
-        size == Some(mtu.trim()),
-        "the tunnel takes {mtu}: {complaint}"
+        size.is_some() && size == mtu,
+        "{leader} has {route}: {complaint}"
     );
     Ok(complaint.trim().to_owned())
 }

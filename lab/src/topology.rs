@@ -91,6 +91,8 @@ pub struct Shape {
     /// The family of the internet. IPv6 knows no elastic IP, no further clouds and no third region
     /// in the subnet of the second.
     pub wan: Family,
+    /// The MTU in bytes of every link, where it is not 1,500.
+    pub mtu: Option<u32>,
 }
 
 impl Default for Shape {
@@ -106,6 +108,7 @@ impl Default for Shape {
             strict: true,
             inner: Inner::V4,
             wan: Family::V4,
+            mtu: None,
         }
     }
 }

@@ -13,9 +13,11 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::netns::within_path;
 
+mod bulk;
 pub mod flows;
 mod stream;
 
+pub use bulk::{Bulk, Moved};
 pub use stream::{Conversation, Missing, Report, Stream};
 
 /// The port of the servers, TCP and UDP.

@@ -233,11 +233,11 @@ fn reachability(steps: &mut Steps, name: &str, lab: &Lab, family: Family) {
         },
     );
     steps.step(
-        &format!("{name}::an_{inner}_packet_too_large_is_refused_by_its_own_node"),
+        &format!("{name}::an_{inner}_packet_too_large_is_refused_in_its_own_region"),
         || {
             let master = view.place("pod@node-master")?.address;
-            claims::too_large_is_refused_by_its_own_node(lab, LEADER, master)?;
-            claims::too_large_is_refused_by_its_own_node(lab, FOLLOWER, master)
+            claims::too_large_is_refused_in_its_region(lab, LEADER, LEADER, master)?;
+            claims::too_large_is_refused_in_its_region(lab, FOLLOWER, LEADER, master)
         },
     );
     steps.step(

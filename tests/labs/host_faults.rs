@@ -149,15 +149,19 @@ fn arrived(lab: &Lab, size: u32) -> anyhow::Result<u64> {
 }
 
 fn no_fragments(lab: &Lab) -> anyhow::Result<String> {
-    let mtu = lab.node(LEADER)?.run("cat /sys/class/net/kilo0/mtu")?;
-    ensure!(mtu.trim() == "1420", "kilo0 has {mtu}");
+    let pods = lab.pod_cidr(MASTER)?;
+    let line = format!("ip route show table 5130 {pods}");
+    wait_for("the MTU of the path", SOON, || {
+        let routes = lab.node(LEADER).and_then(|leader| leader.run(&line));
+        routes.is_ok_and(|routes| routes.contains("mtu 1440"))
+    })?;
     fragments_seen(lab)?;
-    let (full, larger) = (arrived(lab, 1420)?, arrived(lab, 1450)?);
+    let (full, larger) = (arrived(lab, 1440)?, arrived(lab, 1450)?);
     let seen = fragments_seen(lab)?;
     ensure!(full == 5, "{full} of 5 full packets arrived");
     ensure!(seen == 0, "{seen} fragments crossed the internet");
-    ensure!(larger == 0, "packets larger than the tunnel passed with DF");
-    Ok("packets of 1420 bytes pass whole".to_owned())
+    ensure!(larger == 0, "packets larger than the path passed with DF");
+    Ok("packets of 1440 bytes pass whole".to_owned())
 }
 
 /// The control: a tunnel as large as the NIC allows.

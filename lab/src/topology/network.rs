@@ -89,7 +89,29 @@ impl Network {
         for blueprint in shape.blueprints() {
             network.add_node(blueprint, directory.to_owned(), shape)?;
         }
+        if let Some(mtu) = shape.mtu {
+            let nodes = network.nodes.iter().map(Node::namespace);
+            let all = nodes.chain(&network.routers).chain([&network.internet]);
+            for namespace in all {
+                // Ports first: a bridge has the least MTU of its ports.
+                namespace.sh(&format!(
+                    "for link in $(ls /sys/class/net | grep -v -e lo -e br0) br0; do
+                         [ ! -e /sys/class/net/$link ] || ip link set $link mtu {mtu}
+                     done"
+                ))?;
+            }
+        }
         Ok(network)
+    }
+
+    /// Makes the internet carry packets of so many bytes between the sites, in each direction.
+    ///
+    /// # Errors
+    ///
+    /// When a router refuses.
+    pub fn narrow(&self, mtu: u32) -> anyhow::Result<()> {
+        let mut routers = self.routers.iter();
+        routers.try_for_each(|router| router.run(&format!("ip link set wan mtu {mtu}")).map(drop))
     }
 
     /// What the names of all its namespaces start with.

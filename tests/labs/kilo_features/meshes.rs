@@ -249,7 +249,7 @@ fn confined(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String> {
                 .is_ok_and(|routes| routes.contains("kilo0"))
             && node
                 .run("ip link show kilo0")
-                .is_ok_and(|link| link.contains("mtu 1420"))
+                .is_ok_and(|link| link.contains("mtu 1440"))
     });
     repaired.with_context(|| lab.tail(MASTER, "agent"))?;
     let pairs = settled(lab)?;

@@ -189,11 +189,11 @@ fn reachability(steps: &mut Steps, lab: &Lab) {
         || wg_on_all_leaders(lab),
     );
     steps.step(
-        "a_packet_too_large_for_the_tunnel_is_refused_by_its_own_node",
+        "a_packet_too_large_for_the_path_is_refused_in_its_own_region",
         || {
             let master = lab.pod(MASTER)?.address();
-            claims::too_large_is_refused_by_its_own_node(lab, LEADER, master)?;
-            claims::too_large_is_refused_by_its_own_node(lab, FOLLOWER, master)
+            claims::too_large_is_refused_in_its_region(lab, LEADER, LEADER, master)?;
+            claims::too_large_is_refused_in_its_region(lab, FOLLOWER, LEADER, master)
         },
     );
     steps.step("a_megabyte_arrives_intact_between_all_pairs", || {
