@@ -86,6 +86,7 @@ fn changes(mesh: &Mesh, me: &NodeName, flannel: &Flannel, observed: &State) -> V
         other_rules: &mesh.other_rules,
         callers: &mesh.callers,
         verdicts: &mesh.verdicts,
+        mtus: &mesh.mtus,
     });
     diff(observed, &desired.expect("the node is known"))
 }

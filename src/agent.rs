@@ -184,6 +184,7 @@ impl Agent {
                 Some(message) = self.messages.recv() => self.handle_message(message),
                 Some(news) = self.news.recv() => {
                     self.controller.handle_verdicts(now(), news.verdicts);
+                    self.controller.handle_mtus(now(), news.mtus);
                     self.controller.handle_echo_forwarding(now(), news.forwarding);
                 }
                 event = self.monitor.changed() => {

@@ -292,8 +292,11 @@ fn silent(peer: &status::Peer) -> Option<Finding> {
     })
 }
 
-/// The tunnel's datagrams must fit into the underlay's MTU, so that pods learn the right path MTU.
+/// A path that is too small for IPv6, or a fixed MTU that is too large for the underlay.
 fn mtu(report: &Report) -> Option<Finding> {
+    if report.tunnel.measures_mtu {
+        return path_mtu(report);
+    }
     let (tunnel, flannel) = (report.tunnel.mtu?, report.flannel.as_ref()?);
     // flannel subtracts 50 bytes for VXLAN: its device's MTU plus 50 is the underlay's.
     let underlay = flannel.mtu + 50;
@@ -318,6 +321,23 @@ fn mtu(report: &Report) -> Option<Finding> {
             "Leave --mtu at auto, unless tunnels use another link than flannel's packets.",
         )
     })
+}
+
+/// A path below IPv6 must carry 1,280 bytes (RFC 8200, 5).
+fn path_mtu(report: &Report) -> Option<Finding> {
+    let mut networks = report.flannel.iter().flat_map(|flannel| &flannel.networks);
+    let v6 = networks.any(|network| network.contains(':'));
+    let small = |path: &&status::LeaderPath| path.mtu.is_some_and(|mtu| mtu < 1280);
+    let path = report.paths.iter().filter(|_| v6).find(small)?;
+    Some(Finding::warning(
+        format!(
+            "The path to leader {} of {} carries packets of {} bytes, and IPv6 needs 1280: larger packets of IPv6 are sent in fragments.",
+            path.name,
+            path.region,
+            path.mtu.unwrap_or_default()
+        ),
+        "Raise the MTU of the network between the two regions to 1360 bytes or more.",
+    ))
 }
 
 #[cfg(test)]
@@ -416,6 +436,24 @@ mod tests {
         let mut report = healthy();
         report.tunnel.mtu = Some(1500);
         assert!(found(&report).contains("exceed 1500"));
+    }
+
+    #[test]
+    fn a_measured_path_that_is_too_small_for_ipv6_is_reported_and_no_other() {
+        let mut report = healthy();
+        report.tunnel.measures_mtu = true;
+        report.tunnel.mtu = Some(1440);
+        report.paths = vec![status::LeaderPath {
+            name: "b1".into(),
+            region: "location:b".into(),
+            state: "up".into(),
+            mtu: Some(1220),
+            ..status::LeaderPath::default()
+        }];
+        assert_eq!(found(&report), "");
+        let flannel = report.flannel.as_mut().unwrap();
+        flannel.networks.push("fd42::/56".into());
+        assert!(found(&report).contains("carries packets of 1220 bytes, and IPv6 needs 1280"));
     }
 
     #[test]

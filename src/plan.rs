@@ -13,11 +13,13 @@ use crate::policy::{Encapsulation, OnTunnelDown};
 use crate::probe::Verdicts;
 use crate::state::{OtherRule, Ruleset, State};
 use crate::topology::{NodeName, Topology};
+use crate::wireguard::PeerId;
 use crate::wireguard::key::PublicKey;
 
 mod candidates;
 mod caveat;
 mod firewall;
+mod mtu;
 mod paths;
 mod precedence;
 mod routes;
@@ -34,8 +36,11 @@ use site::Site;
 pub struct Settings {
     /// `--interface`.
     pub interface: String,
-    /// The tunnel's MTU in bytes: `--mtu`, or what the shell found for `auto`.
+    /// The tunnel's MTU in bytes: `--mtu`, or what the shell found for `auto`. Where paths are measured, it is what
+    /// they begin with and what external peers get.
     pub mtu: u32,
+    /// The most that any path carries, if the MTUs of paths are measured.
+    pub path_mtu: Option<u32>,
     /// `--port`: listened on unless the node's endpoint names another.
     pub port: NonZeroU16,
     /// `--fwmark` of the tunnel's own datagrams, compared whole.
@@ -78,6 +83,8 @@ pub struct Inputs<'a> {
     pub callers: &'a BTreeSet<PublicKey>,
     /// What echoes say of the leaders.
     pub verdicts: &'a Verdicts,
+    /// The MTUs of the paths to them, as far as they are measured.
+    pub mtus: &'a BTreeMap<PeerId, u32>,
 }
 
 /// Returns the state this node should have; `None` to leave everything as it is, because the cluster does not

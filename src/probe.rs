@@ -14,6 +14,8 @@
 //! The verdicts enter the plan of this node alone, never the topology, on which all nodes must agree.
 
 pub mod message;
+mod mtus;
+pub mod path_mtu;
 mod prober;
 mod rate;
 mod responder;
@@ -21,7 +23,8 @@ mod targets;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-pub use self::prober::{News, PORT, PathKind, PathStats, Prober, Transmit};
+pub use self::path_mtu::Sizes;
+pub use self::prober::{MtuStats, News, PORT, PathKind, PathStats, Prober, Transmit};
 pub use self::responder::Forwarding;
 pub use self::targets::{Far, Lead, Targets, targets};
 use crate::liveness::PathState;

@@ -129,6 +129,8 @@ pub struct Tunnel {
     pub port_reason: Option<String>,
     /// Its MTU in bytes.
     pub mtu: Option<u32>,
+    /// Whether the MTU of each path to another region is measured.
+    pub measures_mtu: bool,
     /// Its addresses.
     pub addresses: Vec<String>,
     /// The endpoint published for other nodes.
@@ -241,6 +243,12 @@ pub struct LeaderPath {
     pub rtt_us: Option<u64>,
     /// How many of the last 100 echoes stayed unanswered, in thousandths; `None` before the first results.
     pub loss_permille: Option<u32>,
+    /// The bytes of the largest packet that it carries, inside the tunnel; `None` where that is not measured.
+    pub mtu: Option<u32>,
+    /// Seconds for which it has been so much.
+    pub mtu_since: Option<u64>,
+    /// Whether an echo of that size has ever passed.
+    pub mtu_confirmed: bool,
 }
 
 /// A candidate endpoint of a peer.
@@ -378,6 +386,7 @@ mod tests {
                 listen_port: Some(51820),
                 port_reason: None,
                 mtu: Some(1420),
+                measures_mtu: true,
                 addresses: vec!["10.42.0.0/32".into(), "10.4.0.1/32".into()],
                 endpoint: Some("203.0.113.10:51820".into()),
             },
@@ -430,6 +439,9 @@ mod tests {
                     state: "down".into(),
                     cause: Some("not_forwarding".into()),
                     since: 3,
+                    mtu: Some(1340),
+                    mtu_since: Some(20),
+                    mtu_confirmed: true,
                     ..LeaderPath::default()
                 },
             ],
@@ -447,7 +459,7 @@ mod tests {
         interface: kilo0
           public key: K=
           listening port: 51820
-          mtu: 1420
+          mtu: 1420 (each path has its own)
           addresses: 10.42.0.0/32, 10.4.0.1/32
           own endpoint: 203.0.113.10:51820
 
@@ -462,7 +474,7 @@ mod tests {
 
         paths:
           through node-02 (location:default): up since 70 s, round trip 0.412 ms, loss 1.5 %
-          to node-agent-01 (location:nd): down (does not forward) since 3 s
+          to node-agent-01 (location:nd): down (does not forward) since 3 s, mtu 1340 since 20 s
         ");
     }
 

@@ -81,6 +81,7 @@ pub struct WallClock {
 ///                                             │                                ▼
 ///   tunnel ── counters ──► handle_tunnel ──► endpoint discovery ─► FindPeer ─► kernel, tunnel
 ///   echoes ── verdicts ──► handle_verdicts ──► schedule, decide ──► Probe ──► echoes
+///          ── path MTUs ─► handle_mtus ──────► schedule, decide
 /// ```
 ///
 /// The contract, which is that of `quinn-proto` and other protocol state machines:

@@ -14,11 +14,12 @@ use crate::cluster::Annotations;
 use crate::config::Config;
 use crate::flannel::Flannel;
 use crate::plan::{self, Candidates, Caveat, candidates, observed_addresses, plan};
-use crate::probe::Verdicts;
+use crate::probe::{Sizes, Verdicts};
 use crate::state::{OtherRule, State};
 use crate::topology::{
     self, Endpoint, InterfaceAddr, Ledger, Resolved, SegmentName, Snapshot, Topology,
 };
+use crate::wireguard::PeerId;
 use crate::wireguard::key::PublicKey;
 
 /// Everything that is decided on, gathered by the [`Controller`](super::controller::Controller).
@@ -50,6 +51,8 @@ pub struct Facts {
     pub callers: BTreeSet<PublicKey>,
     /// What echoes say of the leaders.
     pub verdicts: Verdicts,
+    /// The MTUs of the paths to leaders of other regions, as far as they are measured.
+    pub mtus: BTreeMap<PeerId, u32>,
     /// The endpoint to publish for each peer that ever had a session: where the tunnel heard it, rate-limited
     /// for those that flap.
     pub heard: BTreeMap<PublicKey, SocketAddr>,
@@ -121,6 +124,7 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
         other_rules: &facts.other_rules,
         callers: &facts.callers,
         verdicts: &facts.verdicts,
+        mtus: &facts.mtus,
     });
     let desired = inputs.as_ref().and_then(plan);
     let caveats = match (&inputs, &desired) {
@@ -163,17 +167,26 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
 
 /// The tunnel's MTU in bytes.
 fn tunnel_mtu(facts: &Facts, config: &Config) -> u32 {
+    mtu::of(config.mtu, facts.underlay_mtu, has_ipv6(facts, config))
+}
+
+/// The sizes that the paths to other regions may have; `None` where they are not measured.
+pub fn sizes(facts: &Facts, config: &Config) -> Option<Sizes> {
+    mtu::sizes(config.mtu, facts.underlay_mtu, has_ipv6(facts, config))
+}
+
+/// Whether the tunnel carries IPv6.
+fn has_ipv6(facts: &Facts, config: &Config) -> bool {
     let inside = facts.flannel.iter().flat_map(|flannel| &flannel.networks);
-    let ipv6 = inside
-        .chain(&config.subnets)
-        .any(|net| net.addr().is_ipv6());
-    mtu::of(config.mtu, facts.underlay_mtu, ipv6)
+    let mut inside = inside.chain(&config.subnets);
+    inside.any(|net| net.addr().is_ipv6())
 }
 
 fn settings(facts: &Facts, config: &Config) -> plan::Settings {
     plan::Settings {
         interface: config.interface.clone(),
         mtu: tunnel_mtu(facts, config),
+        path_mtu: sizes(facts, config).map(mtu::most),
         port: NonZeroU16::new(config.port).expect("--port is not 0"),
         fwmark: config.fwmark,
         rule_priority: config.rule_priority,

@@ -4,7 +4,7 @@
 //! thread nor holds it up: targets come by a queue, verdicts go by another, and what people see is the latest
 //! value.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd as _;
@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use crate::clock::now;
 use crate::probe::message::LENGTH;
 use crate::probe::{News, PathStats, Prober, Targets, Transmit};
-use crate::wireguard::{Device, Diverted, Origin, PeerId};
+use crate::wireguard::{Device, Diverted, Origin, PeerId, PeerWay};
 
 /// How long a socket that could not be bound, or that failed, is left alone.
 const RETRY: Duration = Duration::from_secs(1);
@@ -30,6 +30,8 @@ const QUIET: Duration = Duration::from_secs(600);
 const SHOWN: Duration = Duration::from_millis(500);
 /// How often it is looked whether all others know that this node drains.
 const DRAINING: Duration = Duration::from_millis(20);
+/// How often it is looked how the tunnel's peers are reached, and how much is sent to them.
+const WAYS: Duration = Duration::from_millis(250);
 /// Datagrams that are read before packets of the device have their turn.
 const BATCH: usize = 64;
 
@@ -60,6 +62,10 @@ pub trait Tunnel: Send + Sync {
     fn take_diverted(&self) -> Vec<Diverted>;
     /// As [`Device::send_packet`].
     fn send_packet(&self, id: &PeerId, packet: &[u8]) -> bool;
+    /// As [`Device::send_padded`].
+    fn send_padded(&self, id: &PeerId, packet: &[u8], length: u16) -> bool;
+    /// As [`Device::ways`].
+    fn ways(&self) -> BTreeMap<PeerId, PeerWay>;
     /// As [`Device::write_packet`].
     fn write_packet(&self, packet: &[u8]) -> io::Result<()>;
 }
@@ -75,6 +81,14 @@ impl Tunnel for Device {
 
     fn send_packet(&self, id: &PeerId, packet: &[u8]) -> bool {
         Self::send_packet(self, id, packet)
+    }
+
+    fn send_padded(&self, id: &PeerId, packet: &[u8], length: u16) -> bool {
+        Self::send_padded(self, id, packet, length)
+    }
+
+    fn ways(&self) -> BTreeMap<PeerId, PeerWay> {
+        Self::ways(self)
     }
 
     fn write_packet(&self, packet: &[u8]) -> io::Result<()> {
@@ -133,6 +147,7 @@ impl Echoes {
             failures: 0,
             shown: Arc::clone(&shown),
             shown_at: begun,
+            looked: begun,
         };
         let thread = std::thread::Builder::new()
             .name("echoes".to_owned())
@@ -199,6 +214,8 @@ struct Thread<F> {
     failures: u64,
     shown: Arc<Mutex<Arc<Shown>>>,
     shown_at: Instant,
+    /// When it was last looked how the peers are reached.
+    looked: Instant,
 }
 
 impl<F: Fn(News)> Thread<F> {
@@ -218,6 +235,7 @@ impl<F: Fn(News)> Thread<F> {
                 self.prober.handle_packet(time, peer, &diverted.packet);
             }
             let is_drained = self.receive(time);
+            self.look_at_ways(time);
             self.prober.handle_timeout(time);
             self.transmit(time);
             if let Some(news) = self.prober.poll_news(time) {
@@ -259,6 +277,16 @@ impl<F: Fn(News)> Thread<F> {
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
+        }
+    }
+
+    /// Sees how the peers are reached. The echoes of a leader wake the thread often enough.
+    fn look_at_ways(&mut self, time: Instant) {
+        let lead = self.prober.targets().lead.as_ref();
+        let is_measured = lead.is_some_and(|lead| lead.sizes.is_some() && !lead.peers.is_empty());
+        if is_measured && time.saturating_duration_since(self.looked) >= WAYS {
+            self.looked = time;
+            self.prober.handle_ways(time, &self.device.ways());
         }
     }
 
@@ -327,6 +355,9 @@ impl<F: Fn(News)> Thread<F> {
                 }
                 Transmit::Peer(id, packet) => {
                     self.device.send_packet(&id, &packet);
+                }
+                Transmit::Padded(id, packet, length) => {
+                    self.device.send_padded(&id, &packet, length);
                 }
             }
         }

@@ -9,7 +9,7 @@ use super::decision::{Decision, Facts};
 use super::endpoint_discovery::Outcome;
 use super::listen_port::ListenPort;
 use crate::cluster::{ApiStatus, annotation};
-use crate::config::Config;
+use crate::config::{Config, Mtu};
 use crate::flannel::Backend;
 use crate::kernel::Counters;
 use crate::liveness::PathState;
@@ -127,6 +127,7 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
             listen_port: desired.listen_port.map(Into::into),
             port_reason: port_reason(inputs, desired),
             mtu: desired.link.as_ref().map(|link| link.mtu),
+            measures_mtu: config.mtu == Mtu::Auto && matches!(topology.mode, Mode::Native),
             addresses: desired.addresses.keys().map(ToString::to_string).collect(),
             endpoint: decision
                 .annotations
@@ -236,6 +237,11 @@ fn path(stats: &PathStats, now: Instant) -> LeaderPath {
         since: now.saturating_duration_since(stats.since).as_secs(),
         rtt_us: stats.rtt.map(micros),
         loss_permille: stats.loss,
+        mtu: stats.mtu.map(|mtu| mtu.bytes),
+        mtu_since: stats
+            .mtu
+            .map(|mtu| now.saturating_duration_since(mtu.since).as_secs()),
+        mtu_confirmed: stats.mtu.is_some_and(|mtu| mtu.is_confirmed),
     }
 }
 

@@ -102,7 +102,7 @@ pub struct Flags {
     /// UDP port of the tunnel, unless an endpoint annotation sets another
     #[arg(long, help_heading = NODE, default_value = "51820", value_parser = values::port)]
     pub(super) port: u16,
-    /// MTU of the tunnel's link: `auto` (80 less than that of the outgoing link, at most 1420), or bytes
+    /// MTU inside the tunnel: `auto` (measured for each path to another region), or a number of bytes for all
     #[arg(long, value_name = "BYTES", help_heading = NODE, default_value = "auto")]
     pub(super) mtu: Mtu,
     /// Take the private address from these CIDRs only (repeatable)

@@ -260,7 +260,8 @@ impl Path {
         Some((missed.at + self.overdue()).max(silent))
     }
 
-    fn overdue(&self) -> Duration {
+    /// The time after which an echo without an answer is overdue.
+    pub fn overdue(&self) -> Duration {
         self.rtt.map_or(OVERDUE_AT_FIRST, |(smooth, deviation)| {
             (smooth + 4 * deviation).clamp(OVERDUE.0, OVERDUE.1)
         })

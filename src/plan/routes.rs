@@ -28,6 +28,7 @@ use super::site::{Role, Site};
 use super::{Place, place};
 use crate::policy::OnTunnelDown;
 use crate::state::{BACKSTOP_METRIC, NextHop, Route, RouteKey, Rule, Table};
+use crate::topology::Segment;
 
 /// The metric of IPv6 routes that are not backstops. Zero is not possible, and 1024 is flannel's.
 const METRIC_V6: u32 = 512;
@@ -103,10 +104,17 @@ pub(super) fn rules(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> BTre
     rules
 }
 
+/// The next hops of a route, and its MTU.
+#[derive(Clone, Debug)]
+struct Way {
+    hops: BTreeSet<NextHop>,
+    mtu: Option<u32>,
+}
+
 struct Routes<'a> {
     site: &'a Site<'a>,
-    /// Prefixes in `Mesh` that may contain local destinations, with their next hops.
-    wide: BTreeMap<IpNet, BTreeSet<NextHop>>,
+    /// Prefixes in `Mesh` that may contain local destinations, with their ways.
+    wide: BTreeMap<IpNet, Way>,
     routes: BTreeMap<RouteKey, Route>,
 }
 
@@ -117,43 +125,55 @@ impl Routes<'_> {
                 continue;
             }
             for segment in self.site.remotes() {
-                let hops = self.site.next_hops(segment, v6);
+                let way = self.way_to(segment, self.site.next_hops(segment, v6), v6);
                 let of_family = |net: &IpNet| is_v6(net) == v6;
                 for node in &segment.nodes {
                     for net in node.pod_cidrs.iter().filter(|net| of_family(net)) {
-                        self.add(Table::Mesh, *net, &hops);
+                        self.add(Table::Mesh, *net, &way);
                     }
                     let addresses = self.site.carried_addresses(segment, node);
                     for ip in addresses.filter(|ip| ip.is_ipv6() == v6) {
-                        self.add_node_address(ip, &hops);
+                        self.add_node_address(ip, &way);
                     }
                     let aliases = self.site.carried_aliases(node);
                     for ip in aliases.filter(|ip| ip.is_ipv6() == v6) {
-                        self.add(Table::Mesh, IpNet::from(ip), &hops);
+                        self.add(Table::Mesh, IpNet::from(ip), &way);
                     }
                 }
                 for leader in &segment.leaders {
                     let ips = self.site.carried_wireguard_ips(leader);
                     for ip in ips.filter(|ip| ip.is_ipv6() == v6) {
                         let hops = self.site.hops_without_gateway(segment, v6);
-                        self.add(Table::Mesh, IpNet::from(ip), &hops);
+                        let way = self.way_to(segment, hops, v6);
+                        self.add(Table::Mesh, IpNet::from(ip), &way);
                     }
                 }
                 for net in self.site.carried_location_ips(segment).filter(of_family) {
-                    self.add_wide(net, hops.clone());
+                    self.add_wide(net, way.clone());
                 }
             }
         }
     }
 
+    fn way_to(&self, segment: &Segment, hops: BTreeSet<NextHop>, v6: bool) -> Way {
+        let mtu = self.site.mtu_to(segment, &hops, v6);
+        Way { hops, mtu }
+    }
+
+    /// These next hops, with the configured MTU.
+    fn way_by(&self, hops: BTreeSet<NextHop>) -> Way {
+        let mtu = Some(self.site.inputs.settings.mtu);
+        Way { hops, mtu }
+    }
+
     /// Where this host itself reaches an address directly, only packets from pods use the tunnel.
-    fn add_node_address(&mut self, ip: IpAddr, hops: &BTreeSet<NextHop>) {
+    fn add_node_address(&mut self, ip: IpAddr, way: &Way) {
         let table = if self.site.is_direct(ip) {
             Table::Pods
         } else {
             Table::Mesh
         };
-        self.add(table, ip.into(), hops);
+        self.add(table, ip.into(), way);
     }
 
     /// No leader carries traffic to their pods, and flannel must not send it in clear.
@@ -172,8 +192,8 @@ impl Routes<'_> {
             for net in self.site.carried_allowed_ips(peer) {
                 let v6 = is_v6(&net);
                 if self.site.has_family(v6) {
-                    let hops = self.site.peer_hops(v6);
-                    self.add_wide(net, hops);
+                    let way = self.way_by(self.site.peer_hops(v6));
+                    self.add_wide(net, way);
                 }
             }
         }
@@ -232,7 +252,8 @@ impl Routes<'_> {
                 let ips = self.site.carried_wireguard_ips(leader);
                 for ip in ips.filter(|ip| self.site.has_family(ip.is_ipv6())) {
                     let hop = self.site.hop_to(node, ip.is_ipv6());
-                    self.add(Table::Mesh, IpNet::from(ip), &hop.into_iter().collect());
+                    let way = self.way_by(hop.into_iter().collect());
+                    self.add(Table::Mesh, IpNet::from(ip), &way);
                 }
             }
         }
@@ -255,7 +276,8 @@ impl Routes<'_> {
                 self.site.hops_to([leader], ip.is_ipv6())
             };
             let dst = IpNet::from(ip);
-            self.add(Table::Mesh, dst, &hops);
+            let way = self.way_by(hops);
+            self.add(Table::Mesh, dst, &way);
             // A leader that boots has no route to the sender yet, and an ICMP error would leave by the default route.
             let backstop = RouteKey {
                 table: Table::Mesh,
@@ -331,12 +353,12 @@ impl Routes<'_> {
         for ip in all {
             let dst = IpNet::from(ip);
             // The longest prefix comes last.
-            let Some((_, hops)) = wide.iter().rev().find(|(net, _)| net.contains(&dst)) else {
+            let Some((_, way)) = wide.iter().rev().find(|(net, _)| net.contains(&dst)) else {
                 continue;
             };
             self.throw(dst);
             if !self.is_routed(Table::Pods, ip) && !self.site.region_underlay.contains(&ip) {
-                self.add(Table::Pods, dst, hops);
+                self.add(Table::Pods, dst, way);
             }
         }
     }
@@ -347,20 +369,20 @@ impl Routes<'_> {
     }
 
     /// Adds a prefix that is not a node's own, so that it may contain local destinations.
-    fn add_wide(&mut self, net: IpNet, hops: BTreeSet<NextHop>) {
-        self.add(Table::Mesh, net, &hops);
-        self.wide.insert(net, hops);
+    fn add_wide(&mut self, net: IpNet, way: Way) {
+        self.add(Table::Mesh, net, &way);
+        self.wide.insert(net, way);
     }
 
     /// Adds the route to a prefix, and its backstop: if the route is lost, packets for another region never fall
     /// through to flannel's route in table main.
-    fn add(&mut self, table: Table, dst: IpNet, hops: &BTreeSet<NextHop>) {
+    fn add(&mut self, table: Table, dst: IpNet, way: &Way) {
         let v6 = is_v6(&dst);
-        if !hops.is_empty() {
+        if !way.hops.is_empty() {
             let route = Route::Unicast {
-                next_hops: hops.clone(),
+                next_hops: way.hops.clone(),
                 src: self.site.source(v6),
-                mtu: Some(self.site.inputs.settings.mtu),
+                mtu: way.mtu,
             };
             let metric = metric(v6);
             self.routes.insert(RouteKey { table, dst, metric }, route);

@@ -23,7 +23,7 @@ pub(super) fn link(site: &Site<'_>) -> Link {
     let settings = site.inputs.settings;
     Link {
         name: settings.interface.clone(),
-        mtu: settings.mtu,
+        mtu: site.link_mtu(),
         up: holds_addresses(site),
     }
 }
@@ -103,6 +103,7 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PeerId, PeerConfig> {
                 persistent_keepalive: keepalive(site, own, &key, None),
                 routes,
                 accepts: accepts.clone(),
+                mtu: site.peer_mtu(leader),
                 ..PeerConfig::new(key)
             };
             peers.insert(key, (leader.peer_id(), peer));
@@ -115,6 +116,7 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PeerId, PeerConfig> {
             endpoint: site.endpoint_of_peer(vpn),
             preshared_key: vpn.preshared_key.clone(),
             persistent_keepalive: keepalive(site, own, &vpn.public_key, Some(vpn)),
+            mtu: site.external_mtu(),
             ..PeerConfig::new(vpn.public_key).with_allowed_ips(allowed_ips)
         };
         peers.insert(vpn.public_key, (vpn.peer_id(), peer));

@@ -8,6 +8,8 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, RngExt as _, SeedableRng as _};
 
 use super::message::{self, Datagram, Kind, Message};
+use super::mtus::Mtus;
+use super::path_mtu::Ask;
 use super::rate::Rate;
 use super::responder::{Forwarding, Responder, Sender};
 use super::targets::{Lead, Targets};
@@ -15,7 +17,7 @@ use super::{RegionLeader, Verdicts};
 use crate::liveness::PathState;
 use crate::liveness::path::{INTERVAL, Path, Statement};
 use crate::topology::{NodeName, SegmentName};
-use crate::wireguard::PeerId;
+use crate::wireguard::{PeerId, PeerWay};
 
 /// The UDP port of echoes and answers (RFC 5881, 4: BFD's echo packets).
 pub const PORT: u16 = crate::wireguard::ECHO_PORT;
@@ -56,6 +58,8 @@ pub enum Transmit {
     Link(Vec<u8>),
     /// An IP packet to a peer of the tunnel.
     Peer(PeerId, Vec<u8>),
+    /// The same, padded to so many bytes, in a datagram that nothing may fragment.
+    Padded(PeerId, Vec<u8>, u16),
 }
 
 /// What the echoes say.
@@ -65,6 +69,8 @@ pub struct News {
     pub verdicts: Verdicts,
     /// Of this node as a leader.
     pub forwarding: Forwarding,
+    /// The largest packets in bytes that the paths to leaders of other regions carry, where that is measured.
+    pub mtus: BTreeMap<PeerId, u32>,
 }
 
 /// The kind of a path.
@@ -93,6 +99,19 @@ pub struct PathStats {
     pub rtt: Option<Duration>,
     /// How many of the last 100 echoes stayed unanswered, in thousandths; `None` before the first results.
     pub loss: Option<u32>,
+    /// Its MTU, where it is measured.
+    pub mtu: Option<MtuStats>,
+}
+
+/// The measured MTU of a path.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct MtuStats {
+    /// The bytes of a packet inside the tunnel.
+    pub bytes: u32,
+    /// Since when it is so much.
+    pub since: Instant,
+    /// Whether an echo of this size has ever passed.
+    pub is_confirmed: bool,
 }
 
 /// Sends echoes, answers those of others, and says what they prove.
@@ -102,6 +121,7 @@ pub struct PathStats {
 ///   SIGTERM ──► handle_drain ───┤                        ├─► Link ────► kernel ───► nodes of the region
 ///   socket ───► handle_datagram ┼─► paths, responder ────┼─► Peer ────► tunnel ───► leaders elsewhere
 ///   device ───► handle_packet ──┤        │               │
+///   device ───► handle_ways ────┤        │               │
 ///   clock ────► handle_timeout ─┘        └─► News ──► controller ──► plan
 /// ```
 ///
@@ -120,6 +140,7 @@ pub struct Prober {
     targets: Targets,
     generation: u64,
     probes: BTreeMap<Key, Probe>,
+    mtus: Mtus,
     responder: Responder,
     budget: Rate,
     random: StdRng,
@@ -139,6 +160,7 @@ impl Prober {
             targets: Targets::default(),
             generation: 0,
             probes: BTreeMap::new(),
+            mtus: Mtus::default(),
             responder: Responder::default(),
             budget: Rate::new(BUDGET.0, BUDGET.1),
             random: StdRng::from_seed(seed),
@@ -182,6 +204,11 @@ impl Prober {
             }
         }
         let lead = targets.lead.as_ref();
+        let measured = lead.filter(|lead| lead.sizes.is_some());
+        self.mtus.retain(|id| {
+            let stays = measured.is_some_and(|lead| lead.peers.contains_key(id));
+            stays && !moved(&Key::Peer(id.clone()))
+        });
         self.responder.retain(|sender| match sender {
             Sender::Member(address) => lead.is_some_and(|lead| lead.members.contains_key(address)),
             Sender::Peer(id) => lead.is_some_and(|lead| lead.peers.contains_key(id)),
@@ -216,6 +243,17 @@ impl Prober {
             return;
         };
         self.handle_answer(now, &Key::Leader(name.clone()), &message);
+    }
+
+    /// The peers of the tunnel are reached so now. Without this, no MTU is measured.
+    pub fn handle_ways(&mut self, now: Instant, ways: &BTreeMap<PeerId, PeerWay>) {
+        let Some((lead, sizes)) =
+            (self.targets.lead.as_ref()).and_then(|lead| Some((lead, lead.sizes?)))
+        else {
+            return;
+        };
+        let is_path = |id: &PeerId| lead.peers.contains_key(id);
+        self.changed |= self.mtus.handle_ways(now, sizes, ways, is_path);
     }
 
     /// An IP packet to an address of [`Targets::diverted`] came through the device: from a peer, or from the link.
@@ -259,6 +297,9 @@ impl Prober {
             if at <= now {
                 due.push((at, key.clone()));
             }
+            if let Key::Peer(id) = key {
+                self.mtus.follow(now, id, &probe.path);
+            }
         }
         due.sort();
         for (_, key) in due {
@@ -266,6 +307,11 @@ impl Prober {
                 break;
             }
             self.send_echo(now, &key);
+        }
+        let (asks, changed) = self.mtus.handle_timeout(now);
+        self.changed |= changed;
+        for (id, ask) in asks {
+            self.send_padded(now, &id, ask);
         }
     }
 
@@ -278,7 +324,7 @@ impl Prober {
             let echo = ready.map_or(echo, |ready| ready.max(echo));
             path.poll_timeout().map_or(echo, |at| at.min(echo))
         });
-        times.min()
+        times.chain(self.mtus.poll_timeout()).min()
     }
 
     /// The next thing to send.
@@ -295,6 +341,7 @@ impl Prober {
         let news = News {
             verdicts: self.verdicts(),
             forwarding,
+            mtus: self.mtus.mtus(),
         };
         (news != self.told).then(|| {
             self.told = news.clone();
@@ -307,11 +354,13 @@ impl Prober {
         let probes = self.probes.iter();
         probes
             .filter_map(|(key, probe)| {
-                let (kind, node, segment) = match key {
-                    Key::Leader(name) => (PathKind::Leader, name, self.targets.segment.as_ref()?),
+                let (kind, node, segment, mtu) = match key {
+                    Key::Leader(name) => {
+                        (PathKind::Leader, name, self.targets.segment.as_ref()?, None)
+                    }
                     Key::Peer(id) => {
                         let far = self.targets.lead.as_ref()?.peers.get(id)?;
-                        (PathKind::Peer, &far.node, &far.segment)
+                        (PathKind::Peer, &far.node, &far.segment, self.mtus.get(id))
                     }
                 };
                 Some(PathStats {
@@ -322,6 +371,11 @@ impl Prober {
                     since: probe.path.since(),
                     rtt: probe.path.rtt(),
                     loss: probe.path.loss(),
+                    mtu: mtu.map(|mtu| MtuStats {
+                        bytes: mtu.mtu(),
+                        since: mtu.since(),
+                        is_confirmed: mtu.is_confirmed(),
+                    }),
                 })
             })
             .collect()
@@ -384,6 +438,12 @@ impl Prober {
     }
 
     fn handle_answer(&mut self, now: Instant, key: &Key, message: &Message) {
+        if let Key::Peer(id) = key
+            && let Some(changed) = self.mtus.handle_answer(now, id, message.token)
+        {
+            self.changed |= changed;
+            return;
+        }
         let Some(probe) = self.probes.get_mut(key) else {
             return;
         };
@@ -399,6 +459,9 @@ impl Prober {
         }
         self.changed |= probe.path.state() != before;
         probe.acknowledged = message.token;
+        if let Key::Peer(id) = key {
+            self.mtus.follow(now, id, &probe.path);
+        }
         if matches!(key, Key::Leader(_)) && message.generation == self.generation {
             let segments = self.targets.segments.iter().enumerate();
             let lacking = segments.filter(|(number, _)| message.lacks(*number));
@@ -417,17 +480,9 @@ impl Prober {
         let jitter = self.random.random_range(0..=JITTER);
         let jitter = INTERVAL * u32::try_from(jitter).unwrap_or_default() / 1_000;
         probe.path.handle_sent(now, token, jitter);
-        let echo = Message {
-            kind: Kind::Echo,
-            draining: self.draining,
-            forwards: true,
-            knows: probe.path.state() == PathState::Draining,
-            token,
-            acknowledged: probe.acknowledged,
-            generation: self.generation,
-            unreached: [0; 64],
+        let Some(payload) = self.echo(key, token) else {
+            return;
         };
-        let payload = echo.encode();
         let transmit = match key {
             Key::Leader(name) => {
                 let ip = self.targets.leaders.get(name);
@@ -439,6 +494,42 @@ impl Prober {
             Key::Peer(id) => self.to_peer(id, &payload),
         };
         self.transmits.extend(transmit);
+    }
+
+    /// Sends a padded echo, and the small one beside it.
+    fn send_padded(&mut self, now: Instant, id: &PeerId, ask: Ask) {
+        let key = Key::Peer(id.clone());
+        let mut send = |size: u32| {
+            let token = self.random.next_u64().max(1);
+            let payload = self.echo(&key, token)?;
+            let Transmit::Peer(id, packet) = self.to_peer(id, &payload)? else {
+                return None;
+            };
+            let size = u16::try_from(size).unwrap_or(u16::MAX);
+            self.transmits.push_back(Transmit::Padded(id, packet, size));
+            Some(token)
+        };
+        let large = send(ask.size);
+        let small = ask.beside.and_then(send);
+        // A token that was not sent has no answer.
+        self.mtus
+            .handle_sent(now, id, ask, (large.unwrap_or(0), small));
+    }
+
+    /// The echo of a path.
+    fn echo(&self, key: &Key, token: u64) -> Option<Vec<u8>> {
+        let probe = self.probes.get(key)?;
+        let echo = Message {
+            kind: Kind::Echo,
+            draining: self.draining,
+            forwards: true,
+            knows: probe.path.state() == PathState::Draining,
+            token,
+            acknowledged: probe.acknowledged,
+            generation: self.generation,
+            unreached: [0; 64],
+        };
+        Some(echo.encode())
     }
 
     /// Answers an echo, or answers it again.

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ring::digest::{SHA256, digest};
 
+use super::path_mtu::Sizes;
 use crate::flannel::Flannel;
 use crate::topology::{Leader, Mode, NodeName, Segment, SegmentName, Topology};
 use crate::wireguard::PeerId;
@@ -37,6 +38,8 @@ pub struct Lead {
     pub peers: BTreeMap<PeerId, Far>,
     /// Whether the host's settings and firewall let it forward, as far as the agent knows.
     pub may_forward: bool,
+    /// The sizes that paths to leaders of other regions may have; `None` where they are not measured.
+    pub sizes: Option<Sizes>,
 }
 
 /// A leader of another region.
@@ -74,7 +77,8 @@ impl Targets {
     }
 }
 
-/// The targets of a node. `may_forward` is what the agent knows of the host's settings and firewall.
+/// The targets of a node. `may_forward` is what the agent knows of the host's settings and firewall, and `sizes` are
+/// those that a path's MTU may have, where it is to be measured.
 ///
 /// None beside Kilo's algorithm, without flannel, and for a node that takes no part in the mesh.
 pub fn targets(
@@ -82,6 +86,7 @@ pub fn targets(
     me: &NodeName,
     flannel: Option<&Flannel>,
     may_forward: bool,
+    sizes: Option<Sizes>,
 ) -> Targets {
     let (Mode::Native, Some(segment), Some(flannel)) =
         (&topology.mode, topology.segment_of(me), flannel)
@@ -118,6 +123,7 @@ pub fn targets(
                 .filter_map(|(remote, leader)| Some((leader.peer_id(), far(remote, leader, lead)?)))
                 .collect(),
             may_forward,
+            sizes,
         }),
         segment: Some(segment.name.clone()),
     }

@@ -48,6 +48,13 @@ fn write_paths(out: &mut String, paths: &[LeaderPath]) -> fmt::Result {
         if let Some(loss) = path.loss_permille {
             write!(out, ", loss {}.{} %", loss / 10, loss % 10)?;
         }
+        match (path.mtu, path.mtu_since) {
+            (Some(mtu), Some(since)) if path.mtu_confirmed => {
+                write!(out, ", mtu {mtu} since {since} s")?;
+            }
+            (Some(mtu), _) => write!(out, ", mtu {mtu} (not confirmed)")?,
+            (None, _) => {}
+        }
         writeln!(out)?;
     }
     Ok(())
@@ -132,7 +139,12 @@ fn write_tunnel(out: &mut String, tunnel: &Tunnel) -> fmt::Result {
         writeln!(out, "  listening port: {port}{reason}")?;
     }
     if let Some(mtu) = tunnel.mtu {
-        writeln!(out, "  mtu: {mtu}")?;
+        let measures = if tunnel.measures_mtu {
+            " (each path has its own)"
+        } else {
+            ""
+        };
+        writeln!(out, "  mtu: {mtu}{measures}")?;
     }
     if !tunnel.addresses.is_empty() {
         writeln!(out, "  addresses: {}", tunnel.addresses.join(", "))?;

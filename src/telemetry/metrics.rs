@@ -358,6 +358,11 @@ fn paths(encoder: &mut DescriptorEncoder<'_>, paths: &[LeaderPath]) -> fmt::Resu
         "selvedge_path_loss_ratio",
         "Share of the last 100 echoes over a path that stayed unanswered",
         |path| Some(f64::from(path.loss_permille?) / 1e3),
+    )?;
+    family(
+        "selvedge_path_mtu_bytes",
+        "Size of the largest packet inside the tunnel that a path to another region carries",
+        |path| Some(f64::from(path.mtu?)),
     )
 }
 

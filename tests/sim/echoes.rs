@@ -52,7 +52,8 @@ impl Agent {
         }
         while let Some(transmit) = self.prober.poll_transmit() {
             match transmit {
-                Transmit::Peer(id, packet) => {
+                // Every link of the simulation carries any size.
+                Transmit::Peer(id, packet) | Transmit::Padded(id, packet, _) => {
                     self.device.send_packet(now, &id, packet);
                 }
                 Transmit::Socket { .. } | Transmit::Link(_) => self.transmits.push(transmit),
@@ -76,6 +77,7 @@ impl Agent {
         }
         if self.hears_echoes {
             self.controller.handle_verdicts(now, news.verdicts);
+            self.controller.handle_mtus(now, news.mtus);
             self.controller.handle_echo_forwarding(now, news.forwarding);
         }
     }
@@ -182,7 +184,7 @@ impl World {
                 }
             }
             // The device has sent it.
-            Transmit::Peer(..) => {}
+            Transmit::Peer(..) | Transmit::Padded(..) => {}
         }
     }
 

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use selvedge::probe::message::{Datagram, Kind, Message, datagram, packet};
-use selvedge::probe::{Far, Lead, News, PORT, Prober, Targets, Transmit};
+use selvedge::probe::{Far, Lead, News, PORT, Prober, Sizes, Targets, Transmit};
 use selvedge::topology::{NodeName, RegionName, SegmentName};
-use selvedge::wireguard::PeerId;
+use selvedge::wireguard::{PeerId, PeerWay};
 
 const TRIP: Duration = Duration::from_millis(1);
 /// The port of every node's socket.
@@ -33,6 +33,8 @@ pub(crate) struct Faults {
     pub(crate) no_way_back: BTreeSet<String>,
     /// Lost packets, in thousandths.
     pub(crate) loss: u32,
+    /// The largest packets in bytes that the tunnel carries from one leader to another.
+    pub(crate) mtus: BTreeMap<(String, String), u32>,
 }
 
 pub(crate) struct Node {
@@ -128,6 +130,7 @@ impl Net {
                         .collect(),
                     peers: others().flat_map(far).collect(),
                     may_forward: true,
+                    sizes: None,
                 });
                 let targets = Targets {
                     own: Some(own(index, number)),
@@ -162,6 +165,38 @@ impl Net {
 
     pub(crate) fn node(&mut self, name: &str) -> &mut Node {
         self.nodes.get_mut(name).expect("there is such a node")
+    }
+
+    /// Every leader measures its paths from now on, at endpoints of IPv4 below a link of this MTU.
+    pub(crate) fn measure(&mut self, underlay: u32) {
+        for name in self.nodes.keys().cloned().collect::<Vec<_>>() {
+            let mut targets = self.node(&name).prober.targets().clone();
+            if let Some(lead) = &mut targets.lead {
+                let start = 1420.min(underlay - 60);
+                lead.sizes = Some(Sizes { start, underlay });
+                self.set_targets(&name, targets);
+            }
+        }
+        self.look(|_, _| 0);
+    }
+
+    /// Every leader sees how its peers are reached, and that it sent so much.
+    pub(crate) fn look(&mut self, sent: impl Fn(&str, &PeerId) -> u64) {
+        let now = self.now;
+        for (name, node) in &mut self.nodes {
+            let lead = node.prober.targets().lead.clone();
+            let peers = lead.into_iter().flat_map(|lead| lead.peers.into_keys());
+            let way = |id: PeerId| {
+                let way = PeerWay {
+                    address: [192, 0, 2, 1].into(),
+                    relay: None,
+                    sent: sent(name, &id),
+                };
+                (id, way)
+            };
+            let ways = peers.map(way).collect();
+            node.prober.handle_ways(now, &ways);
+        }
     }
 
     /// Has a node say that it is about to stop.
@@ -232,12 +267,21 @@ impl Net {
             match transmit {
                 Transmit::Socket { to, payload } => self.deliver_to_leader(name, own, to, &payload),
                 Transmit::Link(packet) => self.deliver_to_member(name, &packet),
-                Transmit::Peer(id, packet) => {
+                Transmit::Peer(..) | Transmit::Padded(..) => {
+                    let (id, packet, size) = match transmit {
+                        Transmit::Padded(id, packet, size) => (id, packet, u32::from(size)),
+                        Transmit::Peer(id, packet) => (id, packet, 0),
+                        Transmit::Socket { .. } | Transmit::Link(_) => unreachable!(),
+                    };
                     let to = id.to_string();
                     let to = to
                         .strip_prefix("node/")
                         .expect("peers are nodes")
                         .to_owned();
+                    let mtu = self.faults.mtus.get(&(name.to_owned(), to.clone()));
+                    if mtu.is_some_and(|mtu| size > *mtu) {
+                        continue;
+                    }
                     if self.nodes.contains_key(&to) {
                         let from = PeerId::new(format!("node/{name}"));
                         self.send(name, &to, Arrival::Peer(from, packet));

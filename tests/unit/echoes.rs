@@ -5,6 +5,7 @@
     reason = "a test prints what it measures, and fails by panicking"
 )]
 
+mod mtus;
 mod targets;
 
 use std::collections::BTreeMap;
@@ -389,7 +390,9 @@ fn last_token(net: &Net, name: &str, to: SocketAddr) -> Message {
     let sent = net.nodes[name].sent.iter().rev();
     let mut echoes = sent.filter_map(|(_, transmit)| match transmit {
         Transmit::Socket { to: at, payload } if *at == to => Message::parse(payload),
-        Transmit::Socket { .. } | Transmit::Link(_) | Transmit::Peer(..) => None,
+        Transmit::Socket { .. } | Transmit::Link(_) | Transmit::Peer(..) | Transmit::Padded(..) => {
+            None
+        }
     });
     echoes.next().unwrap()
 }
@@ -543,7 +546,7 @@ fn rates(net: &Net, name: &str, time: Duration) -> (f64, f64) {
     let node = &net.nodes[name];
     let is_echo = |transmit: &Transmit| match transmit {
         Transmit::Socket { .. } => true,
-        Transmit::Link(_) => false,
+        Transmit::Link(_) | Transmit::Padded(..) => false,
         Transmit::Peer(_, packet) => {
             let read = datagram(packet).and_then(|read| Message::parse(read.payload));
             read.is_some_and(|message| message.kind == Kind::Echo)

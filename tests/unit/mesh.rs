@@ -18,8 +18,8 @@ use selvedge::topology::{
     self, Claim, Endpoint, ExternalPeer, Granularity, LeaderCount, Ledger, Node, NodeName,
     RegionName, Resolved, SegmentName, Snapshot, Topology,
 };
-use selvedge::wireguard::PeerConfig;
 use selvedge::wireguard::key::PublicKey;
+use selvedge::wireguard::{PeerConfig, PeerId};
 use serde::Deserialize;
 
 /// A cluster, the flags its agents were given, and the flannel they run beside.
@@ -38,6 +38,7 @@ pub(crate) struct Mesh {
     pub(crate) other_rules: Vec<selvedge::state::OtherRule>,
     pub(crate) callers: BTreeSet<PublicKey>,
     pub(crate) verdicts: Verdicts,
+    pub(crate) mtus: BTreeMap<PeerId, u32>,
 }
 
 impl Mesh {
@@ -67,6 +68,7 @@ impl Mesh {
             local: plan::Settings {
                 interface: "kilo0".into(),
                 mtu: 1420,
+                path_mtu: None,
                 port: NonZeroU16::new(51820).expect("not zero"),
                 fwmark: 0x51e0_0000,
                 rule_priority: 5190,
@@ -83,6 +85,7 @@ impl Mesh {
             other_rules: Vec::new(),
             callers: BTreeSet::new(),
             verdicts: Verdicts::default(),
+            mtus: BTreeMap::new(),
         }
     }
 
@@ -220,6 +223,7 @@ impl Mesh {
             other_rules: &self.other_rules,
             callers: &self.callers,
             verdicts: &self.verdicts,
+            mtus: &self.mtus,
         })
     }
 

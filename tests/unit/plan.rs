@@ -23,6 +23,7 @@ mod kilo_tutorial_configs;
 mod kilo_two_regions_configs;
 mod leaders;
 mod locations;
+mod path_mtu;
 mod peers;
 mod probe_addresses;
 mod regions;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Instant;
 
+use super::super::decision;
 use super::{Controller, Effect};
 use crate::cluster::Notice;
 use crate::liveness::{Cause, PathState};
@@ -64,6 +65,29 @@ impl Controller {
         self.schedule.handle_news(now);
     }
 
+    /// The paths to leaders of other regions carry packets of so many bytes now.
+    pub fn handle_mtus(&mut self, now: Instant, mtus: BTreeMap<PeerId, u32>) {
+        if mtus == self.facts.mtus {
+            return;
+        }
+        let lead = self.echoes.targets.lead.as_ref();
+        for (id, bytes) in &mtus {
+            let before = self.facts.mtus.get(id);
+            let far = lead.and_then(|lead| lead.peers.get(id));
+            let (Some(before), Some(far)) = (before.filter(|before| *before != bytes), far) else {
+                continue;
+            };
+            let path = PathName::To(id.clone(), far.node.clone());
+            if bytes < before {
+                tracing::warn!(%path, bytes, before, "path MTU lowered");
+            } else {
+                tracing::info!(%path, bytes, before, "path MTU raised");
+            }
+        }
+        self.facts.mtus = mtus;
+        self.schedule.handle_news(now);
+    }
+
     /// What the echoes of the region say of this node's forwarding is this now.
     pub fn handle_echo_forwarding(&mut self, now: Instant, forwarding: Forwarding) {
         self.echoes.forwarding = forwarding;
@@ -95,6 +119,7 @@ impl Controller {
             &self.config.node,
             self.facts.flannel.as_ref(),
             may_forward,
+            decision::sizes(&self.facts, &self.config),
         );
         if !self.echoes.is_routed {
             let known = &self.echoes.targets.leaders;

@@ -29,6 +29,14 @@ impl Tunnel for NoTunnel {
         false
     }
 
+    fn send_padded(&self, _: &PeerId, _: &[u8], _: u16) -> bool {
+        false
+    }
+
+    fn ways(&self) -> BTreeMap<PeerId, PeerWay> {
+        BTreeMap::new()
+    }
+
     fn write_packet(&self, _: &[u8]) -> io::Result<()> {
         Ok(())
     }

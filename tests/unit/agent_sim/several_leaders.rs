@@ -117,6 +117,56 @@ fn a_dead_leader_is_left_by_all_within_two_seconds_without_the_api() {
     );
 }
 
+/// The MTU of a node's route to a network; `None` where it has none.
+fn route_mtu(world: &World, name: &str, dst: &str) -> Option<u32> {
+    let state = state(world, name);
+    let mut routes = state.routes.iter().filter(|(key, _)| key.dst == net(dst));
+    routes.find_map(|(_, route)| match route {
+        Route::Unicast { mtu, .. } => *mtu,
+        Route::Unreachable | Route::Blackhole | Route::Throw => None,
+    })
+}
+
+/// Runs for so long with traffic on every path.
+fn run_busy(world: &mut World, time: Duration) {
+    let end = world.now + time;
+    let mut sent = 0;
+    while world.now < end {
+        sent += 1_000_000;
+        world.net.look(|_, _| sent);
+        world.run(Duration::from_millis(250));
+    }
+}
+
+#[test]
+fn a_path_that_shrinks_lowers_the_leaders_routes_and_its_peer_within_seconds_without_the_api() {
+    let mut world = at_rest();
+    run_busy(&mut world, seconds(10));
+    assert_eq!(route_mtu(&world, "b1", "10.42.3.0/24"), Some(1440));
+    for (from, to) in [("a1", "b1"), ("b1", "a1")] {
+        let direction = (from.to_owned(), to.to_owned());
+        world.net.faults.mtus.insert(direction, 1240);
+    }
+    run_busy(&mut world, seconds(8));
+    assert_eq!(route_mtu(&world, "a1", "10.42.5.0/24"), Some(1240));
+    assert_eq!(route_mtu(&world, "a2", "10.42.5.0/24"), Some(1440));
+    // A member has flannel's MTU, and learns the path's from its leader.
+    assert_eq!(route_mtu(&world, "a3", "10.42.5.0/24"), None);
+    let peers = state(&world, "a1").peers;
+    let mtus: BTreeSet<_> = peers
+        .values()
+        .map(|peer| format!("{:?}", peer.mtu))
+        .collect();
+    let expected = ["Path(1240)", "Path(1440)"].map(str::to_owned);
+    assert_eq!(mtus, expected.into());
+    let report = world.report("a1");
+    assert!(report.tunnel.measures_mtu);
+    assert_eq!(path(&report, "b1").mtu, Some(1240));
+    assert!(path(&report, "b1").mtu_confirmed && path(&report, "b1").mtu_since < Some(8));
+    assert_eq!(path(&report, "b2").mtu, Some(1440));
+    assert_eq!(path(&report, "a2").mtu, None);
+}
+
 #[test]
 fn a_leader_that_does_not_forward_is_left_by_all_within_three_seconds_and_says_so() {
     for way_back in [true, false] {

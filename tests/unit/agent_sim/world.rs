@@ -484,6 +484,7 @@ impl World {
         let agent = self.agents.get_mut(name).unwrap();
         for (_, news) in news {
             agent.controller.handle_verdicts(now, news.verdicts);
+            agent.controller.handle_mtus(now, news.mtus);
             agent
                 .controller
                 .handle_echo_forwarding(now, news.forwarding);

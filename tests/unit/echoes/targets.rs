@@ -18,7 +18,7 @@ fn main_scenario() -> (Mesh, Topology) {
 
 fn of(mesh: &Mesh, topology: &Topology, name: &str) -> Targets {
     let name = NodeName(name.into());
-    targets(topology, &name, Some(&mesh.flannel(&name)), true)
+    targets(topology, &name, Some(&mesh.flannel(&name)), true, None)
 }
 
 #[test]
@@ -56,11 +56,14 @@ fn a_leader_answers_the_nodes_of_its_region_and_sends_echoes_to_leaders_elsewher
 fn beside_kilos_algorithm_and_without_flannel_there_are_no_echoes() {
     let (mesh, mut topology) = main_scenario();
     let name = NodeName("node-agent-01".into());
-    assert_eq!(targets(&topology, &name, None, true), Targets::default());
+    assert_eq!(
+        targets(&topology, &name, None, true, None),
+        Targets::default()
+    );
     let stranger = NodeName("stranger".into());
     let flannel = mesh.flannel(&name);
     assert_eq!(
-        targets(&topology, &stranger, Some(&flannel), true),
+        targets(&topology, &stranger, Some(&flannel), true, None),
         Targets::default()
     );
     topology.mode = Mode::Kilo(vec![name]);

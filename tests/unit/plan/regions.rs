@@ -190,6 +190,7 @@ fn an_address_in_a_connected_network_is_left_to_that_network() {
         other_rules: &mesh.other_rules,
         callers: &mesh.callers,
         verdicts: &mesh.verdicts,
+        mtus: &mesh.mtus,
     };
     let caveats = selvedge::plan::caveats(&inputs, &mesh.state("a1"));
     let caveats: Vec<_> = caveats.iter().map(|caveat| format!("{caveat}\n")).collect();
