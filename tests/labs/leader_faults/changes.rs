@@ -13,15 +13,15 @@ use super::paths::watched;
 use super::{FACTOR, LEADER, MASTER, MEMBER, PUBLIC, SECOND, at_most, thorough};
 
 /// How many datagrams may be lost where none should be, on a machine that is busy.
-const LOST: usize = 5;
+pub(super) const LOST: usize = 5;
 
 /// How far apart agents may see a change of the cluster.
-const APART: Duration = Duration::from_millis(200);
+pub(super) const APART: Duration = Duration::from_millis(200);
 
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// The worst of the flows while something is done, and for a second after.
-fn during(
+pub(super) fn during(
     field: &mut Field,
     flows: &Flows,
     wanted: impl Fn(&FlowReport) -> bool,

@@ -22,11 +22,13 @@ use selvedge_lab::topology::{LEADER, MASTER, Master, PUBLIC, Shape};
 use selvedge_lab::{Lab, Steps};
 
 mod changes;
+mod control_plane;
 mod controls;
 mod fault;
 mod field;
 mod measure;
 mod paths;
+mod throughput;
 
 use fault::FAULTS;
 use field::Field;
@@ -76,6 +78,16 @@ fn run(steps: &mut Steps) -> Option<()> {
     });
     steps.step("a_flapping_link_moves_paths_three_times_a_minute", || {
         changes::flapping(&mut field)
+    });
+    steps.step(
+        "all_nodes_are_not_ready_at_once_and_nothing_is_lost",
+        || control_plane::not_ready(&mut field),
+    );
+    steps.step("a_leader_is_drained_and_nothing_is_lost", || {
+        control_plane::drained(&mut field)
+    });
+    steps.step("two_leaders_are_as_fast_as_one", || {
+        throughput::compared(&mut field)
     });
     controls::all(steps, &mut field);
     Some(())
