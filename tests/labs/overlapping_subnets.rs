@@ -8,7 +8,7 @@
 //!    which lead, printer .77
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
@@ -122,22 +122,25 @@ impl selvedge_lab::steps::Outcome for Aliases {
     }
 }
 
+/// Two agents that start at the same time may choose the same alias for a moment.
 fn aliases(lab: &Lab) -> anyhow::Result<BTreeMap<String, IpAddr>> {
-    let mut aliases = BTreeMap::new();
-    let names = lab.node_names();
-    for name in names.iter().filter(|name| *name != MASTER) {
-        let mut alias = String::new();
-        wait_for(&format!("an alias of {name}"), PATIENCE, || {
-            alias = lab
-                .annotation(name, "selvedge.dev/alias")
-                .unwrap_or_default();
-            !alias.is_empty()
-        })?;
-        let alias: IpAddr = alias.parse()?;
-        let other = aliases.values().find(|other| **other == alias);
-        ensure!(other.is_none(), "{name} has the alias of another node");
-        aliases.insert(name.clone(), alias);
-    }
+    let mut names = lab.node_names();
+    names.retain(|name| name != MASTER);
+    let mut aliases = BTreeMap::<String, IpAddr>::new();
+    wait_for(
+        "an alias of its own for each private node",
+        PATIENCE,
+        || {
+            let alias = |name: &String| {
+                let text = lab.annotation(name, "selvedge.dev/alias").ok()?;
+                Some((name.clone(), text.parse().ok()?))
+            };
+            aliases = names.iter().filter_map(alias).collect();
+            let different = aliases.values().collect::<BTreeSet<_>>();
+            different.len() == names.len()
+        },
+    )
+    .with_context(|| format!("{aliases:?}"))?;
     let of_master = lab.annotation(MASTER, "selvedge.dev/alias")?;
     ensure!(of_master.is_empty(), "the master needs no alias");
     Ok(aliases)
