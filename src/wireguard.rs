@@ -35,12 +35,14 @@ pub mod gso;
 mod handshake;
 mod held;
 mod icmp;
+mod identity;
 mod indices;
 mod io;
 pub mod key;
 mod link;
 mod nested;
 pub mod packet;
+mod pairings;
 mod peer;
 mod place;
 mod protocol;
@@ -96,6 +98,7 @@ pub use self::drops::Dropped;
 pub use self::events::PeerEvents;
 use self::io::{Io, OnGone, open_queues, write_alone};
 use self::key::{PrivateKey, PublicKey};
+pub use self::pairings::Pair;
 pub use self::protocol::REJECT_AFTER_TIME;
 
 use self::threads::Callbacks;
@@ -198,6 +201,8 @@ pub struct Stats {
 pub struct PeerStats {
     /// Its key.
     pub public_key: PublicKey,
+    /// The keys of the session that packets to it are sealed with.
+    pub pair: Option<Pair>,
     /// The source of its last message, or else the configured endpoint. For a peer behind a relay it is its WireGuard
     /// address and [`RELAY_PORT`].
     pub endpoint: Option<SocketAddr>,
@@ -301,7 +306,8 @@ impl Device {
     /// endpoint of a peer that roamed, until the configured one changes.
     ///
     /// A peer whose key changes keeps its prefixes, its endpoint, its counters and the packets that wait
-    /// for a session; its sessions end, and a handshake with the new key begins. A peer with the key of
+    /// for a session. If its new key was among its keys before, or its old one still is, the sessions under keys
+    /// that it keeps go on. Otherwise they end, and a handshake with the new key begins. A peer with the key of
     /// the device, or with that of a peer whose name comes before its own, is left out.
     ///
     /// Several peers may own one prefix: a flow to it keeps to one of them that has a session, and
@@ -403,6 +409,20 @@ impl Device {
         self.core.set_private_key(key);
     }
 
+    /// Changes the device's keys: the current one, and another under which it also answers and, where a peer does
+    /// not answer the current one, asks. Sessions under a key that stays go on, and those of others end.
+    pub fn set_identities(&self, current: PrivateKey, also: Option<PrivateKey>) {
+        self.core.set_identities([current].into_iter().chain(also));
+    }
+
+    /// Sends an initiation to a peer under one of the device's keys, beside the traffic: the session that an
+    /// answer brings takes over. Without an answer nothing changes.
+    ///
+    /// Unknown peers, and keys that the device does not have, are ignored.
+    pub fn try_identity(&self, id: &PeerId, own: PublicKey) {
+        self.core.try_identity(id, own);
+    }
+
     /// Changes the UDP port; 0 takes a free one. Sessions go on: a keepalive shows each peer the new port.
     ///
     /// # Errors
@@ -459,7 +479,8 @@ impl Device {
         let peer = |peer: &Arc<peer::Peer>| {
             let way = peer.way();
             PeerStats {
-                public_key: *peer.key(),
+                public_key: peer.key(),
+                pair: peer.session().as_ref().map(|session| session.pair()),
                 endpoint: way.map(Way::remote),
                 relayed: way.is_some_and(|way| way.direct().is_none()),
                 rx_bytes: peer.rx_bytes(),
@@ -515,9 +536,10 @@ impl uapi::Control for Device {
     fn get(&self) -> uapi::Get {
         let now = Time::now();
         let wall = wall_clock().to_unix();
-        let identity = self.core.identity.load();
+        let identities = self.core.identities.load();
+        let identity = identities.current();
         uapi::Get {
-            private_key: identity.as_ref().map(|identity| identity.private.clone()),
+            private_key: identity.map(|identity| identity.private.clone()),
             listen_port: self.listen_port(),
             fwmark: self.io.fwmark.load(Ordering::Relaxed),
             peers: self

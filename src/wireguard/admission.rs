@@ -18,6 +18,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use self::recent_sources::{Recency, RecentSources};
 use super::clock::Time;
 use super::drops::Dropped;
+use super::key::PublicKey;
 use super::peer::Peer;
 use super::protocol::INITIATION_SIZE;
 use super::udp::Endpoint;
@@ -46,6 +47,8 @@ pub(super) enum Job {
     KeysAdded,
     /// The peer may have moved to one of these addresses.
     TryCandidates(Arc<Peer>, Vec<SocketAddr>),
+    /// Try a handshake with the peer under this key of the device.
+    TryIdentity(Arc<Peer>, PublicKey),
     /// The peer sent to a local address. Look up whether the present route uses it as its source.
     Source(Arc<Peer>, Endpoint),
     /// A session is in use now: send the packets that waited for it.

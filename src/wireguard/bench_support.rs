@@ -17,6 +17,7 @@ use super::config::{PeerConfig, PeerId};
 use super::core::Core;
 use super::key::PublicKey;
 use super::packet::Outer;
+use super::pairings::Pair;
 use super::peer::{Peer, Wire};
 use super::protocol::{DATA_HEADER, OVERHEAD};
 use super::receive::Receive;
@@ -105,7 +106,12 @@ impl Side {
             receiving_key: Zeroizing::new([own; 32]),
             sending_key: Zeroizing::new([other; 32]),
         };
-        let session = Arc::new(Session::new(&keys, Arc::downgrade(&peer), true, now));
+        let pair = Pair {
+            own: PublicKey([own; 32]),
+            peer: key,
+        };
+        let session = Session::new(&keys, Arc::downgrade(&peer), pair, true, now);
+        let session = Arc::new(session);
         core.indices.establish(&session);
         peer.install_initiated(session.clone(), false, now);
         Self {

@@ -17,6 +17,9 @@ pub const MAX_CANDIDATES: usize = 16;
 /// as packets, and no socket has this port.
 pub const RELAY_PORT: u16 = 51_820;
 
+/// The most keys of a peer beside its current one.
+pub const MAX_ALSO_KEYS: usize = 2;
+
 /// The name of a peer. It stays the same while the peer's key, endpoint and prefixes change.
 ///
 /// The device compares names and does not read them. The plan calls a leader `node/<name>` and an
@@ -86,10 +89,17 @@ pub struct PeerWay {
 pub struct PeerConfig {
     /// The peer's key. No two peers of a device have the same one.
     pub public_key: PublicKey,
+    /// Further keys of the same peer, at most [`MAX_ALSO_KEYS`], while it replaces its key: it may begin and answer
+    /// handshakes under each. Those that are the device's own or another peer's current key do not count.
+    pub also_keys: BTreeSet<PublicKey>,
     /// Where to send until a message of the peer comes from another address.
     pub endpoint: Option<SocketAddr>,
     /// The key mixed into handshakes.
     pub preshared_key: Option<PresharedKey>,
+    /// A second one, accepted in answers of the peer beside the first, so that the two sides need not change
+    /// theirs at the same time. With it and without a first one, handshakes without a preshared key are accepted
+    /// too.
+    pub next_preshared_key: Option<PresharedKey>,
     /// Seconds between keepalives; `None` is off.
     pub persistent_keepalive: Option<NonZeroU16>,
     /// The destinations that are sent to it.
@@ -111,8 +121,10 @@ impl PeerConfig {
     pub const fn new(public_key: PublicKey) -> Self {
         Self {
             public_key,
+            also_keys: BTreeSet::new(),
             endpoint: None,
             preshared_key: None,
+            next_preshared_key: None,
             persistent_keepalive: None,
             routes: BTreeSet::new(),
             accepts: BTreeSet::new(),
@@ -139,8 +151,8 @@ impl PeerConfig {
 }
 
 impl fmt::Display for PeerConfig {
-    /// The arguments of `wg set` behind the key. A preshared key is only mentioned, and so are relayed addresses and
-    /// the path MTU, in a shell's comment: `wg` has no words for them.
+    /// The arguments of `wg set` behind the key. A preshared key is only mentioned. Relayed addresses, the path MTU and
+    /// further keys are in a shell's comment: `wg` has no words for them.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.preshared_key.is_some() {
             f.write_str(" preshared-key (hidden)")?;
@@ -153,6 +165,13 @@ impl fmt::Display for PeerConfig {
         }
         f.write_str(" allowed-ips ")?;
         list(f, self.allowed_ips())?;
+        if self.next_preshared_key.is_some() {
+            f.write_str(" # next preshared-key (hidden)")?;
+        }
+        if !self.also_keys.is_empty() {
+            f.write_str(" # other keys ")?;
+            list(f, &self.also_keys)?;
+        }
         if !self.relays_to.is_empty() {
             f.write_str(" # relays to ")?;
             list(f, &self.relays_to)?;

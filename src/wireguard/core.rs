@@ -9,9 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use arc_swap::{ArcSwap, ArcSwapOption};
-use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::x25519;
+use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use super::admission::{Job, Jobs};
@@ -21,8 +19,9 @@ use super::divert::{Diversion, Origin};
 use super::drops::{Dropped, Drops};
 use super::endpoint_rule::Evidence;
 use super::events::{Event, PeerEvents, Signal};
+use super::identity::Identities;
 use super::indices::Indices;
-use super::key::{PrivateKey, PublicKey};
+use super::key::PublicKey;
 use super::peer::Peer;
 use super::protocol::REKEY_TIMEOUT;
 use super::table::Table;
@@ -50,7 +49,7 @@ pub(super) struct Core {
     pub(super) diversion: Diversion,
     /// The aliases of hosts behind this device.
     pub(super) translation: Translation,
-    pub(super) identity: ArcSwapOption<Identity>,
+    pub(super) identities: ArcSwap<Identities>,
     pub(super) jobs: Jobs,
     /// Whether the embedder must be called for events.
     pub(super) signal: Signal,
@@ -71,7 +70,7 @@ pub(super) struct Core {
 #[derive(Default)]
 pub(super) struct Configured {
     pub(super) peers: BTreeMap<PeerId, ConfiguredPeer>,
-    /// The peer of each key.
+    /// The peer of each key, of those beside the current ones too.
     pub(super) ids: BTreeMap<PublicKey, PeerId>,
     /// The peers that each destination is sent to: one by UAPI, several by the embedder.
     pub(super) routes: BTreeMap<IpNet, BTreeSet<PeerId>>,
@@ -93,27 +92,6 @@ pub(super) struct ConfiguredPeer {
     pub(super) relayed_from: BTreeSet<IpAddr>,
 }
 
-/// The device's own key and what is derived from it.
-pub(super) struct Identity {
-    pub(super) private: PrivateKey,
-    pub(super) public: PublicKey,
-    pub(super) secret: x25519::StaticSecret,
-    pub(super) cookies: RateLimiter,
-}
-
-impl Identity {
-    pub(super) fn new(private: PrivateKey) -> Self {
-        let secret = x25519::StaticSecret::from(private.0);
-        let public = x25519::PublicKey::from(&secret);
-        Self {
-            private,
-            public: PublicKey(public.to_bytes()),
-            secret,
-            cookies: RateLimiter::new(&public),
-        }
-    }
-}
-
 impl Core {
     pub(super) fn new(
         mtu: u32,
@@ -129,7 +107,7 @@ impl Core {
             drops: Drops::default(),
             diversion: Diversion::default(),
             translation: Translation::default(),
-            identity: ArcSwapOption::empty(),
+            identities: ArcSwap::default(),
             jobs: Jobs::default(),
             signal: Signal::default(),
             configured: Mutex::default(),
@@ -190,7 +168,7 @@ impl Core {
                 let table = self.table.load();
                 let removed = accepted
                     .iter()
-                    .filter(|(key, _)| !table.peers.contains_key(*key));
+                    .filter(|(key, _)| table.peer_of(key).is_none());
                 let oldest = removed.min_by_key(|(_, timestamp)| **timestamp);
                 if let Some((&oldest, _)) = oldest {
                     accepted.remove(&oldest);
@@ -283,10 +261,10 @@ impl Core {
     ) -> Result<(), Dropped> {
         // The last 16 bytes are the second MAC; without a cookie they are zero (paper, 5.4.4).
         let proven = message.last_chunk().is_some_and(|mac2| *mac2 != [0_u8; 16])
-            && self.identity.load().as_ref().is_some_and(|identity| {
-                let now = now.as_duration();
-                identity.cookies.verify_mac2(message, from.remote(), now)
-            });
+            && self
+                .identities
+                .load()
+                .is_proven(message, from.remote(), now.as_duration());
         self.jobs.push_message(message, from, through, proven, now)
     }
 

@@ -11,21 +11,21 @@ use std::time::Duration;
 
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::handshake::{HalfHandshake, Handshake, SessionKeys, parse_handshake_anon};
-use boringtun::noise::{
-    HandshakeInit, HandshakeResponse, Packet, PacketCookieReply, parse_incoming_packet,
-};
+use boringtun::noise::{HandshakeInit, Packet, parse_incoming_packet};
 use boringtun::x25519;
 
 use super::admission::rate_limit::RateLimit;
 use super::admission::{HandshakeMessage, Job, LOAD_LASTS};
 use super::clock::Time;
-use super::core::{Core, Identity};
+use super::core::Core;
 use super::drops::Dropped;
 use super::endpoint_rule::Evidence;
 use super::events::Event;
 use super::held::Held;
+use super::identity::Identity;
 use super::key::PublicKey;
 use super::packet::Outer;
+use super::pairings::{Pair, Pairing};
 use super::peer::{HandshakeState, Peer, Wire};
 use super::protocol::{
     COOKIE_REPLY_SIZE, COOKIE_SECRET_MAX_AGE, INITIATION_SIZE, REKEY_TIMEOUT, RESPONSE_SIZE,
@@ -102,6 +102,7 @@ impl Handshaker {
                     self.initiate(&peer, Attempt::First, wire, now);
                 }
                 Job::KeysAdded => self.answer_held(wire, now),
+                Job::TryIdentity(peer, own) => self.try_identity(&peer, &own, wire, now),
                 Job::TryCandidates(peer, candidates) => {
                     self.try_candidates(&peer, &candidates, wire, now);
                 }
@@ -170,22 +171,22 @@ impl Handshaker {
     ) -> Result<(), Dropped> {
         let core = self.core.clone();
         let bytes = message.bytes();
-        let identity = core.identity.load();
-        let identity = identity.as_ref().ok_or(Dropped::UnknownIndex)?;
+        let identities = core.identities.load();
+        if identities.current().is_none() {
+            return Err(Dropped::UnknownIndex);
+        }
         let packet = parse_incoming_packet(bytes).map_err(|_| Dropped::Malformed)?;
         if let Packet::PacketCookieReply(reply) = packet {
-            return cookie(&core, reply, now);
+            return cookie(&core, reply.receiver_idx, bytes, now);
         }
-        if !identity.cookies.verify_mac1(bytes) {
-            return Err(Dropped::Unauthentic);
-        }
+        let identity = identities.addressed(bytes).ok_or(Dropped::Unauthentic)?;
         if self.is_loaded(now) {
             self.admit(identity, message, wire, now)?;
         }
         match packet {
             Packet::HandshakeInit(init) => self.respond(identity, &init, message, wire, now),
             Packet::HandshakeResponse(response) => {
-                self.complete(identity, response, message, wire, now)
+                self.complete(identity, response.receiver_idx, message, wire, now)
             }
             Packet::PacketCookieReply(_) | Packet::PacketData(_) => Err(Dropped::Malformed),
         }
@@ -230,7 +231,7 @@ impl Handshaker {
             return;
         }
         let mut buffer = [0; INITIATION_SIZE];
-        if !self.begin(peer, &mut buffer, now) {
+        if !self.begin(peer, None, &mut buffer, now) {
             return;
         }
         tracing::debug!(peer = %peer.id(), ?attempt, "sending a handshake initiation");
@@ -240,6 +241,17 @@ impl Handshaker {
         let sent = send(&self.core, wire, peer, run, Outer::default(), now);
         if !sent {
             peer.timers.initiation_refused(now);
+        }
+    }
+
+    /// Sends one initiation under an own key to the endpoint of a peer, beside the traffic. It arms no timer: a
+    /// peer that does not know the key gives no answer.
+    fn try_identity(&self, peer: &Arc<Peer>, own: &PublicKey, wire: &impl Wire, now: Time) {
+        let mut buffer = [0; INITIATION_SIZE];
+        if peer.way().is_some() && self.begin(peer, Some(own), &mut buffer, now) {
+            tracing::debug!(peer = %peer.id(), %own, "trying a handshake under another key");
+            let run = (&buffer[..], INITIATION_SIZE);
+            send(&self.core, wire, peer, run, Outer::default(), now);
         }
     }
 
@@ -255,7 +267,7 @@ impl Handshaker {
         now: Time,
     ) {
         let mut buffer = [0; INITIATION_SIZE];
-        if !self.begin(peer, &mut buffer, now) {
+        if !self.begin(peer, None, &mut buffer, now) {
             return;
         }
         tracing::debug!(peer = %peer.id(), ?candidates, "trying candidates");
@@ -276,19 +288,28 @@ impl Handshaker {
         }
     }
 
-    /// Begins a handshake by writing its first message; false if none is possible with the peer.
-    fn begin(&self, peer: &Arc<Peer>, buffer: &mut [u8; INITIATION_SIZE], now: Time) -> bool {
+    /// Begins a handshake by writing its first message, under this own key or, without one, under the pair of keys
+    /// whose turn it is; false if none is possible with the peer.
+    fn begin(
+        &self,
+        peer: &Arc<Peer>,
+        own: Option<&PublicKey>,
+        buffer: &mut [u8; INITIATION_SIZE],
+        now: Time,
+    ) -> bool {
         let mut state = peer.handshake();
         if state
             .cookie_since
             .is_some_and(|since| now.since(since) >= COOKIE_LASTS)
         {
             state.cookie_since = None;
-            if let Some(noise) = &mut state.noise {
-                noise.clear_cookie();
-            }
+            state.pairings.clear_cookies();
         }
-        let Some(noise) = &mut state.noise else {
+        let pairing = match own {
+            Some(own) => state.pairings.with_own(own),
+            None => state.pairings.for_initiation(),
+        };
+        let Some(Pairing { noise, .. }) = pairing else {
             return false;
         };
         let index = self.core.indices.draw(peer);
@@ -326,8 +347,12 @@ impl Handshaker {
         let half = parse_handshake_anon(&identity.secret, &public, init).map_err(reason)?;
         let table = self.core.table.load();
         let key = PublicKey(half.peer_static_public);
-        if let Some(peer) = table.peers.get(&key) {
-            return answer(&self.core, peer, half, message, wire, now);
+        if let Some(peer) = table.peer_of(&key) {
+            let pair = Pair {
+                own: identity.public,
+                peer: key,
+            };
+            return answer(&self.core, peer, pair, half, message, wire, now);
         }
         if !self.is_loaded(now) && self.held.has_room(&key, message.from.remote().ip(), now) {
             let mut noise = Handshake::new(identity.secret.clone(), public, key.0.into(), None);
@@ -344,7 +369,7 @@ impl Handshaker {
     fn answer_held(&mut self, wire: &impl Wire, now: Time) {
         let core = self.core.clone();
         let table = core.table.load();
-        let is_known = |key: &PublicKey| table.peers.contains_key(key);
+        let is_known = |key: &PublicKey| table.peer_of(key).is_some();
         for message in self.held.take(is_known, now) {
             if let Err(reason) = self.message(&message, wire, now) {
                 core.drops.add(reason, 1);
@@ -356,22 +381,21 @@ impl Handshaker {
     fn complete(
         &mut self,
         identity: &Identity,
-        response: HandshakeResponse<'_>,
+        index: u32,
         message: &HandshakeMessage,
         wire: &impl Wire,
         now: Time,
     ) -> Result<(), Dropped> {
         let core = self.core.clone();
-        let peer = core
-            .indices
-            .handshake(response.receiver_idx)
-            .ok_or(Dropped::UnknownIndex)?;
+        let peer = core.indices.handshake(index).ok_or(Dropped::UnknownIndex)?;
         {
             let mut state = peer.handshake();
-            let noise = state.noise.as_mut().ok_or(Dropped::UnknownIndex)?;
-            let keys = noise.receive_handshake_response(response).map_err(reason)?;
-            let session = establish(&core, &peer, &keys, true, now);
-            let yields = identity.public > *peer.key();
+            let own = &identity.public;
+            let received = state.pairings.receive_response(message.bytes(), own);
+            let (pair, keys) = received.map_err(reason)?;
+            state.pairings.completed();
+            let session = establish(&core, &peer, pair, &keys, true, now);
+            let yields = pair.own > pair.peer;
             core.indices
                 .retire(peer.install_initiated(session, yields, now));
             note_awaiting(&core, &mut state);
@@ -397,6 +421,7 @@ impl Handshaker {
 fn answer(
     core: &Core,
     peer: &Arc<Peer>,
+    pair: Pair,
     half: HalfHandshake,
     message: &HandshakeMessage,
     wire: &impl Wire,
@@ -410,11 +435,11 @@ fn answer(
         if state.last_accepted.is_some_and(soon) {
             return Err(Dropped::RateLimited);
         }
-        let noise = state.noise.as_mut().ok_or(Dropped::Unauthentic)?;
+        let noise = state.pairings.get(pair).ok_or(Dropped::Unauthentic)?;
         noise
             .receive_handshake_initialization(half)
             .map_err(reason)?;
-        core.note_accepted(peer.key(), noise.last_timestamp());
+        core.note_accepted(&pair.peer, noise.last_timestamp());
         let index = core.indices.draw(peer);
         let keys = match noise.format_handshake_response(index, &mut buffer) {
             Ok((_, keys)) => keys,
@@ -424,9 +449,10 @@ fn answer(
             }
         };
         answer_to = peer.answer_from(message.from, |from| wire.leads(from), now);
-        let session = establish(core, peer, &keys, false, now);
+        let session = establish(core, peer, pair, &keys, false, now);
         core.indices.retire(peer.install_responded(session, now));
         note_awaiting(core, &mut state);
+        state.pairings.completed();
         state.last_accepted = Some(now);
     }
     if core.is_unasked(peer, message.from, now) {
@@ -452,24 +478,27 @@ fn answer(
 fn establish(
     core: &Core,
     peer: &Arc<Peer>,
+    pair: Pair,
     keys: &SessionKeys,
     initiator: bool,
     now: Time,
 ) -> Arc<Session> {
-    let session = Arc::new(Session::new(keys, Arc::downgrade(peer), initiator, now));
+    let session = Arc::new(Session::new(
+        keys,
+        Arc::downgrade(peer),
+        pair,
+        initiator,
+        now,
+    ));
     core.indices.establish(&session);
     session
 }
 
 /// Accepts a cookie. It moves no endpoint and does not count as traffic of the peer.
-fn cookie(core: &Core, reply: PacketCookieReply<'_>, now: Time) -> Result<(), Dropped> {
-    let peer = core
-        .indices
-        .peer(reply.receiver_idx)
-        .ok_or(Dropped::UnknownIndex)?;
+fn cookie(core: &Core, index: u32, message: &[u8], now: Time) -> Result<(), Dropped> {
+    let peer = core.indices.peer(index).ok_or(Dropped::UnknownIndex)?;
     let mut state = peer.handshake();
-    let noise = state.noise.as_mut().ok_or(Dropped::UnknownIndex)?;
-    noise.receive_cookie_reply(reply).map_err(reason)?;
+    state.pairings.receive_cookie(message).map_err(reason)?;
     state.cookie_since = Some(now);
     peer.timers.cookie_received(now);
     Ok(())
@@ -515,14 +544,11 @@ fn reason(error: WireGuardError) -> Dropped {
 }
 
 /// Releases the indices of initiations that can get no answer any more.
-fn note_awaiting(core: &Core, state: &mut HandshakeState) {
-    let awaiting = state
-        .noise
-        .as_ref()
-        .map_or([None; 2], |noise| noise.awaiting());
-    for index in state.awaiting.into_iter().flatten() {
-        if !awaiting.contains(&Some(index)) {
-            core.indices.release_handshake(index);
+pub(super) fn note_awaiting(core: &Core, state: &mut HandshakeState) {
+    let awaiting = state.pairings.awaiting();
+    for index in &state.awaiting {
+        if !awaiting.contains(index) {
+            core.indices.release_handshake(*index);
         }
     }
     state.awaiting = awaiting;
@@ -530,8 +556,6 @@ fn note_awaiting(core: &Core, state: &mut HandshakeState) {
 
 /// Abandons every handshake that is under way with a peer.
 pub(super) fn forget_handshakes(core: &Core, state: &mut HandshakeState) {
-    if let Some(noise) = &mut state.noise {
-        noise.clear();
-    }
+    state.pairings.clear();
     note_awaiting(core, state);
 }

@@ -10,15 +10,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::{ArcSwapOption, Guard};
-use boringtun::noise::handshake::Handshake;
 
 use super::clock::Time;
 use super::config::{PeerId, PeerMtu};
 use super::drops::{Dropped, Drops};
 use super::endpoint_rule::Evidence;
 use super::events::Pending;
-use super::key::{PresharedKey, PublicKey};
+use super::key::PublicKey;
 use super::packet::{Fragments, Outer};
+use super::pairings::{Pair, Pairings};
 use super::place::{Place, Roamed};
 use super::session::Session;
 use super::staged::Staged;
@@ -62,7 +62,8 @@ pub(super) trait Wire {
 /// The state of a configured peer.
 pub(super) struct Peer {
     id: PeerId,
-    key: PublicKey,
+    /// The current key first.
+    keys: Mutex<Vec<PublicKey>>,
     pub(super) timers: Timers,
     pub(super) events: Pending,
     /// The session that seals.
@@ -132,16 +133,15 @@ impl Waiting {
     }
 }
 
-/// The handshakes with a peer. `noise` is `None` while the device has no key and after the peer was removed.
+/// The handshakes with a peer.
 #[derive(Default)]
 pub(super) struct HandshakeState {
-    pub(super) noise: Option<Handshake>,
-    pub(super) preshared_key: Option<PresharedKey>,
+    pub(super) pairings: Pairings,
     /// When an initiation of the peer was last accepted.
     pub(super) last_accepted: Option<Time>,
     pub(super) cookie_since: Option<Time>,
     /// The indices that are registered for answers.
-    pub(super) awaiting: [Option<u32>; 2],
+    pub(super) awaiting: Vec<u32>,
 }
 
 /// An answer to an initiation of this device.
@@ -168,10 +168,11 @@ fn crossed(own: &Session, other: &Session) -> bool {
 }
 
 impl Peer {
-    pub(super) fn new(id: PeerId, key: PublicKey) -> Self {
+    /// A peer with these keys, the current one first.
+    pub(super) fn new(id: PeerId, keys: Vec<PublicKey>) -> Self {
         Self {
             id,
-            key,
+            keys: Mutex::new(keys),
             timers: Timers::default(),
             events: Pending::default(),
             current: ArcSwapOption::empty(),
@@ -221,8 +222,19 @@ impl Peer {
         &self.id
     }
 
-    pub(super) fn key(&self) -> &PublicKey {
-        &self.key
+    /// The current key.
+    pub(super) fn key(&self) -> PublicKey {
+        lock(&self.keys)[0]
+    }
+
+    /// The keys, the current one first.
+    pub(super) fn keys(&self) -> Vec<PublicKey> {
+        lock(&self.keys).clone()
+    }
+
+    /// Changes the keys; the current one first.
+    pub(super) fn set_keys(&self, keys: Vec<PublicKey>) {
+        *lock(&self.keys) = keys;
     }
 
     /// Takes over what outlives a key: the endpoint, the counters, and the packets that wait for a
@@ -344,6 +356,26 @@ impl Peer {
         let mut all: Vec<_> = waiting.replaced.drain(..).map(|(old, _)| old).collect();
         all.extend(self.current.swap(None));
         all.extend(waiting.next.take());
+        all
+    }
+
+    /// Ends the sessions under pairs of keys that do not stay; returns them. The latest session that stays takes
+    /// the place of one that sealed.
+    pub(super) fn forget_sessions_of(&self, stays: impl Fn(Pair) -> bool) -> Vec<Arc<Session>> {
+        let mut waiting = lock(&self.waiting);
+        let ends = |session: &Arc<Session>| !stays(session.pair());
+        let replaced = &mut waiting.replaced;
+        let mut all: Vec<_> = replaced
+            .extract_if(.., |(session, _)| ends(session))
+            .map(|(session, _)| session)
+            .collect();
+        let current = self.current.load_full();
+        if let Some(current) = current.filter(ends) {
+            self.current
+                .store(replaced.pop().map(|(session, _)| session));
+            all.push(current);
+        }
+        all.extend(waiting.next.take_if(|next| ends(next)));
         all
     }
 

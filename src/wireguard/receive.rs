@@ -319,11 +319,8 @@ fn is_routable(destination: IpAddr) -> bool {
 fn note_received(core: &Core, peer: &Arc<Peer>, session: &Arc<Session>, data: bool, now: Time) {
     core.received(peer, data, now);
     if session.confirm() {
-        let insists = core
-            .identity
-            .load()
-            .as_ref()
-            .is_some_and(|own| own.public < *peer.key());
+        let pair = session.pair();
+        let insists = pair.own < pair.peer;
         core.indices.retire(peer.confirm(session, insists, now));
         core.handshake_completed(peer, now);
         core.jobs.push(Job::Flush(peer.clone()));

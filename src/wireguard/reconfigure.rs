@@ -8,17 +8,17 @@ use std::num::NonZeroU16;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use boringtun::noise::handshake::Handshake;
-use boringtun::x25519;
 use ipnet::IpNet;
 
 use super::admission::Job;
 use super::clock::Time;
-use super::config::{MAX_CANDIDATES, PeerConfig, PeerId, PeerWay};
-use super::core::{Configured, ConfiguredPeer, Core, Identity};
-use super::handshake::forget_handshakes;
+use super::config::{MAX_ALSO_KEYS, MAX_CANDIDATES, PeerConfig, PeerId, PeerWay};
+use super::core::{Configured, ConfiguredPeer, Core};
+use super::handshake::{forget_handshakes, note_awaiting};
+use super::identity::Identities;
 use super::key::{PresharedKey, PrivateKey, PublicKey};
-use super::peer::{HandshakeState, Peer};
+use super::pairings::{Pair, Preshared};
+use super::peer::Peer;
 use super::relay_table::Relays;
 use super::table::{Owners, Table};
 use super::uapi::{AllowedIp, KeyUpdate, PeerGet, PeerSet};
@@ -45,6 +45,7 @@ impl Core {
             !self.is_own(&config.public_key) && keys.insert(config.public_key)
         };
         let wanted: BTreeMap<_, _> = peers.iter().filter(is_valid).collect();
+        let keys = self.keys_of(&wanted, keys);
         let known = configured.peers.keys();
         let gone: Vec<_> = known
             .filter(|id| !wanted.contains_key(id))
@@ -62,13 +63,13 @@ impl Core {
         configured.routes.clear();
         configured.accepts.clear();
         for (&id, &config) in &wanted {
-            let known = self.make_peer(&mut configured, id, config.public_key);
+            let known = self.make_peer(&mut configured, id, &keys[id]);
             known.relays_to.clone_from(&config.relays_to);
             known.relayed_from.clone_from(&config.relayed_from);
         }
         let relays = configured.relays();
         for (&id, &config) in &wanted {
-            let known = self.make_peer(&mut configured, id, config.public_key);
+            let known = self.make_peer(&mut configured, id, &keys[id]);
             if known.endpoint != config.endpoint {
                 known.endpoint = config.endpoint;
                 let way = config.endpoint.map(|endpoint| relays.way_to(endpoint));
@@ -91,7 +92,10 @@ impl Core {
             }
             let peer = known.peer.clone();
             peer.set_mtu(config.mtu);
-            set_preshared_key(&mut peer.handshake(), config.preshared_key.clone());
+            peer.handshake().pairings.set_preshared(Preshared {
+                first: config.preshared_key.clone(),
+                next: config.next_preshared_key.clone(),
+            });
             self.set_keepalive(
                 &peer,
                 config.persistent_keepalive.map_or(0, NonZeroU16::get),
@@ -110,6 +114,24 @@ impl Core {
                 self.ask_handshake(&known.peer, now);
             }
         }
+    }
+
+    /// The keys of each peer, the current one first. Of the others each belongs to one peer.
+    fn keys_of<'a>(
+        &self,
+        wanted: &BTreeMap<&'a PeerId, &PeerConfig>,
+        mut taken: BTreeSet<PublicKey>,
+    ) -> BTreeMap<&'a PeerId, Vec<PublicKey>> {
+        let keys = wanted.iter().map(|(id, config)| {
+            let also = config.also_keys.iter().copied();
+            let also = also.filter(|key| !self.is_own(key) && taken.insert(*key));
+            let also = also.take(MAX_ALSO_KEYS);
+            (
+                *id,
+                std::iter::once(config.public_key).chain(also).collect(),
+            )
+        });
+        keys.collect()
     }
 
     /// Sets this device's WireGuard addresses.
@@ -160,7 +182,9 @@ impl Core {
             configured.routes.clear();
             configured.accepts.clear();
             for known in configured.peers.values_mut() {
-                set_preshared_key(&mut known.peer.handshake(), None);
+                let mut state = known.peer.handshake();
+                state.pairings.set_preshared(Preshared::default());
+                drop(state);
                 self.set_keepalive(&known.peer, 0, now);
                 known.endpoint = None;
                 known.relays_to.clear();
@@ -189,7 +213,7 @@ impl Core {
             return;
         }
         let id = id.unwrap_or_else(|| PeerId::from(&key));
-        let known = self.make_peer(configured, &id, key);
+        let known = self.make_peer(configured, &id, &[key]);
         if let Some(endpoint) = change.endpoint {
             known.endpoint = Some(endpoint);
             let way = self.table.load().relays.way_to(endpoint);
@@ -198,8 +222,8 @@ impl Core {
         let peer = known.peer.clone();
         match change.preshared_key {
             KeyUpdate::Keep => {}
-            KeyUpdate::Clear => set_preshared_key(&mut peer.handshake(), None),
-            KeyUpdate::Set(key) => set_preshared_key(&mut peer.handshake(), Some(key)),
+            KeyUpdate::Clear => set_preshared_key(&peer, None),
+            KeyUpdate::Set(key) => set_preshared_key(&peer, Some(key)),
         }
         if let Some(seconds) = change.persistent_keepalive {
             self.set_keepalive(&peer, seconds, now);
@@ -221,46 +245,72 @@ impl Core {
 
     /// Changes the device's own key, or takes it away. Every session ends.
     pub(super) fn set_private_key(&self, private: Option<PrivateKey>) {
+        self.set_identities(private);
+    }
+
+    /// Changes the device's own keys, the current one first. Sessions under the others end.
+    pub(super) fn set_identities(&self, keys: impl IntoIterator<Item = PrivateKey>) {
         let mut configured = self.configured();
-        let before = self.identity.load();
-        if before.as_ref().map(|identity| &identity.private) == private.as_ref() {
+        let before = self.identities.load();
+        let identities = Identities::new(keys, &before);
+        if identities.is_same(&before) {
             return;
         }
-        let identity = private.map(|private| Arc::new(Identity::new(private)));
-        let own = identity
-            .as_ref()
-            .and_then(|identity| configured.ids.get(&identity.public).cloned());
-        if let Some(own) = own {
-            self.remove_peer(&mut configured, &own);
+        for identity in identities.iter() {
+            if let Some(own) = configured.ids.get(&identity.public).cloned() {
+                self.remove_peer(&mut configured, &own);
+            }
         }
-        self.identity.store(identity.clone());
+        let is_moved =
+            before.current().map(|own| own.public) != identities.current().map(|own| own.public);
+        let has_stayed = before.iter().any(|own| identities.has(&own.public));
+        self.identities.store(Arc::new(identities));
         for known in configured.peers.values() {
             let peer = &known.peer;
-            let mut state = peer.handshake();
-            forget_handshakes(self, &mut state);
-            state.noise = identity
-                .as_ref()
-                .map(|identity| self.noise(identity, peer, &state));
-            self.indices.retire(peer.forget_sessions());
-            peer.forget_initiation();
+            if is_moved && !has_stayed {
+                forget_handshakes(self, &mut peer.handshake());
+                peer.forget_initiation();
+            }
+            self.follow_keys(peer);
         }
         self.publish(&configured);
     }
 
-    fn is_own(&self, key: &PublicKey) -> bool {
-        self.identity
-            .load()
-            .as_ref()
-            .is_some_and(|identity| identity.public == *key)
+    /// Makes the handshakes of a peer those of the present keys, and ends sessions under others.
+    fn follow_keys(&self, peer: &Peer) {
+        let identities = self.identities.load();
+        let keys = peer.keys();
+        let mut state = peer.handshake();
+        let accepted = |key: &PublicKey| self.last_accepted(key);
+        state.pairings.set_keys(&identities, &keys, accepted);
+        note_awaiting(self, &mut state);
+        let stays = |pair: Pair| identities.has(&pair.own) && keys.contains(&pair.peer);
+        let ended = peer.forget_sessions_of(stays);
+        if !ended.is_empty() && !peer.has_session() {
+            // The next packet need not wait for the time between two initiations.
+            peer.forget_initiation();
+        }
+        self.indices.retire(ended);
     }
 
-    /// The peer of this name with this key. Makes the peer if there is none. If it has another key, replaces all
-    /// of its state that depends on the key.
+    /// Tries a handshake with a peer under one of the own keys.
+    pub(super) fn try_identity(&self, id: &PeerId, own: PublicKey) {
+        if let Some(peer) = self.peer(id) {
+            self.jobs.push(Job::TryIdentity(peer, own));
+        }
+    }
+
+    fn is_own(&self, key: &PublicKey) -> bool {
+        self.identities.load().has(key)
+    }
+
+    /// The peer of this name with these keys, the current one first. Makes the peer if there is none. If it has a
+    /// current key that neither list shares with the other, replaces all of its state that depends on the key.
     fn make_peer<'a>(
         &self,
         configured: &'a mut Configured,
         id: &PeerId,
-        key: PublicKey,
+        keys: &[PublicKey],
     ) -> &'a mut ConfiguredPeer {
         let Configured {
             peers,
@@ -268,9 +318,10 @@ impl Core {
             removed,
             ..
         } = configured;
+        let key = keys[0];
         ids.insert(key, id.clone());
         let known = peers.entry(id.clone()).or_insert_with(|| {
-            let peer = self.new_peer(id, key);
+            let peer = self.new_peer(id, keys);
             if let Some(at) = removed.remove(&key) {
                 peer.note_sent(at);
             }
@@ -281,8 +332,14 @@ impl Core {
                 relayed_from: BTreeSet::new(),
             }
         });
-        if *known.peer.key() != key {
-            let peer = self.new_peer(id, key);
+        let before = known.peer.keys();
+        if before.contains(&key) || keys.contains(&before[0]) {
+            if before != keys {
+                known.peer.set_keys(keys.to_vec());
+                self.follow_keys(&known.peer);
+            }
+        } else {
+            let peer = self.new_peer(id, keys);
             peer.inherit(&known.peer);
             self.shut_down(&known.peer);
             known.peer = peer;
@@ -290,12 +347,9 @@ impl Core {
         known
     }
 
-    fn new_peer(&self, id: &PeerId, key: PublicKey) -> Arc<Peer> {
-        let peer = Arc::new(Peer::new(id.clone(), key));
-        if let Some(identity) = self.identity.load().as_ref() {
-            let mut state = peer.handshake();
-            state.noise = Some(self.noise(identity, &peer, &state));
-        }
+    fn new_peer(&self, id: &PeerId, keys: &[PublicKey]) -> Arc<Peer> {
+        let peer = Arc::new(Peer::new(id.clone(), keys.to_vec()));
+        self.follow_keys(&peer);
         peer
     }
 
@@ -303,7 +357,7 @@ impl Core {
         let Some(known) = configured.peers.remove(id) else {
             return;
         };
-        configured.ids.remove(known.peer.key());
+        configured.ids.remove(&known.peer.key());
         configured.note_removed(&known.peer);
         configured.disown(id, |_| true);
         self.shut_down(&known.peer);
@@ -314,20 +368,9 @@ impl Core {
         let mut state = peer.handshake();
         forget_handshakes(self, &mut state);
         // A thread that still holds the peer begins no handshake without this.
-        state.noise = None;
+        state.pairings.remove();
         self.indices.retire(peer.forget_sessions());
         peer.staged().clear();
-    }
-
-    fn noise(&self, identity: &Identity, peer: &Peer, state: &HandshakeState) -> Handshake {
-        let mut noise = Handshake::new(
-            identity.secret.clone(),
-            x25519::PublicKey::from(identity.public.0),
-            x25519::PublicKey::from(peer.key().0),
-            state.preshared_key.as_ref().map(|key| key.0),
-        );
-        noise.set_last_timestamp(self.last_accepted(peer.key()));
-        noise
     }
 
     fn set_keepalive(&self, peer: &Arc<Peer>, seconds: u16, now: Time) {
@@ -359,7 +402,11 @@ impl Core {
 
     fn publish(&self, configured: &Configured) {
         let peers = configured.peers.values();
-        let peers = peers.map(|known| (*known.peer.key(), known.peer.clone()));
+        let peers = peers.map(|known| (known.peer.key(), known.peer.clone()));
+        let others = configured.peers.values().flat_map(|known| {
+            let keys = known.peer.keys().into_iter().skip(1);
+            keys.map(|key| (key, known.peer.clone()))
+        });
         let owners = |ids: &BTreeSet<PeerId>| -> Vec<_> {
             let known = ids.iter().filter_map(|id| configured.peers.get(id));
             known.map(|known| known.peer.clone()).collect()
@@ -381,9 +428,13 @@ impl Core {
             configured.relays(),
             self.spread.clone(),
         );
+        let table = table.with_other_keys(others.collect());
         let before = self.table.swap(Arc::new(table));
         self.note_known_addresses();
-        let is_new = |known: &ConfiguredPeer| !before.peers.contains_key(known.peer.key());
+        let is_new = |known: &ConfiguredPeer| {
+            let keys = known.peer.keys();
+            keys.iter().any(|key| before.peer_of(key).is_none())
+        };
         if configured.peers.values().any(is_new) {
             self.jobs.push(Job::KeysAdded);
         }
@@ -394,12 +445,14 @@ impl Core {
         let configured = self.configured();
         let config = |known: &ConfiguredPeer| PeerConfig {
             endpoint: known.endpoint,
-            preshared_key: known.peer.handshake().preshared_key.clone(),
+            also_keys: known.peer.keys().into_iter().skip(1).collect(),
+            preshared_key: preshared(&known.peer).first,
+            next_preshared_key: preshared(&known.peer).next,
             persistent_keepalive: NonZeroU16::new(known.peer.timers.persistent_keepalive()),
             relays_to: known.relays_to.clone(),
             relayed_from: known.relayed_from.clone(),
             mtu: known.peer.mtu(),
-            ..PeerConfig::new(*known.peer.key())
+            ..PeerConfig::new(known.peer.key())
         };
         let peers = configured.peers.iter();
         let mut configs: BTreeMap<_, _> = peers
@@ -449,7 +502,7 @@ impl Core {
             let allowed_ips = prefixes.remove(id).unwrap_or_default();
             Some(PeerGet {
                 public_key: key,
-                preshared_key: peer.handshake().preshared_key.clone(),
+                preshared_key: preshared(peer).first,
                 endpoint: peer.way().map(Way::remote),
                 last_handshake: peer.last_handshake().map(&unix),
                 rx_bytes: peer.rx_bytes(),
@@ -473,7 +526,7 @@ impl Configured {
         let Some(at) = peer.last_sent() else {
             return;
         };
-        self.removed.insert(*peer.key(), at);
+        self.removed.insert(peer.key(), at);
         if self.removed.len() > MAX_REMOVED
             && let Some((&oldest, _)) = self.removed.iter().min_by_key(|(_, at)| **at)
         {
@@ -507,11 +560,11 @@ fn owned(prefixes: &BTreeMap<IpNet, BTreeSet<PeerId>>) -> impl Iterator<Item = (
     owners.flat_map(|(net, ids)| ids.iter().map(move |id| (net, id)))
 }
 
-fn set_preshared_key(state: &mut HandshakeState, key: Option<PresharedKey>) {
-    if state.preshared_key != key {
-        if let Some(noise) = &mut state.noise {
-            noise.set_preshared_key(key.as_ref().map(|key| key.0));
-        }
-        state.preshared_key = key;
-    }
+fn set_preshared_key(peer: &Peer, first: Option<PresharedKey>) {
+    let preshared = Preshared { first, next: None };
+    peer.handshake().pairings.set_preshared(preshared);
+}
+
+fn preshared(peer: &Peer) -> Preshared {
+    peer.handshake().pairings.preshared().clone()
 }

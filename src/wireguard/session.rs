@@ -21,6 +21,7 @@ use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
 use super::clock::Time;
 use super::drops::Dropped;
+use super::pairings::Pair;
 use super::peer::Peer;
 use super::protocol::{
     DATA, DATA_HEADER, OVERHEAD, REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES,
@@ -33,6 +34,7 @@ pub(super) struct Session {
     local_index: u32,
     peer_index: u32,
     peer: Weak<Peer>,
+    pair: Pair,
     created: Time,
     initiator: bool,
     sealing: LessSafeKey,
@@ -62,11 +64,18 @@ fn nonce(counter: u64) -> Nonce {
 
 impl Session {
     /// The session of a completed handshake.
-    pub(super) fn new(keys: &SessionKeys, peer: Weak<Peer>, initiator: bool, now: Time) -> Self {
+    pub(super) fn new(
+        keys: &SessionKeys,
+        peer: Weak<Peer>,
+        pair: Pair,
+        initiator: bool,
+        now: Time,
+    ) -> Self {
         Self {
             local_index: keys.local_index,
             peer_index: keys.peer_index,
             peer,
+            pair,
             created: now,
             initiator,
             sealing: key(&keys.sending_key),
@@ -86,6 +95,11 @@ impl Session {
     /// The peer of the session.
     pub(super) fn peer(&self) -> &Weak<Peer> {
         &self.peer
+    }
+
+    /// The keys of the handshake.
+    pub(super) fn pair(&self) -> Pair {
+        self.pair
     }
 
     /// When the handshake was completed.
@@ -236,6 +250,12 @@ mod tests {
     use zeroize::Zeroizing;
 
     use super::*;
+    use crate::wireguard::key::PublicKey;
+
+    const PAIR: Pair = Pair {
+        own: PublicKey([1; 32]),
+        peer: PublicKey([2; 32]),
+    };
 
     fn time(seconds: u64) -> Time {
         Time::from_duration(Duration::from_secs(seconds))
@@ -249,8 +269,8 @@ mod tests {
             sending_key: Zeroizing::new([sending; 32]),
         };
         (
-            Session::new(&keys(1, 2, 7, 9), Weak::new(), true, time(1)),
-            Session::new(&keys(2, 1, 9, 7), Weak::new(), false, time(1)),
+            Session::new(&keys(1, 2, 7, 9), Weak::new(), PAIR, true, time(1)),
+            Session::new(&keys(2, 1, 9, 7), Weak::new(), PAIR, false, time(1)),
         )
     }
 

@@ -134,11 +134,13 @@ impl<T> AllowedIps<T> {
 /// Which peers own an address.
 pub(super) type Owners = AllowedIps<Vec<Arc<Peer>>>;
 
-/// The peers of a device by key, the destinations that are sent to each, and the sources that are
+/// The peers of a device by their current keys, the destinations that are sent to each, and the sources that are
 /// accepted from each.
 #[derive(Default)]
 pub(super) struct Table {
     pub(super) peers: BTreeMap<PublicKey, Arc<Peer>>,
+    /// The keys of peers beside their current ones.
+    also: BTreeMap<PublicKey, Arc<Peer>>,
     routes: Arc<Owners>,
     accepts: Arc<Owners>,
     /// Who relays.
@@ -159,11 +161,22 @@ impl Table {
     ) -> Self {
         Self {
             peers,
+            also: BTreeMap::new(),
             routes,
             accepts,
             relays,
             spread,
         }
+    }
+
+    /// The same table with these keys of peers beside their current ones.
+    pub(super) fn with_other_keys(self, also: BTreeMap<PublicKey, Arc<Peer>>) -> Self {
+        Self { also, ..self }
+    }
+
+    /// The peer that has a key, the current one or another.
+    pub(super) fn peer_of(&self, key: &PublicKey) -> Option<&Arc<Peer>> {
+        self.peers.get(key).or_else(|| self.also.get(key))
     }
 
     /// The peer to send a packet to, one and the same for all packets of a flow.

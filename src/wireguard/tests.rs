@@ -25,6 +25,8 @@ mod flows;
 #[cfg(test)]
 mod garbage;
 #[cfg(test)]
+mod key_rotation;
+#[cfg(test)]
 mod path_mtu;
 #[cfg(test)]
 mod peer_names;

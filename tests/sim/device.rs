@@ -482,6 +482,7 @@ impl Device {
             let ago = |at: Instant| now.saturating_duration_since(at);
             let stats = PeerStats {
                 public_key: *key,
+                pair: None,
                 endpoint: peer.endpoint,
                 relayed: false,
                 rx_bytes: peer.rx,

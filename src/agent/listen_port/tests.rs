@@ -193,6 +193,7 @@ impl Facets {
         };
         let stats = |leader: &Leader| PeerStats {
             public_key: leader.public_key(),
+            pair: None,
             endpoint: None,
             relayed: false,
             rx_bytes: 0,

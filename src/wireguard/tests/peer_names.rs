@@ -55,7 +55,7 @@ fn a_peer_whose_key_changes_keeps_its_prefixes_endpoint_and_counters() {
     let table = core.table.load_full();
     let routed = table.route(ip("10.0.2.1"), || 0).unwrap();
     assert_eq!(
-        (routed.id().as_str(), *routed.key()),
+        (routed.id().as_str(), routed.key()),
         ("node/two", public_key)
     );
     assert!(table.accepts(ip("10.0.2.1"), routed));

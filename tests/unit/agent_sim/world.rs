@@ -296,6 +296,7 @@ impl World {
             *received += u64::from(is_mutual) * 148;
             let stats = PeerStats {
                 public_key,
+                pair: None,
                 endpoint: config.endpoint,
                 relayed: false,
                 rx_bytes: *received,
