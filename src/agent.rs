@@ -17,6 +17,9 @@ pub mod flap_damping;
 pub mod forwarding;
 pub mod grace;
 pub mod kernel_facts;
+mod key_changes;
+pub mod key_ring;
+pub mod key_rotation;
 pub mod keyfile;
 pub mod kilo_clock;
 pub mod linger;
@@ -43,9 +46,12 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, watch};
 
+use self::control::KeyRequest;
 use self::controller::{Controller, Effect, ShellFacts, WallClock};
 use self::forwarding::HostFirewall;
 use self::kernel_facts::KernelFacts;
+use self::key_changes::KeyChanges;
+use self::key_ring::KeyRing;
 use self::keyfile::Origin;
 use self::probe::Echoes;
 use crate::clock::{now, sleep_until, unix_now};
@@ -92,11 +98,13 @@ pub fn run(config: Config) -> anyhow::Result<ExitCode> {
         config.check_against_flannel(&env.networks)?;
     }
     // Last, so that an agent that is refused leaves nothing on the disk.
-    let (key, origin) = keyfile::load(&config.state_dir, Path::new(keyfile::KILO_KEY))?;
+    let (keys, origin) = KeyRing::load(&config.state_dir, Path::new(keyfile::KILO_KEY))?;
     match origin {
         Origin::Existing => {}
         Origin::Kilo => tracing::info!(path = keyfile::KILO_KEY, "took over Kilo's key"),
-        Origin::Generated => tracing::info!(public_key = %key.public_key(), "made a new key"),
+        Origin::Generated => {
+            tracing::info!(public_key = %keys.public().current, "made a new key");
+        }
     }
     if boots::look(&config.state_dir) == boots::Verdict::DidNotRun {
         tracing::warn!(problem = boots::DID_NOT_RUN, "problem found");
@@ -107,7 +115,7 @@ pub fn run(config: Config) -> anyhow::Result<ExitCode> {
         .build()
         .context("starting the control plane")?;
     let result = runtime.block_on(async {
-        let agent = Agent::start(config, key).await?;
+        let agent = Agent::start(config, keys).await?;
         agent.run().await
     });
     // Look-ups of names may block for long; their answers are not needed any more.
@@ -136,6 +144,9 @@ struct Agent {
     monitor: Monitor,
     host_firewall: HostFirewall,
     writer: saved_view::Writer,
+    key_changes: KeyChanges,
+    /// Requests for another key.
+    key_requests: mpsc::Receiver<KeyRequest>,
     names: mpsc::Sender<BTreeSet<String>>,
     addresses: mpsc::Receiver<resolve::Addresses>,
     shown: Shown,
@@ -201,6 +212,15 @@ impl Agent {
                 }
                 Some(addresses) = self.addresses.recv() => {
                     self.controller.handle_resolved(now(), Arc::new(addresses));
+                }
+                Some(done) = self.key_changes.done() => {
+                    let (step, changed) = self.key_changes.finish(done, self.reconciler.tunnel());
+                    self.controller.handle_keys(now(), step, changed);
+                }
+                Some(request) = self.key_requests.recv() => {
+                    let answer = self.controller.handle_key_request(now());
+                    // The client may be gone.
+                    let _ = request.send(answer.map_err(|refused| refused.to_string()));
                 }
                 Some(question) = self.shown.questions.recv() => {
                     // The client may be gone.
@@ -269,6 +289,12 @@ impl Agent {
                     self.reconciler.tunnel().try_candidates(&id, &candidates);
                 }
                 Effect::Translate(aliases) => self.reconciler.tunnel().set_aliases(&aliases),
+                Effect::ChangeKeys(step) => self.key_changes.start(step),
+                Effect::TryKey { key, peers } => {
+                    for id in &peers {
+                        self.reconciler.tunnel().try_identity(id, key);
+                    }
+                }
                 Effect::Reconcile(desired) => self.reconciler.reconcile(desired),
                 Effect::Probe(targets) => self.echoes.set_targets(*targets),
                 Effect::Show(topology) => {

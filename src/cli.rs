@@ -46,6 +46,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     match name {
         "agent" => crate::agent::run(agent_config(matches)?),
         "status" => status::run(arguments(matches)?),
+        "rotate-key" => status::run_rotate_key(arguments(matches)?),
         "cleanup" => crate::agent::cleanup::run(&agent_config(matches)?),
         "doctor" => crate::doctor::run(arguments(matches)?),
         "connect" => crate::connect::run(&arguments(matches)?),
@@ -105,6 +106,10 @@ fn command() -> Command {
         .subcommand(subcommand::<status::Args>(
             "status",
             "Show the state of this node's agent",
+        ))
+        .subcommand(subcommand::<status::RotateKeyArgs>(
+            "rotate-key",
+            "Replace this node's WireGuard key without interrupting traffic",
         ))
         .subcommand(subcommand::<crate::connect::Args>(
             "connect",

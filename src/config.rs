@@ -89,6 +89,10 @@ pub struct Config {
     pub rule_priority: u32,
     /// `--fwmark`: the mark of the tunnel's own datagrams, compared whole.
     pub fwmark: u32,
+    /// `--rotate-key-after`: the age at which the key is replaced; `None` for never.
+    pub rotate_key_after: Option<Duration>,
+    /// `--key-overlap`: how long a replaced key is accepted at most.
+    pub key_overlap: Duration,
     /// `--state-dir`.
     pub state_dir: PathBuf,
     /// `--control-socket`.
@@ -183,6 +187,8 @@ impl Config {
             resync_period: flags.resync_period,
             rule_priority: flags.rule_priority,
             fwmark: flags.fwmark,
+            rotate_key_after: flags.rotate_key_after,
+            key_overlap: flags.key_overlap,
             state_dir: flags.state_dir,
             control_socket: flags.control_socket,
             clean_up: flags.clean_up.unwrap_or(false),

@@ -3,12 +3,14 @@
 //! The agent sends a [`Report`] on its control socket. This command, `doctor` and `/metrics` all show
 //! parts of such a report.
 
+mod rotate_key;
 mod source;
 mod terminal;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,6 +19,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+pub use self::rotate_key::{ROTATE_KEY, RotateKeyArgs, rotate_key, run_rotate_key};
 pub use self::source::{Question, ReportSource};
 pub use self::terminal::render;
 use crate::liveness;
@@ -123,6 +126,15 @@ pub struct Tunnel {
     pub interface: String,
     /// This node's public key.
     pub public_key: String,
+    /// Seconds since it was put in place.
+    pub key_age: Option<u64>,
+    /// The key that is to replace it.
+    pub next_key: Option<String>,
+    /// The key that it replaced, while that is still accepted.
+    pub previous_key: Option<String>,
+    /// While a key is replaced: the leaders that have not answered under the new one yet, and the peers that use
+    /// the old one.
+    pub key_awaits: Option<u64>,
     /// The UDP port it listens on.
     pub listen_port: Option<u16>,
     /// Why it listens on another port than `--port`; `None` where it does not. A clause.
@@ -343,10 +355,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Reads the report of the agent behind a control socket.
-pub fn ask(socket: &Path) -> anyhow::Result<Report> {
+/// Connects to the agent behind a control socket.
+fn connect(socket: &Path) -> anyhow::Result<UnixStream> {
     let shown = socket.display();
-    let mut stream = UnixStream::connect(socket).map_err(|error| {
+    let stream = UnixStream::connect(socket).map_err(|error| {
         let kind = error.kind();
         Refusal::configuration(if matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) {
             format!("no agent answers on {shown}: run this on a node of the mesh, in the agent's container or as root")
@@ -357,6 +369,15 @@ pub fn ask(socket: &Path) -> anyhow::Result<Report> {
         })
     })?;
     stream.set_read_timeout(Some(TIMEOUT))?;
+    Ok(stream)
+}
+
+/// Reads the report of the agent behind a control socket.
+pub fn ask(socket: &Path) -> anyhow::Result<Report> {
+    let shown = socket.display();
+    let mut stream = connect(socket)?;
+    // Nothing is asked for but the report.
+    stream.shutdown(Shutdown::Write)?;
     let mut answer = Vec::new();
     stream
         .read_to_end(&mut answer)
@@ -383,6 +404,10 @@ mod tests {
             tunnel: Tunnel {
                 interface: "kilo0".into(),
                 public_key: "K=".into(),
+                key_age: Some(7_300),
+                next_key: Some("N=".into()),
+                previous_key: None,
+                key_awaits: Some(1),
                 listen_port: Some(51820),
                 port_reason: None,
                 mtu: Some(1420),
@@ -457,7 +482,8 @@ mod tests {
           flannel: not up yet
 
         interface: kilo0
-          public key: K=
+          public key: K= (in use for 2 h)
+          next key: N= (announced, 1 leaders have not answered under it)
           listening port: 51820
           mtu: 1420 (each path has its own)
           addresses: 10.42.0.0/32, 10.4.0.1/32

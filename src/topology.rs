@@ -83,6 +83,10 @@ pub struct Node {
     pub region_declared: bool,
     /// `kilo.squat.ai/key`; `None` until an agent has published one.
     pub public_key: Option<PublicKey>,
+    /// `selvedge.dev/next-key` and `selvedge.dev/previous-key`: keys that the node has beside the one above while
+    /// it replaces it.
+    #[serde(default, skip_serializing_if = "OtherKeys::is_empty")]
+    pub other_keys: OtherKeys,
     /// `force-endpoint`, else `endpoint`.
     pub endpoint: Option<Endpoint>,
     /// Whether the endpoint is from `force-endpoint`, which the operator sets. Then the node's agent publishes
@@ -129,6 +133,34 @@ pub struct Node {
     pub ledger: Ledger,
     /// flannel's annotations of the node; `None` where they are missing or unusable.
     pub lease: Option<crate::flannel::Lease>,
+}
+
+/// The keys of a node beside its current one.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct OtherKeys {
+    /// The one that is to replace the current one.
+    pub next: Option<PublicKey>,
+    /// The one that the current one replaced, for as long as it is still used.
+    pub previous: Option<PublicKey>,
+}
+
+impl OtherKeys {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = PublicKey> {
+        self.next.into_iter().chain(self.previous)
+    }
+}
+
+impl Node {
+    /// Whether a key is one of the node's.
+    pub fn has_key(&self, key: &PublicKey) -> bool {
+        self.public_key == Some(*key) || self.other_keys.iter().any(|other| other == *key)
+    }
 }
 
 /// An external WireGuard peer: a validated `peers.kilo.squat.ai` object.

@@ -2,6 +2,7 @@
 
 mod echoes;
 mod effect;
+mod keys;
 mod problems;
 mod tunnel;
 
@@ -20,6 +21,7 @@ use super::flannel;
 use super::flap_damping::FlapDamping;
 use super::grace::Grace;
 use super::kernel_facts::{FlannelFacts, KernelFacts};
+use super::key_rotation::{KeyRotation, OwnKeys};
 use super::kilo_clock::{self, KiloClock};
 use super::linger::{Linger, Place};
 use super::listen_port::ListenPort;
@@ -47,8 +49,8 @@ use crate::wireguard::key::PublicKey;
 pub struct Setup {
     /// The flags.
     pub config: Arc<Config>,
-    /// This node's key.
-    pub public_key: PublicKey,
+    /// This node's keys.
+    pub keys: OwnKeys,
     /// The files that hold it.
     pub key_files: Vec<PathBuf>,
     /// The last good address of each name, from the run before.
@@ -99,7 +101,9 @@ pub struct WallClock {
 /// The same calls lead to the same effects.
 pub struct Controller {
     config: Arc<Config>,
-    public_key: PublicKey,
+    key_rotation: KeyRotation,
+    /// This node's clock in Unix seconds, when the kernel was last read.
+    unix: Option<(Instant, i64)>,
     key_files: Vec<PathBuf>,
     view: Option<Arc<View>>,
     resolved: Arc<Resolved>,
@@ -145,16 +149,17 @@ impl Controller {
     pub fn new(setup: Setup, now: Instant) -> Self {
         let Setup {
             config,
-            public_key,
+            keys,
             key_files,
             resolved,
         } = setup;
         Self {
             schedule: Schedule::new(now, config.resync_period),
             readiness: Readiness::new(now),
-            listen_port: ListenPort::new(config.port, public_key),
+            listen_port: ListenPort::new(config.port, keys.current),
+            key_rotation: KeyRotation::new(keys, config.rotate_key_after, config.key_overlap),
+            unix: None,
             config,
-            public_key,
             key_files,
             view: None,
             resolved,
@@ -252,11 +257,12 @@ impl Controller {
     pub fn handle_kernel(&mut self, now: Instant, wall: WallClock, kernel: KernelFacts) {
         self.observing = false;
         self.decided = true;
+        self.unix = Some((now, wall.node));
         let repairs = self.gather(now, wall, kernel);
         let mode = self.decision.topology.mode.clone();
-        self.decision = decision::decide(&self.facts, &self.config, self.public_key);
+        self.decision = decision::decide(&self.facts, &self.config, self.key_rotation.keys());
         let (nodes, own) = (&self.facts.snapshot, &self.config.node);
-        if obstacle::holder_of_key(nodes, own, self.public_key).is_some() {
+        if obstacle::holder_of_key(nodes, own, self.public_key()).is_some() {
             self.decision.desired = None;
             self.decision.annotations = None;
         }
@@ -341,7 +347,8 @@ impl Controller {
         problems.extend(self.readiness.poll_wait(now, self.unheard()));
         report::report(&report::Inputs {
             config: &self.config,
-            public_key: self.public_key,
+            public_key: self.public_key(),
+            keys: self.report_keys(now),
             facts: &self.facts,
             decision: &self.decision,
             contact: &shell.api,
@@ -496,6 +503,7 @@ impl Controller {
         let obstacles = self.obstacles.iter();
         let obstacles = obstacles.map(|obstacle| obstacle.report(own));
         let own_reports = caveats.chain(obstacles).chain(self.path_notices());
+        let own_reports = own_reports.chain(self.key_notice());
         let reports = excluded.chain(overlaps).chain(own_reports).collect();
         let verdicts = cluster::verdicts(own, view, &reports);
         self.effects.push_back(Effect::Save(saved));

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::endpoint_discovery::Keys;
+use super::key_rotation::OwnKeys;
 use super::mtu;
 use super::publication;
 use crate::cluster::Annotations;
@@ -90,7 +91,7 @@ pub struct Decision {
 }
 
 /// Draws the conclusions.
-pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision {
+pub fn decide(facts: &Facts, config: &Config, keys: &OwnKeys) -> Decision {
     let networks = facts
         .flannel
         .as_ref()
@@ -140,7 +141,8 @@ pub fn decide(facts: &Facts, config: &Config, public_key: PublicKey) -> Decision
             links: &facts.links,
             offered: &facts.offered,
             port: facts.listen_port.unwrap_or(config.port),
-            public_key,
+            public_key: keys.current,
+            other_keys: keys.others,
             heard: &facts.heard,
             last_seen: facts.last_seen,
             server_time: facts.server_time,

@@ -66,7 +66,8 @@ impl Keys {
         self.0.get(key).map_or(0, |known| known.keepalive)
     }
 
-    fn is_leader(&self, key: &PublicKey) -> bool {
+    /// Whether it is a leader's key.
+    pub fn is_leader(&self, key: &PublicKey) -> bool {
         self.0.get(key).is_some_and(|known| known.is_leader)
     }
 }

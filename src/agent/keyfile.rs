@@ -1,7 +1,7 @@
 //! The node's private key on disk.
 //!
-//! The key is the node's identity in the mesh: it is written once, atomically, and never replaced
-//! because it could not be read.
+//! The key is the node's identity in the mesh: it is written atomically, and never replaced because it could not be
+//! read. [`super::key_ring`] holds it together with the one that replaces it.
 
 use std::fs::{self, DirBuilder, Metadata, Permissions};
 use std::io::{self, Read as _};
@@ -55,7 +55,7 @@ pub fn load(state_dir: &Path, kilo: &Path) -> Result<(PrivateKey, Origin), Refus
 }
 
 /// The key in `path`, or `None` where there is no such file.
-fn read(path: &Path) -> Result<Option<PrivateKey>, Refusal> {
+pub(super) fn read(path: &Path) -> Result<Option<PrivateKey>, Refusal> {
     let shown = path.display();
     let refuse = |what: String| Err(Refusal::configuration(what));
     let file = match secure_file::open(path) {

@@ -44,7 +44,7 @@ pub fn is_key_taken(excluded: &Excluded, own: &NodeName) -> bool {
 /// away, and its timestamp would keep the other from making new ones. So such an agent neither publishes the
 /// key nor has any peer.
 pub fn holder_of_key(snapshot: &Snapshot, own: &NodeName, key: PublicKey) -> Option<NodeName> {
-    let has_it = |node: &&Node| node.public_key == Some(key);
+    let has_it = |node: &&Node| node.has_key(&key);
     let mine = snapshot.nodes.get(own);
     if mine.as_ref().is_some_and(has_it) {
         return None;

@@ -12,8 +12,8 @@ use super::address::Own;
 use crate::cluster::{Annotations, annotation, since};
 use crate::config::Config;
 use crate::topology::{
-    Claim, Endpoint, InterfaceAddr, Ledger, Mode, Node, NodeName, Origin, SegmentName, Snapshot,
-    Topology,
+    Claim, Endpoint, InterfaceAddr, Ledger, Mode, Node, NodeName, Origin, OtherKeys, SegmentName,
+    Snapshot, Topology,
 };
 use crate::wireguard::key::PublicKey;
 
@@ -41,6 +41,8 @@ pub struct Inputs<'a> {
     pub port: u16,
     /// This node's key.
     pub public_key: PublicKey,
+    /// Its other keys, while it replaces its key.
+    pub other_keys: OtherKeys,
     /// Where the tunnel last heard each peer with which it ever had a session.
     pub heard: &'a BTreeMap<PublicKey, SocketAddr>,
     /// When this node checked in, in Unix seconds.
@@ -76,6 +78,15 @@ pub fn annotations(inputs: &Inputs<'_>) -> Annotations {
             annotation::format_granularity(topology.granularity).to_owned(),
         ),
     ]);
+    let OtherKeys { next, previous } = inputs.other_keys;
+    let others = [
+        (annotation::NEXT_KEY, next),
+        (annotation::PREVIOUS_KEY, previous),
+    ];
+    let others = others
+        .into_iter()
+        .filter_map(|(name, key)| Some((name, key?.to_string())));
+    published.extend(others);
     if let Some(endpoint) = endpoint(inputs) {
         published.insert(annotation::ENDPOINT, annotation::format_endpoint(&endpoint));
         // What the operator forced is the only one, and Kilo's agents know no other.
@@ -119,7 +130,7 @@ pub fn annotations(inputs: &Inputs<'_>) -> Annotations {
     published
 }
 
-/// What this node claims before all others: its key, its addresses, its place in a region, and the
+/// What this node claims before all others: its keys, its addresses, its place in a region, and the
 /// lead of it.
 ///
 /// A lead is claimed once it has lasted; one that was recorded before, by an earlier life of the agent,
@@ -137,6 +148,7 @@ fn claims(
     let addresses = addresses.chain(aliases.iter().copied());
     let mut claims = addresses.map(Claim::Address).collect::<Vec<_>>();
     claims.push(Claim::Key(inputs.public_key));
+    claims.extend(inputs.other_keys.iter().map(Claim::Key));
     let segment = topology.segment_of(me).map(|segment| &segment.group);
     let group = segment.or_else(|| Some(&topology.outsider(me)?.group));
     claims.extend(
@@ -230,14 +242,21 @@ fn discovered(inputs: &Inputs<'_>) -> BTreeMap<PublicKey, SocketAddr> {
     let sought = topology
         .leaders()
         .filter(|(_, leader)| leader.behind_nat || topology.mode == Mode::Native)
-        .map(|(_, leader)| (leader.public_key(), &leader.candidates[..]))
-        .chain(topology.peers.iter().map(|peer| (peer.public_key, &[][..])))
-        .filter(|(key, _)| *key != inputs.public_key);
+        .map(|(_, leader)| (&leader.keys[..], &leader.candidates[..]))
+        .chain(
+            topology
+                .peers
+                .iter()
+                .map(|peer| (std::slice::from_ref(&peer.public_key), &[][..])),
+        )
+        .filter(|(keys, _)| !keys.contains(&inputs.public_key));
     sought
-        .filter_map(|(key, candidates)| {
-            let heard = inputs.heard.get(&key);
+        .filter_map(|(keys, candidates)| {
+            let key = *keys.first()?;
+            let heard = keys.iter().find_map(|key| inputs.heard.get(key));
             // A new tunnel has heard no peer yet; what the last one heard is still the best guess.
-            let before = inputs.node.discovered_endpoints.get(&key);
+            let before = &inputs.node.discovered_endpoints;
+            let before = keys.iter().find_map(|key| before.get(key));
             let others = || match topology.mode {
                 // Kilo's agents pass on endpoints that others published.
                 Mode::Kilo(_) => topology
@@ -356,6 +375,7 @@ mod tests {
                 offered: &["192.168.50.11".parse().unwrap()],
                 port: self.config.port,
                 public_key: self.key,
+                other_keys: OtherKeys::default(),
                 heard: &self.heard,
                 last_seen: 100,
                 server_time: self.server_time,

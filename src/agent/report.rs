@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::controller::label;
 use super::decision::{Decision, Facts};
 use super::endpoint_discovery::Outcome;
+use super::key_rotation::Progress;
 use super::listen_port::ListenPort;
 use crate::cluster::{ApiStatus, annotation};
 use crate::config::{Config, Mtu};
@@ -20,7 +21,7 @@ use crate::state::State;
 use crate::status::{
     Alias, Api, Candidate, Flannel, LeaderPath, Peer, Report, Role, Segment, Tunnel,
 };
-use crate::topology::{Mode, Topology};
+use crate::topology::{Mode, OtherKeys, Topology};
 use crate::wireguard::key::PublicKey;
 
 /// What the tunnel says of a peer.
@@ -40,6 +41,17 @@ pub struct Traffic {
     pub candidates: Vec<Outcome>,
 }
 
+/// The state of this node's keys.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Keys {
+    /// Seconds since the current key was put in place, where that is known.
+    pub age: Option<u64>,
+    /// The keys beside it.
+    pub others: OtherKeys,
+    /// How far a replacement is.
+    pub progress: Progress,
+}
+
 /// What is looked at.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
@@ -47,6 +59,8 @@ pub struct Inputs<'a> {
     pub config: &'a Config,
     /// This node's key.
     pub public_key: PublicKey,
+    /// Its age, and what is beside it.
+    pub keys: Keys,
     /// What the last pass looked at.
     pub facts: &'a Facts,
     /// What followed from it.
@@ -124,6 +138,15 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
         tunnel: Tunnel {
             interface: config.interface.clone(),
             public_key: inputs.public_key.to_string(),
+            key_age: inputs.keys.age,
+            next_key: inputs.keys.others.next.map(|key| key.to_string()),
+            previous_key: inputs.keys.others.previous.map(|key| key.to_string()),
+            key_awaits: match inputs.keys.progress {
+                Progress::Resting => None,
+                Progress::Announced { missing } | Progress::Overlapping { missing } => {
+                    Some(missing as u64)
+                }
+            },
             listen_port: desired.listen_port.map(Into::into),
             port_reason: port_reason(inputs, desired),
             mtu: desired.link.as_ref().map(|link| link.mtu),

@@ -1,18 +1,20 @@
 //! Opens and starts everything an agent works with, in the order in which it may be refused.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc, watch};
 
+use super::control::KeyRequest;
 use super::controller::{Controller, Setup};
 use super::forwarding::HostFirewall;
 use super::kernel_facts::{self, KernelFacts};
+use super::key_changes::KeyChanges;
+use super::key_ring::KeyRing;
 use super::probe::{Echoes, Wake};
 use super::saved_view::{self, SavedView};
-use super::{Agent, Shown, control, keyfile, timestamps};
+use super::{Agent, Shown, control, timestamps};
 use crate::clock::now;
 use crate::cluster::{Access, Cluster, ParseSettings, Sources};
 use crate::config::Config;
@@ -24,7 +26,6 @@ use crate::resolve;
 use crate::status::ReportSource;
 use crate::telemetry::metrics::Metrics;
 use crate::topology::Resolved;
-use crate::wireguard::key::PrivateKey;
 use crate::wireguard::{self, Device, StartError, uapi};
 
 impl Agent {
@@ -33,8 +34,8 @@ impl Agent {
     /// # Errors
     ///
     /// A [`Refusal`] where something else has what the agent needs, or a right is missing.
-    pub(super) async fn start(config: Config, key: PrivateKey) -> anyhow::Result<Self> {
-        let key_files = keyfile::holders(&key, &config.state_dir, Path::new(keyfile::KILO_KEY));
+    pub(super) async fn start(config: Config, ring: KeyRing) -> anyhow::Result<Self> {
+        let key_files = ring.holders();
         let listener = pages::bind(config.listen).await?;
         let sources = Sources {
             mark: Some(config.fwmark),
@@ -56,13 +57,15 @@ impl Agent {
         kernel.rtnetlink.check()?;
         // Before the first look, so that nothing is missed in between.
         let monitor = Monitor::open(&config.interface)?;
-        let public_key = key.public_key();
+        let keys = ring.public();
+        let public_key = keys.current;
         let tunnel_events = Arc::new(Notify::new());
         let wake = Wake::new().context("opening a descriptor")?;
-        let device = start_tunnel(&config, key, &tunnel_events, &wake)?;
+        let device = start_tunnel(&config, &ring, &tunnel_events, &wake)?;
         let uapi = uapi::serve(&config.interface, device.clone())?;
 
-        let shown = show(&config, listener);
+        let (ask_for_key, key_requests) = mpsc::channel(1);
+        let shown = show(&config, listener, ask_for_key);
 
         let settings = ParseSettings {
             topology_label: config.topology_label.clone(),
@@ -88,7 +91,7 @@ impl Agent {
         let config = Arc::new(config);
         let setup = Setup {
             config: Arc::clone(&config),
-            public_key,
+            keys,
             key_files,
             resolved,
         };
@@ -113,6 +116,8 @@ impl Agent {
             ticked: now(),
             has_events: false,
             monitor,
+            key_changes: KeyChanges::new(ring),
+            key_requests,
             names,
             addresses,
             shown,
@@ -123,14 +128,18 @@ impl Agent {
 }
 
 /// Opens what people and probes look at: the control socket and the pages.
-fn show(config: &Config, listener: Option<TcpListener>) -> Shown {
+fn show(
+    config: &Config,
+    listener: Option<TcpListener>,
+    key_requests: mpsc::Sender<KeyRequest>,
+) -> Shown {
     let metrics = Arc::new(Metrics::new());
     let (topology, shown) = watch::channel(Arc::default());
     let (alive, came_round) = watch::channel(now());
     let (source, questions) = ReportSource::channel();
     match control::bind(&config.control_socket) {
         Ok(socket) => {
-            tokio::spawn(control::serve(socket, source.clone()));
+            tokio::spawn(control::serve(socket, source.clone(), key_requests));
         }
         // The mesh does not depend on being looked at.
         Err(error) => tracing::warn!(
@@ -178,7 +187,7 @@ fn start_reconciler(
 /// Starts the tunnel: its link, its port, its threads.
 fn start_tunnel(
     config: &Config,
-    key: PrivateKey,
+    ring: &KeyRing,
     events: &Arc<Notify>,
     echoes: &Wake,
 ) -> Result<Arc<Device>, Refusal> {
@@ -207,6 +216,7 @@ fn start_tunnel(
         started => started,
     };
     let device = device.map_err(|error| Refusal::configuration(error.to_string()))?;
-    device.set_private_key(Some(key));
+    let (current, also) = ring.identities();
+    device.set_identities(current, also);
     Ok(Arc::new(device))
 }

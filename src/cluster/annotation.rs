@@ -23,6 +23,10 @@ pub const FORCE_INTERNAL_IP: &str = "kilo.squat.ai/force-internal-ip";
 pub const INTERNAL_IP: &str = "kilo.squat.ai/internal-ip";
 /// The WireGuard public key, published by the node's agent.
 pub const KEY: &str = "kilo.squat.ai/key";
+/// The WireGuard public key that is to replace [`KEY`], published by the node's agent.
+pub const NEXT_KEY: &str = "selvedge.dev/next-key";
+/// The WireGuard public key that [`KEY`] replaced and that is still accepted, published by the node's agent.
+pub const PREVIOUS_KEY: &str = "selvedge.dev/previous-key";
 /// The agent's heartbeat in Unix seconds; only Kilo's algorithm reads it.
 pub const LAST_SEEN: &str = "kilo.squat.ai/last-seen";
 /// The WireGuard address with the mesh's prefix length; empty for none.
@@ -53,7 +57,7 @@ pub const CANDIDATES: &str = "selvedge.dev/candidates";
 pub const ALIAS: &str = "selvedge.dev/alias";
 
 /// The annotations that an agent writes on its own Node, and that clean-up removes. None is the operator's.
-pub const PUBLISHED: [&str; 12] = [
+pub const PUBLISHED: [&str; 14] = [
     AGENT,
     ALIAS,
     CANDIDATES,
@@ -64,6 +68,8 @@ pub const PUBLISHED: [&str; 12] = [
     INTERNAL_IP,
     KEY,
     LAST_SEEN,
+    NEXT_KEY,
+    PREVIOUS_KEY,
     SINCE,
     WIREGUARD_IP,
 ];

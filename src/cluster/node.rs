@@ -16,7 +16,9 @@ use super::annotation::{self, Malformed};
 use super::rejected::{Refusals, Rejected};
 use super::since;
 use crate::flannel::Lease;
-use crate::topology::{Endpoint, InterfaceAddr, Ledger, Node, NodeName, Object, RegionName};
+use crate::topology::{
+    Endpoint, InterfaceAddr, Ledger, Node, NodeName, Object, OtherKeys, RegionName,
+};
 use crate::wireguard::key::PublicKey;
 
 const POD_CIDRS: &str = "spec.podCIDRs";
@@ -160,7 +162,11 @@ pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Ve
         created: super::object::created(&object.metadata),
         region: reader.region(&object.metadata, settings),
         region_declared: reader.is_located(),
-        public_key: reader.public_key(),
+        public_key: reader.public_key(annotation::KEY),
+        other_keys: OtherKeys {
+            next: reader.public_key(annotation::NEXT_KEY),
+            previous: reader.public_key(annotation::PREVIOUS_KEY),
+        },
         endpoint,
         endpoint_forced,
         internal_ips: reader.status_ips(object.status.as_ref(), "InternalIP", MAX_INTERNAL_IPS),
@@ -230,10 +236,9 @@ impl<'a> Reader<'a> {
         location.is_some_and(|text| annotation::region(text).is_ok())
     }
 
-    fn public_key(&mut self) -> Option<PublicKey> {
-        let text = self.text(annotation::KEY)?;
-        self.refusals
-            .take(annotation::KEY, text, text.parse::<PublicKey>())
+    fn public_key(&mut self, key: &'static str) -> Option<PublicKey> {
+        let text = self.text(key)?;
+        self.refusals.take(key, text, text.parse::<PublicKey>())
     }
 
     /// The endpoint, and whether it is the operator's. Both annotations are parsed, so that a mistake

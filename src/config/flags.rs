@@ -126,6 +126,14 @@ pub struct Flags {
     #[arg(long, value_name = "MARK", help_heading = NODE, default_value = "0x51e00000",
           value_parser = values::fwmark)]
     pub(super) fwmark: u32,
+    /// Replace the WireGuard key when it has this age, such as 720h, plus up to an eighth: nodes do not change
+    /// theirs together [default: never; see `selvedge rotate-key`]
+    #[arg(long, value_name = "DURATION", help_heading = NODE, value_parser = values::key_age)]
+    pub(super) rotate_key_after: Option<Duration>,
+    /// How long a replaced key is accepted at most, for nodes and VPN peers that still use it
+    #[arg(long, value_name = "DURATION", help_heading = NODE, default_value = "24h",
+          value_parser = values::key_overlap)]
+    pub(super) key_overlap: Duration,
     /// Directory of the private key and the cached state
     #[arg(long, value_name = "DIR", help_heading = NODE, default_value = "/var/lib/selvedge")]
     pub(super) state_dir: PathBuf,

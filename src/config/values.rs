@@ -54,6 +54,22 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     Ok(total)
 }
 
+/// An age of keys of at least a minute.
+pub(super) fn key_age(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        age if age < Duration::from_secs(60) => Err("must be at least 1m".into()),
+        age => Ok(age),
+    }
+}
+
+/// An overlap of keys of at least half a minute.
+pub(super) fn key_overlap(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        overlap if overlap < Duration::from_secs(30) => Err("must be at least 30s".into()),
+        overlap => Ok(overlap),
+    }
+}
+
 /// `--resync-period`: 1 s to 24 h.
 pub(crate) fn resync_period(text: &str) -> Result<Duration, String> {
     match duration(text)? {

@@ -271,7 +271,7 @@ impl<'a> Site<'a> {
     /// which the tunnel receives from a leader of that node's segment is the segment's: the handshake proves it.
     pub(super) fn connected_for(&self, segment: &Segment, ip: IpAddr) -> Option<IpNet> {
         let is_observed_there = |leader: &Leader| {
-            let observed = self.inputs.observed.get(&leader.public_key());
+            let observed = leader.find_in(self.inputs.observed);
             observed.is_some_and(|observed| observed.ip() == ip)
         };
         if segment.leaders.iter().any(is_observed_there) {
@@ -309,8 +309,7 @@ impl<'a> Site<'a> {
     /// The endpoint at which this node's tunnel sends to another leader: the observed one, else the likeliest of
     /// the candidates, all of which are tried ([`super::candidates()`]).
     pub(super) fn endpoint_of(&self, leader: &Leader) -> Option<SocketAddr> {
-        let key = leader.public_key();
-        let observed = self.inputs.observed.get(&key).copied();
+        let observed = leader.find_in(self.inputs.observed).copied();
         let endpoint = match self.inputs.topology.mode {
             Mode::Native => observed.or_else(|| {
                 let candidates = self.candidates.get(&leader.peer_id())?;

@@ -100,10 +100,11 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PeerId, PeerConfig> {
             };
             let peer = PeerConfig {
                 endpoint: site.endpoint_of(leader),
-                persistent_keepalive: keepalive(site, own, &key, None),
+                persistent_keepalive: keepalive(site, own, &leader.keys, None),
                 routes,
                 accepts: accepts.clone(),
                 mtu: site.peer_mtu(leader),
+                also_keys: leader.keys.iter().skip(1).copied().collect(),
                 ..PeerConfig::new(key)
             };
             peers.insert(key, (leader.peer_id(), peer));
@@ -115,7 +116,7 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PeerId, PeerConfig> {
         let peer = PeerConfig {
             endpoint: site.endpoint_of_peer(vpn),
             preshared_key: vpn.preshared_key.clone(),
-            persistent_keepalive: keepalive(site, own, &vpn.public_key, Some(vpn)),
+            persistent_keepalive: keepalive(site, own, &[vpn.public_key], Some(vpn)),
             mtu: site.external_mtu(),
             ..PeerConfig::new(vpn.public_key).with_allowed_ips(allowed_ips)
         };
@@ -132,17 +133,18 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PeerId, PeerConfig> {
 fn keepalive(
     site: &Site<'_>,
     own: &Leader,
-    key: &PublicKey,
+    keys: &[PublicKey],
     vpn: Option<&ExternalPeer>,
 ) -> Option<NonZeroU16> {
     if own.keepalive_forced {
         return NonZeroU16::new(own.persistent_keepalive);
     }
     let of_peer = vpn.and_then(|vpn| NonZeroU16::new(vpn.persistent_keepalive));
-    let peer_addresses = site.inputs.topology.peer_addresses.get(key);
+    let peer_addresses = &site.inputs.topology.peer_addresses;
+    let peer_addresses = keys.iter().find_map(|key| peer_addresses.get(key));
     // A VPN peer without a known address must open the session.
     let has_address = vpn.is_none() || peer_addresses.is_some_and(|at| !at.candidates.is_empty());
-    let is_caller = site.inputs.callers.contains(key);
+    let is_caller = keys.iter().any(|key| site.inputs.callers.contains(key));
     of_peer.or_else(|| KEEPALIVE.filter(|_| has_address && !is_caller))
 }
 

@@ -132,7 +132,30 @@ fn write_flannel(out: &mut String, flannel: Option<&Flannel>) -> fmt::Result {
 
 fn write_tunnel(out: &mut String, tunnel: &Tunnel) -> fmt::Result {
     writeln!(out, "\ninterface: {}", tunnel.interface)?;
-    writeln!(out, "  public key: {}", tunnel.public_key)?;
+    let age = tunnel.key_age.map(|age| match age {
+        0..7_200 => format!(" (in use for {} min)", age / 60),
+        7_200..172_800 => format!(" (in use for {} h)", age / 3600),
+        _ => format!(" (in use for {} days)", age / 86_400),
+    });
+    writeln!(
+        out,
+        "  public key: {}{}",
+        tunnel.public_key,
+        age.unwrap_or_default()
+    )?;
+    let awaited = tunnel.key_awaits.unwrap_or(0);
+    if let Some(next) = &tunnel.next_key {
+        writeln!(
+            out,
+            "  next key: {next} (announced, {awaited} leaders have not answered under it)"
+        )?;
+    }
+    if let Some(previous) = &tunnel.previous_key {
+        writeln!(
+            out,
+            "  previous key: {previous} (still accepted, {awaited} peers have not moved)"
+        )?;
+    }
     if let Some(port) = tunnel.listen_port {
         let reason = tunnel.port_reason.iter();
         let reason: String = reason.map(|reason| format!(" ({reason})")).collect();

@@ -172,6 +172,21 @@ impl Collector for Latest {
             report.tunnel.port_reason.is_some().into(),
         )?;
         gauge(
+            "selvedge_key_age_seconds",
+            "Time since this node's WireGuard key was put in place",
+            i64::try_from(report.tunnel.key_age.unwrap_or(0)).unwrap_or(i64::MAX),
+        )?;
+        gauge(
+            "selvedge_key_announced",
+            "Whether another key is announced that is to replace this node's",
+            report.tunnel.next_key.is_some().into(),
+        )?;
+        gauge(
+            "selvedge_key_overlapping",
+            "Whether a key that this node replaced is still accepted",
+            report.tunnel.previous_key.is_some().into(),
+        )?;
+        gauge(
             "selvedge_desired_routes",
             "Routes in the agent's own tables",
             count(report.routes),

@@ -56,22 +56,22 @@ impl<'a> Announcements<'a> {
             discovered: BTreeMap::new(),
         };
         for node in snapshot.nodes.values() {
-            let by = |rank, claim: Option<Claim>| Announcement {
+            let by = |rank, recorded| Announcement {
                 rank,
-                recorded: claim.map_or((true, i64::MAX), |claim| node.ledger.rank(&claim)),
+                recorded,
                 created: node.created,
                 node: &node.name,
             };
             for (address, rank) in announced(node) {
                 let all = announcements.announced.entry(address).or_default();
-                // An endpoint has no record of its own. It belongs to the key that is used there.
-                all.push(by(rank, node.public_key.map(Claim::Key)));
+                // An endpoint has no record of its own, and a key may be replaced.
+                all.push(by(rank, node.ledger.seniority()));
             }
             let accepted = &claims.nodes[&node.name];
             let private = accepted.private_ip.map(|private| private.addr());
             for ip in accepted.addresses.iter().copied().chain(private) {
                 let all = announcements.holders.entry(ip).or_default();
-                all.push(by(Rank::Own, Some(Claim::Address(ip))));
+                all.push(by(Rank::Own, node.ledger.rank(&Claim::Address(ip))));
             }
         }
         let seen = leaders
@@ -92,14 +92,14 @@ impl<'a> Announcements<'a> {
     pub(super) fn of_leader(
         &self,
         leader: &Node,
-        key: PublicKey,
+        keys: &[PublicKey],
         address: Option<SocketAddr>,
         claims: &Claims<'_>,
     ) -> Vec<Candidate> {
         let own = self.own(leader, address, claims);
         let announced: BTreeSet<_> = own.iter().map(|candidate| candidate.address).collect();
         let seen: Vec<_> = self
-            .seen(&key)
+            .seen(keys)
             .filter(|seen| !announced.contains(seen))
             .collect();
         let port = address.or_else(|| leader.candidates.first().copied());
@@ -122,13 +122,22 @@ impl<'a> Announcements<'a> {
     /// The candidates of a VPN peer: the address in its object, then those at which leaders observed it.
     pub(super) fn of_peer(&self, key: &PublicKey, address: Option<SocketAddr>) -> Vec<Candidate> {
         let own = address.map(|address| (address, Origin::Forced));
-        let seen = self.seen(key).map(|address| (address, Origin::Discovered));
+        let seen = self.seen(std::slice::from_ref(key));
+        let seen = seen.map(|address| (address, Origin::Discovered));
         let all = own.into_iter().chain(seen);
         distinct(all.map(|(address, origin)| Candidate { address, origin }))
     }
 
-    fn seen(&self, key: &PublicKey) -> impl Iterator<Item = SocketAddr> + '_ {
-        self.discovered.get(key).into_iter().flatten().copied()
+    /// The observed addresses of a peer with these keys, in the order of the keys.
+    fn seen(&self, keys: &[PublicKey]) -> impl Iterator<Item = SocketAddr> + use<> {
+        let places = keys.iter().filter_map(|key| self.discovered.get(key));
+        let mut seen = Vec::new();
+        for place in places.flatten() {
+            if !seen.contains(place) {
+                seen.push(*place);
+            }
+        }
+        seen.into_iter()
     }
 
     fn own(

@@ -28,6 +28,8 @@ const WIDEST: [u8; 2] = [8, 16];
 pub(super) struct Accepted {
     /// Whether its key is accepted.
     pub(super) key: bool,
+    /// Its other accepted keys.
+    pub(super) other_keys: Vec<PublicKey>,
     pub(super) pod_cidrs: Vec<IpNet>,
     /// Its own addresses, whether or not another node has them too: at most the private one and one of
     /// each family.
@@ -192,26 +194,39 @@ impl<'a> Claims<'a> {
     }
 
     fn judge_keys(&mut self) {
-        let nodes = self.snapshot.nodes.values().filter_map(|node| {
-            let key = node.public_key?;
-            Some((order_of(node, &Claim::Key(key)), key))
+        let nodes = self.snapshot.nodes.values().flat_map(|node| {
+            let current = node.public_key.map(|key| (key, false));
+            let others = node.other_keys.iter().map(|key| (key, true));
+            let others = others.filter(move |_| current.is_some());
+            let keys = current.into_iter().chain(others);
+            keys.map(|(key, other)| (order_of(node, &Claim::Key(key)), key, other))
         });
         let peers = self.snapshot.peers.values();
-        let peers = peers.map(|peer| (order_of_peer(peer), peer.public_key));
+        let peers = peers.map(|peer| (order_of_peer(peer), peer.public_key, false));
         let mut claimants = nodes.chain(peers).collect::<Vec<_>>();
         claimants.sort();
 
         let mut holders = BTreeMap::<PublicKey, Object>::new();
-        for ((_, _, object), key) in claimants {
+        for ((_, _, object), key, is_other) in claimants {
             if let Some(holder) = holders.get(&key) {
-                let reason = Reason::TakenBy(holder.clone());
-                self.exclude(object, Field::Key, reason);
+                let field = if is_other {
+                    Field::OtherKey
+                } else {
+                    Field::Key
+                };
+                if *holder != object {
+                    self.exclude(object, field, Reason::TakenBy(holder.clone()));
+                }
                 continue;
             }
             match &object {
                 Object::Node(name) => {
                     if let Some(accepted) = self.nodes.get_mut(name) {
-                        accepted.key = true;
+                        if is_other {
+                            accepted.other_keys.push(key);
+                        } else {
+                            accepted.key = true;
+                        }
                     }
                 }
                 Object::Peer(name) => {

@@ -27,6 +27,8 @@ pub enum Field {
     Whole,
     /// The WireGuard key, and with it the rest.
     Key,
+    /// A key that a node has beside its current one while it replaces it.
+    OtherKey,
     /// A pod CIDR.
     PodCidr(IpNet),
     /// The address of the node.
@@ -135,6 +137,7 @@ impl fmt::Display for Field {
         match self {
             Self::Whole => f.write_str("the whole object"),
             Self::Key => f.write_str("the WireGuard key"),
+            Self::OtherKey => f.write_str("its next or previous WireGuard key"),
             Self::PodCidr(net) => write!(f, "pod CIDR {net}"),
             Self::NodeAddress(ip) => write!(f, "node address {ip}"),
             Self::Alias(ip) => write!(f, "alias {ip}"),

@@ -1,5 +1,6 @@
 //! A leader of a segment, and the addresses at which it may be reached.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU8;
@@ -85,6 +86,11 @@ impl Leader {
     pub fn public_key(&self) -> PublicKey {
         let key = self.keys.first();
         *key.expect("a node without a key takes no part in the election")
+    }
+
+    /// What is known of the leader by one of its keys, the current one first.
+    pub fn find_in<'a, T>(&self, by_key: &'a BTreeMap<PublicKey, T>) -> Option<&'a T> {
+        self.keys.iter().find_map(|key| by_key.get(key))
     }
 
     /// The leader's name in a tunnel device.

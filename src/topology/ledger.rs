@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::SegmentName;
 use crate::wireguard::key::PublicKey;
 
-/// The most entries of a ledger. A node claims a key, a region, a lead and an address of each family, and
+/// The most entries of a ledger. A node claims a key, or two while it replaces it, a region, a lead and an address of each family, and
 /// keeps no claim that it gave up.
 pub const MAX_ENTRIES: usize = 16;
 
@@ -58,6 +58,13 @@ impl Ledger {
             .binary_search_by(|(known, _)| known.cmp(claim))
             .ok()?;
         Some(self.0[index].1)
+    }
+
+    /// The rank of a node among others by its oldest record, in the order of [`Self::rank`]: it does not change with
+    /// the node's key.
+    pub fn seniority(&self) -> (bool, i64) {
+        let oldest = self.0.iter().map(|(_, since)| *since).min();
+        oldest.map_or((true, i64::MAX), |since| (false, since))
     }
 
     /// The rank of the claim among equal ones: recorded before unrecorded, then by time. The least wins.

@@ -74,14 +74,19 @@ pub(super) fn topology(
             .endpoint
             .as_ref()
             .and_then(|endpoint| claims.endpoint_address(&object, endpoint));
-        let candidates = announcements.of_leader(node, public_key, address, &claims);
+        let others = &claims.nodes[&node.name].other_keys;
+        let keys: Vec<_> = std::iter::once(public_key)
+            .chain(others.iter().copied())
+            .collect();
+        let candidates = announcements.of_leader(node, &keys, address, &claims);
+        let seen = keys.iter().find_map(|key| discovered.get(key)).copied();
         let behind_nat = is_behind_nat(node, &candidates);
         Some(Leader {
             node: node.name.clone(),
-            keys: vec![public_key],
+            keys,
             endpoint: node.endpoint.clone(),
             address,
-            discovered: discovered.get(&public_key).copied().filter(|_| behind_nat),
+            discovered: seen.filter(|_| behind_nat),
             candidates,
             behind_nat,
             persistent_keepalive: keepalive(node, behind_nat),

@@ -166,7 +166,9 @@ impl Pairings {
     ) -> Result<(Pair, SessionKeys), WireGuardError> {
         let index = match parse_incoming_packet(message)? {
             Packet::HandshakeResponse(response) => response.receiver_idx,
-            _ => return Err(WireGuardError::InvalidPacket),
+            Packet::HandshakeInit(_) | Packet::PacketCookieReply(_) | Packet::PacketData(_) => {
+                return Err(WireGuardError::InvalidPacket);
+            }
         };
         let mut pairings = self.all.iter_mut();
         let awaits = |pairing: &&mut Pairing| pairing.noise.awaiting().contains(&Some(index));

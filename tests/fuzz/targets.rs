@@ -14,8 +14,8 @@ use selvedge::cluster::since;
 use selvedge::flannel::{Lease, NetConf, SubnetEnv};
 use selvedge::kernel;
 use selvedge::topology::{
-    Endpoint, Granularity, LeaderCount, Ledger, Mode, Node, NodeName, RegionName, Settings,
-    Snapshot, Topology,
+    Endpoint, Granularity, LeaderCount, Ledger, Mode, Node, NodeName, OtherKeys, RegionName,
+    Settings, Snapshot, Topology,
 };
 use selvedge::wireguard::gso::{Coalescer, Split, VNET_HEADER, VnetHeader};
 use selvedge::wireguard::key::PublicKey;
@@ -387,6 +387,7 @@ fn any_node(
         last_seen: Some(i64::from(region) * 8),
         ours: !has(7),
         ledger: Ledger::default(),
+        other_keys: OtherKeys::default(),
         lease: None,
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use selvedge::agent::controller::{Controller, Effect, Setup, WallClock};
 use selvedge::agent::kernel_facts::KernelFacts;
+use selvedge::agent::key_rotation::OwnKeys;
 use selvedge::cluster::View;
 use selvedge::config::Config;
 use selvedge::diff::Change;
@@ -116,7 +117,7 @@ impl Node {
     pub(crate) fn start(&mut self, now: Instant, run: u64, mutant: Mutant) {
         let setup = Setup {
             config: Arc::clone(&self.config),
-            public_key: self.key,
+            keys: OwnKeys::of(self.key),
             key_files: Vec::new(),
             resolved: Arc::default(),
         };
@@ -274,6 +275,8 @@ impl Node {
                     | Effect::Translate(_)
                     | Effect::Report(_)
                     | Effect::KeepGuard(_)
+                    | Effect::ChangeKeys(_)
+                    | Effect::TryKey { .. }
                     | Effect::Resolve(_) => {}
                 }
             }

@@ -3,6 +3,7 @@
 //! Here one node's schedule, decisions and reconciler meet any cluster and any faults; in [`three_agents`] and
 //! [`several_leaders`] the whole controllers of several nodes meet each other in a [`world`].
 
+mod key_rotation;
 mod several_leaders;
 mod three_agents;
 mod world;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use proptest::prelude::*;
 use selvedge::agent::decision::{self, Facts};
+use selvedge::agent::key_rotation::OwnKeys;
 use selvedge::agent::schedule::{Outcome, Schedule};
 use selvedge::config::Config;
 use selvedge::diff::{Change, KernelChange};
@@ -164,7 +166,7 @@ impl Sim {
         Arc::make_mut(&mut facts.snapshot)
             .nodes
             .retain(|name, _| !self.absent.contains(name));
-        let decision = decision::decide(&facts, &self.config, crate::mesh::key(1));
+        let decision = decision::decide(&facts, &self.config, &OwnKeys::of(crate::mesh::key(1)));
         decision.desired
     }
 

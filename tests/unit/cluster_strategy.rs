@@ -9,7 +9,8 @@ use proptest::prelude::*;
 use selvedge::flannel::Backend;
 use selvedge::policy::{Encapsulation, OnTunnelDown};
 use selvedge::topology::{
-    Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, RegionName, SegmentName,
+    Claim, Endpoint, ExternalPeer, Granularity, Ledger, Node, NodeName, OtherKeys, RegionName,
+    SegmentName,
 };
 
 use crate::mesh::{Mesh, With, addr, ip, key, net, recorded, vpn_peer};
@@ -155,6 +156,7 @@ pub(crate) fn node(number: u8) -> impl Strategy<Value = Node> {
             last_seen: age.map(|age| 1_000_000 - age),
             ours: true,
             ledger: Ledger::default(),
+            other_keys: OtherKeys::default(),
             lease: None,
         }
         .with(|node| node.ledger = ledger(node, times))

@@ -16,7 +16,7 @@ use selvedge::probe::Verdicts;
 use selvedge::state::{NextHop, State};
 use selvedge::topology::{
     self, Claim, Endpoint, ExternalPeer, Granularity, LeaderCount, Ledger, Node, NodeName,
-    RegionName, Resolved, SegmentName, Snapshot, Topology,
+    OtherKeys, RegionName, Resolved, SegmentName, Snapshot, Topology,
 };
 use selvedge::wireguard::key::PublicKey;
 use selvedge::wireguard::{PeerConfig, PeerId};
@@ -307,6 +307,7 @@ pub(crate) fn node(name: &str, region: &str, seed: u8, address: &str) -> Node {
         last_seen: None,
         ours: true,
         ledger: Ledger::default(),
+        other_keys: OtherKeys::default(),
         lease: None,
     }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use super::super::key_rotation::KeyStep;
 use super::super::saved_view::SavedView;
 use crate::cluster::{Annotations, Notice, Verdicts};
 use crate::guard::Guard;
@@ -11,6 +12,7 @@ use crate::probe::Targets;
 use crate::reconciler::core::Desired;
 use crate::topology::Topology;
 use crate::wireguard::PeerId;
+use crate::wireguard::key::PublicKey;
 
 /// One thing to do. None of them is waited for.
 #[derive(Debug)]
@@ -38,6 +40,16 @@ pub enum Effect {
     },
     /// Translate these aliases at the tunnel, each to the address of its host. They replace the last ones.
     Translate(BTreeMap<IpAddr, IpAddr>),
+    /// Change the node's keys on disk and in the tunnel, and hand the result in by
+    /// [`handle_keys`](super::Controller::handle_keys).
+    ChangeKeys(KeyStep),
+    /// Send one handshake initiation to each of these peers under an own key.
+    TryKey {
+        /// The key.
+        key: PublicKey,
+        /// The peers.
+        peers: Vec<PeerId>,
+    },
     /// Make the node so. It replaces what was asked for before.
     Reconcile(Desired),
     /// Send echoes to these targets, and answer theirs.

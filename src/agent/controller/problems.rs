@@ -73,7 +73,7 @@ impl Controller {
     /// Finds the obstacles that the operator has to remove. Returns whether they have changed.
     pub(super) fn look_for_obstacles(&mut self) -> bool {
         let (own, topology) = (&self.config.node, &self.decision.topology);
-        let holder = obstacle::holder_of_key(&self.facts.snapshot, own, self.public_key);
+        let holder = obstacle::holder_of_key(&self.facts.snapshot, own, self.public_key());
         let mut obstacles = Vec::new();
         obstacles.extend(obstacle::key_taken(topology, holder, own, &self.key_files));
         let obstacle = |field: &str, sentence: &String| Obstacle {

@@ -22,7 +22,7 @@ fn controller(now: Instant) -> Controller {
     let config = Config::from_args(["--hostname=a1"]).unwrap();
     let setup = Setup {
         config: Arc::new(config),
-        public_key: PublicKey([1; 32]),
+        keys: OwnKeys::of(PublicKey([1; 32])),
         key_files: Vec::new(),
         resolved: Arc::default(),
     };

@@ -16,6 +16,7 @@ impl Controller {
     pub fn handle_tunnel(&mut self, now: Instant, stats: &Stats) {
         self.decided = false;
         self.wait_for_servers(now);
+        self.follow_keys(now, stats);
         if self.take_stats(now, stats) {
             self.readiness.handle_unrest(now);
             self.schedule.handle_trigger(now);

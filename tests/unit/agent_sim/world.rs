@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use selvedge::agent::controller::{Controller, Effect, Setup, ShellFacts, WallClock};
 use selvedge::agent::kernel_facts::{FlannelFacts, KernelFacts};
+use selvedge::agent::key_rotation::{KeyStep, OwnKeys};
 use selvedge::cluster::{ParseSettings, View, node};
 use selvedge::config::Config;
 use selvedge::diff::{Change, KernelChange};
@@ -26,7 +27,7 @@ use selvedge::state::{RouteKey, Ruleset, State};
 use selvedge::status::Report;
 use selvedge::topology::{Node, NodeName, Snapshot, Topology};
 use selvedge::wireguard::key::PublicKey;
-use selvedge::wireguard::{PeerStats, Stats};
+use selvedge::wireguard::{Pair, PeerConfig, PeerId, PeerStats, Stats};
 use serde_json::{Value, json};
 
 use crate::echo_net::Net;
@@ -96,7 +97,11 @@ pub(super) struct Agent {
     /// What `nft` is at, and when it ends.
     nft: Option<(Instant, Job)>,
     pub(super) node: OneBadRoute,
-    key: PublicKey,
+    pub(super) keys: OwnKeys,
+    /// The key of its sessions with peers that never answered under another one.
+    first_key: PublicKey,
+    /// The own key of the session with each peer, where it is another one.
+    sealed_under: BTreeMap<PeerId, PublicKey>,
     address: SocketAddr,
     pub(super) shown: Arc<Topology>,
     /// Whether the controller waits for facts.
@@ -172,7 +177,7 @@ impl World {
             let key = mesh::key(number);
             let setup = Setup {
                 config: Arc::new(config),
-                public_key: key,
+                keys: OwnKeys::of(key),
                 key_files: Vec::new(),
                 resolved: Arc::default(),
             };
@@ -185,7 +190,9 @@ impl World {
                     refused: None,
                     attempts: RefCell::default(),
                 },
-                key,
+                keys: OwnKeys::of(key),
+                first_key: key,
+                sealed_under: BTreeMap::new(),
                 address: SocketAddr::new(address.parse().unwrap(), 51820),
                 shown: Arc::default(),
                 asked: false,
@@ -273,16 +280,23 @@ impl World {
     /// What the tunnel of a node tells: a session with every peer that sends to where this node is.
     fn stats(&mut self, name: &str) -> Stats {
         let own = &self.agents[name];
-        let (key, address) = (own.key, own.address);
+        let (keys, address) = (own.keys, own.address);
+        let is_own = |peer: &PeerConfig| {
+            let mut own = std::iter::once(keys.current).chain(keys.others.iter());
+            own.any(|key| peer.public_key == key || peer.also_keys.contains(&key))
+        };
         let peers = own.node.kernel.observe().peers;
         let peers: Vec<_> = peers
             .into_iter()
             .map(|(id, config)| {
                 let peer = config.public_key;
-                let other = self.agents.values().find(|other| other.key == peer);
+                let has_it = |keys: &OwnKeys| {
+                    keys.current == peer || keys.others.iter().any(|other| other == peer)
+                };
+                let other = self.agents.values().find(|other| has_it(&other.keys));
                 let is_mutual = other.is_some_and(|other| {
                     let peers = other.node.kernel.observe().peers;
-                    let back = peers.values().find(|peer| peer.public_key == key);
+                    let back = peers.values().find(|peer| is_own(peer));
                     config.endpoint == Some(other.address)
                         && back.and_then(|peer| peer.endpoint) == Some(address)
                 });
@@ -296,7 +310,10 @@ impl World {
             *received += u64::from(is_mutual) * 148;
             let stats = PeerStats {
                 public_key,
-                pair: None,
+                pair: is_mutual.then(|| Pair {
+                    own: own.sealed_under.get(&id).copied().unwrap_or(own.first_key),
+                    peer: public_key,
+                }),
                 endpoint: config.endpoint,
                 relayed: false,
                 rx_bytes: *received,
@@ -330,6 +347,8 @@ impl World {
                 }
                 Effect::Show(topology) => agent.shown = topology,
                 Effect::FindPeer { .. } => agent.tried += 1,
+                Effect::ChangeKeys(step) => self.change_keys(name, step),
+                Effect::TryKey { key, peers } => self.try_key(name, key, peers),
                 Effect::Probe(targets) => {
                     // Without its own route an echo would take the default route, past the tunnel.
                     let routes = agent.node.kernel.observe().routes;
@@ -349,6 +368,51 @@ impl World {
                 | Effect::Resolve(_) => {}
             }
         }
+    }
+
+    /// Makes a step as the disk would. The number of the next key is 100 more.
+    fn change_keys(&mut self, name: &str, step: KeyStep) {
+        let unix = self.wall().node;
+        let now = self.now;
+        let agent = self.agents.get_mut(name).unwrap();
+        let OwnKeys {
+            current,
+            others,
+            since,
+        } = &mut agent.keys;
+        match step {
+            KeyStep::Make => others.next = Some(mesh::key(current.0[0] + 100)),
+            KeyStep::Switch => {
+                others.previous = others.next.take();
+                std::mem::swap(current, others.previous.as_mut().unwrap());
+                *since = unix;
+            }
+            KeyStep::Retire => others.previous = None,
+        }
+        agent.controller.handle_keys(now, step, Ok(agent.keys));
+    }
+
+    /// The peers that know a key of this node answer under it.
+    fn try_key(&mut self, name: &str, key: PublicKey, peers: Vec<PeerId>) {
+        let knows = |id: &PeerId| {
+            let other = &self.agents[id.as_str().strip_prefix("node/").unwrap()];
+            let peers = other.node.kernel.observe().peers;
+            let mut peers = peers.values();
+            !other.is_dead
+                && peers.any(|peer| peer.public_key == key || peer.also_keys.contains(&key))
+        };
+        let answered: Vec<_> = peers.into_iter().filter(knows).collect();
+        let agent = self.agents.get_mut(name).unwrap();
+        agent
+            .sealed_under
+            .extend(answered.into_iter().map(|id| (id, key)));
+    }
+
+    /// A node begins to replace its key.
+    pub(super) fn rotate_key(&mut self, name: &str) {
+        let now = self.now;
+        let agent = self.agents.get_mut(name).unwrap();
+        agent.controller.handle_key_request(now).unwrap();
     }
 
     fn publish(&mut self, name: &str, published: &BTreeMap<&'static str, String>) {
@@ -530,6 +594,11 @@ impl World {
     pub(super) fn has_route(&self, name: &str, dst: &str) -> bool {
         let state = self.agents[name].node.kernel.observe();
         state.routes.keys().any(|key| key.dst == net(dst))
+    }
+
+    /// The agents see what a test wrote.
+    pub(super) fn touch(&mut self) {
+        self.seen_at.get_or_insert(self.now + WATCH);
     }
 
     pub(super) fn set_ready(&mut self, name: &str, ready: bool) {

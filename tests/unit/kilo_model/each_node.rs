@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use proptest::prelude::*;
 use selvedge::agent::publication;
 use selvedge::config::Config;
-use selvedge::topology::{Endpoint, Granularity, Ledger, NodeName, Topology};
+use selvedge::topology::{Endpoint, Granularity, Ledger, NodeName, OtherKeys, Topology};
 use selvedge::wireguard::key::PublicKey;
 
 use super::{Hits, ModelSegment, model_peers};
@@ -163,6 +163,7 @@ pub(super) fn annotations_are_kilos(
         offered: &[],
         port: config.port,
         public_key,
+        other_keys: OtherKeys::default(),
         heard: &mesh.observed,
         last_seen: 999_999,
         server_time: None,

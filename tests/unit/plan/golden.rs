@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use selvedge::agent::publication;
 use selvedge::state::{Scope, State};
-use selvedge::topology::{Ledger, NodeName};
+use selvedge::topology::{Ledger, NodeName, OtherKeys};
 
 use super::Mesh;
 
@@ -243,6 +243,7 @@ pub(crate) fn annotations(
         offered: &[],
         port: 51820,
         public_key: node.public_key.unwrap(),
+        other_keys: OtherKeys::default(),
         heard: &heard.collect(),
         last_seen: 1_000,
         server_time: None,

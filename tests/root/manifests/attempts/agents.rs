@@ -77,6 +77,28 @@ pub(super) fn agents(table: &mut Table, all: &Parties) {
         &value(4097),
     );
     table.allowed("of 4,096", agent_a, &value(4096));
+    for name in ["selvedge.dev/next-key", "selvedge.dev/previous-key"] {
+        let key = |path| annotate(path, json!({name: KEY}));
+        table.refused(
+            &format!("{name} of another node"),
+            agent_a,
+            "annotations/own-node",
+            &key(NODE_B),
+        );
+        table.allowed("its own agent", agent_b, &key(NODE_B));
+        table.refused(
+            &format!("{name} that is no key"),
+            agent_a,
+            "annotations",
+            &annotate(NODE_A, json!({name: "AAAA"})),
+        );
+        table.allowed("a key", agent_a, &key(NODE_A));
+        table.allowed(
+            "none any more",
+            agent_a,
+            &annotate(NODE_A, json!({name: null})),
+        );
+    }
     let foreign = annotate(
         NODE_A,
         json!({"flannel.alpha.coreos.com/public-ip": "203.0.113.66"}),
