@@ -343,8 +343,9 @@ pub fn reached_within(
     })
 }
 
-/// A pod's packet that fits flannel's link but not the path to another region is answered by "fragmentation needed"
-/// or "packet too big" from a node of its own region, with the MTU of the leader's route.
+/// A pod's packet that fits its link but not the path to another region is answered by "fragmentation needed" or
+/// "packet too big" from nodes of its own region: at last with the MTU of the leader's route, unless flannel's device
+/// carries less.
 ///
 /// # Errors
 ///
@@ -355,42 +356,54 @@ pub fn too_large_is_refused_in_its_region(
     leader: &str,
     to: IpAddr,
 ) -> anyhow::Result<String> {
-    let pod = lab.pod(node)?;
-    // With 8 bytes of ICMP and the header of IP what the pod's link of 1450 takes.
-    let (payload, complaint) = match Family::of(to) {
-        Family::V4 => (1422, "Frag needed"),
-        Family::V6 => (1402, "Packet too big"),
+    let pod = lab.pod(node)?.namespace();
+    let (headers, complaint) = match Family::of(to) {
+        Family::V4 => (28, "Frag needed"),
+        Family::V6 => (48, "Packet too big"),
     };
-    let output = pod
-        .namespace()
-        .attempt(&format!("ping -M do -s {payload} -c 1 -W 2 {to}"))?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let complaint = text
-        .lines()
-        .find(|line| line.contains(complaint))
-        .with_context(|| format!("no answer \"{complaint}\": {text}"))?;
-    let from: IpAddr = complaint
-        .split_whitespace()
-        .nth(1)
-        .and_then(|word| word.trim_end_matches(':').parse().ok())
-        .with_context(|| complaint.to_owned())?;
     let mut homes = Vec::new();
     for other in lab.node_names() {
         if !lab.apart(node, &other)? {
             homes.extend(lab.pod_cidrs(&other)?);
         }
     }
-    let at_home = homes.iter().any(|home| home.contains(&from));
-    ensure!(at_home, "the region has {homes:?}, but {from} answered");
     let route = lab.node(leader)?.run(&format!("ip route get {to}"))?;
-    let mut words = route.split_whitespace().skip_while(|word| *word != "mtu");
-    let mtu = words.find(|word| word.parse::<u32>().is_ok());
-    let size = complaint.trim_end_matches(')').rsplit(['=', ' ']).next();
-    ensure!(
-        size.is_some() && size == mtu,
-        "{leader} has {route}: {complaint}"
-    );
-    Ok(complaint.trim().to_owned())
+    let words = route.split_whitespace().skip_while(|word| *word != "mtu");
+    let mtu: Option<u32> = words.filter_map(|word| word.parse().ok()).next();
+    let mtu = mtu.with_context(|| format!("{leader} has {route}"))?;
+
+    let mut size = 1450;
+    let mut said = String::new();
+    let mut is_own = false;
+    while size > mtu {
+        let line = format!("ping -M do -s {} -c 1 -W 2 {to}", size - headers);
+        let output = pod.attempt(&line)?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let complaint = text
+            .lines()
+            .find(|line| line.contains(complaint))
+            .with_context(|| format!("no answer \"{complaint}\" to {size} bytes: {text}"))?;
+        let from: IpAddr = complaint
+            .split_whitespace()
+            .nth(1)
+            .and_then(|word| word.parse().ok())
+            .with_context(|| complaint.to_owned())?;
+        let at_home = homes.iter().any(|home| home.contains(&from));
+        ensure!(at_home, "the region has {homes:?}, but {from} answered");
+        let told = complaint.trim_end_matches(')').rsplit(['=', ' ']).next();
+        let told: u32 = told.and_then(|size| size.parse().ok()).unwrap_or(size);
+        ensure!(
+            told < size,
+            "{size} bytes, {leader} has {route}: {complaint}"
+        );
+        size = told;
+        is_own = lab.pod_cidrs(node)?.iter().any(|own| own.contains(&from));
+        complaint.trim().clone_into(&mut said);
+    }
+    ensure!(size == mtu || is_own, "{leader} has {route}: {said}");
+    let line = format!("ping -M do -s {} -c 1 -W 2 {to}", size - headers);
+    pod.run(&line)?;
+    Ok(said)
 }
 
 /// All that Selvedge has installed on a node, as text that is equal when the state is.
