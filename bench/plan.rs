@@ -114,6 +114,7 @@ fn failover(criterion: &mut Criterion) {
         let verdicts = Verdicts {
             peers: to.map(|(far, state)| (far.peer_id(), state)).collect(),
             leaders: through.collect(),
+            ..Verdicts::default()
         };
         for (role, me) in [
             ("leader", near.primary().node.clone()),

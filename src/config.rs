@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::{Args as _, Command, FromArgMatches as _};
 use ipnet::IpNet;
 
-use crate::policy::{Encapsulation, OnTunnelDown};
+use crate::policy::{Encapsulation, OnTunnelDown, Relaying};
 use crate::refusal::Refusal;
 use crate::telemetry::{LogFormat, LogLevel};
 use crate::topology::{Granularity, LeaderCount, NodeName, RegionName, overlap};
@@ -73,6 +73,8 @@ pub struct Config {
     pub on_tunnel_down: OnTunnelDown,
     /// `--peer-internet`: whether VPN peers may leave the cluster through a leader.
     pub peer_internet: bool,
+    /// `--relay`: which regions relay between regions that do not reach each other.
+    pub relaying: Relaying,
     /// `--interface`: the name of the tunnel's link.
     pub interface: String,
     /// `--port`: the port of the endpoint that the agent detects.
@@ -179,6 +181,7 @@ impl Config {
             beside_kilo: flags.beside_kilo,
             on_tunnel_down: flags.on_tunnel_down,
             peer_internet: flags.peer_internet,
+            relaying: flags.relay,
             interface: flags.interface,
             port: flags.port,
             mtu: flags.mtu,

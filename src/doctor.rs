@@ -239,6 +239,7 @@ fn of_report(report: &Report) -> Vec<Finding> {
     }
     findings.extend(report.peers.iter().filter_map(silent));
     findings.extend(report.paths.iter().filter_map(path));
+    findings.extend(report.paths.iter().filter_map(relayed));
     findings.extend(mtu(report));
     findings
 }
@@ -258,6 +259,18 @@ fn path(path: &status::LeaderPath) -> Option<Finding> {
     ))
 }
 
+/// A path that goes through a relay.
+fn relayed(path: &status::LeaderPath) -> Option<Finding> {
+    let via = path.via.as_ref()?;
+    Some(Finding::warning(
+        format!(
+            "Leader {} of {} is reached through leader {} of {} since {} s, not directly.",
+            path.name, path.region, via.leader, via.region, via.since
+        ),
+        "Nothing is lost by it but speed. For a direct path let UDP through between the two regions: the candidates above show what was tried.",
+    ))
+}
+
 fn silent(peer: &status::Peer) -> Option<Finding> {
     if !peer.is_silent() {
         return None;
@@ -269,7 +282,7 @@ fn silent(peer: &status::Peer) -> Option<Finding> {
     let (remedy, severity) = match &peer.endpoint {
         Some(endpoint) if peer.both_behind_nat => (
             format!(
-                "This node and {endpoint} are both behind NAT. If one of the NATs maps each destination to another port (symmetric NAT), they cannot connect: give one region a leader with a public address, or forward a port to its leader and annotate it with force-endpoint."
+                "This node and {endpoint} are both behind NAT. If one of the NATs maps each destination to another port (symmetric NAT), they cannot connect, and no third region relays: give one region a leader with a public address, or forward a port to its leader and annotate it with force-endpoint."
             ),
             Severity::Problem,
         ),
@@ -429,6 +442,27 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("does not forward for its region"), "{text}");
+    }
+
+    #[test]
+    fn a_path_through_a_relay_is_reported() {
+        let mut report = healthy();
+        report.paths = vec![status::LeaderPath {
+            name: "b1".into(),
+            region: "location:b".into(),
+            state: "up".into(),
+            via: Some(status::Via {
+                leader: "c1".into(),
+                region: "location:c".into(),
+                since: 7,
+            }),
+            ..status::LeaderPath::default()
+        }];
+        let text = found(&report);
+        assert!(
+            text.contains("b1 of location:b is reached through leader c1 of location:c since 7 s"),
+            "{text}"
+        );
     }
 
     #[test]

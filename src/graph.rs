@@ -1,11 +1,12 @@
 //! Draws the mesh: DOT as Kilo's, SVG, and text for a terminal.
 //!
 //! Everything is rendered here, without graphviz, from the [`Topology`] alone. The present traffic of the tunnels
-//! is shown by `selvedge status`.
+//! is shown by `selvedge status`. Only the relays that one node uses are added, to the text, where its agent says them.
 
 use std::fmt;
 use std::str::FromStr;
 
+use crate::status::Report;
 use crate::topology::{Leader, Member, SegmentName, Topology};
 
 mod command;
@@ -46,12 +47,36 @@ impl FromStr for Format {
     }
 }
 
-/// Draws the mesh.
-pub fn render(topology: &Topology, format: Format) -> String {
+/// A path that goes through a relay, as one node's agent sees it.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Relayed {
+    /// The leader that uses the relay.
+    pub from: String,
+    /// The leader that relays, and its region.
+    pub via: (String, String),
+    /// The leader that is reached.
+    pub to: String,
+}
+
+/// The relayed paths in an agent's report.
+pub fn relayed(report: &Report) -> Vec<Relayed> {
+    let paths = report.paths.iter().filter_map(|path| {
+        let via = path.via.as_ref()?;
+        Some(Relayed {
+            from: report.node.clone(),
+            via: (via.leader.clone(), via.region.clone()),
+            to: path.name.clone(),
+        })
+    });
+    paths.collect()
+}
+
+/// Draws the mesh, as text with the relays of one node.
+pub fn render(topology: &Topology, format: Format, relayed: &[Relayed]) -> String {
     match format {
         Format::Dot => dot(topology),
         Format::Svg => svg(topology),
-        Format::Text => text(topology),
+        Format::Text => text(topology, relayed),
     }
 }
 
@@ -88,6 +113,7 @@ pub fn page(
     topology: &Topology,
     format: Option<&str>,
     layout: Option<&str>,
+    relayed: &[Relayed],
 ) -> Result<Page, PageError> {
     let format = match format {
         None | Some("") => Format::Svg,
@@ -107,7 +133,7 @@ pub fn page(
             Format::Svg => "image/svg+xml",
             Format::Dot | Format::Text => "text/plain; charset=utf-8",
         },
-        body: render(topology, format),
+        body: render(topology, format, relayed),
     })
 }
 

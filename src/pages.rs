@@ -198,10 +198,16 @@ struct Picture {
 
 async fn graph(State(pages): State<Pages>, Query(picture): Query<Picture>) -> Response {
     let topology = Arc::clone(&pages.topology.borrow());
+    let relayed = match report(&pages).await {
+        Ok(report) => crate::graph::relayed(&report),
+        // The drawing needs no answer of the loop.
+        Err(_) => Vec::new(),
+    };
     // Not on the event loop: a full mesh of a thousand nodes gives half a million lines.
     let page = tokio::task::spawn_blocking(move || {
         let Picture { format, layout } = picture;
-        crate::graph::page(&topology, format.as_deref(), layout.as_deref())
+        let (format, layout) = (format.as_deref(), layout.as_deref());
+        crate::graph::page(&topology, format, layout, &relayed)
     });
     match page.await.expect("a panic ends the process") {
         Ok(page) => ([(header::CONTENT_TYPE, page.content_type)], page.body).into_response(),

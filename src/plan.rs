@@ -9,7 +9,7 @@ use std::num::NonZeroU16;
 use ipnet::IpNet;
 
 use crate::flannel::Flannel;
-use crate::policy::{Encapsulation, OnTunnelDown};
+use crate::policy::{Encapsulation, OnTunnelDown, Relaying};
 use crate::probe::Verdicts;
 use crate::state::{OtherRule, Ruleset, State};
 use crate::topology::{NodeName, Topology};
@@ -22,6 +22,7 @@ mod firewall;
 mod mtu;
 mod paths;
 mod precedence;
+mod relay;
 mod routes;
 mod site;
 mod tunnel;
@@ -29,6 +30,7 @@ mod tunnel;
 pub use candidates::{Candidates, candidates, observed_addresses};
 pub use caveat::{Caveat, caveats};
 pub use precedence::{Place, place};
+pub use relay::{is_relayed, relayed_candidates};
 use site::Site;
 
 /// This node's own flags.
@@ -55,6 +57,8 @@ pub struct Settings {
     pub service_cidrs: Vec<IpNet>,
     /// `--peer-internet`.
     pub peer_internet: bool,
+    /// `--relay`.
+    pub relaying: Relaying,
 }
 
 /// The inputs of [`plan()`].

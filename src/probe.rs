@@ -11,6 +11,9 @@
 //! both ways. The [`Prober`] sends and answers, [`targets()`] says whose, [`message`] has the wire format, and
 //! [`crate::liveness::path`] decides whether a path is up.
 //!
+//! Leaders also say to each other which segments they reach directly, and [`relay`] chooses by that which of them relays
+//! to a segment that a leader does not reach itself.
+//!
 //! The verdicts enter the plan of this node alone, never the topology, on which all nodes must agree.
 
 pub mod message;
@@ -18,13 +21,14 @@ mod mtus;
 pub mod path_mtu;
 mod prober;
 mod rate;
+pub mod relay;
 mod responder;
 mod targets;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 pub use self::path_mtu::Sizes;
-pub use self::prober::{MtuStats, News, PORT, PathKind, PathStats, Prober, Transmit};
+pub use self::prober::{MtuStats, News, PORT, PathKind, PathStats, Prober, Transmit, Via};
 pub use self::responder::Forwarding;
 pub use self::targets::{Far, Lead, Targets, targets};
 use crate::liveness::PathState;
@@ -39,6 +43,8 @@ pub struct Verdicts {
     pub peers: BTreeMap<PeerId, PathState>,
     /// The paths through the other leaders of the own region.
     pub leaders: BTreeMap<NodeName, RegionLeader>,
+    /// The leaders that relay to the segments that this leader does not reach directly.
+    pub relays: BTreeMap<SegmentName, PeerId>,
 }
 
 /// What is known of another leader of the own region.
@@ -48,6 +54,8 @@ pub struct RegionLeader {
     pub state: PathState,
     /// The segments that it says it does not reach.
     pub unreached: BTreeSet<SegmentName>,
+    /// The segments that it says it reaches directly, on a leader; `None` where it says nothing of relays.
+    pub direct: Option<BTreeSet<SegmentName>>,
 }
 
 impl Verdicts {
@@ -62,5 +70,16 @@ impl Verdicts {
             return Some(PathState::Unknown);
         };
         (!leader.unreached.contains(to)).then_some(leader.state)
+    }
+
+    /// Whether another leader of the own region is up and reaches a segment without a relay.
+    pub fn reaches_directly(&self, leader: &NodeName, to: &SegmentName) -> bool {
+        let Some(leader) = self.leaders.get(leader) else {
+            return false;
+        };
+        let is_direct = leader.direct.as_ref();
+        leader.state == PathState::Up
+            && !leader.unreached.contains(to)
+            && is_direct.is_none_or(|direct| direct.contains(to))
     }
 }

@@ -203,6 +203,18 @@ pub struct Firewall {
     pub region_devices: BTreeSet<String>,
     /// Whether VPN peers may leave the cluster through this node (`--peer-internet`).
     pub peer_internet: bool,
+    /// What a leader passes on between other regions.
+    pub relay: RelayDoor,
+}
+
+/// The WireGuard addresses between which a leader passes on the tunnel's datagrams, as a relay. Empty where it does not
+/// relay.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct RelayDoor {
+    /// The leaders of other regions.
+    pub from: BTreeSet<IpAddr>,
+    /// Those that it reaches directly.
+    pub to: BTreeSet<IpAddr>,
 }
 
 /// The destinations that packets reach through the mesh or not at all, derived from the routes. The nft table holds

@@ -94,6 +94,11 @@ pub struct Report {
     /// Packets from outside to the mesh, or from the tunnel to other destinations, that the firewall
     /// dropped; `None` where the counter could not be read.
     pub stranger_drops: Option<u64>,
+    /// Packets out of the tunnel that would have gone into it again, and that the firewall dropped; `None` where the
+    /// counter could not be read.
+    pub transit_drops: Option<u64>,
+    /// Whether this node relays the tunnel's datagrams between other regions, if it leads.
+    pub relays: bool,
     /// Failed writes of the cluster's state to disk since the agent started.
     pub cache_failures: u64,
     /// The paths over which this node sends echoes: through the other leaders of its region, and, on a leader, to
@@ -261,6 +266,20 @@ pub struct LeaderPath {
     pub mtu_since: Option<u64>,
     /// Whether an echo of that size has ever passed.
     pub mtu_confirmed: bool,
+    /// The relay that the tunnel's datagrams go through; `None` where they go directly.
+    pub via: Option<Via>,
+}
+
+/// A relay on a path.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Via {
+    /// The leader that relays.
+    pub leader: String,
+    /// Its segment.
+    pub region: String,
+    /// Seconds for which this node has used it.
+    pub since: u64,
 }
 
 /// A candidate endpoint of a peer.
@@ -459,6 +478,19 @@ mod tests {
                 },
                 LeaderPath {
                     kind: "peer".into(),
+                    name: "home-01".into(),
+                    region: "location:home".into(),
+                    state: "up".into(),
+                    since: 9,
+                    via: Some(Via {
+                        leader: "edge-01".into(),
+                        region: "location:edge".into(),
+                        since: 11,
+                    }),
+                    ..LeaderPath::default()
+                },
+                LeaderPath {
+                    kind: "peer".into(),
                     name: "node-agent-01".into(),
                     region: "location:nd".into(),
                     state: "down".into(),
@@ -500,6 +532,7 @@ mod tests {
 
         paths:
           through node-02 (location:default): up since 70 s, round trip 0.412 ms, loss 1.5 %
+          to home-01 (location:home): up since 9 s, via edge-01 (location:edge) since 11 s
           to node-agent-01 (location:nd): down (does not forward) since 3 s, mtu 1340 since 20 s
         ");
     }

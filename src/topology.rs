@@ -131,6 +131,9 @@ pub struct Node {
     pub ours: bool,
     /// `selvedge.dev/since`: the time of each of the node's claims.
     pub ledger: Ledger,
+    /// Whether the operator keeps the node from relaying between other regions (`selvedge.dev/relay: "false"`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub relay_forbidden: bool,
     /// flannel's annotations of the node; `None` where they are missing or unusable.
     pub lease: Option<crate::flannel::Lease>,
 }
@@ -324,6 +327,8 @@ pub struct Topology {
     pub alias_pools: Vec<IpNet>,
     /// All segments, in Kilo's order.
     pub segments: Vec<Segment>,
+    /// The nodes that the operator keeps from relaying between other regions.
+    pub not_relaying: BTreeSet<NodeName>,
     /// Nodes that take no part, by name.
     pub outsiders: Vec<Outsider>,
     /// The external peers by name, their allowed IPs reduced to those that are carried.
@@ -449,6 +454,14 @@ impl Segment {
     pub fn primary(&self) -> &Leader {
         let primary = self.leaders.first();
         primary.expect("a segment has a leader, or it would not have been made")
+    }
+
+    /// The name of its region without Kilo's prefix, or of its only node where it is none of a region.
+    pub fn region(&self) -> &str {
+        match &self.group {
+            SegmentName::Location(region) => &region.0,
+            SegmentName::Node(node) => &node.0,
+        }
     }
 
     /// A node as a leader of this segment; `None` where it does not lead.

@@ -318,6 +318,7 @@ impl Controller {
             self.schedule.handle_outcome(now, outcome);
             if !applied.waiting {
                 self.follow_routed_targets();
+                self.try_relays(now);
             }
         }
         self.firewall_awaited = applied.waiting;

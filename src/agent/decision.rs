@@ -14,7 +14,9 @@ use super::publication;
 use crate::cluster::Annotations;
 use crate::config::Config;
 use crate::flannel::Flannel;
-use crate::plan::{self, Candidates, Caveat, candidates, observed_addresses, plan};
+use crate::plan::{
+    self, Candidates, Caveat, candidates, observed_addresses, plan, relayed_candidates,
+};
 use crate::probe::{Sizes, Verdicts};
 use crate::state::{OtherRule, State};
 use crate::topology::{
@@ -46,7 +48,8 @@ pub struct Facts {
     pub underlay_mtu: Option<u32>,
     /// The API servers that this node's kubelet and agent use.
     pub api_servers: BTreeSet<IpAddr>,
-    /// Where the tunnel heard each peer with which its session is alive.
+    /// Where the tunnel heard each peer with which its session is alive. For one behind a relay it is its WireGuard
+    /// address.
     pub alive: BTreeMap<PublicKey, SocketAddr>,
     /// The peers that have shown that they can call this node without being kept in a NAT's memory.
     pub callers: BTreeSet<PublicKey>,
@@ -54,8 +57,12 @@ pub struct Facts {
     pub verdicts: Verdicts,
     /// The MTUs of the paths to leaders of other regions, as far as they are measured.
     pub mtus: BTreeMap<PeerId, u32>,
+    /// The leaders to which the tunnel sends through a relay.
+    pub relayed: BTreeSet<PeerId>,
+    /// The peers that never had a session but through a relay.
+    pub only_relayed: BTreeSet<PublicKey>,
     /// The endpoint to publish for each peer that ever had a session: where the tunnel heard it, rate-limited
-    /// for those that flap.
+    /// for those that flap. None for a peer behind a relay.
     pub heard: BTreeMap<PublicKey, SocketAddr>,
     /// The UDP port to publish and to listen on; `None` for `--port`.
     pub listen_port: Option<u16>,
@@ -78,6 +85,8 @@ pub struct Decision {
     pub keys: Keys,
     /// Where the peers may be.
     pub candidates: Candidates,
+    /// The candidates of peers that lead through a relay.
+    pub relayed: BTreeMap<PeerId, SocketAddr>,
     /// Where other leaders see this node, beside the addresses that it announces.
     pub seen: BTreeSet<SocketAddr>,
     /// What this node should have; `None` to leave all as it is.
@@ -154,6 +163,7 @@ pub fn decide(facts: &Facts, config: &Config, keys: &OwnKeys) -> Decision {
         names: names(&facts.snapshot),
         keys: Keys::new(&topology),
         candidates: candidates(&topology, &config.node),
+        relayed: relayed_candidates(&topology, &config.node, &facts.verdicts),
         seen: topology
             .segment_of(&config.node)
             .into_iter()
@@ -196,6 +206,7 @@ fn settings(facts: &Facts, config: &Config) -> plan::Settings {
         on_tunnel_down: config.on_tunnel_down,
         service_cidrs: config.service_cidrs.clone(),
         peer_internet: config.peer_internet,
+        relaying: config.relaying.clone(),
     }
 }
 

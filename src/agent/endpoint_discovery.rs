@@ -5,7 +5,11 @@
 //! handshake initiation at all of its candidates, and the first that answers is used, as with ICE (RFC 8445).
 //! A peer that stops answering is noticed by the tunnel's counters, and its candidates are tried again beside
 //! the traffic to the present endpoint, which only an answer moves. The initiation also opens the NAT on this
-//! side. Peers behind NAT learn from what others publish that they have moved, and call each peer once, so
+//! side. While a peer is behind a relay its other candidates are tried all the time, so that the direct path is found as
+//! soon as there is one. The candidate through a relay is tried alone: the peer answers the first copy of an initiation,
+//! and the relay's copy may overtake the others.
+//!
+//! Peers behind NAT learn from what others publish that they have moved, and call each peer once, so
 //! that the routers of both sides let the answers in.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -85,6 +89,8 @@ pub struct Sign {
     pub unanswered: Option<Duration>,
     /// The last answer to an initiation of this side.
     pub answer: Option<Answer>,
+    /// Whether it sends through a relay.
+    pub relayed: bool,
 }
 
 /// What came of a candidate.
@@ -124,6 +130,10 @@ struct Peer {
     /// Which candidate to try alone next, if the attempt at all of them brings no answer.
     alone: Option<usize>,
     rotation: usize,
+    /// When the candidate through a relay was last tried.
+    relay_tried: Option<Instant>,
+    /// Whether it ever had a session without a relay.
+    was_direct: bool,
 }
 
 #[derive(Debug)]
@@ -154,14 +164,22 @@ impl EndpointDiscovery {
         if peer.received != sign.received {
             peer.received = sign.received;
             peer.at = now;
-            peer.attempts = 0;
-            peer.alone = None;
+            if !sign.relayed {
+                peer.attempts = 0;
+                peer.alone = None;
+            }
             peer.patient |= peer.was_suspect && peer.sign.endpoint == sign.endpoint;
             peer.was_suspect = false;
         }
         if peer.sign.endpoint != sign.endpoint {
             peer.patient = false;
         }
+        if sign.relayed && !peer.sign.relayed {
+            // The direct candidates have just failed.
+            (peer.attempts, peer.alone) = (0, None);
+            peer.next = now + AGAIN;
+        }
+        peer.was_direct |= sign.age.is_some() && !sign.relayed;
         peer.sign = sign;
         peer.was_suspect |= peer.is_suspect();
         if peer.take_candidates(candidates, is_new, now) {
@@ -182,6 +200,7 @@ impl EndpointDiscovery {
         }
         let (keepalive, is_leader) = (keys.keepalive(key), keys.is_leader(key));
         let is_lost = match peer.sign.age {
+            Some(_) if peer.sign.relayed => true,
             // A VPN peer that this node never heard connects to it, unless its object says where it is.
             None => is_leader || peer.has_forced(),
             Some(_) => {
@@ -204,6 +223,37 @@ impl EndpointDiscovery {
             }
         }
         endpoints
+    }
+
+    /// Whether to try the candidate through a relay now, alone. It is asked for while a relay is chosen.
+    pub fn poll_relay(&mut self, key: &PublicKey, now: Instant) -> bool {
+        let Some(peer) = self.peers.get_mut(key).filter(|peer| !peer.sign.relayed) else {
+            return false;
+        };
+        let is_due = peer.relay_tried.is_none_or(|at| now >= at + AGAIN);
+        if is_due {
+            peer.relay_tried = Some(now);
+            // The next initiation would replace this one.
+            peer.next = peer.next.max(now + ALONE);
+        }
+        is_due
+    }
+
+    /// No relay is chosen for a peer: the next one is tried at once, and so are the direct candidates, if the peer was
+    /// behind one.
+    pub fn forget_relay(&mut self, key: &PublicKey, now: Instant) {
+        let Some(peer) = self.peers.get_mut(key) else {
+            return;
+        };
+        if peer.relay_tried.take().is_some() && peer.sign.relayed {
+            (peer.attempts, peer.alone) = (0, None);
+            peer.next = now;
+        }
+    }
+
+    /// Whether a peer ever had a session without a relay.
+    pub fn was_direct(&self, key: &PublicKey) -> bool {
+        self.peers.get(key).is_some_and(|peer| peer.was_direct)
     }
 
     /// Takes where other leaders see this node; true if it has moved.
@@ -254,6 +304,8 @@ impl Peer {
             next: now,
             alone: None,
             rotation: 0,
+            relay_tried: None,
+            was_direct: false,
         }
     }
 

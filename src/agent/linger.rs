@@ -180,6 +180,8 @@ impl Linger {
                         BTreeSet::new()
                     },
                     accepts,
+                    // An address has one relay, and a leader has it.
+                    relays_to: BTreeSet::new(),
                     ..former.peer.clone()
                 };
                 (id.clone(), peer)

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use super::decision::{Decision, Facts};
 use crate::topology::{Leader, Mode, NodeName, Origin};
-use crate::wireguard::Stats;
 use crate::wireguard::key::PublicKey;
+use crate::wireguard::{PeerStats, Stats};
 
 /// How long a leader sends initiations to a peer without an answer before it takes another port: two attempts
 /// of each side at every candidate.
@@ -42,7 +42,8 @@ pub struct Look {
     /// Others see this node at an address that it does not have, a session with another leader is alive, and
     /// no peer ever called this node unasked: there is neither a forwarded port nor a broken uplink.
     pub is_behind_nat: bool,
-    /// The leaders behind NAT that other leaders see and that never shook hands with this node.
+    /// The leaders behind NAT that other leaders see and that never shook hands with this node, but through a relay: a
+    /// relay that answers is no reason to give up the direct path, and the sessions through it outlive the change.
     pub unanswered: BTreeSet<PublicKey>,
 }
 
@@ -57,7 +58,10 @@ impl Look {
             let candidates = decision.candidates.get(&id).map_or(&[][..], Vec::as_slice);
             let has = |origin| candidates.iter().any(|at| at.origin == origin);
             let peer = stats.peers.get(&id);
-            peer.is_some_and(|peer| peer.last_handshake.is_none())
+            let is_met = |peer: &PeerStats| {
+                peer.last_handshake.is_some() && !facts.only_relayed.contains(&peer.public_key)
+            };
+            peer.is_some_and(|peer| !is_met(peer))
                 && has(Origin::Discovered)
                 && !has(Origin::Forced)
         };

@@ -58,6 +58,8 @@ impl Wake {
 pub trait Tunnel: Send + Sync {
     /// As [`Device::set_diverted`].
     fn set_diverted(&self, addresses: BTreeSet<IpAddr>);
+    /// As [`Device::set_own_addresses`].
+    fn set_own_addresses(&self, addresses: BTreeSet<IpAddr>);
     /// As [`Device::take_diverted`].
     fn take_diverted(&self) -> Vec<Diverted>;
     /// As [`Device::send_packet`].
@@ -73,6 +75,10 @@ pub trait Tunnel: Send + Sync {
 impl Tunnel for Device {
     fn set_diverted(&self, addresses: BTreeSet<IpAddr>) {
         Self::set_diverted(self, addresses);
+    }
+
+    fn set_own_addresses(&self, addresses: BTreeSet<IpAddr>) {
+        Self::set_own_addresses(self, addresses);
     }
 
     fn take_diverted(&self) -> Vec<Diverted> {
@@ -261,6 +267,7 @@ impl<F: Fn(News)> Thread<F> {
             match self.received.try_recv() {
                 Ok(Command::Targets(targets)) => {
                     self.device.set_diverted(targets.diverted());
+                    self.device.set_own_addresses(targets.own_addresses());
                     if targets.own != self.prober.targets().own {
                         self.retry = None;
                     }

@@ -19,7 +19,7 @@ use crate::policy::OnTunnelDown;
 use crate::probe::{PathKind, PathStats};
 use crate::state::State;
 use crate::status::{
-    Alias, Api, Candidate, Flannel, LeaderPath, Peer, Report, Role, Segment, Tunnel,
+    Alias, Api, Candidate, Flannel, LeaderPath, Peer, Report, Role, Segment, Tunnel, Via,
 };
 use crate::topology::{Mode, OtherKeys, Topology};
 use crate::wireguard::key::PublicKey;
@@ -212,6 +212,13 @@ pub fn report(inputs: &Inputs<'_>) -> Report {
         drops: inputs.drops.clone(),
         leak_drops: inputs.counters.map(|counters| counters.leak_drops),
         stranger_drops: inputs.counters.map(|counters| counters.stranger_drops),
+        transit_drops: inputs.counters.map(|counters| counters.transit_drops),
+        relays: segment.is_some_and(|segment| {
+            segment.leader(&config.node).is_some()
+                && topology.mode == Mode::Native
+                && config.relaying.rank(segment.region()).is_some()
+                && !topology.not_relaying.contains(&config.node)
+        }),
         cache_failures: inputs.cache_failures,
         paths: inputs
             .paths
@@ -265,6 +272,11 @@ fn path(stats: &PathStats, now: Instant) -> LeaderPath {
             .mtu
             .map(|mtu| now.saturating_duration_since(mtu.since).as_secs()),
         mtu_confirmed: stats.mtu.is_some_and(|mtu| mtu.is_confirmed),
+        via: stats.via.as_ref().map(|via| Via {
+            leader: via.node.to_string(),
+            region: via.segment.to_string(),
+            since: now.saturating_duration_since(via.since).as_secs(),
+        }),
     }
 }
 

@@ -50,6 +50,9 @@ pub const AGENT: &str = "selvedge.dev/agent";
 /// Since when the node has held each of its claims, in the form of [`super::since`].
 pub const SINCE: &str = "selvedge.dev/since";
 
+/// The operator's `"false"` keeps the node from relaying between other regions.
+pub const RELAY: &str = "selvedge.dev/relay";
+
 /// The candidate endpoints of the node's tunnel, in addition to [`ENDPOINT`].
 pub const CANDIDATES: &str = "selvedge.dev/candidates";
 
@@ -301,6 +304,15 @@ pub fn keepalive(text: &str) -> Result<u16, Malformed> {
         return Err(bad);
     }
     text.parse().map_err(|_| bad)
+}
+
+/// Reads whether a node may relay.
+pub fn relay(text: &str) -> Result<bool, Malformed> {
+    match text.trim() {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err(Malformed("write \"true\" or \"false\"")),
+    }
 }
 
 /// Reads the name of a region, trimmed; it may be empty.

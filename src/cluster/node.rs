@@ -192,6 +192,7 @@ pub fn parse(object: &NodeObject, settings: &ParseSettings) -> (Option<Node>, Ve
         last_seen,
         ours: annotation::is_ours(reader.text(annotation::AGENT), last_seen),
         ledger: reader.ledger(),
+        relay_forbidden: reader.read(annotation::RELAY, annotation::relay) == Some(false),
         lease: reader.lease(),
     };
     (Some(node), reader.refusals.into_rejected())

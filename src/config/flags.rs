@@ -10,7 +10,7 @@ use ipnet::IpNet;
 
 use super::Compatibility;
 use super::values::{self, Cidrs, Listen, Mtu, RegionCidrs};
-use crate::policy::{Encapsulation, OnTunnelDown};
+use crate::policy::{Encapsulation, OnTunnelDown, Relaying};
 use crate::telemetry::{LogFormat, LogLevel};
 use crate::topology::{Granularity, LeaderCount};
 
@@ -93,6 +93,10 @@ pub struct Flags {
           value_parser = values::boolean,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) peer_internet: bool,
+    /// Regions that relay between two regions that do not reach each other, the same for all agents: `auto`, any
+    /// region that reaches both, the nearest first; `off`, none; or names in order of preference
+    #[arg(long, value_name = "REGION[,REGION]", help_heading = MESH, default_value = "auto")]
+    pub(super) relay: Relaying,
 
     // This node
     /// Name of the tunnel's link

@@ -1,11 +1,11 @@
 //! The command `selvedge graph`: flags, one look at the cluster, a drawing on stdout.
 
 use std::io::Write as _;
+use std::path::Path;
 use std::process::ExitCode;
 
-use super::{Format, render};
-use crate::config;
-use crate::survey;
+use super::{Format, relayed, render};
+use crate::{config, status, survey};
 
 /// Flags of `selvedge graph`.
 #[derive(Clone, Debug, clap::Args)]
@@ -33,7 +33,10 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if survey.topology.segments.is_empty() && args.format != Format::Text {
         anyhow::bail!("did not find any valid Kilo nodes in the cluster");
     }
-    let mut drawing = render(&survey.topology, args.format);
+    // On a node of the mesh its agent knows the relays; elsewhere there is none to ask.
+    let report = status::ask(Path::new(status::CONTROL_SOCKET));
+    let relayed = report.map(|report| relayed(&report)).unwrap_or_default();
+    let mut drawing = render(&survey.topology, args.format, &relayed);
     if args.format == Format::Dot {
         // As Kilo prints it: one blank line at the end.
         drawing.push('\n');

@@ -137,7 +137,7 @@ fn dot_has_the_box_of_peers_even_without_peers() {
 
 #[test]
 fn text_shows_leaders_members_peers_and_tunnels() {
-    insta::assert_snapshot!(text(&scenario()), @r"
+    insta::assert_snapshot!(text(&scenario(), &[]), @r"
     10.4.0.0/16, granularity location
 
     location:default
@@ -174,7 +174,7 @@ fn two_leaders() -> Topology {
 
 #[test]
 fn every_leader_is_marked_and_external_peers_are_drawn_at_the_primary() {
-    insta::assert_snapshot!(text(&two_leaders()), @r"
+    insta::assert_snapshot!(text(&two_leaders(), &[]), @r"
     10.4.0.0/16, granularity location
 
     location:default
@@ -274,13 +274,13 @@ fn hostile_names_break_no_drawing() {
     assert!(!drawn.contains("<script>"));
     let texts = texts(&drawn).join("\n");
     assert!(texts.contains("a\"]<script>&"), "{texts}");
-    assert!(!text(&topology).contains('\u{1b}'));
+    assert!(!text(&topology, &[]).contains('\u{1b}'));
     assert!(dot(&topology).contains(r#"label="location:a\"]<script>&"#));
 }
 
 #[test]
 fn the_page_refuses_what_kilos_refuses_in_its_words() {
-    let ask = |format, layout| page(&scenario(), format, layout);
+    let ask = |format, layout| page(&scenario(), format, layout, &[]);
     assert_eq!(ask(None, None).unwrap().content_type, "image/svg+xml");
     assert_eq!(ask(Some("dot"), Some("neato")).unwrap().body, KILO);
     assert_eq!(ask(Some("gv"), None).unwrap().body, KILO);
@@ -288,7 +288,7 @@ fn the_page_refuses_what_kilos_refuses_in_its_words() {
     assert_eq!(ask(Some("png"), None), Err(PageError::Format));
     assert_eq!(ask(None, Some("round")), Err(PageError::Layout));
     assert_eq!(
-        page(&Topology::default(), None, None),
+        page(&Topology::default(), None, None, &[]),
         Err(PageError::NoNodes)
     );
     assert_eq!(PageError::Format.to_string(), "unsupported format");
@@ -297,6 +297,18 @@ fn the_page_refuses_what_kilos_refuses_in_its_words() {
 #[test]
 fn an_empty_mesh_can_be_drawn() {
     for format in [Format::Dot, Format::Svg, Format::Text] {
-        assert!(!render(&Topology::default(), format).is_empty());
+        assert!(!render(&Topology::default(), format, &[]).is_empty());
     }
+}
+
+#[test]
+fn the_relays_of_the_node_are_drawn_as_text() {
+    let relayed = Relayed {
+        from: "node-master".into(),
+        via: ("edge-01".into(), "location:edge".into()),
+        to: "node-agent-01".into(),
+    };
+    let drawn = text(&scenario(), &[relayed]);
+    let line = "  node-master ══ node-agent-01 via edge-01 (location:edge)";
+    assert!(drawn.lines().any(|drawn| drawn == line), "{drawn}");
 }

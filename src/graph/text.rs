@@ -2,13 +2,14 @@
 
 use std::fmt::Write as _;
 
-use super::{groups, joined, later_leaders};
+use super::{Relayed, groups, joined, later_leaders};
 use crate::cluster::annotation::format_granularity;
 use crate::text::line as shown;
 use crate::topology::{Leader, Member, Mode, Topology};
 
-/// Draws the mesh as aligned columns: regions with their nodes, peers, tunnels, and the nodes that take no part.
-pub fn text(topology: &Topology) -> String {
+/// Draws the mesh as aligned columns: regions with their nodes, peers, tunnels, the relays of one node, and the nodes
+/// that take no part.
+pub fn text(topology: &Topology, relayed: &[Relayed]) -> String {
     let mut out = format!(
         "{}, granularity {}{}\n",
         joined(&topology.subnets, ", "),
@@ -24,6 +25,7 @@ pub fn text(topology: &Topology) -> String {
     nodes(&mut out, topology);
     peers(&mut out, topology);
     links(&mut out, topology);
+    relays(&mut out, relayed);
     outsiders(&mut out, topology);
     out
 }
@@ -117,6 +119,18 @@ fn links(out: &mut String, topology: &Topology) {
         for line in lines {
             writeln!(out, "  {line}").expect(STRING);
         }
+    }
+}
+
+fn relays(out: &mut String, relayed: &[Relayed]) {
+    if relayed.is_empty() {
+        return;
+    }
+    heading(out, "relayed, as this node's agent says");
+    for path in relayed {
+        let (via, region) = (shown(&path.via.0), shown(&path.via.1));
+        let (from, to) = (shown(&path.from), shown(&path.to));
+        writeln!(out, "  {from} ══ {to} via {via} ({region})").expect(STRING);
     }
 }
 

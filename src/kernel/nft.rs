@@ -15,6 +15,7 @@ mod aliases;
 
 use super::nft_identity::digest;
 use crate::state::{Firewall, FirewallId};
+use crate::wireguard::RELAY_PORT;
 
 /// The table's name; its family is `inet`.
 pub const TABLE: &str = "selvedge";
@@ -29,6 +30,9 @@ pub const POD_DROPS: &str = "pod_drops";
 pub const STRANGER_DROPS: &str = "stranger_drops";
 /// The counter of packets of the own region for another one that a leader would have sent back to its region.
 pub const LOOP_DROPS: &str = "loop_drops";
+/// The counter of packets that came out of the tunnel and would have gone into it again, without being a relay's or an
+/// external peer's.
+pub const TRANSIT_DROPS: &str = "transit_drops";
 /// The chain that sees no packets; the comment of its only rule identifies what was installed.
 pub(super) const SEAL: &str = "seal";
 
@@ -36,6 +40,11 @@ pub(super) const SEAL: &str = "seal";
 pub(super) const POD_BRIDGE: &str = "cni0";
 /// The bit of the mark that kube-proxy sets on packets that it masquerades.
 const KUBE_MASQUERADE: &str = "0x00004000";
+/// What a node translated, or answers to it.
+const KNOWN: [&str; 2] = [
+    "ct state established,related return",
+    "ct status dnat return",
+];
 /// Lowers the segment size that a SYN offers to what the routes both ways carry.
 const CLAMP: &str = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu";
 
@@ -133,6 +142,7 @@ impl<'a> Text<'a> {
         let hops = guard.hops.iter().copied().map(IpNet::from);
         let probes = firewall.probes.iter().copied().map(IpNet::from);
         let probes = probes.collect::<BTreeSet<_>>();
+        let leaders = |ips: &BTreeSet<IpAddr>| ips.iter().copied().map(IpNet::from).collect();
         // The addresses of the region's nodes in the pod network, the first of their pod CIDRs.
         let members = firewall.region_pods.iter();
         let members = members.map(|pods| IpNet::from(pods.network()));
@@ -153,6 +163,8 @@ impl<'a> Text<'a> {
             ("mesh", &firewall.remote_pods | &firewall.mesh_nodes),
             ("probes", probes.clone()),
             ("region", &firewall.region_pods | &firewall.region_nodes),
+            ("relay_from", leaders(&firewall.relay.from)),
+            ("relay_to", leaders(&firewall.relay.to)),
             ("region_underlay", underlay.collect()),
             (
                 "remote",
@@ -185,7 +197,15 @@ impl<'a> Text<'a> {
     /// The whole table, with what is in its sets or without.
     fn table(mut self, filled: bool) -> String {
         self.line(0, format!("table inet {TABLE} {{"));
-        for counter in [LEAK_DROPS, LEAKS, LOOP_DROPS, POD_DROPS, STRANGER_DROPS] {
+        let counters = [
+            LEAK_DROPS,
+            LEAKS,
+            LOOP_DROPS,
+            POD_DROPS,
+            STRANGER_DROPS,
+            TRANSIT_DROPS,
+        ];
+        for counter in counters {
             self.line(1, format!("counter {counter} {{ }}"));
         }
         self.sets(filled);
@@ -199,6 +219,7 @@ impl<'a> Text<'a> {
         self.turn_no_packet_back();
         self.guard_vxlan();
         self.guard_doors();
+        self.guard_transit();
         self.guard_probes();
         self.guard_ports();
         self.chain(SEAL, None, |_| ());
@@ -514,15 +535,11 @@ impl<'a> Text<'a> {
         let end = format!("counter name \"{STRANGER_DROPS}\" drop");
         let devices = firewall.region_devices.iter();
         let devices = one_of(devices.map(|name| format!("\"{name}\"")));
-        let known = [
-            "ct state established,related return",
-            "ct status dnat return",
-        ];
         let hook = Some("filter hook forward priority filter");
         self.chain("into_tunnel", hook, |text| {
             text.rule(format!("oifname != \"{tunnel}\" return"));
             text.rule(format!("iifname \"{tunnel}\" return"));
-            for rule in known {
+            for rule in KNOWN {
                 text.rule(rule);
             }
             for family in Family::BOTH {
@@ -546,7 +563,7 @@ impl<'a> Text<'a> {
         self.chain("out_of_tunnel", hook, |text| {
             text.rule(format!("iifname != \"{tunnel}\" return"));
             text.rule(format!("oifname \"{tunnel}\" return"));
-            for rule in known {
+            for rule in KNOWN {
                 text.rule(rule);
             }
             for family in Family::BOTH {
@@ -563,6 +580,40 @@ impl<'a> Text<'a> {
                 }
             }
             text.rule(&end);
+        });
+    }
+
+    /// What comes out of the tunnel does not go into it again: each leader has a tunnel to every other region, and two
+    /// leaders that see different regions would send a packet to and fro. It does for external peers, which talk to one
+    /// leader of each region, for connections that this node translates, and for the tunnel's own datagrams between
+    /// leaders that this one relays.
+    fn guard_transit(&mut self) {
+        let firewall = self.firewall;
+        if !firewall.leader {
+            return;
+        }
+        let tunnel = &firewall.tunnel;
+        let hook = Some("filter hook forward priority filter");
+        self.chain("through_tunnel", hook, |text| {
+            text.rule(format!("iifname != \"{tunnel}\" return"));
+            text.rule(format!("oifname != \"{tunnel}\" return"));
+            for rule in KNOWN {
+                text.rule(rule);
+            }
+            for family in Family::BOTH {
+                let ip = family.ip();
+                if let Some(peers) = text.set("masquerade_from", family) {
+                    text.rule(format!("{ip} saddr {peers} return"));
+                    text.rule(format!("{ip} daddr {peers} return"));
+                }
+                let sets = (text.set("relay_from", family), text.set("relay_to", family));
+                if let (Some(from), Some(to)) = sets {
+                    text.rule(format!(
+                        "{ip} saddr {from} {ip} daddr {to} udp sport {RELAY_PORT} udp dport {RELAY_PORT} return"
+                    ));
+                }
+            }
+            text.rule(format!("counter name \"{TRANSIT_DROPS}\" drop"));
         });
     }
 

@@ -85,6 +85,8 @@ pub struct Counters {
     pub pod_drops: u64,
     /// Dropped: they came from outside the mesh into it, or out of the tunnel to outside the region.
     pub stranger_drops: u64,
+    /// Dropped: they came out of the tunnel and would have gone into it again.
+    pub transit_drops: u64,
 }
 
 impl NftTable {
@@ -169,6 +171,7 @@ impl NftTable {
             leak_drops: packets(nft::LEAK_DROPS)?,
             leaks: packets(nft::LEAKS)?,
             loop_drops: packets(nft::LOOP_DROPS)?,
+            transit_drops: packets(nft::TRANSIT_DROPS)?,
             pod_drops: packets(nft::POD_DROPS)?,
             stranger_drops: packets(nft::STRANGER_DROPS)?,
         })

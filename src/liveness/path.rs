@@ -298,7 +298,8 @@ impl Path {
                 return;
             }
             let most = u32::try_from(LONGEST.as_millis() / self.interval.as_millis().max(1));
-            let is_new = (self.state, state) == (PathState::Unknown, PathState::Down(Cause::Silent));
+            let is_new =
+                (self.state, state) == (PathState::Unknown, PathState::Down(Cause::Silent));
             let is_flapping = !self.proven
                 || self
                     .returned

@@ -111,6 +111,7 @@ pub(super) fn firewall(site: &Site<'_>, routes: &BTreeMap<RouteKey, Route>) -> F
         vxlan_sources: vxlan_sources(site),
         region_devices: region_hops(site).map(|hop| hop.dev).collect(),
         peer_internet: settings.peer_internet,
+        relay: site.relay_door(),
     }
 }
 

@@ -38,7 +38,7 @@ impl Site<'_> {
     ) -> Option<u32> {
         let configured = self.inputs.settings.mtu;
         if self.measured().is_none() {
-            return Some(configured);
+            return Some(configured - self.relay_overhead(segment).min(configured));
         }
         if hops
             .iter()
@@ -49,8 +49,18 @@ impl Site<'_> {
         let leaders = self.leaders_of(segment).into_iter();
         let leaders = leaders.chain(self.direct_leaders_of(segment));
         let least = if v6 { LEAST_IPV6 } else { 0 };
-        let path = leaders.map(|leader| self.path_mtu(leader)).min();
+        let path = leaders.map(|leader| self.path_mtu(leader));
+        let path = path.chain(self.chosen_relay_mtu(segment)).min();
         Some(path.unwrap_or(configured).max(least))
+    }
+
+    /// What the path through a relay carries that is chosen and may not be measured yet: what the path to the relay does,
+    /// without what the relay takes.
+    fn chosen_relay_mtu(&self, segment: &Segment) -> Option<u32> {
+        let relay = self.verdicts.relays.get(&segment.name)?;
+        let to_relay = self.inputs.mtus.get(relay).copied();
+        let to_relay = to_relay.unwrap_or(self.inputs.settings.mtu);
+        Some(to_relay - self.relay_overhead(segment).min(to_relay))
     }
 
     /// The size of the packets that the tunnel sends to a leader of another region.

@@ -3,6 +3,8 @@
 //! Up comes before Returning, then come Unknown, Draining and Down: a path that answers again, though it flapped, is
 //! better than one that never answered. All paths of the best class that is there are used. Where all are Down the verdicts make no difference: this node's own uplink may be down.
 //!
+//! A direct path to a leader elsewhere comes before one through a relay, among paths of one class.
+//!
 //! What no verdict changes: the prefixes of each route, what the tunnel accepts from a leader, and the nft table.
 //!
 //! Two hosts judge on their own, so for a moment, or longer where a path is broken in one direction, the packets of
@@ -30,6 +32,12 @@ use crate::topology::{Leader, Segment};
 
 /// The items whose paths are of the best class that is there.
 fn best<T>(judged: impl IntoIterator<Item = (T, PathState)>) -> Vec<T> {
+    let judged = judged.into_iter();
+    best_of(judged.map(|(item, state)| (item, state, false)))
+}
+
+/// The same, where some of the paths go through a relay.
+fn best_of<T>(judged: impl IntoIterator<Item = (T, PathState, bool)>) -> Vec<T> {
     let class = |state| match state {
         PathState::Up => 0,
         PathState::Returning => 1,
@@ -37,7 +45,8 @@ fn best<T>(judged: impl IntoIterator<Item = (T, PathState)>) -> Vec<T> {
         PathState::Draining => 3,
         PathState::Down(_) => 4,
     };
-    let judged = judged.into_iter().map(|(item, state)| (item, class(state)));
+    let judged = judged.into_iter();
+    let judged = judged.map(|(item, state, relayed)| (item, (class(state), relayed)));
     let judged = judged.collect::<Vec<_>>();
     let best = judged.iter().map(|(_, class)| *class).min();
     let judged = judged.into_iter();
@@ -57,6 +66,7 @@ pub(super) fn trusted(verdicts: &Verdicts) -> &Verdicts {
     static NONE: Verdicts = Verdicts {
         peers: BTreeMap::new(),
         leaders: BTreeMap::new(),
+        relays: BTreeMap::new(),
     };
     let leaders = verdicts.leaders.values().map(|leader| leader.state);
     let mut all = verdicts.peers.values().copied().chain(leaders);
@@ -88,7 +98,10 @@ impl<'a> Site<'a> {
     /// The leaders of a remote segment that this leader's tunnel sends to.
     pub(super) fn leaders_of(&self, remote: &'a Segment) -> Vec<&'a Leader> {
         let leaders = remote.leaders.iter();
-        best(leaders.map(|leader| (leader, self.verdicts.peer(&leader.peer_id()))))
+        best_of(leaders.map(|leader| {
+            let state = self.verdicts.peer(&leader.peer_id());
+            (leader, state, self.is_relayed(leader))
+        }))
     }
 
     /// The leaders of a remote segment to which this leader's tunnel sends what is for their own pods and hosts: those
@@ -105,17 +118,16 @@ impl<'a> Site<'a> {
     }
 
     /// The next hops of a leader that reaches no leader of a remote segment, or none yet, to those leaders of its own
-    /// segment that do; empty where it sends into its own tunnel.
+    /// segment that do without a relay; empty where it sends into its own tunnel.
     pub(super) fn detour(&self, remote: &Segment, v6: bool) -> BTreeSet<NextHop> {
         let verdicts = self.verdicts;
-        let reaches = |leader: &Leader| verdicts.peer(&leader.peer_id()).answers();
+        let reaches = |leader: &Leader| self.answers(remote, leader);
         let cut_off = !remote.leaders.iter().any(reaches);
         let (Some(segment), true) = (self.segment, cut_off) else {
             return BTreeSet::new();
         };
         let others = segment.leaders.iter().filter(|other| {
-            other.node != *self.inputs.me
-                && verdicts.through(&other.node, &remote.name) == Some(PathState::Up)
+            other.node != *self.inputs.me && verdicts.reaches_directly(&other.node, &remote.name)
         });
         self.hops_to(others, v6)
     }

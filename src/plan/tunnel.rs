@@ -5,6 +5,7 @@ use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 
+use super::relay::is_relayed;
 use super::site::{Role, Site};
 use crate::flannel::Backend;
 use crate::state::{Link, Scope};
@@ -99,7 +100,12 @@ pub(super) fn peers(site: &Site<'_>) -> BTreeMap<PeerId, PeerConfig> {
                 }
             };
             let peer = PeerConfig {
-                endpoint: site.endpoint_of(leader),
+                // Only the device moves an endpoint to a relay, and it keeps that one.
+                endpoint: site
+                    .endpoint_of(leader)
+                    .filter(|endpoint| !is_relayed(leader, *endpoint)),
+                relays_to: site.relays_to(leader),
+                relayed_from: site.relayed_from(segment, leader),
                 persistent_keepalive: keepalive(site, own, &leader.keys, None),
                 routes,
                 accepts: accepts.clone(),

@@ -7,12 +7,16 @@
 //! | 0 | 4 | `SVEC` |
 //! | 4 | 1 | version, 1 |
 //! | 5 | 1 | kind: 1 echo, 2 answer |
-//! | 6 | 1 | flags: 1 draining, 2 forwards, 4 knows that the receiver drains |
+//! | 6 | 1 | flags: 1 draining, 2 forwards, 4 knows that the receiver drains, 8 the bitmap is about direct paths |
 //! | 7 | 1 | zero |
 //! | 8 | 8 | the token: random in an echo, repeated in its answer |
 //! | 16 | 8 | the token of the last answer that the sender has received over this path; 0 before the first |
 //! | 24 | 8 | the generation of the list that the bitmap is about |
 //! | 32 | 64 | bitmap: bit *i* (of byte *i* / 8, the lowest first) is set if segment *i* is not reached |
+//!
+//! An answer's bitmap is about the remote segments of the sender's region. An echo has one with flag 8 alone, which
+//! leaders set, about all segments: to a node of the own region it marks those that the sender does not reach directly,
+//! to a leader elsewhere those to which it does not relay.
 //!
 //! Numbers are big-endian. A message of another length, version or kind is refused.
 
@@ -33,6 +37,7 @@ const VERSION: u8 = 1;
 const DRAINING: u8 = 1;
 const FORWARDS: u8 = 2;
 const KNOWS: u8 = 4;
+const DIRECT: u8 = 8;
 const UDP_HEADER: usize = 8;
 const HOP_LIMIT: u8 = 64;
 /// Network control (RFC 4594, 3.1): echoes are not dropped before the traffic that they speak for.
@@ -58,6 +63,8 @@ pub struct Message {
     pub forwards: bool,
     /// Whether the sender knows that the receiver is about to stop.
     pub knows: bool,
+    /// Whether the bitmap of an echo is about the direct paths of its sender. Without it an echo has no bitmap.
+    pub direct: bool,
     /// The token.
     pub token: u64,
     /// The token of the last answer that the sender has received; 0 before the first.
@@ -78,9 +85,10 @@ impl Message {
         let draining = if self.draining { DRAINING } else { 0 };
         let forwards = if self.forwards { FORWARDS } else { 0 };
         let knows = if self.knows { KNOWS } else { 0 };
+        let direct = if self.direct { DIRECT } else { 0 };
         let mut bytes = Vec::with_capacity(LENGTH);
         bytes.extend(MAGIC);
-        bytes.extend([VERSION, kind, draining | forwards | knows, 0]);
+        bytes.extend([VERSION, kind, draining | forwards | knows | direct, 0]);
         bytes.extend(self.token.to_be_bytes());
         bytes.extend(self.acknowledged.to_be_bytes());
         bytes.extend(self.generation.to_be_bytes());
@@ -108,11 +116,20 @@ impl Message {
             draining: bytes[6] & DRAINING != 0,
             forwards: bytes[6] & FORWARDS != 0,
             knows: bytes[6] & KNOWS != 0,
+            direct: bytes[6] & DIRECT != 0,
             token: number(8)?,
             acknowledged: number(16)?,
             generation: number(24)?,
             unreached: bytes[32..].try_into().ok()?,
         })
+    }
+
+    /// A bitmap in which no segment is marked.
+    pub const NOTHING: Bitmap = [0; 64];
+
+    /// Whether the bitmap has a bit for the segment of this number.
+    pub fn covers(&self, segment: usize) -> bool {
+        segment / 8 < self.unreached.len()
     }
 
     /// Whether the segment of this number is marked as not reached.
@@ -123,7 +140,12 @@ impl Message {
 
     /// Marks the segment of this number as not reached.
     pub fn set_lacking(&mut self, segment: usize) {
-        if let Some(byte) = self.unreached.get_mut(segment / 8) {
+        Self::mark(&mut self.unreached, segment);
+    }
+
+    /// Marks the segment of this number in a bitmap.
+    pub fn mark(bitmap: &mut Bitmap, segment: usize) {
+        if let Some(byte) = bitmap.get_mut(segment / 8) {
             *byte |= 1 << (segment % 8);
         }
     }
@@ -235,6 +257,7 @@ mod tests {
             draining: true,
             forwards: false,
             knows: true,
+            direct: true,
             token: 0x0102_0304_0506_0708,
             acknowledged: 9,
             generation: 0xa0,
@@ -253,7 +276,7 @@ mod tests {
     fn the_layout_is_the_documented_one() {
         let bytes = message().encode();
         assert_eq!(bytes.len(), LENGTH);
-        assert_eq!(bytes[..8], *b"SVEC\x01\x02\x05\x00");
+        assert_eq!(bytes[..8], *b"SVEC\x01\x02\x0d\x00");
         assert_eq!(bytes[8..16], [1, 2, 3, 4, 5, 6, 7, 8]);
         assert_eq!((bytes[23], bytes[31]), (9, 0xa0));
         assert_eq!((bytes[32], bytes[33], bytes[34]), (1, 8, 0));

@@ -1,5 +1,7 @@
 //! The state machine of all echoes of one node.
 
+mod reach;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -7,6 +9,7 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng as _, RngExt as _, SeedableRng as _};
 
+use self::reach::Reach;
 use super::message::{self, Datagram, Kind, Message};
 use super::mtus::Mtus;
 use super::path_mtu::Ask;
@@ -101,6 +104,19 @@ pub struct PathStats {
     pub loss: Option<u32>,
     /// Its MTU, where it is measured.
     pub mtu: Option<MtuStats>,
+    /// The relay that the tunnel's datagrams go through; `None` where they go directly.
+    pub via: Option<Via>,
+}
+
+/// A relay on a path.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Via {
+    /// The leader that relays.
+    pub node: NodeName,
+    /// Its segment.
+    pub segment: SegmentName,
+    /// Since when this node uses it.
+    pub since: Instant,
 }
 
 /// The measured MTU of a path.
@@ -151,6 +167,8 @@ pub struct Prober {
     told: News,
     /// Messages that were refused.
     refused: u64,
+    /// Which segments leaders reach directly, and the relays that follow from it.
+    reach: Reach,
 }
 
 impl Prober {
@@ -169,6 +187,7 @@ impl Prober {
             changed: false,
             told: News::default(),
             refused: 0,
+            reach: Reach::default(),
         }
     }
 
@@ -176,6 +195,9 @@ impl Prober {
     pub fn handle_targets(&mut self, now: Instant, targets: Targets) {
         if targets == self.targets {
             return;
+        }
+        if targets.all_segments != self.targets.all_segments {
+            self.forget_own_reach();
         }
         let generation = targets.generation();
         let leaders = targets.leaders.keys().cloned().map(Key::Leader);
@@ -215,6 +237,7 @@ impl Prober {
         });
         self.generation = generation;
         self.targets = targets;
+        self.retain_statements();
         self.changed = true;
     }
 
@@ -223,6 +246,7 @@ impl Prober {
         if std::mem::replace(&mut self.draining, true) {
             return;
         }
+        self.changed = true;
         for (sender, from, token) in self.responder.recent(now) {
             self.answer(now, &sender, from, token);
         }
@@ -271,6 +295,7 @@ impl Prober {
         match (message.kind, &sender) {
             (Kind::Echo, _) => {
                 let (from, token) = (datagram.from, message.token);
+                self.take_statement(&sender, &message);
                 if self
                     .responder
                     .handle_echo(now, sender.clone(), from, &message)
@@ -324,7 +349,8 @@ impl Prober {
             let echo = ready.map_or(echo, |ready| ready.max(echo));
             path.poll_timeout().map_or(echo, |at| at.min(echo))
         });
-        times.chain(self.mtus.poll_timeout()).min()
+        let others = [self.mtus.poll_timeout(), self.reach.poll_timeout()];
+        times.chain(others.into_iter().flatten()).min()
     }
 
     /// The next thing to send.
@@ -335,6 +361,10 @@ impl Prober {
     /// What the echoes say, if it is something else than last time.
     pub fn poll_news(&mut self, now: Instant) -> Option<News> {
         let forwarding = self.forwarding(now);
+        if self.changed || self.reach.poll_timeout().is_some_and(|at| at <= now) {
+            self.changed = true;
+            self.follow_reach(now);
+        }
         if !std::mem::take(&mut self.changed) && forwarding == self.told.forwarding {
             return None;
         }
@@ -376,6 +406,7 @@ impl Prober {
                         since: mtu.since(),
                         is_confirmed: mtu.is_confirmed(),
                     }),
+                    via: self.via(key),
                 })
             })
             .collect()
@@ -414,6 +445,7 @@ impl Prober {
                     let leader = RegionLeader {
                         state,
                         unreached: probe.unreached.clone(),
+                        direct: self.stated(key).cloned(),
                     };
                     verdicts.leaders.insert(name.clone(), leader);
                 }
@@ -422,6 +454,7 @@ impl Prober {
                 }
             }
         }
+        verdicts.relays = self.reach.relays.peers();
         verdicts
     }
 
@@ -435,6 +468,15 @@ impl Prober {
             Some((*address, (path.answering()?, path.heard()?)))
         });
         self.responder.forwarding(now, &leaders.collect())
+    }
+
+    /// Whether this leader forwards, as far as it knows.
+    fn forwards(&self, now: Instant, lead: &Lead) -> bool {
+        match self.forwarding(now) {
+            Forwarding::Works => true,
+            Forwarding::NoWayBack | Forwarding::NoWayIn => false,
+            Forwarding::Unknown => lead.may_forward,
+        }
     }
 
     fn handle_answer(&mut self, now: Instant, key: &Key, message: &Message) {
@@ -480,7 +522,7 @@ impl Prober {
         let jitter = self.random.random_range(0..=JITTER);
         let jitter = INTERVAL * u32::try_from(jitter).unwrap_or_default() / 1_000;
         probe.path.handle_sent(now, token, jitter);
-        let Some(payload) = self.echo(key, token) else {
+        let Some(payload) = self.echo(now, key, token) else {
             return;
         };
         let transmit = match key {
@@ -501,7 +543,7 @@ impl Prober {
         let key = Key::Peer(id.clone());
         let mut send = |size: u32| {
             let token = self.random.next_u64().max(1);
-            let payload = self.echo(&key, token)?;
+            let payload = self.echo(now, &key, token)?;
             let Transmit::Peer(id, packet) = self.to_peer(id, &payload)? else {
                 return None;
             };
@@ -517,19 +559,20 @@ impl Prober {
     }
 
     /// The echo of a path.
-    fn echo(&self, key: &Key, token: u64) -> Option<Vec<u8>> {
+    fn echo(&self, now: Instant, key: &Key, token: u64) -> Option<Vec<u8>> {
         let probe = self.probes.get(key)?;
         let echo = Message {
             kind: Kind::Echo,
             draining: self.draining,
             forwards: true,
             knows: probe.path.state() == PathState::Draining,
+            direct: false,
             token,
             acknowledged: probe.acknowledged,
             generation: self.generation,
             unreached: [0; 64],
         };
-        Some(echo.encode())
+        Some(self.state_reach(now, key, echo).encode())
     }
 
     /// Answers an echo, or answers it again.
@@ -540,12 +583,9 @@ impl Prober {
         let mut answer = Message {
             kind: Kind::Answer,
             draining: self.draining,
-            forwards: match self.forwarding(now) {
-                Forwarding::Works => true,
-                Forwarding::NoWayBack | Forwarding::NoWayIn => false,
-                Forwarding::Unknown => lead.may_forward,
-            },
+            forwards: self.forwards(now, lead),
             knows: false,
+            direct: false,
             token,
             acknowledged: 0,
             generation: self.generation,
@@ -582,22 +622,6 @@ impl Prober {
             payload,
         })?;
         Some(Transmit::Peer(id.clone(), packet))
-    }
-
-    /// The numbers of the segments of which no leader answers. One that never answered is not reached: members prefer
-    /// a leader that knows a way, and use this one as well where none does.
-    fn unreached(&self, lead: &Lead) -> Vec<usize> {
-        let mut reached = BTreeMap::<&SegmentName, bool>::new();
-        for (id, far) in &lead.peers {
-            let probe = self.probes.get(&Key::Peer(id.clone()));
-            let is_reached = probe.is_none_or(|probe| probe.path.state().answers());
-            *reached.entry(&far.segment).or_default() |= is_reached;
-        }
-        let segments = self.targets.segments.iter().enumerate();
-        segments
-            .filter(|(_, name)| reached.get(name) == Some(&false))
-            .map(|(number, _)| number)
-            .collect()
     }
 }
 

@@ -8,6 +8,7 @@ use ring::digest::{SHA256, digest};
 
 use super::path_mtu::Sizes;
 use crate::flannel::Flannel;
+use crate::policy::Relaying;
 use crate::topology::{Leader, Mode, NodeName, Segment, SegmentName, Topology};
 use crate::wireguard::PeerId;
 
@@ -23,6 +24,8 @@ pub struct Targets {
     pub leaders: BTreeMap<NodeName, IpAddr>,
     /// The segments of other regions, in order.
     pub segments: Vec<SegmentName>,
+    /// All segments, in order.
+    pub all_segments: Vec<SegmentName>,
     /// What this node does as a leader.
     pub lead: Option<Lead>,
 }
@@ -40,6 +43,10 @@ pub struct Lead {
     pub may_forward: bool,
     /// The sizes that paths to leaders of other regions may have; `None` where they are not measured.
     pub sizes: Option<Sizes>,
+    /// Whether the operator lets it relay between other regions.
+    pub relays: bool,
+    /// The leaders to which the tunnel's datagrams go through a relay.
+    pub relayed: BTreeSet<PeerId>,
 }
 
 /// A leader of another region.
@@ -49,6 +56,10 @@ pub struct Far {
     pub node: NodeName,
     /// The segment that it leads.
     pub segment: SegmentName,
+    /// Segments of one group reach each other without the tunnel.
+    pub group: SegmentName,
+    /// The operator's preference for it as a relay, the lowest first; `None` if it may not relay.
+    pub relay_rank: Option<usize>,
     /// Its WireGuard address.
     pub address: IpAddr,
     /// This node's WireGuard address of the same family.
@@ -66,19 +77,35 @@ impl Targets {
         .collect()
     }
 
+    /// This node's WireGuard addresses, at which the tunnel's datagrams come through a relay.
+    pub fn own_addresses(&self) -> BTreeSet<IpAddr> {
+        let lead = self.lead.iter();
+        lead.flat_map(|lead| lead.peers.values().map(|far| far.own))
+            .collect()
+    }
+
     /// A number for the list of remote segments, the same on every node with the same list.
     pub fn generation(&self) -> u64 {
-        let names = self.segments.iter().map(ToString::to_string);
-        // No name contains a line break: the API admits none in a label or an object's name.
-        let text = names.collect::<Vec<_>>().join("\n");
-        let digest = digest(&SHA256, text.as_bytes());
-        let first = digest.as_ref().first_chunk();
-        first.map_or(0, |bytes| u64::from_be_bytes(*bytes))
+        generation(&self.segments)
+    }
+
+    /// The same for the list of all segments.
+    pub fn generation_of_all(&self) -> u64 {
+        generation(&self.all_segments)
     }
 }
 
-/// The targets of a node. `may_forward` is what the agent knows of the host's settings and firewall, and `sizes` are
-/// those that a path's MTU may have, where it is to be measured.
+fn generation(segments: &[SegmentName]) -> u64 {
+    let names = segments.iter().map(ToString::to_string);
+    // No name contains a line break: the API admits none in a label or an object's name.
+    let text = names.collect::<Vec<_>>().join("\n");
+    let digest = digest(&SHA256, text.as_bytes());
+    let first = digest.as_ref().first_chunk();
+    first.map_or(0, |bytes| u64::from_be_bytes(*bytes))
+}
+
+/// The targets of a node. `may_forward` is what the agent knows of the host's settings and firewall, `sizes` are those
+/// that a path's MTU may have, where it is to be measured, and `relaying` is `--relay`.
 ///
 /// None beside Kilo's algorithm, without flannel, and for a node that takes no part in the mesh.
 pub fn targets(
@@ -87,6 +114,7 @@ pub fn targets(
     flannel: Option<&Flannel>,
     may_forward: bool,
     sizes: Option<Sizes>,
+    relaying: &Relaying,
 ) -> Targets {
     let (Mode::Native, Some(segment), Some(flannel)) =
         (&topology.mode, topology.segment_of(me), flannel)
@@ -101,6 +129,9 @@ pub fn targets(
         .map(|other| other.name.clone())
         .collect::<Vec<_>>();
     segments.sort();
+    let all = topology.segments.iter();
+    let mut all_segments = all.map(|other| other.name.clone()).collect::<Vec<_>>();
+    all_segments.sort();
 
     let others = segment.leaders.iter().filter(|leader| leader.node != *me);
     let leaders = others
@@ -115,15 +146,21 @@ pub fn targets(
             .filter(|(_, ip)| own.is_some_and(|own| own.is_ipv6() == ip.is_ipv6()))
             .collect(),
         segments,
+        all_segments,
         lead: segment.leader(me).map(|lead| Lead {
             probe_ip: lead.probe_ip,
             members: members(segment, lead),
             peers: remotes()
                 .flat_map(|remote| remote.leaders.iter().map(move |leader| (remote, leader)))
-                .filter_map(|(remote, leader)| Some((leader.peer_id(), far(remote, leader, lead)?)))
+                .filter_map(|(remote, leader)| {
+                    let relay_rank = relay_rank(topology, relaying, remote, leader);
+                    Some((leader.peer_id(), far(remote, leader, lead, relay_rank)?))
+                })
                 .collect(),
             may_forward,
             sizes,
+            relays: relay_rank(topology, relaying, segment, lead).is_some(),
+            relayed: BTreeSet::new(),
         }),
         segment: Some(segment.name.clone()),
     }
@@ -143,7 +180,18 @@ fn members(segment: &Segment, lead: &Leader) -> BTreeMap<IpAddr, NodeName> {
         .collect()
 }
 
-fn far(remote: &Segment, leader: &Leader, own: &Leader) -> Option<Far> {
+/// The preference for a leader as a relay; `None` where it may not relay.
+fn relay_rank(
+    topology: &Topology,
+    relaying: &Relaying,
+    segment: &Segment,
+    leader: &Leader,
+) -> Option<usize> {
+    let rank = relaying.rank(segment.region());
+    rank.filter(|_| !topology.not_relaying.contains(&leader.node))
+}
+
+fn far(remote: &Segment, leader: &Leader, own: &Leader, relay_rank: Option<usize>) -> Option<Far> {
     let pairs = leader.wireguard_ips.iter().filter_map(|address| {
         let mut ips = own.wireguard_ips.iter();
         let own = ips.find(|own| own.is_ipv6() == address.is_ipv6())?;
@@ -153,6 +201,8 @@ fn far(remote: &Segment, leader: &Leader, own: &Leader) -> Option<Far> {
     Some(Far {
         node: leader.node.clone(),
         segment: remote.name.clone(),
+        group: remote.group.clone(),
+        relay_rank,
         address,
         own,
     })

@@ -55,6 +55,10 @@ fn write_paths(out: &mut String, paths: &[LeaderPath]) -> fmt::Result {
             (Some(mtu), _) => write!(out, ", mtu {mtu} (not confirmed)")?,
             (None, _) => {}
         }
+        if let Some(via) = &path.via {
+            let (leader, region, since) = (&via.leader, &via.region, via.since);
+            write!(out, ", via {leader} ({region}) since {since} s")?;
+        }
         writeln!(out)?;
     }
     Ok(())
@@ -94,6 +98,9 @@ fn write_node(out: &mut String, report: &Report) -> fmt::Result {
         writeln!(out, "  api error: {error}")?;
     }
     write_flannel(out, report.flannel.as_ref())?;
+    if report.relays {
+        writeln!(out, "  relays between regions that do not reach each other")?;
+    }
     if report.fail_open {
         writeln!(
             out,

@@ -309,6 +309,15 @@ impl Collector for Latest {
                 MetricType::Counter,
             )?)?;
         }
+        if let Some(drops) = report.transit_drops {
+            let counter = ConstCounter::new(drops);
+            counter.encode(encoder.encode_descriptor(
+                "selvedge_transit_drops",
+                "Packets out of the tunnel that would have gone into it again, and that the firewall dropped",
+                None,
+                MetricType::Counter,
+            )?)?;
+        }
         let connected = i64::try_from(report.connected.len()).unwrap_or(i64::MAX);
         ConstGauge::new(connected).encode(encoder.encode_descriptor(
             "selvedge_left_to_connected_networks",
@@ -378,7 +387,30 @@ fn paths(encoder: &mut DescriptorEncoder<'_>, paths: &[LeaderPath]) -> fmt::Resu
         "selvedge_path_mtu_bytes",
         "Size of the largest packet inside the tunnel that a path to another region carries",
         |path| Some(f64::from(path.mtu?)),
-    )
+    )?;
+    family(
+        "selvedge_path_relayed",
+        "Whether the tunnel's datagrams to a leader of another region go through a relay: 1, or 0 for a direct path",
+        |path| (path.kind == "peer").then(|| f64::from(u8::from(path.via.is_some()))),
+    )?;
+    let mut relays = encoder.encode_descriptor(
+        "selvedge_relay_info",
+        "The leader that relays to a leader of another region, and its region",
+        None,
+        MetricType::Gauge,
+    )?;
+    for (region, path) in &named {
+        let Some(via) = &path.via else { continue };
+        let via_region = text::line(&via.region);
+        let labels = [
+            ("name", path.name.as_str()),
+            ("region", region.as_ref()),
+            ("via", via.leader.as_str()),
+            ("via_region", via_region.as_ref()),
+        ];
+        ConstGauge::new(1_i64).encode(relays.encode_family(&labels)?)?;
+    }
+    Ok(())
 }
 
 fn counters<'a, const N: usize>(
@@ -394,7 +426,7 @@ fn counters<'a, const N: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::Peer;
+    use crate::status::{Peer, Via};
 
     #[test]
     fn kilos_five_metrics_exist() {
@@ -448,6 +480,7 @@ mod tests {
             }],
             drops: [("source".to_owned(), 3)].into(),
             leak_drops: Some(4),
+            transit_drops: Some(8),
             connected: vec!["10.9.9.9".to_owned()],
             cache_failures: 5,
             paths: vec![
@@ -465,6 +498,11 @@ mod tests {
                     name: "b1".into(),
                     region: "location:b".into(),
                     state: "down".into(),
+                    via: Some(Via {
+                        leader: "c1".into(),
+                        region: "location:c".into(),
+                        since: 4,
+                    }),
                     ..LeaderPath::default()
                 },
                 LeaderPath {
@@ -492,6 +530,9 @@ mod tests {
             "selvedge_path_up{kind=\"peer\",name=\"b1\",region=\"location:b\"} 0.0",
             "selvedge_path_rtt_seconds{kind=\"leader\",name=\"a2\",region=\"location:a\"} 0.00125",
             "selvedge_path_loss_ratio{kind=\"leader\",name=\"a2\",region=\"location:a\"} 0.02",
+            "selvedge_path_relayed{kind=\"peer\",name=\"b1\",region=\"location:b\"} 1.0",
+            "selvedge_relay_info{name=\"b1\",region=\"location:b\",via=\"c1\",via_region=\"location:c\"} 1",
+            "selvedge_transit_drops_total 8",
             "selvedge_failovers_total{cause=\"silent\"} 7",
             "selvedge_echo_socket_failures_total 6",
             "selvedge_build_info{version=\"1.2.3\"} 1",

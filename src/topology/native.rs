@@ -145,6 +145,12 @@ pub(super) fn topology(
         subnets: settings.subnets.clone(),
         alias_pools: settings.alias_pools.clone(),
         segments,
+        not_relaying: snapshot
+            .nodes
+            .values()
+            .filter(|node| node.relay_forbidden)
+            .map(|node| node.name.clone())
+            .collect(),
         outsiders,
         peers,
         peer_addresses,

@@ -388,6 +388,7 @@ fn any_node(
         ours: !has(7),
         ledger: Ledger::default(),
         other_keys: OtherKeys::default(),
+        relay_forbidden: false,
         lease: None,
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use selvedge::diff::KernelChange;
 use selvedge::kernel::Kernel;
-use selvedge::state::{Firewall, Guard};
+use selvedge::state::{Firewall, Guard, RelayDoor};
 
 mod aliases;
 mod drops;
@@ -13,6 +13,7 @@ mod leaders;
 mod listing;
 mod mesh;
 mod replacing;
+mod transit;
 mod translation;
 
 fn install(kernel: &Kernel, firewall: &Firewall) {
@@ -25,6 +26,9 @@ fn v4_only(firewall: Firewall) -> Firewall {
         nets.into_iter()
             .filter(|net| net.addr().is_ipv4())
             .collect()
+    };
+    let only_v4 = |ips: std::collections::BTreeSet<std::net::IpAddr>| {
+        ips.into_iter().filter(std::net::IpAddr::is_ipv4).collect()
     };
     Firewall {
         region_underlay: firewall
@@ -57,6 +61,10 @@ fn v4_only(firewall: Firewall) -> Firewall {
             cluster: v4(firewall.guard.cluster),
         },
         vxlan_sources: v4(firewall.vxlan_sources),
+        relay: RelayDoor {
+            from: only_v4(firewall.relay.from),
+            to: only_v4(firewall.relay.to),
+        },
         ..firewall
     }
 }

@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use selvedge::diff::{Change, KernelChange, diff};
 use selvedge::kernel::Kernel;
 use selvedge::state::{
-    BACKSTOP_METRIC, Firewall, Guard, Link, NextHop, Route, RouteKey, Rule, Ruleset, Scope, State,
-    Table,
+    BACKSTOP_METRIC, Firewall, Guard, Link, NextHop, RelayDoor, Route, RouteKey, Rule, Ruleset,
+    Scope, State, Table,
 };
 use selvedge_lab::netns::Namespace;
 
@@ -264,6 +264,10 @@ pub(crate) fn firewall() -> Firewall {
         vxlan_sources: nets(&["192.168.50.0/24", "2001:db8:50::12/128"]),
         region_devices: ["eth0", "flannel.1"].map(str::to_owned).into(),
         peer_internet: false,
+        relay: RelayDoor {
+            from: ["10.4.0.1", "10.4.0.3", "fd04::1"].map(ip).into(),
+            to: ["10.4.0.1", "fd04::1"].map(ip).into(),
+        },
     }
 }
 

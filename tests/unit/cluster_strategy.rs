@@ -157,6 +157,7 @@ pub(crate) fn node(number: u8) -> impl Strategy<Value = Node> {
             ours: true,
             ledger: Ledger::default(),
             other_keys: OtherKeys::default(),
+            relay_forbidden: false,
             lease: None,
         }
         .with(|node| node.ledger = ledger(node, times))

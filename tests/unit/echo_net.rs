@@ -106,6 +106,9 @@ impl Net {
             };
             let mut segments: Vec<_> = others().map(|(_, (other, _))| segment(other)).collect();
             segments.sort();
+            let mut all_segments: Vec<_> =
+                sizes.iter().map(|(region, _)| segment(region)).collect();
+            all_segments.sort();
             for number in 0..*size {
                 let leaders = (0..*size.min(&2)).filter(|leader| *leader != number);
                 let far = |(other, (region, size)): (usize, &(&str, usize))| -> Vec<(PeerId, Far)> {
@@ -114,6 +117,8 @@ impl Net {
                             let node = self::name(region, leader);
                             let far = Far {
                                 segment: segment(region),
+                                group: segment(region),
+                                relay_rank: Some(0),
                                 address: wireguard(other, leader),
                                 own: wireguard(index, number),
                                 node: NodeName(node.clone()),
@@ -131,6 +136,8 @@ impl Net {
                     peers: others().flat_map(far).collect(),
                     may_forward: true,
                     sizes: None,
+                    relays: true,
+                    relayed: BTreeSet::new(),
                 });
                 let targets = Targets {
                     own: Some(own(index, number)),
@@ -139,6 +146,7 @@ impl Net {
                         .map(|leader| (name(region, leader), probe_ip(leader)))
                         .collect(),
                     segments: segments.clone(),
+                    all_segments: all_segments.clone(),
                     lead,
                 };
                 net.add(&name(region, number).0, own(index, number));

@@ -300,12 +300,128 @@ fn a_dead_node_keeps_no_leader_from_draining() {
     assert!(net.node("a1").prober.is_drained(now));
 }
 
+/// Breaks both directions between two nodes, or makes them good.
+fn break_between(net: &mut Net, one: &str, other: &str, is_broken: bool) {
+    for (from, to) in [(one, other), (other, one)] {
+        let direction = (from.to_owned(), to.to_owned());
+        if is_broken {
+            net.faults.broken.insert(direction);
+        } else {
+            net.faults.broken.remove(&direction);
+        }
+    }
+}
+
+/// The leader that relays for a node to a region.
+fn relay(net: &Net, name: &str, to: &str) -> Option<String> {
+    let relays = news(net, name).verdicts.relays;
+    let relay = relays.get(&segment(to))?;
+    Some(relay.as_str().trim_start_matches("node/").to_owned())
+}
+
+/// Four regions with one leader each, of which a and b do not reach each other.
+fn blocked_pair(seed: u64) -> Net {
+    let sizes = [("a", 1), ("b", 1), ("c", 1), ("d", 1)];
+    let mut net = Net::regions(start(), seed, &sizes);
+    net.run(seconds(10));
+    assert_eq!(relay(&net, "a1", "b"), None);
+    break_between(&mut net, "a1", "b1", true);
+    net
+}
+
+#[test]
+fn two_leaders_that_lost_each_other_both_choose_a_relay_within_three_seconds() {
+    let mut net = blocked_pair(31);
+    net.run(seconds(3));
+    for (from, to) in [("a1", "b"), ("b1", "a")] {
+        let relay = relay(&net, from, to);
+        assert!(matches!(relay.as_deref(), Some("c1" | "d1")), "{relay:?}");
+    }
+    assert_eq!(relay(&net, "c1", "a"), None);
+    break_between(&mut net, "a1", "b1", false);
+    net.run(seconds(10));
+    assert_eq!(relay(&net, "a1", "b"), None);
+}
+
+#[test]
+fn another_relay_is_chosen_within_two_seconds_after_the_first_has_died() {
+    let mut net = blocked_pair(32);
+    net.run(seconds(5));
+    let first = relay(&net, "a1", "b").unwrap();
+    net.faults.dead.insert(first.clone());
+    let died = net.now;
+    net.run(seconds(2));
+    let (at, _) = net.nodes["a1"]
+        .news
+        .iter()
+        .find(|(at, news)| {
+            let relay = news.verdicts.relays.get(&segment("b"));
+            *at > died && relay.is_some_and(|relay| !relay.as_str().ends_with(&first))
+        })
+        .unwrap();
+    println!("another relay {:?} after the first died", *at - died);
+}
+
+#[test]
+fn no_relay_is_chosen_for_a_region_that_is_dead() {
+    let mut net = blocked_pair(33);
+    break_between(&mut net, "a1", "b1", false);
+    net.faults.dead.insert("b1".to_owned());
+    net.run(seconds(60));
+    let chosen = net.nodes["a1"].news.iter();
+    let chosen = chosen.filter(|(_, news)| !news.verdicts.relays.is_empty());
+    assert_eq!(chosen.count(), 0);
+}
+
+#[test]
+fn an_agent_that_says_nothing_of_relays_is_none_and_neither_is_one_that_is_forbidden() {
+    for forbid in ["c1", "d1"] {
+        let mut net = blocked_pair(34);
+        let now = net.now;
+        let prober = &mut net.node(forbid).prober;
+        let mut targets = prober.targets().clone();
+        targets.lead.as_mut().unwrap().relays = false;
+        prober.handle_targets(now, targets);
+        net.run(seconds(5));
+        let other = if forbid == "c1" { "d1" } else { "c1" };
+        assert_eq!(relay(&net, "a1", "b").as_deref(), Some(other));
+        net.faults.dead.insert(other.to_owned());
+        net.run(seconds(5));
+        assert_eq!(relay(&net, "a1", "b"), None);
+    }
+}
+
+#[test]
+fn a_leader_that_drains_stops_relaying_at_once() {
+    let mut net = blocked_pair(35);
+    net.run(seconds(5));
+    let first = relay(&net, "a1", "b").unwrap();
+    net.drain(&first);
+    net.run(millis(50));
+    assert_ne!(relay(&net, "a1", "b"), Some(first));
+}
+
+#[test]
+fn the_other_leader_of_the_region_that_reaches_it_is_used_and_no_relay() {
+    let sizes = [("a", 2), ("b", 1), ("c", 1)];
+    let mut net = Net::regions(start(), 36, &sizes);
+    net.run(seconds(10));
+    break_between(&mut net, "a1", "b1", true);
+    net.run(seconds(20));
+    assert_eq!(relay(&net, "a1", "b"), None);
+    break_between(&mut net, "a2", "b1", true);
+    net.run(seconds(4));
+    assert_eq!(relay(&net, "a1", "b").as_deref(), Some("c1"));
+    assert_eq!(relay(&net, "a2", "b").as_deref(), Some("c1"));
+}
+
 fn echo(token: u64) -> Message {
     Message {
         kind: Kind::Echo,
         draining: false,
         forwards: true,
         knows: false,
+        direct: false,
         token,
         acknowledged: 0,
         generation: 0,

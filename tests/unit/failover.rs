@@ -306,11 +306,24 @@ fn any_verdicts(topology: &Topology, me: &NodeName, draw: &mut impl FnMut() -> u
             if own.is_some_and(|own| own.name == segment.name) {
                 let others = topology.segments.iter().map(|segment| segment.name.clone());
                 let unreached = others.filter(|_| draw().is_multiple_of(3)).collect();
-                let leader = (leader.node.clone(), RegionLeader { state, unreached });
-                verdicts.leaders.extend([leader]);
+                let all = topology.segments.iter().map(|segment| segment.name.clone());
+                let direct = all.filter(|_| draw().is_multiple_of(2)).collect();
+                let known = RegionLeader {
+                    state,
+                    unreached,
+                    direct: draw().is_multiple_of(2).then_some(direct),
+                };
+                verdicts.leaders.insert(leader.node.clone(), known);
             } else if topology.is_leader(me) {
                 verdicts.peers.insert(leader.peer_id(), state);
             }
+        }
+    }
+    let peers = verdicts.peers.keys().cloned().collect::<Vec<_>>();
+    for segment in &topology.segments {
+        let relay = peers.get(usize::from(draw()));
+        if let Some(relay) = relay.filter(|_| own.is_some_and(|own| own.group != segment.group)) {
+            verdicts.relays.insert(segment.name.clone(), relay.clone());
         }
     }
     verdicts
@@ -319,11 +332,13 @@ fn any_verdicts(topology: &Topology, me: &NodeName, draw: &mut impl FnMut() -> u
 /// The same verdict on every path.
 fn uniform(topology: &Topology, me: &NodeName, state: PathState) -> Verdicts {
     let mut verdicts = any_verdicts(topology, me, &mut || 0);
+    verdicts.relays.clear();
     verdicts.peers.values_mut().for_each(|peer| *peer = state);
     for leader in verdicts.leaders.values_mut() {
         *leader = RegionLeader {
             state,
             unreached: topology.segments.iter().map(|s| s.name.clone()).collect(),
+            direct: None,
         };
     }
     verdicts
@@ -379,6 +394,7 @@ impl Damage {
     /// What a node's echoes say of it.
     fn verdicts(&self, topology: &Topology, me: &NodeName) -> Verdicts {
         let mut verdicts = any_verdicts(topology, me, &mut || 0);
+        verdicts.relays.clear();
         let state = |is_up| match is_up {
             true => PathState::Up,
             false => PathState::Down(Cause::Silent),
@@ -397,6 +413,7 @@ impl Damage {
                 *known = RegionLeader {
                     state: state(is_up),
                     unreached: unreached.map(|other| other.name.clone()).collect(),
+                    direct: None,
                 };
             }
         }
@@ -481,14 +498,19 @@ proptest! {
             let mut after = with.states[me].clone();
             prop_assert!(after.routes.keys().eq(before.routes.keys()));
             for (key, route) in &mut after.routes {
-                if let (Route::Unicast { next_hops, .. }, Route::Unicast { next_hops: old, .. }) =
-                    (route, &before.routes[key])
+                if let (
+                    Route::Unicast { next_hops, mtu, .. },
+                    Route::Unicast { next_hops: old, mtu: full, .. },
+                ) = (route, &before.routes[key])
                 {
                     prop_assert!(!next_hops.is_empty());
                     next_hops.clone_from(old);
+                    // Less through a relay.
+                    prop_assert!(*mtu <= *full);
+                    *mtu = *full;
                 }
             }
-            let mut owners = BTreeMap::new();
+            let (mut owners, mut relayed) = (BTreeMap::new(), BTreeSet::new());
             for (id, peer) in &mut after.peers {
                 prop_assert!(peer.routes.is_subset(&peer.accepts));
                 let segment = topology.leaders().find(|(_, leader)| leader.peer_id() == *id);
@@ -498,6 +520,11 @@ proptest! {
                     prop_assert!(other.is_none_or(|other| other == segment), "{} has two owners", net);
                 }
                 peer.routes.clone_from(&before.peers[id].routes);
+                for address in &peer.relays_to {
+                    prop_assert!(relayed.insert(*address), "{} has two relays", address);
+                }
+                peer.relays_to.clear();
+                peer.relayed_from.clear();
             }
             for peer in before.peers.values() {
                 prop_assert!(peer.routes.iter().all(|net| owners.contains_key(net)));

@@ -11,7 +11,7 @@ use selvedge::cluster::{ParseSettings, node, peer};
 use selvedge::diff::{Change, diff};
 use selvedge::flannel::{Backend, Flannel, Mac, Vtep, device_name};
 use selvedge::plan::{self, Inputs, plan};
-use selvedge::policy::{Encapsulation, OnTunnelDown};
+use selvedge::policy::{Encapsulation, OnTunnelDown, Relaying};
 use selvedge::probe::Verdicts;
 use selvedge::state::{NextHop, State};
 use selvedge::topology::{
@@ -76,6 +76,7 @@ impl Mesh {
                 on_tunnel_down: OnTunnelDown::Closed,
                 service_cidrs: vec![net("10.43.0.0/16")],
                 peer_internet: false,
+                relaying: Relaying::Auto,
             },
             backend: Backend::Vxlan,
             direct_routing: false,
@@ -308,6 +309,7 @@ pub(crate) fn node(name: &str, region: &str, seed: u8, address: &str) -> Node {
         ours: true,
         ledger: Ledger::default(),
         other_keys: OtherKeys::default(),
+        relay_forbidden: false,
         lease: None,
     }
 }

@@ -27,6 +27,7 @@ mod path_mtu;
 mod peers;
 mod probe_addresses;
 mod regions;
+mod relays;
 mod several_leaders;
 mod two_regions_behind_nat;
 mod wireguard_addresses;

@@ -18,7 +18,7 @@ pub(super) struct Echoes {
     /// The targets that were last handed out.
     targets: Targets,
     /// Whether a pass came since the last decision, so that the routes to the probe addresses exist.
-    is_routed: bool,
+    pub(super) is_routed: bool,
     /// What the echoes of the region say of this node's forwarding.
     pub(super) forwarding: Forwarding,
     /// Paths that were down and came back.
@@ -61,6 +61,7 @@ impl Controller {
         self.echoes
             .returned
             .retain(|name| matches!(after.get(name), Some(PathState::Up | PathState::Draining)));
+        self.follow_relays(&verdicts);
         self.facts.verdicts = verdicts;
         self.schedule.handle_news(now);
     }
@@ -120,7 +121,12 @@ impl Controller {
             self.facts.flannel.as_ref(),
             may_forward,
             decision::sizes(&self.facts, &self.config),
+            &self.config.relaying,
         );
+        if let Some(lead) = &mut targets.lead {
+            let known = |id: &&PeerId| lead.peers.contains_key(*id);
+            lead.relayed = self.facts.relayed.iter().filter(known).cloned().collect();
+        }
         if !self.echoes.is_routed {
             let known = &self.echoes.targets.leaders;
             targets
@@ -166,7 +172,7 @@ impl Controller {
             let note = format!("the path {name} is up again");
             notice(format!("return of path {name}"), "SelvedgePathUp", note)
         });
-        down.chain(returned).collect()
+        down.chain(returned).chain(self.relay_notices()).collect()
     }
 
     /// The sentence about this node's forwarding, if echoes say that it fails.
@@ -206,6 +212,47 @@ impl Controller {
             _ => return,
         };
         *self.echoes.failovers.entry(cause).or_default() += 1;
+    }
+
+    /// Logs which relays are chosen, and which are not any more.
+    fn follow_relays(&self, verdicts: &Verdicts) {
+        let before = &self.facts.verdicts.relays;
+        for (region, relay) in &verdicts.relays {
+            if before.get(region) != Some(relay) {
+                tracing::info!(%region, via = self.name_of(relay), "relay chosen");
+            }
+        }
+        for (region, relay) in before {
+            if !verdicts.relays.contains_key(region) {
+                tracing::info!(%region, via = self.name_of(relay), "relay ended");
+            }
+        }
+    }
+
+    /// The notices about relays that are in use.
+    fn relay_notices(&self) -> impl Iterator<Item = Notice> + '_ {
+        let relays = self.facts.verdicts.relays.iter();
+        let used = relays.filter(|(region, _)| {
+            let lead = self.echoes.targets.lead.as_ref();
+            let mut peers = lead.into_iter().flat_map(|lead| &lead.peers);
+            peers.any(|(id, far)| far.segment == **region && self.facts.relayed.contains(id))
+        });
+        used.map(|(region, relay)| Notice {
+            object: Object::Node(self.config.node.clone()),
+            field: format!("relay to {region}"),
+            reason: "SelvedgeRelayed",
+            note: format!(
+                "no leader of {region} answers this node directly: traffic goes through leader {}, encrypted end to end",
+                self.name_of(relay)
+            ),
+        })
+    }
+
+    /// The node of a leader elsewhere.
+    fn name_of<'s>(&'s self, id: &'s PeerId) -> &'s str {
+        let lead = self.echoes.targets.lead.as_ref();
+        let far = lead.and_then(|lead| lead.peers.get(id));
+        far.map_or(id.as_str(), |far| far.node.0.as_str())
     }
 
     fn paths(&self, verdicts: &Verdicts) -> BTreeMap<PathName, PathState> {

@@ -41,18 +41,21 @@ impl Controller {
         let mut alive = BTreeMap::new();
         let mut heard = BTreeMap::new();
         let mut callers = BTreeSet::new();
+        let (mut relayed, mut only_relayed) = (BTreeSet::new(), BTreeSet::new());
         self.traffic.clear();
         let mut known = BTreeSet::new();
         for (id, peer) in &stats.peers {
             let key = &peer.public_key;
             known.insert(*key);
             let candidates = candidates.get(id).map_or(&[][..], Vec::as_slice);
+            let is_relayed = peer.relayed;
             let sign = endpoint_discovery::Sign {
                 endpoint: peer.endpoint,
                 received: peer.rx_bytes,
                 age: peer.last_handshake,
                 unanswered: peer.unanswered,
                 answer: peer.answer,
+                relayed: is_relayed,
             };
             let is_alive = self
                 .discovery
@@ -60,15 +63,26 @@ impl Controller {
             let mut tried = self.discovery.poll_search(key, keys, now);
             let endpoint = peer.endpoint;
             if let Some(endpoint) = endpoint.filter(|_| liveness::is_heard(peer.last_handshake)) {
-                heard.insert(*key, endpoint);
+                if is_relayed {
+                    relayed.insert(id.clone());
+                } else {
+                    heard.insert(*key, endpoint);
+                }
                 if is_alive {
                     alive.insert(*key, endpoint);
                 }
                 // Their routers let this node's answers in when it has spoken first.
                 let is_tried = tried.contains(&endpoint);
                 tried.extend(
-                    Some(endpoint).filter(|_| moved && !candidates.is_empty() && !is_tried),
+                    Some(endpoint)
+                        .filter(|_| moved && !candidates.is_empty() && !is_tried && !is_relayed),
                 );
+            }
+            if !self.decision.relayed.contains_key(id) {
+                self.discovery.forget_relay(key, now);
+            }
+            if peer.last_handshake.is_some() && !self.discovery.was_direct(key) {
+                only_relayed.insert(*key);
             }
             if peer.heard_unasked.is_some() {
                 callers.insert(*key);
@@ -104,7 +118,33 @@ impl Controller {
         self.facts.alive = alive;
         self.facts.heard = heard;
         self.facts.callers = callers;
+        self.facts.only_relayed = only_relayed;
+        if self.facts.relayed != relayed {
+            self.facts.relayed = relayed;
+            self.follow_targets();
+        }
+        if self.echoes.is_routed {
+            self.try_relays(now);
+        }
         self.choose_port(now, stats) || news
+    }
+
+    /// Tries the candidates that lead through the relays. The tunnel must know these relays already.
+    pub(super) fn try_relays(&mut self, now: Instant) {
+        let Some(desired) = &self.decision.desired else {
+            return;
+        };
+        for (id, candidate) in &self.decision.relayed {
+            let Some(peer) = desired.peers.get(id) else {
+                continue;
+            };
+            if self.discovery.poll_relay(&peer.public_key, now) {
+                self.effects.push_back(Effect::FindPeer {
+                    id: id.clone(),
+                    candidates: vec![*candidate],
+                });
+            }
+        }
     }
 
     /// Decides on which UDP port the tunnel listens; true if it is another one from now on.

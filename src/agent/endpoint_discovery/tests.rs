@@ -125,6 +125,7 @@ impl World {
             age: self.handshake.map(since),
             unanswered: self.sent.map(since),
             answer: self.answer,
+            relayed: self.endpoint == Some(behind_relay()),
         };
         let (discovery, keys) = (&mut self.discovery, &self.keys);
         let there = discovery.handle_sign(KEY, sign, &self.candidates, keys, now);
@@ -377,4 +378,69 @@ fn five_thousand_leaders_are_looked_at_in_a_moment() {
     }
     let looked = begun.elapsed();
     assert!(looked < Duration::from_secs(10), "{looked:?}");
+}
+
+/// The endpoint of the peer behind a relay.
+fn behind_relay() -> SocketAddr {
+    "10.4.0.1:51820".parse().unwrap()
+}
+
+#[test]
+fn direct_candidates_of_a_relayed_peer_are_tried_all_the_time_and_ever_more_seldom() {
+    let mut world = World::new(of_leader(25));
+    world.candidates = vec![discovered(1), discovered(2)];
+    assert_eq!(world.tries(0..10), []);
+    world.endpoint = Some(behind_relay());
+    let mut tries = Vec::new();
+    for at in 10..120 {
+        // Traffic comes through the relay.
+        world.heard();
+        let (there, tried) = world.at(at);
+        assert!(there);
+        if !tried.is_empty() {
+            assert!(!tried.contains(&behind_relay()), "{tried:?}");
+            tries.push((at, tried));
+        }
+    }
+    let all: Vec<_> = tries.iter().filter(|(_, tried)| tried.len() == 2).collect();
+    let all: Vec<_> = all.iter().map(|(at, _)| *at).collect();
+    assert_eq!(all, [15, 20, 25, 30, 35, 40, 65, 90, 115]);
+    // Back on the direct path nothing is searched for.
+    world.endpoint = Some(place(1));
+    world.heard();
+    assert_eq!(world.tries(120..124), []);
+}
+
+#[test]
+fn the_relays_candidate_is_tried_alone_and_again_after_five_seconds() {
+    let mut world = World::new(of_leader(25));
+    world.sent = Some(0);
+    world.at(5);
+    let poll = |world: &mut World, at: u64| {
+        let now = world.start + Duration::from_secs(at);
+        world.discovery.poll_relay(&KEY, now)
+    };
+    assert!(poll(&mut world, 6));
+    assert!(!poll(&mut world, 10));
+    assert!(poll(&mut world, 11));
+    assert_eq!(world.at(12).1, [], "not beside another initiation");
+    world.endpoint = Some(behind_relay());
+    world.heard();
+    world.at(13);
+    assert!(!poll(&mut world, 20), "it is in use");
+    assert!(world.discovery.was_direct(&KEY));
+}
+
+#[test]
+fn a_peer_that_only_a_relay_reaches_was_never_reached_directly() {
+    let mut world = World::unheard(of_leader(25), &[discovered(1)]);
+    world.at(0);
+    assert!(!world.discovery.was_direct(&KEY));
+    world.endpoint = Some(behind_relay());
+    world.handshake = Some(1);
+    world.at(1);
+    assert!(!world.discovery.was_direct(&KEY));
+    world.endpoint = Some(place(1));
+    world.at(2);
+    assert!(world.discovery.was_direct(&KEY));
 }

@@ -21,6 +21,8 @@ impl Tunnel for NoTunnel {
         *self.0.lock().unwrap() = addresses;
     }
 
+    fn set_own_addresses(&self, _: BTreeSet<IpAddr>) {}
+
     fn take_diverted(&self) -> Vec<Diverted> {
         Vec::new()
     }

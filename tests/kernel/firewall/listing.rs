@@ -31,6 +31,10 @@ fn the_table_of_a_leader() {
     		packets 0 bytes 0
     	}
 
+    	counter transit_drops {
+    		packets 0 bytes 0
+    	}
+
     	set allowed_hops4 {
     		type ipv4_addr
     		flags interval
@@ -199,6 +203,30 @@ fn the_table_of_a_leader() {
     		elements = { 2001:db8:50::12 }
     	}
 
+    	set relay_from4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.4.0.1, 10.4.0.3 }
+    	}
+
+    	set relay_from6 {
+    		type ipv6_addr
+    		flags interval
+    		elements = { fd04::1 }
+    	}
+
+    	set relay_to4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.4.0.1 }
+    	}
+
+    	set relay_to6 {
+    		type ipv6_addr
+    		flags interval
+    		elements = { fd04::1 }
+    	}
+
     	set remote4 {
     		type ipv4_addr
     		flags interval
@@ -359,6 +387,21 @@ fn the_table_of_a_leader() {
     		counter name "stranger_drops" drop
     	}
 
+    	chain through_tunnel {
+    		type filter hook forward priority filter; policy accept;
+    		iifname != "kilo0" return
+    		oifname != "kilo0" return
+    		ct state established,related return
+    		ct status dnat return
+    		ip saddr @masquerade_from4 return
+    		ip daddr @masquerade_from4 return
+    		ip saddr @relay_from4 ip daddr @relay_to4 udp sport 51820 udp dport 51820 return
+    		ip6 saddr @masquerade_from6 return
+    		ip6 daddr @masquerade_from6 return
+    		ip6 saddr @relay_from6 ip6 daddr @relay_to6 udp sport 51820 udp dport 51820 return
+    		counter name "transit_drops" drop
+    	}
+
     	chain to_probes {
     		type filter hook forward priority filter; policy accept;
     		iifname { "eth0", "flannel.1" } oifname "kilo0" ip saddr @members4 ip daddr @probes4 return
@@ -421,6 +464,10 @@ fn the_table_of_a_follower() {
     	}
 
     	counter stranger_drops {
+    		packets 0 bytes 0
+    	}
+
+    	counter transit_drops {
     		packets 0 bytes 0
     	}
 
@@ -505,6 +552,18 @@ fn the_table_of_a_follower() {
     		type ipv4_addr
     		flags interval
     		elements = { 192.168.50.11, 192.168.50.12 }
+    	}
+
+    	set relay_from4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.4.0.1, 10.4.0.3 }
+    	}
+
+    	set relay_to4 {
+    		type ipv4_addr
+    		flags interval
+    		elements = { 10.4.0.1 }
     	}
 
     	set remote4 {

@@ -1,6 +1,7 @@
 //! Whom a node sends echoes to, and whose it answers.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use selvedge::policy::Relaying;
 use selvedge::probe::{Targets, targets};
 use selvedge::topology::{Mode, Topology};
 
@@ -18,7 +19,8 @@ fn main_scenario() -> (Mesh, Topology) {
 
 fn of(mesh: &Mesh, topology: &Topology, name: &str) -> Targets {
     let name = NodeName(name.into());
-    targets(topology, &name, Some(&mesh.flannel(&name)), true, None)
+    let flannel = mesh.flannel(&name);
+    targets(topology, &name, Some(&flannel), true, None, &Relaying::Auto)
 }
 
 #[test]
@@ -56,18 +58,16 @@ fn a_leader_answers_the_nodes_of_its_region_and_sends_echoes_to_leaders_elsewher
 fn beside_kilos_algorithm_and_without_flannel_there_are_no_echoes() {
     let (mesh, mut topology) = main_scenario();
     let name = NodeName("node-agent-01".into());
-    assert_eq!(
-        targets(&topology, &name, None, true, None),
-        Targets::default()
-    );
+    let of = |flannel, name| targets(&topology, name, flannel, true, None, &Relaying::Auto);
+    assert_eq!(of(None, &name), Targets::default());
     let stranger = NodeName("stranger".into());
     let flannel = mesh.flannel(&name);
+    assert_eq!(of(Some(&flannel), &stranger), Targets::default());
+    topology.mode = Mode::Kilo(vec![name]);
     assert_eq!(
-        targets(&topology, &stranger, Some(&flannel), true, None),
+        self::of(&mesh, &topology, "node-agent-01"),
         Targets::default()
     );
-    topology.mode = Mode::Kilo(vec![name]);
-    assert_eq!(of(&mesh, &topology, "node-agent-01"), Targets::default());
 }
 
 #[test]

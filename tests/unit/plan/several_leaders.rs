@@ -146,6 +146,7 @@ fn both(one: Verdicts, other: Verdicts) -> Verdicts {
     Verdicts {
         peers: one.peers.into_iter().chain(other.peers).collect(),
         leaders: one.leaders.into_iter().chain(other.leaders).collect(),
+        ..Verdicts::default()
     }
 }
 

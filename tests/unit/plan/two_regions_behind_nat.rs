@@ -277,6 +277,14 @@ fn the_firewall_holds_the_prefixes_of_the_own_and_of_other_regions() {
             "flannel.1",
         },
         peer_internet: false,
+        relay: RelayDoor {
+            from: {
+                10.4.0.1,
+            },
+            to: {
+                10.4.0.1,
+            },
+        },
     }
     "#);
 }

@@ -56,6 +56,21 @@ pub(super) fn agents(table: &mut Table, all: &Parties) {
         &removed,
     );
     table.allowed("the operator", operator, &removed);
+    let relay = |value: Value| annotate(NODE_A, json!({"selvedge.dev/relay": value}));
+    table.allowed(
+        "the operator forbids a relay",
+        operator,
+        &relay(json!("false")),
+    );
+    for value in [json!("true"), Value::Null] {
+        table.refused(
+            "a relay that the operator forbade",
+            agent_a,
+            "annotations",
+            &relay(value),
+        );
+    }
+    table.allowed("the operator", operator, &relay(Value::Null));
     let unknown = annotate(NODE_A, json!({"selvedge.dev/anything": "x"}));
     table.refused(
         "an unknown annotation of selvedge.dev",
