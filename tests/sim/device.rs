@@ -2,12 +2,12 @@
 //!
 //! It exchanges messages as the real one does, without cryptography: a session is a number that both ends have.
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use selvedge::wireguard::key::PublicKey;
-use selvedge::wireguard::{Answer, PeerConfig, PeerId, PeerStats, Stats};
+use selvedge::wireguard::{Answer, PeerConfig, PeerId, PeerStats, RELAY_PORT, Stats};
 
 /// WireGuard paper, 6.1.
 const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -41,6 +41,33 @@ pub(crate) enum Message {
         number: u64,
         packet: Option<Vec<u8>>,
     },
+    /// A datagram of another session, in the session with a relay.
+    Relayed {
+        from: PublicKey,
+        number: u64,
+        inner: Box<Relayed>,
+    },
+}
+
+/// A datagram to a WireGuard address through a relay. The relay sees no more of the message than that there is one.
+#[derive(Clone, Debug)]
+pub(crate) struct Relayed {
+    pub(crate) source: IpAddr,
+    pub(crate) to: IpAddr,
+    pub(crate) message: Message,
+}
+
+/// Without anything that came directly for so long a message through a relay moves the endpoint.
+const DIRECT_LASTS: Duration = Duration::from_secs(5);
+
+/// What a message proves of the way on which it came.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Evidence {
+    /// It answers an initiation that was sent then.
+    Answer(Instant),
+    /// It confirms a session, whose answer went the same way.
+    Confirmation,
+    Message,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -80,6 +107,9 @@ struct Peer {
     accepted: u64,
     /// The greatest initiation of this side that was answered.
     answered: u64,
+    /// When something last came directly, and when the direct way last worked in both directions.
+    heard: Option<Instant>,
+    proven: Option<Instant>,
 }
 
 /// An initiation that came before its key: it is answered if the key becomes known soon.
@@ -106,6 +136,10 @@ pub(crate) struct Device {
     pub(crate) changes: u64,
     numbers: u64,
     held: Vec<Held>,
+    /// This node's WireGuard addresses.
+    own: BTreeSet<IpAddr>,
+    /// Packets that came through sessions and are the kernel's to forward.
+    forwarded: Vec<Relayed>,
 }
 
 impl Device {
@@ -121,7 +155,91 @@ impl Device {
             changes: 0,
             numbers: first << 32,
             held: Vec::new(),
+            own: BTreeSet::new(),
+            forwarded: Vec::new(),
         }
+    }
+
+    pub(crate) fn set_own_addresses(&mut self, own: BTreeSet<IpAddr>) {
+        self.own = own;
+    }
+
+    /// The peer that relays to an address.
+    pub(crate) fn relay_to(&self, address: IpAddr) -> Option<PublicKey> {
+        let mut peers = self.peers.iter();
+        let relay = peers.find(|(_, peer)| peer.config.relays_to.contains(&address));
+        relay.map(|(key, _)| *key)
+    }
+
+    /// Whether an endpoint leads through a relay: the addresses of the simulation's pool are no others.
+    pub(crate) fn is_relayed(endpoint: SocketAddr) -> bool {
+        let is_of_pool = matches!(endpoint.ip(), IpAddr::V4(ip) if ip.octets()[..2] == [10, 4]);
+        is_of_pool && endpoint.port() == RELAY_PORT
+    }
+
+    /// Whether datagrams from an address may come through a peer.
+    pub(crate) fn admits(&self, through: &PublicKey, source: IpAddr) -> bool {
+        let peer = self.peers.get(through);
+        peer.is_some_and(|peer| peer.config.relayed_from.contains(&source))
+    }
+
+    /// Sends a message: directly, or in the session with a relay. What answers a message goes back through the relay by
+    /// which that came, where no peer relays to its sender.
+    fn push(&mut self, to: SocketAddr, message: Message, back: Option<PublicKey>) {
+        if !Self::is_relayed(to) {
+            self.outgoing.push((to, message));
+            return;
+        }
+        let relay = self.relay_to(to.ip()).or(back);
+        let source = self.own.first().copied();
+        let (Some(relay), Some(source)) = (relay, source) else {
+            return;
+        };
+        let Some(peer) = self.peers.get(&relay) else {
+            return;
+        };
+        let (Some(session), Some(endpoint)) = (peer.session, peer.endpoint) else {
+            return;
+        };
+        // One relay deep.
+        if Self::is_relayed(endpoint) {
+            return;
+        }
+        let relayed = Relayed {
+            source,
+            to: to.ip(),
+            message,
+        };
+        let message = Message::Relayed {
+            from: self.key,
+            number: session.number,
+            inner: Box::new(relayed),
+        };
+        self.outgoing.push((endpoint, message));
+    }
+
+    /// The kernel forwards a relayed datagram into the tunnel, to this peer.
+    pub(crate) fn forward(&mut self, to: &PublicKey, relayed: Relayed) {
+        let Some(peer) = self.peers.get(to) else {
+            return;
+        };
+        let (Some(session), Some(endpoint)) = (peer.session, peer.endpoint) else {
+            return;
+        };
+        // As the real device: what it would send through a relay itself goes nowhere.
+        if Self::is_relayed(endpoint) || self.relay_to(relayed.to).is_some() {
+            return;
+        }
+        let message = Message::Relayed {
+            from: self.key,
+            number: session.number,
+            inner: Box::new(relayed),
+        };
+        self.outgoing.push((endpoint, message));
+    }
+
+    pub(crate) fn take_forwarded(&mut self) -> Vec<Relayed> {
+        std::mem::take(&mut self.forwarded)
     }
 
     pub(crate) fn set_peers(&mut self, now: Instant, peers: &BTreeMap<PeerId, PeerConfig>) {
@@ -159,6 +277,8 @@ impl Device {
                         owes: None,
                         accepted: 0,
                         answered: 0,
+                        heard: None,
+                        proven: None,
                     };
                     self.peers.insert(key, peer);
                 }
@@ -178,7 +298,7 @@ impl Device {
             ..
         } in known
         {
-            self.handle_initiation(now, source, from, number);
+            self.handle_initiation(now, source, from, number, None);
         }
     }
 
@@ -229,6 +349,7 @@ impl Device {
     }
 
     pub(crate) fn try_candidates(&mut self, now: Instant, id: &PeerId, candidates: &[SocketAddr]) {
+        let mut messages = Vec::new();
         let peer = self.peers.values_mut().find(|peer| peer.id == *id);
         if let Some(peer) = peer {
             let number = {
@@ -246,8 +367,11 @@ impl Device {
                     to,
                     number,
                 };
-                self.outgoing.push((*candidate, message));
+                messages.push((*candidate, message));
             }
+        }
+        for (to, message) in messages {
+            self.push(to, message, None);
         }
     }
 
@@ -284,18 +408,50 @@ impl Device {
             number: session.number,
             packet,
         };
-        self.outgoing.push((endpoint, message));
+        self.push(endpoint, message, None);
     }
 
     pub(crate) fn handle_message(&mut self, now: Instant, source: SocketAddr, message: Message) {
+        self.handle(now, source, message, None);
+    }
+
+    fn handle(
+        &mut self,
+        now: Instant,
+        source: SocketAddr,
+        message: Message,
+        through: Option<PublicKey>,
+    ) {
         match message {
+            Message::Relayed {
+                from,
+                number,
+                inner,
+            } => {
+                if through.is_some() || !self.decrypts(&from, number) {
+                    return;
+                }
+                // To the session it is data as any other.
+                let data = Message::Data {
+                    from,
+                    number,
+                    packet: None,
+                };
+                self.handle(now, source, data, None);
+                if !self.own.contains(&inner.to) {
+                    self.forwarded.push(*inner);
+                } else if self.admits(&from, inner.source) {
+                    let source = SocketAddr::new(inner.source, RELAY_PORT);
+                    self.handle(now, source, inner.message, Some(from));
+                }
+            }
             Message::Initiation { from, to, number } => {
                 if to != self.key {
                     return;
                 }
                 if self.peers.contains_key(&from) {
-                    self.handle_initiation(now, source, from, number);
-                } else if self.held.len() < MAX_HELD {
+                    self.handle_initiation(now, source, from, number, through);
+                } else if through.is_none() && self.held.len() < MAX_HELD {
                     let until = now + REKEY_TIMEOUT;
                     self.held.push(Held {
                         from,
@@ -320,15 +476,13 @@ impl Device {
                 peer.answered = number;
                 peer.rx += 92;
                 peer.answer = Some((source, now - at, now));
-                peer.begin(
-                    Session {
-                        number,
-                        since: now,
-                        unconfirmed: None,
-                    },
-                    now,
-                );
-                peer.endpoint = Some(source);
+                let session = Session {
+                    number,
+                    since: now,
+                    unconfirmed: None,
+                };
+                peer.begin(session, now);
+                self.roam(now, &from, source, Evidence::Answer(at));
                 self.has_events = true;
                 self.changes += 1;
                 self.send_data(now, &from, None);
@@ -341,7 +495,11 @@ impl Device {
                 let Some(peer) = self.peers.get_mut(&from) else {
                     return;
                 };
+                let mut evidence = Evidence::Message;
                 if let Some(next) = peer.next.take_if(|next| next.number == number) {
+                    if next.unconfirmed == Some(source) {
+                        evidence = Evidence::Confirmation;
+                    }
                     peer.begin(next, now);
                     self.has_events = true;
                     self.changes += 1;
@@ -352,11 +510,10 @@ impl Device {
                         return;
                     }
                 }
-                if peer.endpoint != Some(source) {
-                    peer.endpoint = Some(source);
-                    self.has_events = true;
-                    self.changes += 1;
-                }
+                self.roam(now, &from, source, evidence);
+                let Some(peer) = self.peers.get_mut(&from) else {
+                    return;
+                };
                 peer.rx += 32;
                 peer.waiting = None;
                 if let Some(packet) = packet {
@@ -374,6 +531,7 @@ impl Device {
         source: SocketAddr,
         from: PublicKey,
         number: u64,
+        through: Option<PublicKey>,
     ) {
         let Some(peer) = self
             .peers
@@ -386,7 +544,7 @@ impl Device {
             .sent
             .max(peer.initiated.map(|(_, at)| at))
             .unwrap_or(self.begun);
-        if now - quiet >= UNASKED_AFTER {
+        if through.is_none() && now - quiet >= UNASKED_AFTER {
             peer.unasked = Some(now);
         }
         peer.accepted = number;
@@ -399,8 +557,46 @@ impl Device {
         });
         peer.tx += 92;
         let from = self.key;
-        self.outgoing
-            .push((source, Message::Response { from, number }));
+        self.push(source, Message::Response { from, number }, through);
+    }
+
+    /// Moves the endpoint to the source of a message, if the message proves enough: the real device's rule.
+    fn roam(&mut self, now: Instant, from: &PublicKey, source: SocketAddr, evidence: Evidence) {
+        let is_relayed = Self::is_relayed(source);
+        let relayed_address = |peer: &Peer| {
+            let endpoint = peer.endpoint.filter(|at| Self::is_relayed(*at));
+            endpoint
+                .or_else(|| is_relayed.then_some(source))
+                .map(|at| at.ip())
+        };
+        let address = self.peers.get(from).and_then(relayed_address);
+        let has_relay = address.is_some_and(|address| self.relay_to(address).is_some());
+        let Some(peer) = self.peers.get_mut(from) else {
+            return;
+        };
+        let was_relayed = peer.endpoint.map(Self::is_relayed);
+        let proves = !is_relayed && evidence != Evidence::Message;
+        let moves = match (was_relayed, is_relayed) {
+            (None | Some(false), false) => true,
+            (None | Some(true), true) => has_relay,
+            (Some(true), false) => !has_relay || proves,
+            (Some(false), true) => {
+                let is_answer = matches!(evidence, Evidence::Answer(begun) if peer.proven.is_none_or(|at| begun > at));
+                let is_quiet = peer.heard.is_none_or(|at| now - at >= DIRECT_LASTS);
+                has_relay && (is_answer || is_quiet)
+            }
+        };
+        if !is_relayed {
+            peer.heard = Some(now);
+            if proves {
+                peer.proven = Some(now);
+            }
+        }
+        if moves && peer.endpoint != Some(source) {
+            peer.endpoint = Some(source);
+            self.has_events = true;
+            self.changes += 1;
+        }
     }
 
     /// When [`Self::handle_timeout`] is to be called.
@@ -448,9 +644,12 @@ impl Device {
                     to: key,
                     number,
                 };
-                self.outgoing.push((endpoint, message));
+                self.push(endpoint, message, None);
             }
         }
+        let Some(peer) = self.peers.get(&key) else {
+            return;
+        };
         let is_due = peer.keepalive_at().is_some_and(|at| at <= now);
         if is_due {
             self.send_data(now, &key, None);
@@ -484,7 +683,7 @@ impl Device {
                 public_key: *key,
                 pair: None,
                 endpoint: peer.endpoint,
-                relayed: false,
+                relayed: peer.endpoint.is_some_and(Self::is_relayed),
                 rx_bytes: peer.rx,
                 tx_bytes: peer.tx,
                 last_handshake: peer.handshake.map(ago),
@@ -507,9 +706,6 @@ impl Device {
 
 impl Peer {
     fn begin(&mut self, session: Session, now: Instant) {
-        if let Some(address) = session.unconfirmed {
-            self.endpoint = Some(address);
-        }
         if let Some(old) = self.session.replace(Session {
             unconfirmed: None,
             ..session

@@ -109,7 +109,44 @@ impl Plan {
             faults: Vec::new(),
         };
         plan.add_faults(&mut rng);
+        // Other numbers, so that a seed has the faults that it had before there were relays.
+        plan.block_regions(&mut Rng::new(seed ^ 0x7e1a));
         plan
+    }
+
+    /// Two regions that never, or for a while, reach each other directly, beside a third.
+    fn block_regions(&mut self, rng: &mut Rng) {
+        let regions = self.kinds.len();
+        if regions < 3 || !rng.chance(400) {
+            return;
+        }
+        let one = rng.below(regions);
+        let other = (one + 1 + rng.below(regions - 1)) % regions;
+        if rng.chance(500) {
+            for kind in &mut self.kinds {
+                if *kind == Kind::Nat {
+                    *kind = Kind::Public;
+                }
+            }
+            (self.kinds[one], self.kinds[other]) = (Kind::Symmetric, Kind::Symmetric);
+        } else {
+            let at = if rng.chance(500) {
+                Duration::ZERO
+            } else {
+                self.settled + rng.millis(0, 20_000)
+            };
+            let later = at + rng.millis(25_000, 60_000);
+            let ends = rng.chance(500);
+            for (from, to) in [(one, other), (other, one)] {
+                self.faults.push((at, Fault::Between(from, to, BROKEN)));
+                if ends {
+                    self.faults.push((later, Fault::Between(from, to, 0)));
+                }
+            }
+            self.faults.sort_by_key(|(at, _)| *at);
+        }
+        let last = self.faults.last().map_or(self.length, |(at, _)| *at);
+        self.length = self.length.max(last) + super::relays::BOUND + Duration::from_secs(2);
     }
 
     /// Groups of faults with pauses in which the mesh has to recover. Most faults end again.

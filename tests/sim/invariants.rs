@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use selvedge::state::Ruleset;
 use selvedge::topology::NodeName;
 
+use super::device::Device;
 use super::lookup::{Source, Step};
 use super::network::{BROKEN, GOOD, Id};
 use super::node::Life;
@@ -25,7 +26,7 @@ pub(crate) const HANDSHAKE_RETRY: Duration = Duration::from_millis(5_400);
 #[derive(Clone, Debug, Default)]
 pub(crate) struct History {
     /// Since when no handshake is lost, or else `None`.
-    passes: Option<Instant>,
+    pub(crate) passes: Option<Instant>,
 }
 
 impl World {
@@ -180,6 +181,7 @@ impl World {
             others: &node.kernel.others,
             forwards: node.kernel.forwards,
             turns_back: node.kernel.turns_back,
+            passes_on: node.kernel.passes_on,
         };
         let state = node.kernel.fake.state();
         node.fib.steps(state, &host, source, address).to_vec()
@@ -190,6 +192,12 @@ impl World {
         match step {
             Step::Deliver | Step::Refused(_) => Vec::new(),
             Step::Tunnel => {
+                if source == Source::Tunnel {
+                    let name = &self.nodes[id].name;
+                    let finding =
+                        format!("{name} reads a packet for {target:?} of two other regions");
+                    self.findings.push(finding);
+                }
                 let owners = self.owners(id, target);
                 let with_session = owners.into_iter().filter(|far| self.has_session(id, *far));
                 with_session.map(|far| (far, Source::Tunnel)).collect()
@@ -277,7 +285,7 @@ impl World {
     }
 
     /// Whether a tunnel's device sends to another node's, and that one would understand it.
-    fn has_session(&self, id: Id, far: Id) -> bool {
+    pub(crate) fn has_session(&self, id: Id, far: Id) -> bool {
         let (near, far_node) = (&self.nodes[id], &self.nodes[far]);
         let (Some(own), Some(other)) = (&near.agent, &far_node.agent) else {
             return false;
@@ -442,7 +450,7 @@ impl World {
     }
 
     /// Why packets through the tunnel between two nodes do not arrive, if they do not.
-    fn tunnel_fails(&self, id: Id, far: Id) -> Option<String> {
+    fn tunnel_fails(&mut self, id: Id, far: Id) -> Option<String> {
         let (near, other) = (&self.nodes[id], &self.nodes[far]);
         let name = &other.name;
         if !near.is_running() {
@@ -451,13 +459,19 @@ impl World {
         if !other.is_running() {
             return Some(format!("the tunnel of {name} stands still"));
         }
-        if self.network.far_loss(id, far) >= BROKEN {
+        let endpoint = near.agent.as_ref()?.device.endpoint(&other.key)?;
+        let is_relayed = Device::is_relayed(endpoint);
+        if !is_relayed && self.network.far_loss(id, far) >= BROKEN {
             return Some(format!("the way to {name} is broken"));
         }
         if !self.has_session(id, far) && !self.may_lack_session(id, far) {
             return Some(format!("{name} does not know the session"));
         }
-        let endpoint = near.agent.as_ref()?.device.endpoint(&other.key)?;
+        if is_relayed {
+            let why = self.relay_fails(id, far, endpoint.ip());
+            // Without a relay that is promised, the direct candidates are tried again.
+            return why.filter(|_| self.has_relay(id, far));
+        }
         let port = near.kernel.state().listen_port?.get();
         let arrives = self
             .network
@@ -468,6 +482,9 @@ impl World {
 
     /// Whether a handshake between two nodes may have been lost, so that the next one is still to come.
     fn may_lack_session(&self, a: Id, b: Id) -> bool {
+        if !self.is_far_good(a, b) {
+            return !self.has_relay(a, b);
+        }
         let passes = self
             .paths
             .get(&(a.min(b), a.max(b)))
@@ -476,7 +493,7 @@ impl World {
     }
 
     /// Whether the tunnel between two nodes loses datagrams.
-    fn is_lossy(&self, a: Id, b: Id) -> bool {
+    pub(crate) fn is_lossy(&self, a: Id, b: Id) -> bool {
         self.network.far_loss(a, b) > 0 || self.network.far_loss(b, a) > 0
     }
 
@@ -507,7 +524,7 @@ impl World {
         let near_ones = near.iter().filter(|leader| self.works(**leader));
         near_ones.into_iter().any(|near| {
             let mut far_ones = far.iter().filter(|leader| self.works(**leader));
-            far_ones.any(|far| self.is_far_good(*near, *far))
+            far_ones.any(|far| self.is_far_good(*near, *far) || self.has_relay(*near, *far))
         })
     }
 
@@ -527,7 +544,7 @@ impl World {
     }
 
     /// Whether a leader carries packets at all.
-    fn works(&self, id: Id) -> bool {
+    pub(crate) fn works(&self, id: Id) -> bool {
         let node = &self.nodes[id];
         node.is_running() && node.is_installed && node.kernel.forwards
     }
@@ -536,7 +553,10 @@ impl World {
         a == b || self.network.near_loss(a, b) <= GOOD && self.network.near_loss(b, a) <= GOOD
     }
 
-    fn is_far_good(&self, a: Id, b: Id) -> bool {
-        self.network.far_loss(a, b) <= GOOD && self.network.far_loss(b, a) <= GOOD
+    pub(crate) fn is_far_good(&self, a: Id, b: Id) -> bool {
+        let regions = (self.network.places[a].region, self.network.places[b].region);
+        !self.network.is_blocked(regions.0, regions.1)
+            && self.network.far_loss(a, b) <= GOOD
+            && self.network.far_loss(b, a) <= GOOD
     }
 }

@@ -27,6 +27,8 @@ pub(crate) struct Kernel {
     pub(crate) others: Vec<IpNet>,
     pub(crate) forwards: bool,
     pub(crate) turns_back: bool,
+    /// Whether the rule against packets that go through the tunnel twice is left out.
+    pub(crate) passes_on: bool,
     /// A mutant: deletions are applied before additions.
     pub(crate) deletes_first: bool,
     /// What was wrong between two changes.
@@ -47,6 +49,7 @@ impl Kernel {
             others: &self.others,
             forwards: self.forwards,
             turns_back: self.turns_back,
+            passes_on: self.passes_on,
         }
     }
 

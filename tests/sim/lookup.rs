@@ -17,6 +17,8 @@ pub(crate) enum Source {
     Region,
     /// The tunnel.
     Tunnel,
+    /// The tunnel: a datagram of another session, between leaders.
+    Relay,
 }
 
 /// What becomes of a packet at a node.
@@ -45,6 +47,8 @@ pub(crate) struct Host<'a> {
     pub(crate) forwards: bool,
     /// The rule against packets that turn back to their region, which a mutant leaves out.
     pub(crate) turns_back: bool,
+    /// Whether the rule against packets that go through the tunnel twice is left out, as a mutant has it.
+    pub(crate) passes_on: bool,
 }
 
 /// The flannel network of the simulation.
@@ -56,7 +60,7 @@ pub(crate) fn steps(state: &State, host: &Host<'_>, from: Source, dst: IpAddr) -
     if host.pods.contains(&dst) || host.address == dst {
         return vec![Step::Deliver];
     }
-    let is_forwarded = matches!(from, Source::Region | Source::Tunnel);
+    let is_forwarded = matches!(from, Source::Region | Source::Tunnel | Source::Relay);
     if is_forwarded && !host.forwards {
         return vec![Step::Refused("it does not forward")];
     }
@@ -100,9 +104,9 @@ fn selects(rule: &Rule, from: Source) -> bool {
     let iif = rule
         .iif
         .as_ref()
-        .is_none_or(|iif| iif == TUNNEL && from == Source::Tunnel);
-    // Every source but that of a host that has chosen none is in the cluster network.
-    let source = rule.from.is_none() || from != Source::Host;
+        .is_none_or(|iif| iif == TUNNEL && matches!(from, Source::Tunnel | Source::Relay));
+    // Every source is in the cluster network, but that of a host that has chosen none and a leader's WireGuard address.
+    let source = rule.from.is_none() || !matches!(from, Source::Host | Source::Relay);
     // Only the tunnel's own datagrams have the mark.
     let mark = rule.fwmark.is_none() || rule.not;
     iif && source && mark
@@ -127,7 +131,18 @@ fn filtered(state: &State, host: &Host<'_>, from: Source, dst: IpAddr, step: Ste
     };
     match &step {
         Step::Deliver | Step::Refused(_) => return step,
-        Step::Tunnel if firewall.leader => return step,
+        Step::Tunnel if firewall.leader => {
+            let passes = match from {
+                Source::Tunnel => host.passes_on,
+                Source::Relay => firewall.relay.to.contains(&dst),
+                Source::Host | Source::Pod | Source::Region => true,
+            };
+            return if passes {
+                step
+            } else {
+                Step::Refused("the firewall: it would go through the tunnel twice")
+            };
+        }
         Step::Tunnel | Step::Flannel(_) | Step::Underlay => {}
     }
     let is_far = is_far(firewall, from, dst);
@@ -147,6 +162,6 @@ fn is_far(firewall: &Firewall, from: Source, dst: IpAddr) -> bool {
     let guard = &firewall.guard;
     let has = |nets: &BTreeSet<IpNet>| nets.iter().any(|net| net.contains(&dst));
     has(&guard.far)
-        || from != Source::Host && has(&guard.far_from_pods)
+        || !matches!(from, Source::Host | Source::Relay) && has(&guard.far_from_pods)
         || !has(&guard.near) && has(&guard.wide)
 }

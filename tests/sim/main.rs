@@ -24,6 +24,7 @@ mod lookup;
 mod mesh;
 mod network;
 mod node;
+mod relays;
 mod rng;
 mod walk;
 mod world;
@@ -215,6 +216,16 @@ fn a_leader_that_stops_without_a_drain_is_found() {
 #[test]
 fn a_prober_without_flap_damping_is_found() {
     is_found(Mutant::NoDamping, "for good");
+}
+
+#[test]
+fn a_mesh_without_relays_is_found() {
+    is_found(Mutant::NoRelays, "does not reach");
+}
+
+#[test]
+fn a_firewall_that_lets_packets_through_the_tunnel_twice_is_found() {
+    is_found(Mutant::PassesOn, "reads a packet");
 }
 
 #[test]

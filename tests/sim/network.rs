@@ -15,11 +15,14 @@ pub(crate) enum Kind {
     Public,
     /// Only by mappings of a router that masquerades.
     Nat,
+    /// The same, and the router gives each destination another port.
+    Symmetric,
 }
 
 /// A router that masquerades as Linux does: it keeps a port where it can, and lets in answers only.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Nat {
+    is_symmetric: bool,
     /// (outer port, remote) → (node, inner port).
     inward: BTreeMap<(u16, SocketAddr), (Id, u16)>,
     outward: BTreeMap<(Id, u16, SocketAddr), u16>,
@@ -32,6 +35,10 @@ impl Nat {
             return *outer;
         }
         let mut outer = port;
+        if self.is_symmetric {
+            self.next = self.next.wrapping_add(1);
+            outer = 1024 + self.next;
+        }
         while self.inward.contains_key(&(outer, to)) {
             self.next = self.next.wrapping_add(1);
             outer = 1024 + self.next;
@@ -75,7 +82,13 @@ pub(crate) const GOOD: u32 = 100;
 impl Network {
     pub(crate) fn new(kinds: Vec<Kind>) -> Self {
         Self {
-            nats: kinds.iter().map(|_| Nat::default()).collect(),
+            nats: kinds
+                .iter()
+                .map(|kind| Nat {
+                    is_symmetric: *kind == Kind::Symmetric,
+                    ..Nat::default()
+                })
+                .collect(),
             kinds,
             places: Vec::new(),
             between: BTreeMap::new(),
@@ -107,7 +120,7 @@ impl Network {
         match self.kinds[place.region] {
             Kind::Routed => SocketAddr::new(place.address, port),
             Kind::Public => SocketAddr::new(place.public.unwrap_or(place.address), port),
-            Kind::Nat => {
+            Kind::Nat | Kind::Symmetric => {
                 let outer = self.nats[place.region].map(from, port, to);
                 SocketAddr::new(Self::router(place.region), outer)
             }
@@ -120,7 +133,7 @@ impl Network {
         let direct = places.find(|(_, place)| match self.kinds[place.region] {
             Kind::Routed => place.address == to.ip(),
             Kind::Public => place.public == Some(to.ip()),
-            Kind::Nat => false,
+            Kind::Nat | Kind::Symmetric => false,
         });
         if let Some((node, _)) = direct {
             return Some((node, to.port()));
@@ -136,12 +149,20 @@ impl Network {
         let source = match self.kinds[place.region] {
             Kind::Routed => SocketAddr::new(place.address, port),
             Kind::Public => SocketAddr::new(place.public?, port),
-            Kind::Nat => {
+            Kind::Nat | Kind::Symmetric => {
                 let outer = self.nats[place.region].outward.get(&(from, port, to))?;
                 SocketAddr::new(Self::router(place.region), *outer)
             }
         };
         Some(self.arrive(source, to)?.0)
+    }
+
+    /// Whether the routers of two regions let no datagram of the other in.
+    pub(crate) fn is_blocked(&self, one: usize, other: usize) -> bool {
+        matches!(
+            (self.kinds[one], self.kinds[other]),
+            (Kind::Symmetric, Kind::Symmetric | Kind::Nat) | (Kind::Nat, Kind::Symmetric)
+        )
     }
 
     pub(crate) fn forget_mappings(&mut self, region: usize) {

@@ -329,6 +329,7 @@ impl Agent {
 
     fn set_targets(&mut self, now: Instant, targets: Targets) {
         self.diverted = targets.diverted();
+        self.device.set_own_addresses(targets.own_addresses());
         self.prober.handle_targets(now, targets);
     }
 

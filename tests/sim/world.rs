@@ -43,6 +43,10 @@ pub(crate) enum Mutant {
     NoDamping,
     /// A leader that has to stop does not wait until the others know.
     NoDrain,
+    /// No region relays.
+    NoRelays,
+    /// The firewall's rule against packets that go through the tunnel twice is left out.
+    PassesOn,
 }
 
 /// What happens at a time.
@@ -162,6 +166,11 @@ impl World {
                 format!("--hostname={name}").as_str(),
                 "--encapsulate=crosssubnet",
                 "--service-cidr=10.43.0.0/16",
+                if mutant == Mutant::NoRelays {
+                    "--relay=off"
+                } else {
+                    "--relay=auto"
+                },
                 &cidrs,
             ])
             .expect("these flags are good");
@@ -174,6 +183,7 @@ impl World {
                     others: Vec::new(),
                     forwards: true,
                     turns_back: mutant != Mutant::TurnsBack,
+                    passes_on: mutant == Mutant::PassesOn,
                     deletes_first: mutant == Mutant::DeletesFirst,
                     findings: Vec::new(),
                     changes: 0,
@@ -204,6 +214,7 @@ impl World {
             world.push(now + *after, Event::Fault(fault.clone()));
         }
         world.push(now + plan.settled, Event::Check);
+        world.push(now + plan.settled + super::relays::BOUND, Event::Check);
         world.disturbed = now + plan.settled - super::invariants::BOUND;
         world
     }
@@ -217,6 +228,7 @@ impl World {
             now + bound + super::invariants::HANDSHAKE_RETRY,
             Event::Check,
         );
+        self.push(now + super::relays::BOUND, Event::Check);
     }
 
     fn push(&mut self, at: Instant, event: Event) {
@@ -317,6 +329,7 @@ impl World {
     /// Sends what a node's device has to send, and notes when the node is to be looked at next.
     pub(crate) fn after(&mut self, id: Id) {
         let now = self.now;
+        self.pass_on(id);
         let node = &mut self.nodes[id];
         let mut outgoing = Vec::new();
         let mut sessions = 0;
