@@ -179,6 +179,10 @@ impl EndpointDiscovery {
             (peer.attempts, peer.alone) = (0, None);
             peer.next = now + AGAIN;
         }
+        if peer.sign.relayed && !sign.relayed {
+            // The relay stays chosen for a while, and an answer through it would end the direct way.
+            peer.relay_tried = Some(now);
+        }
         peer.was_direct |= sign.age.is_some() && !sign.relayed;
         peer.sign = sign;
         peer.was_suspect |= peer.is_suspect();

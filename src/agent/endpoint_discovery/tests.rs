@@ -428,6 +428,15 @@ fn the_relays_candidate_is_tried_alone_and_again_after_five_seconds() {
     world.heard();
     world.at(13);
     assert!(!poll(&mut world, 20), "it is in use");
+    // The direct path is back, while the relay is still chosen: an answer through it would end that path.
+    world.endpoint = Some(place(1));
+    world.heard();
+    world.at(21);
+    assert!(!poll(&mut world, 25));
+    assert!(poll(&mut world, 26));
+    world.endpoint = Some(behind_relay());
+    world.heard();
+    world.at(27);
     assert!(world.discovery.was_direct(&KEY));
 }
 
