@@ -206,6 +206,21 @@ impl Network {
         Ok(host)
     }
 
+    /// Has the router `nat1` or `nat2` choose the external ports of new flows in this way. Flows that it knows keep theirs.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such router.
+    pub fn translate(&self, router: &str, nat: Nat) -> anyhow::Result<()> {
+        let translation = translation(nat);
+        let rules = "iptables -t nat -L POSTROUTING -n --line-numbers";
+        self.router(router)?.sh(&format!(
+            "rule=$({rules} | awk '/MASQUERADE/ {{ print $1 }}')
+             iptables -t nat -R POSTROUTING $rule {translation}"
+        ))?;
+        Ok(())
+    }
+
     /// Leaves all namespaces behind when the value is dropped.
     pub fn keep(&mut self) {
         self.internet.keep();
@@ -350,10 +365,7 @@ impl Network {
     }
 
     fn masquerade(&self, router: &str, nat: Nat) -> anyhow::Result<()> {
-        let ports = match nat {
-            Nat::Cone => "",
-            Nat::Symmetric => "--random-fully",
-        };
+        let translation = translation(nat);
         self.router(router)?.sh(&format!(
             "iptables -P FORWARD DROP
              iptables -A FORWARD -i br0 -j ACCEPT
@@ -361,7 +373,7 @@ impl Network {
              iptables -A INPUT -i wan -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
              iptables -A INPUT -i wan -p icmp -j ACCEPT
              iptables -A INPUT -i wan -j DROP
-             iptables -t nat -A POSTROUTING -o wan -j MASQUERADE {ports}"
+             iptables -t nat -A POSTROUTING {translation}"
         ))?;
         Ok(())
     }
@@ -461,6 +473,14 @@ fn relax(namespace: &Namespace) -> anyhow::Result<()> {
     // Absent where the kernel has no IPv6 at all, which is as good.
     let _ = namespace.sysctl("ipv6/conf/all/disable_ipv6", "0");
     Ok(())
+}
+
+/// The rule of a router that translates.
+const fn translation(nat: Nat) -> &'static str {
+    match nat {
+        Nat::Cone => "-o wan -j MASQUERADE",
+        Nat::Symmetric => "-o wan -j MASQUERADE --random-fully",
+    }
 }
 
 #[cfg(test)]
