@@ -30,7 +30,11 @@ pub(super) fn measure(lab: &Lab, from: &str, to: &str) -> anyhow::Result<f64> {
     scope(|scope| {
         scope.spawn(|| {
             let bytes = vec![0; BUFFER];
-            while !stop.load(Ordering::Relaxed) && source.write_all(&bytes).is_ok() {}
+            while !stop.load(Ordering::Relaxed) {
+                if source.write_all(&bytes).is_err() {
+                    break;
+                }
+            }
             // The end of the stream, for the other side.
             let _ = source.shutdown(std::net::Shutdown::Both);
         });
