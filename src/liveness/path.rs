@@ -254,7 +254,10 @@ impl Path {
         let silent = match self.state {
             PathState::Down(Cause::Silent) => return None,
             PathState::Unknown => self.since + FIRST_ANSWER.max(self.detection()),
-            _ => self.heard? + self.detection(),
+            PathState::Up
+            | PathState::Returning
+            | PathState::Draining
+            | PathState::Down(Cause::NotForwarding) => self.heard? + self.detection(),
         };
         let missed = self.missing().nth(MISSED - 1)?;
         Some((missed.at + self.overdue()).max(silent))
