@@ -406,7 +406,24 @@ pub fn too_large_is_refused_in_its_region(
     Ok(said)
 }
 
-/// All that Selvedge has installed on a node, as text that is equal when the state is.
+/// Routes without their MTU: it is measured, and begins with a default when an agent starts.
+fn without_mtu(routes: &str) -> String {
+    let lines = routes.lines().map(|line| {
+        let mut words = line.split_whitespace();
+        let mut kept = Vec::new();
+        while let Some(word) = words.next() {
+            if word == "mtu" {
+                words.next();
+            } else {
+                kept.push(word);
+            }
+        }
+        kept.join(" ")
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// All that Selvedge has installed on a node, as text that is equal when the state is, the MTU of paths aside.
 ///
 /// # Errors
 ///
@@ -434,6 +451,8 @@ pub fn own_state(lab: &Lab, node: &str) -> anyhow::Result<String> {
         words.sort_unstable();
         let text = if line.contains(" address ") {
             words.join(" ")
+        } else if line.contains(" route ") {
+            without_mtu(&text)
         } else {
             text
         };

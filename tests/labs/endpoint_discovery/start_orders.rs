@@ -180,7 +180,11 @@ fn start_and_wait(
 /// Both routers know the leader's port towards the master. One, then the other, then both have it taken by another
 /// node of the region towards the other leader. That mapping stays while the other leader sends there, so it is
 /// made to last.
+///
+/// Each region has one leader and none relays, or the two would reach each other another way.
 fn port_kept_for_another(lab: &mut Lab, flags: &[&str]) -> anyhow::Result<String> {
+    let alone = ["--leaders-per-region=1", "--relay=off"];
+    let flags = &[flags, &alone[..]].concat();
     let order = lab.node_names();
     let mut told = Vec::new();
     for routers in [&["nat1"][..], &["nat2"], &["nat1", "nat2"]] {
