@@ -446,7 +446,7 @@ pub fn own_state(lab: &Lab, node: &str) -> anyhow::Result<String> {
     for line in lines {
         // That something is missing is state as well.
         let text = node.run(&line).unwrap_or_else(|error| error.to_string());
-        // A link that was made anew is in no known state until its carrier changes for the first time.
+        // A new link is in no known state until its carrier changes for the first time.
         let text = text.replace(" UNKNOWN ", " UP ");
         // The kernel lists IPv6 addresses by their age, which means nothing here.
         let mut words: Vec<&str> = text.split_whitespace().collect();
