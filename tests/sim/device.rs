@@ -308,6 +308,11 @@ impl Device {
             .is_some_and(|peer| peer.session.is_some())
     }
 
+    /// Since when the present session with a peer lasts.
+    pub(crate) fn session_since(&self, key: &PublicKey) -> Option<Instant> {
+        Some(self.peers.get(key)?.session?.since)
+    }
+
     /// The peers that have a session.
     pub(crate) fn number_of(&self, key: &PublicKey) -> Option<u64> {
         Some(self.peers.get(key)?.session?.number)

@@ -128,7 +128,7 @@ impl World {
         done: &mut BTreeSet<(Id, Source)>,
     ) {
         if path.contains(&(id, source)) {
-            if !self.agree_on_place(target, path) {
+            if !self.agree_on_place(target, path) || !self.agree_on_leaders(path) {
                 return;
             }
             let names: Vec<_> = path
@@ -153,6 +153,21 @@ impl World {
             }
         }
         path.pop();
+    }
+
+    /// Whether the agents of these nodes see the same leaders of each segment. A node that a late watch does not tell that
+    /// it leads sends to a former leader, which sends to it, for as long as the watch is late.
+    fn agree_on_leaders(&self, path: &[(Id, Source)]) -> bool {
+        let agents = path
+            .iter()
+            .filter_map(|(id, _)| self.nodes[*id].agent.as_ref());
+        let seen: BTreeSet<Vec<_>> = agents
+            .map(|agent| {
+                let leaders = agent.shown.leaders();
+                leaders.map(|(_, leader)| &leader.node).collect()
+            })
+            .collect();
+        seen.len() == 1
     }
 
     /// Whether the agents of these nodes see the target in one segment. While a node moves to another region they do
@@ -524,8 +539,22 @@ impl World {
         let near_ones = near.iter().filter(|leader| self.works(**leader));
         near_ones.into_iter().any(|near| {
             let mut far_ones = far.iter().filter(|leader| self.works(**leader));
-            far_ones.any(|far| self.is_far_good(*near, *far) || self.has_relay(*near, *far))
+            far_ones.any(|far| {
+                self.is_far_good(*near, *far) && self.has_had_a_session(*near, *far)
+                    || self.has_relay(*near, *far)
+            })
         })
+    }
+
+    /// Whether two leaders had the time to find out that the way between them works. Where their handshake was lost, that
+    /// time begins with their session.
+    fn has_had_a_session(&self, a: Id, b: Id) -> bool {
+        let lasts = |id: Id, far: Id| {
+            let agent = self.nodes[id].agent.as_ref();
+            let since = agent.and_then(|agent| agent.device.session_since(&self.nodes[far].key));
+            since.is_some_and(|since| self.now - since >= BOUND)
+        };
+        !self.may_lack_session(a, b) || lasts(a, b) && lasts(b, a)
     }
 
     /// The leaders of a node's region, as its agent sees them. `None` while it is in no region's segment.
