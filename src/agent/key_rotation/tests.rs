@@ -1,3 +1,5 @@
+//! A node with leaders and peers that replaces its key, on clocks that the tests move.
+
 use super::*;
 
 const OLD: PublicKey = PublicKey([0; 32]);

@@ -1,3 +1,5 @@
+//! One leader's choice of relays among a few far leaders, on a clock that the tests move.
+
 use super::*;
 use crate::liveness::Cause;
 use crate::topology::RegionName;

@@ -20,16 +20,23 @@ fn receive(sockets: &Sockets, v6: bool) -> Vec<(Vec<u8>, Message)> {
         .collect()
 }
 
+/// Two sockets, and the endpoint of the second for the first.
+fn on_loopback(v6: bool) -> (Sockets, Sockets, Endpoint) {
+    let (ours, theirs) = (Sockets::bind(0, 0).unwrap(), Sockets::bind(0, 0).unwrap());
+    let address: IpAddr = if v6 {
+        Ipv6Addr::LOCALHOST.into()
+    } else {
+        Ipv4Addr::LOCALHOST.into()
+    };
+    let to = Endpoint::from(SocketAddr::new(address, theirs.port()));
+    (ours, theirs, to)
+}
+
 #[test]
 fn a_run_of_datagrams_arrives_with_its_stride_and_addresses_and_marks() {
     for v6 in [false, true] {
-        let (ours, theirs) = (Sockets::bind(0, 0).unwrap(), Sockets::bind(0, 0).unwrap());
-        let address: IpAddr = if v6 {
-            Ipv6Addr::LOCALHOST.into()
-        } else {
-            Ipv4Addr::LOCALHOST.into()
-        };
-        let to = Endpoint::from(SocketAddr::new(address, theirs.port()));
+        let (ours, theirs, to) = on_loopback(v6);
+        let address = to.remote.ip();
         let outer = Outer {
             ecn: Ecn::Ect0,
             hops: NonZeroU8::new(56),
@@ -144,13 +151,7 @@ fn discovery(socket: &UdpSocket) -> libc::c_int {
 #[test]
 fn the_option_of_the_socket_follows_what_each_datagram_needs() {
     for v6 in [false, true] {
-        let (ours, theirs) = (Sockets::bind(0, 0).unwrap(), Sockets::bind(0, 0).unwrap());
-        let address: IpAddr = if v6 {
-            Ipv6Addr::LOCALHOST.into()
-        } else {
-            Ipv4Addr::LOCALHOST.into()
-        };
-        let to = Endpoint::from(SocketAddr::new(address, theirs.port()));
+        let (ours, _theirs, to) = on_loopback(v6);
         let send = |length: usize, fragments| {
             let outer = Outer {
                 fragments,
