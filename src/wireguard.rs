@@ -90,7 +90,9 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 
 use self::clock::Time;
-pub use self::config::{MAX_CANDIDATES, PeerConfig, PeerId, PeerMtu, PeerWay, RELAY_PORT};
+pub use self::config::{
+    MAX_CANDIDATES, PeerConfig, PeerId, PeerMtu, PeerWay, RELAY_PORT, overhead,
+};
 use self::core::Core;
 pub use self::core::UNASKED_AFTER;
 pub use self::divert::{Diverted, ECHO_PORT, Origin};
@@ -99,7 +101,7 @@ pub use self::events::PeerEvents;
 use self::io::{Io, OnGone, open_queues, write_alone};
 use self::key::{PrivateKey, PublicKey};
 pub use self::pairings::Pair;
-pub use self::protocol::REJECT_AFTER_TIME;
+pub use self::protocol::{OVERHEAD, REJECT_AFTER_TIME};
 
 use self::threads::Callbacks;
 pub use self::timers::SILENT_AFTER;

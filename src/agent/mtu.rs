@@ -2,14 +2,13 @@
 
 use crate::config::Mtu;
 use crate::probe::Sizes;
-use crate::probe::path_mtu::OVERHEAD_V4;
+use crate::probe::path_mtu::ETHERNET;
+use crate::wireguard::overhead;
+use crate::wireguard::packet::LEAST_IPV6;
 
-/// What the tunnel adds to a packet at most: an IPv6 header (40), UDP's (8), WireGuard's (16) and its
-/// tag (16). IPv4 outside takes 60, but an endpoint may move from one family to the other. Kilo takes
-/// off as much.
-const OVERHEAD: u32 = 80;
-/// The MTU of a link where it is not known.
-const ETHERNET: u32 = 1500;
+/// What the tunnel adds to a packet at most. IPv4 outside takes less, but an endpoint may move from one family to the
+/// other. Kilo takes off as much.
+const OVERHEAD: u32 = overhead(true);
 /// The most that `auto` gives a path before it is measured, and external peers: 1,500 bytes without the overhead, the
 /// MTU of `wg-quick`.
 ///
@@ -17,8 +16,6 @@ const ETHERNET: u32 = 1500;
 /// 1,500 between the regions a tunnel of 8,920 has every full packet fragmented, and gets none through
 /// where fragments are dropped.
 const MOST: u32 = ETHERNET - OVERHEAD;
-/// Least MTU of a link that carries IPv6 (RFC 8200, section 5): below it the kernel turns IPv6 off.
-const LEAST_IPV6: u32 = 1280;
 /// The most that a TUN link takes, with room for the tunnel's headers.
 const LARGEST: u32 = 65_455;
 /// What every host takes over IPv4 (RFC 791, section 3.1), and the least that `--mtu` takes.
@@ -29,7 +26,8 @@ const LEAST_IPV4: u32 = 576;
 /// `underlay` is the MTU of the link that leads out, where it is known; `ipv6` tells whether the tunnel
 /// carries IPv6.
 pub fn of(choice: Mtu, underlay: Option<u32>, ipv6: bool) -> u32 {
-    let least = if ipv6 { LEAST_IPV6 } else { LEAST_IPV4 };
+    // Below it the kernel turns IPv6 off on a link.
+    let least = if ipv6 { LEAST_IPV6.into() } else { LEAST_IPV4 };
     match (choice, underlay) {
         (Mtu::Bytes(bytes), _) => bytes,
         (Mtu::Auto, Some(underlay)) => underlay.saturating_sub(OVERHEAD).clamp(least, MOST),
@@ -43,13 +41,14 @@ pub fn of(choice: Mtu, underlay: Option<u32>, ipv6: bool) -> u32 {
 pub fn sizes(choice: Mtu, underlay: Option<u32>, ipv6: bool) -> Option<Sizes> {
     (choice == Mtu::Auto).then(|| Sizes {
         start: of(choice, underlay, ipv6),
+        // Where it is not known, it is usually Ethernet's.
         underlay: underlay.unwrap_or(ETHERNET),
     })
 }
 
 /// The MTU in bytes of a link that carries what the largest measured path does.
 pub fn most(sizes: Sizes) -> u32 {
-    let most = sizes.underlay.saturating_sub(OVERHEAD_V4);
+    let most = sizes.underlay.saturating_sub(overhead(false));
     most.clamp(sizes.start, LARGEST)
 }
 

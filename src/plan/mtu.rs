@@ -11,9 +11,7 @@ use super::site::Site;
 use crate::state::NextHop;
 use crate::topology::{Leader, Mode, Segment};
 use crate::wireguard::PeerMtu;
-
-/// Every link carries IPv6 packets of this many bytes (RFC 8200, 5).
-const LEAST_IPV6: u32 = 1280;
+use crate::wireguard::packet::LEAST_IPV6;
 
 impl Site<'_> {
     /// The most that any path carries, if paths are measured.
@@ -48,7 +46,7 @@ impl Site<'_> {
         }
         let leaders = self.leaders_of(segment).into_iter();
         let leaders = leaders.chain(self.direct_leaders_of(segment));
-        let least = if v6 { LEAST_IPV6 } else { 0 };
+        let least = if v6 { LEAST_IPV6.into() } else { 0 };
         let path = leaders.map(|leader| self.path_mtu(leader));
         let path = path.chain(self.chosen_relay_mtu(segment)).min();
         Some(path.unwrap_or(configured).max(least))

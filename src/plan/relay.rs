@@ -11,11 +11,7 @@ use super::site::Site;
 use crate::probe::Verdicts;
 use crate::state::RelayDoor;
 use crate::topology::{Leader, Mode, NodeName, Segment, Topology};
-use crate::wireguard::{PeerId, RELAY_PORT};
-
-/// The bytes that a relay takes from the MTU of IPv4 and of IPv6: the IP header, the UDP header, and WireGuard's header
-/// and tag.
-const OVERHEAD: (u32, u32) = (20 + 8 + 32, 40 + 8 + 32);
+use crate::wireguard::{PeerId, RELAY_PORT, overhead};
 
 /// The endpoint of a leader behind a relay, as the tunnel device of a leader with these WireGuard addresses knows it;
 /// `None` where the two have no address of one family.
@@ -109,9 +105,8 @@ impl<'a> Site<'a> {
         let has_relay = self.verdicts.relays.contains_key(&segment.name);
         let leaders = self.leaders_of(segment).into_iter();
         let relayed = leaders.filter(|leader| has_relay || self.is_relayed(leader));
-        let (v4, v6) = OVERHEAD;
         let addresses = self.relay_addresses(relayed).into_iter();
-        let taken = addresses.map(|ip| if ip.is_ipv4() { v4 } else { v6 });
+        let taken = addresses.map(|ip| overhead(ip.is_ipv6()));
         taken.max().unwrap_or_default()
     }
 

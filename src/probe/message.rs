@@ -25,7 +25,7 @@ use std::net::{IpAddr, SocketAddr};
 use pnet_packet::ip::IpNextHeaderProtocols;
 use pnet_packet::{ipv4, ipv6, udp};
 
-use crate::wireguard::packet::{Header, IPV4_HEADER, IPV6_HEADER, UDP};
+use crate::wireguard::packet::{Header, IPV4_HEADER, IPV6_HEADER, UDP, UDP_HEADER};
 
 /// The bytes of a message.
 pub const LENGTH: usize = 96;
@@ -38,7 +38,6 @@ const DRAINING: u8 = 1;
 const FORWARDS: u8 = 2;
 const KNOWS: u8 = 4;
 const DIRECT: u8 = 8;
-const UDP_HEADER: usize = 8;
 const HOP_LIMIT: u8 = 64;
 /// Network control (RFC 4594, 3.1): echoes are not dropped before the traffic that they speak for.
 const DSCP: u8 = 48;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::path_mtu::{Ask, Limits, PathMtu, Sizes};
 use super::rate::Rate;
 use crate::liveness::path::Path;
-use crate::wireguard::{PeerId, PeerWay};
+use crate::wireguard::{OVERHEAD, PeerId, PeerWay};
 
 /// Padded echoes, and the small ones beside them, that all paths together send at most, a second and at once.
 const BUDGET: (u32, u32) = (40, 10);
@@ -15,8 +15,6 @@ const BUDGET: (u32, u32) = (40, 10);
 const TRAFFIC: u64 = 4_000;
 /// For how long traffic counts.
 const RECENT: Duration = Duration::from_secs(3);
-/// What a datagram of the tunnel has around a packet.
-const AROUND: u64 = 32;
 
 /// The measured paths.
 #[derive(Debug)]
@@ -160,7 +158,7 @@ impl Mtus {
     ) {
         if let Some(known) = self.paths.get_mut(id) {
             for size in [Some(ask.size), ask.beside].into_iter().flatten() {
-                known.own += u64::from(size) + AROUND;
+                known.own += u64::from(size) + OVERHEAD as u64;
             }
             known.path.handle_sent(now, tokens.0, tokens.1);
         }

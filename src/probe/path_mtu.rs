@@ -33,9 +33,10 @@ mod tests;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-pub use self::limits::{Limits, OVERHEAD_V4, Sizes};
+pub use self::limits::{Limits, Sizes};
 
-const ETHERNET: u32 = 1500;
+/// The MTU of Ethernet in bytes.
+pub const ETHERNET: u32 = 1500;
 /// Common sizes of IP packets, up to jumbo frames: tunnels (GRE, VXLAN, PPPoE, IPsec, WireGuard) and clouds.
 const COMMON: [u32; 25] = [
     1280, 1320, 1350, 1380, 1400, 1420, 1430, 1440, 1450, 1460, 1472, 1480, 1492, 1500, 1504, 1600,

@@ -570,7 +570,7 @@ impl Prober {
             token,
             acknowledged: probe.acknowledged,
             generation: self.generation,
-            unreached: [0; 64],
+            unreached: Message::NOTHING,
         };
         Some(self.state_reach(now, key, echo).encode())
     }
@@ -589,7 +589,7 @@ impl Prober {
             token,
             acknowledged: 0,
             generation: self.generation,
-            unreached: [0; 64],
+            unreached: Message::NOTHING,
         };
         let transmit = match to {
             Sender::Member(_) => {

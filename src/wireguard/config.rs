@@ -9,6 +9,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::key::{PresharedKey, PublicKey};
+use super::packet::udp_headers;
+use super::protocol::OVERHEAD;
 
 /// The most candidate endpoints that one initiation is sent to.
 pub const MAX_CANDIDATES: usize = 16;
@@ -55,6 +57,12 @@ impl fmt::Debug for PeerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// The bytes that a datagram has beside the packet that it carries: the headers of IP and UDP, and WireGuard's header
+/// and tag.
+pub const fn overhead(is_v6: bool) -> u32 {
+    (udp_headers(is_v6) + OVERHEAD) as u32
 }
 
 /// The size of the packets that are sent to a peer.

@@ -13,7 +13,7 @@ use arc_swap::ArcSwap;
 
 use super::config::PeerId;
 use super::events::Signal;
-use super::packet::{Header, UDP};
+use super::packet::{Header, UDP, UDP_HEADER};
 
 /// The UDP port of echoes (RFC 5881, 4: BFD echo).
 pub const ECHO_PORT: u16 = 3785;
@@ -22,8 +22,6 @@ pub const ECHO_PORT: u16 = 3785;
 const MAX_QUEUED: usize = 1024;
 /// The most bytes of a diverted packet: the least MTU of IPv6 (RFC 8200, 5). It bounds the memory of the queue.
 const MAX_LENGTH: usize = 1280;
-/// The bytes of a UDP header.
-const UDP_HEADER: usize = 8;
 
 /// Where a diverted packet came from.
 #[derive(Clone, Debug, Eq, PartialEq)]

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::ops::Range;
 
 use super::checksum;
-use super::packet::{Header, IPV4_HEADER, TCP, UDP};
+use super::packet::{Header, IPV4_HEADER, TCP, UDP, UDP_HEADER};
 
 /// The bytes of a virtio-net header.
 pub const VNET_HEADER: usize = 10;
@@ -28,7 +28,6 @@ const GSO_ECN: u8 = 0x80;
 
 #[cfg(test)]
 const TCP_HEADER: usize = 20;
-const UDP_HEADER: usize = 8;
 const TCP_CHECKSUM: usize = 16;
 const UDP_CHECKSUM: usize = 6;
 const FIN: u8 = 1;

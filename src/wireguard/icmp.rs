@@ -13,10 +13,8 @@ use pnet_packet::ip::IpNextHeaderProtocols;
 use pnet_packet::{Packet as _, ipv4, ipv6};
 
 use super::clock::Time;
-use super::packet::{Header, IPV4_HEADER, IPV6_HEADER};
+use super::packet::{Header, ICMP_HEADER, IPV4_HEADER, IPV6_HEADER};
 
-/// The type, the code, the checksum and the four bytes that depend on the type.
-const ICMP_HEADER: usize = 8;
 /// An IPv4 answer is no longer than this (RFC 1812, 4.3.2.3).
 const MAX_V4: usize = 576;
 /// An IPv6 answer is no longer than the least MTU (RFC 4443, 2.4).

@@ -11,7 +11,7 @@
 
 use std::num::NonZeroU8;
 
-use super::packet::{Header, UDP};
+use super::packet::{Header, UDP, UDP_HEADER};
 
 /// The hops that each tunnel around another takes. Seven tunnels may nest if the innermost begins with 64
 /// hops, and the first around it has 56; the longest paths on the internet have some 40.
@@ -21,8 +21,6 @@ const MOST: u8 = 64 - STEP;
 
 /// The protocol number of IPv6's fragment header.
 const IPV6_FRAGMENT: u8 = 44;
-/// The bytes of a UDP header.
-const UDP_HEADER: usize = 8;
 
 /// The effect of a packet on the datagram around it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -9,10 +9,22 @@ use std::num::NonZeroU8;
 pub const IPV4_HEADER: usize = 20;
 /// The bytes of an IPv6 header.
 pub const IPV6_HEADER: usize = 40;
+/// The bytes of a UDP header.
+pub const UDP_HEADER: usize = 8;
+/// The bytes of an ICMP error before the packet that it quotes.
+pub const ICMP_HEADER: usize = 8;
+/// Every link carries IPv6 packets of this many bytes (RFC 8200, 5).
+pub const LEAST_IPV6: u16 = 1280;
 /// The protocol number of TCP.
 pub const TCP: u8 = 6;
 /// The protocol number of UDP.
 pub const UDP: u8 = 17;
+
+/// The bytes of the headers of a UDP packet, without IPv4 options and IPv6 extensions.
+pub const fn udp_headers(is_v6: bool) -> usize {
+    let ip = if is_v6 { IPV6_HEADER } else { IPV4_HEADER };
+    ip + UDP_HEADER
+}
 
 /// The fields of the header of a packet.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -22,7 +22,7 @@ pub(super) const DATA_HEADER: usize = 16;
 /// Bytes of the authentication tag.
 pub(super) const TAG: usize = 16;
 /// Bytes a data message is longer than what it carries.
-pub(super) const OVERHEAD: usize = DATA_HEADER + TAG;
+pub const OVERHEAD: usize = DATA_HEADER + TAG;
 
 /// No key seals or opens more messages than this (paper, 6.2).
 pub(super) const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);

@@ -9,18 +9,10 @@ use super::checksum;
 use super::config::RELAY_PORT;
 use super::drops::Dropped;
 use super::nested::Nesting;
-use super::packet::{Header, IPV4_HEADER, IPV6_HEADER, Outer, UDP};
+use super::packet::{Header, IPV4_HEADER, Outer, UDP, UDP_HEADER, udp_headers};
 
-/// The bytes of a UDP header.
-const UDP_HEADER: usize = 8;
 /// The hop limit, unless the datagram holds a packet of a tunnel that has fewer left.
 const HOPS: u8 = 64;
-
-/// The bytes of the headers.
-pub(super) const fn header_length(is_v6: bool) -> usize {
-    let ip = if is_v6 { IPV6_HEADER } else { IPV4_HEADER };
-    ip + UDP_HEADER
-}
 
 /// The headers around the datagrams of a run, without what depends on their length.
 pub(super) struct Headers {
@@ -54,7 +46,7 @@ impl Headers {
 
     /// The bytes of the packet around a datagram.
     pub(super) const fn length(&self, datagram: usize) -> usize {
-        header_length(self.destination.is_ipv6()) + datagram
+        udp_headers(self.destination.is_ipv6()) + datagram
     }
 
     /// Appends the packet around a datagram. Both checksums are complete.
@@ -177,7 +169,7 @@ mod tests {
             let packet = wrap(v6, Outer::default(), &datagram);
             let ip = Header::parse(&packet).unwrap();
             prop_assert_eq!(ip.length, packet.len());
-            prop_assert_eq!(packet.len(), header_length(v6) + datagram.len());
+            prop_assert_eq!(packet.len(), udp_headers(v6) + datagram.len());
             prop_assert!(is_relay_packet(&ip, &packet));
             prop_assert_eq!(udp_sum(&packet, &ip), 0xffff);
             if !v6 {

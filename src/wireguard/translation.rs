@@ -15,14 +15,11 @@ use std::net::IpAddr;
 use arc_swap::ArcSwapOption;
 
 use super::checksum;
-use super::packet::{Header, TCP, UDP};
+use super::packet::{Header, ICMP_HEADER, TCP, UDP};
 
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 const UDP_LITE: u8 = 136;
-
-/// The bytes of an ICMP error before the packet that it quotes.
-const ICMP_HEADER: usize = 8;
 
 /// The extension headers of IPv6 that may precede the transport header (RFC 8200, 4.1).
 const HOP_BY_HOP: u8 = 0;

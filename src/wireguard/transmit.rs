@@ -14,7 +14,7 @@ use super::drops::Dropped;
 use super::gso::{Split, VnetHeader};
 use super::icmp::Answer;
 use super::nested::Nesting;
-use super::packet::{Fragments, Header, Outer};
+use super::packet::{Fragments, Header, LEAST_IPV6, Outer};
 use super::peer::{Peer, Wire};
 use super::protocol::{DATA_HEADER, OVERHEAD, TAG};
 use super::send::send;
@@ -29,8 +29,6 @@ pub(super) struct Refused(pub(super) Option<Answer>);
 /// The longest packet that a datagram of IPv4 has room for: 65,535 bytes less the headers of IP, UDP
 /// and WireGuard. The link's MTU should be less. If it is not, the sender gets an ICMP error.
 const MAX_INNER: u16 = 65_475;
-/// Every link carries IPv6 packets of this many bytes (RFC 8200, 5).
-const LEAST_IPV6: u16 = 1280;
 
 /// The most bytes of padding of a packet.
 const MAX_PADDING: usize = 15;
@@ -105,11 +103,9 @@ impl Transmit {
         let Some(peer) = table.route(ip.destination, || ip.flow_hash(packet)) else {
             return refuse(Dropped::NoPeer, Some(Answer::Unreachable));
         };
-        if peer.relay_overhead() != 0 {
-            // One relay deep.
-            if table.relays.is_for_another(&ip, packet) {
-                return refuse(Dropped::RelayedTwice, None);
-            }
+        // One relay deep.
+        if peer.relay_overhead() != 0 && table.relays.is_for_another(&ip, packet) {
+            return refuse(Dropped::RelayedTwice, None);
         }
         let session = peer.session();
         if let Some(session) = session.as_ref().filter(|session| session.may_send(now)) {

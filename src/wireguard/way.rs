@@ -3,8 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::config::RELAY_PORT;
+use super::packet::udp_headers;
 use super::protocol::OVERHEAD;
-use super::relay_packet::header_length;
 use super::udp::Endpoint;
 
 /// How datagrams reach a peer, or came from it.
@@ -40,7 +40,7 @@ impl Way {
     pub(super) const fn overhead(self) -> usize {
         match self {
             Self::Direct(_) => 0,
-            Self::Relayed(address) => header_length(address.is_ipv6()) + OVERHEAD,
+            Self::Relayed(address) => udp_headers(address.is_ipv6()) + OVERHEAD,
         }
     }
 }

@@ -2,13 +2,11 @@
 
 use std::net::IpAddr;
 
-/// What a tunnel adds to a packet over IPv4: the headers of IP (20), UDP (8) and WireGuard (16), and its tag (16).
-pub const OVERHEAD_V4: u32 = 60;
-/// The same over IPv6.
-const OVERHEAD_V6: u32 = 80;
-/// The bytes of an IP packet that every usual path carries: the least MTU of IPv6 (RFC 8200, 5; RFC 8899, 5.1.2 has
-/// 1,200 for the payload).
-const BASE: u32 = 1280;
+use crate::wireguard::overhead;
+use crate::wireguard::packet::LEAST_IPV6;
+
+/// The bytes of an IP packet that every usual path carries (RFC 8899, 5.1.2 has 1,200 for the payload).
+const BASE: u32 = LEAST_IPV6 as u32;
 /// The bytes that every host takes over IPv4 (RFC 791, 3.1), in IP packets.
 const LEAST_V4: u32 = 576;
 
@@ -39,7 +37,7 @@ pub struct Limits {
 impl Limits {
     /// Of a path to an endpoint on the underlay.
     pub fn direct(endpoint: IpAddr, sizes: Sizes) -> Self {
-        let overhead = overhead(endpoint);
+        let overhead = overhead(endpoint.is_ipv6());
         let least = if endpoint.is_ipv6() { BASE } else { LEAST_V4 };
         Self::new(sizes.start, sizes.underlay, overhead, overhead, least)
     }
@@ -47,7 +45,7 @@ impl Limits {
     /// Of a path whose datagrams are packets to a relay: `endpoint` is the peer's WireGuard address, and the path to the
     /// relay has these limits and carries packets of `carried` bytes now.
     pub fn relayed(endpoint: IpAddr, sizes: Sizes, relay: &Self, carried: u32) -> Self {
-        let own = overhead(endpoint);
+        let own = overhead(endpoint.is_ipv6());
         let least = relay.floor + relay.overhead;
         Self::new(sizes.start, carried, own, own + relay.overhead, least)
     }
@@ -66,14 +64,5 @@ impl Limits {
             most,
             overhead,
         }
-    }
-}
-
-/// What a tunnel to this endpoint adds to a packet.
-fn overhead(endpoint: IpAddr) -> u32 {
-    if endpoint.is_ipv6() {
-        OVERHEAD_V6
-    } else {
-        OVERHEAD_V4
     }
 }

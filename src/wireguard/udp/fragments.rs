@@ -16,15 +16,13 @@ use std::os::fd::AsRawFd as _;
 use std::sync::{PoisonError, RwLock};
 
 use super::{UdpSocket, set_option};
-use crate::wireguard::packet::Fragments;
+use crate::wireguard::packet::{Fragments, LEAST_IPV6};
 
 /// Every path carries IPv4 datagrams with this much in UDP unfragmented, or loses them in any case: 576 bytes
 /// (RFC 791, 3.1) without the headers of IP and UDP.
 const SMALL_V4: usize = 548;
 /// The same for IPv6: 1,280 bytes (RFC 8200, 5).
 const SMALL_V6: usize = 1232;
-/// The size to which this host cuts IPv6 datagrams that are too large for the path.
-const LEAST_IPV6: libc::c_int = 1280;
 
 /// The present value of the option.
 #[derive(Debug)]
@@ -75,7 +73,7 @@ fn set(socket: &socket2::Socket, v6: bool, wanted: Fragments) -> io::Result<()> 
     let (value, size) = match wanted {
         Fragments::Allowed => (libc::IPV6_PMTUDISC_DONT, 0),
         Fragments::None => (libc::IPV6_PMTUDISC_PROBE, 0),
-        Fragments::Small => (libc::IPV6_PMTUDISC_DONT, LEAST_IPV6),
+        Fragments::Small => (libc::IPV6_PMTUDISC_DONT, LEAST_IPV6.into()),
     };
     set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, value)?;
     set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU, size)
