@@ -282,11 +282,6 @@ impl Core {
         Self::padding_within(self.mtu_of(mtu), length)
     }
 
-    /// The same for a peer as it is reached now.
-    pub(super) fn padding_to(&self, peer: &Peer, length: usize) -> usize {
-        Self::padding_within(self.mtu_to(peer), length)
-    }
-
     /// The bytes of the longest packet to a peer. What was measured on another way than the present one may be too much
     /// for a relay, so there is less in any case.
     pub(super) fn mtu_to(&self, peer: &Peer) -> usize {
@@ -306,7 +301,8 @@ impl Core {
         }
     }
 
-    fn padding_within(mtu: usize, length: usize) -> usize {
+    /// The same for an MTU in bytes.
+    pub(super) fn padding_within(mtu: usize, length: usize) -> usize {
         let last = if length > mtu {
             length % mtu.max(1)
         } else {

@@ -11,8 +11,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
+use std::sync::Arc;
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwapOption, Guard};
 
 use super::checksum;
 use super::packet::{Header, ICMP_HEADER, TCP, UDP};
@@ -33,8 +34,9 @@ const MAX_EXTENSIONS: usize = 8;
 #[derive(Default)]
 pub(super) struct Translation(ArcSwapOption<Pairs>);
 
+/// The aliases, at least one.
 #[derive(Debug)]
-struct Pairs {
+pub(super) struct Pairs {
     host_of: HashMap<IpAddr, IpAddr>,
     alias_of: HashMap<IpAddr, IpAddr>,
 }
@@ -66,12 +68,10 @@ impl Translation {
         }
     }
 
-    /// Translates a packet to a peer, with complete checksums.
+    /// The aliases of this moment, for the packets of a run; `None` if there are none.
     #[inline]
-    pub(super) fn outbound(&self, packet: &mut [u8]) {
-        if let Some(pairs) = &*self.0.load() {
-            pairs.outbound(packet);
-        }
+    pub(super) fn load(&self) -> Guard<Option<Arc<Pairs>>> {
+        self.0.load()
     }
 }
 
@@ -88,7 +88,8 @@ impl Pairs {
         }
     }
 
-    fn outbound(&self, packet: &mut [u8]) {
+    /// Translates a packet to a peer, with complete checksums.
+    pub(super) fn outbound(&self, packet: &mut [u8]) {
         let Some(ip) = Header::parse(packet) else {
             return;
         };

@@ -211,15 +211,19 @@ impl Transmit {
         outer: Outer,
         now: Time,
     ) {
+        let mtu = core.mtu_to(to.0);
+        let aliases = core.translation.load();
         for n in 0..split.count() {
             let inner = split.length(n);
-            let padded = inner + core.padding_to(to.0, inner);
+            let padded = inner + Core::padding_within(mtu, inner);
             self.make_room(core, wire, to, padded + OVERHEAD, outer, now);
             let datagram = &mut self.buffer[self.length..self.length + padded + OVERHEAD];
             let plaintext = &mut datagram[DATA_HEADER..DATA_HEADER + padded];
             let (packet, padding) = plaintext.split_at_mut(inner);
             split.write(n, packet);
-            core.translation.outbound(packet);
+            if let Some(aliases) = &*aliases {
+                aliases.outbound(packet);
+            }
             padding.fill(0);
             self.length += padded + OVERHEAD;
             self.count += 1;
@@ -327,7 +331,7 @@ pub(super) fn send_alone(
         Some(padded) => (padded.max(packet.len()), Fragments::None),
         None => match fragments(core, peer, packet.len(), &ip) {
             Ok(fragments) => {
-                let padding = core.padding_to(peer, packet.len());
+                let padding = Core::padding_within(core.mtu_to(peer), packet.len());
                 (packet.len() + padding, fragments)
             }
             Err(_) => return false,

@@ -112,7 +112,11 @@ fn inbound(packet: &[u8]) -> Vec<u8> {
 
 fn outbound(packet: &[u8]) -> Vec<u8> {
     let mut translated = packet.to_vec();
-    translation().outbound(&mut translated);
+    translation()
+        .load()
+        .as_ref()
+        .unwrap()
+        .outbound(&mut translated);
     translated
 }
 
@@ -146,7 +150,7 @@ proptest! {
                 IpAddr::V6(alias) => bytes[24..40].copy_from_slice(&alias.octets()),
             }
         }
-        translation().outbound(&mut bytes);
+        translation().load().as_ref().unwrap().outbound(&mut bytes);
         if let Some(mut header) = Header::parse(&bytes) {
             translation().inbound(&mut bytes, &mut header);
         }
